@@ -1,0 +1,25 @@
+# Set-up is part of every target: .venv is made on a machine that has only Python 3.11+ and make.
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+
+.PHONY: demo test test-slow lint
+
+demo: $(VENV)/ready
+	$(RUN) -m tools.demo
+
+test: $(VENV)/ready
+	$(RUN) -m pytest
+
+test-slow: $(VENV)/ready
+	$(RUN) -m pytest -m "slow or not slow"
+
+lint: $(VENV)/ready
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+
+$(VENV)/ready: requirements.txt requirements-dev.txt
+	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed: make PYTHON=python3.11" if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	touch $@

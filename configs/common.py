@@ -1,0 +1,180 @@
+"""What every config of a stage shares: the presets, from a laptop's to the paper's. Read it top to bottom.
+
+A config file is picked on the command line with its arguments after a colon, and any field can be overridden:
+
+    python -m favchat_jax.train --config=configs/stage3.py:preset=paper,variant=v1 --config.batch=8 --workdir=DIR
+"""
+
+from ml_collections import ConfigDict
+
+from favchat_jax.errors import UserError
+
+PRESETS = ("tiny", "base", "paper")
+
+
+def get_config(stage: str, argument: str = "") -> ConfigDict:
+    """The config of a stage.
+
+    Args:
+        stage: stage1, stage2 or stage3.
+        argument: comma-separated `preset=`, `variant=`, `ablation=`.
+    """
+    chosen = {"preset": "tiny", "variant": "v1", "ablation": "none"}
+    for item in filter(None, argument.split(",")):
+        name, _, value = item.partition("=")
+        if name not in chosen:
+            raise UserError(f"config argument {item!r} is unknown: use preset=, variant= or ablation=")
+        chosen[name] = value
+    if chosen["preset"] not in PRESETS:
+        raise UserError(f"preset={chosen['preset']} is unknown: choose one of {', '.join(PRESETS)}")
+
+    config = ConfigDict(chosen)
+    config.stage = stage
+    config.seed = 0
+    config.model = _model(config.preset)
+    config.data = _data(config.preset)
+    config.optimizer = _optimizer()
+    # Where weights come from. An empty entry starts afresh.
+    config.llm = ConfigDict({"path": ""})  # a Hugging Face folder of Mistral
+    config.prompt_tokenizer = ""  # tokenizer folder for the Q-Formers' prompt; empty: the language model's
+    config.init = ConfigDict({"umt": "", "facexformer": "", "qformer": ""})
+    config.init.from_run = _stage_before(config)  # workdir of the stage before
+    # Length of the run: `steps`, or `epochs` over the data where steps is 0.
+    config.steps = 0
+    config.epochs = 3.0  # VideoChat2's
+    config.batch = 4  # clips
+    config.accumulate = 1  # parts that a batch is cut into, to save memory
+    config.loss_chunk = 256  # positions whose scores over the vocabulary exist at once
+    config.log_every = 10  # steps
+    config.checkpoint_every = 500  # steps
+    config.checkpoints_kept = 2
+    if config.preset == "tiny":
+        _embedded(config)
+    return config
+
+
+def _stage_before(config: ConfigDict) -> str:
+    before = {"stage1": "", "stage2": "stage1", "stage3": "stage2"}[config.stage]
+    ablation = "" if config.ablation == "none" else f"-{config.ablation}"
+    return before and f"runs/{config.preset}-{config.variant}{ablation}/{before}"
+
+
+def _model(preset: str) -> ConfigDict:
+    """Sizes. The language model's are read from its folder."""
+    model = ConfigDict()
+    model.image_size = 224
+    model.frames = 16  # VideoChat2-Mistral's demo; it trains on 8
+    model.dtype = "bfloat16"  # of the computation; weights that train are float32
+    model.remat = True
+    model.umt = ConfigDict({"width": 1024, "depth": 24, "layers_run": 23, "heads": 16, "patch": 16})
+    model.no_face_taps = (6, 12, 18, 23)  # ablation no_face: UMT blocks that stand in for e_1..e_4
+    model.facexformer = ConfigDict(
+        {"patch": 4, "width": 128, "depths": (2, 2, 18, 2), "heads": (4, 8, 16, 32), "window": 7}
+    )
+    # The paper gives Eq. 2 alone; heads and residual are choices (residual=False is the printed form).
+    model.fusion = ConfigDict({"heads": 16, "residual": True})
+    model.qformer = ConfigDict(
+        {
+            "width": 768,
+            "depth": 12,
+            "heads": 12,
+            "mlp": 3072,
+            "queries": 32,
+            "extra_queries": 64,
+            "vocabulary": 30523,  # bert-base-uncased and [DEC]
+            "dropout": 0.1,
+            "prompt": True,  # a choice: both Q-Formers read the question, in v1 too
+        }
+    )
+    model.adapter = ConfigDict({"hidden": 1024})  # a choice: width inside the gate and the experts
+    model.lora = ConfigDict(
+        {
+            "rank": 16,
+            "alpha": 32.0,
+            "dropout": 0.1,
+            "targets": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head"),
+        }
+    )
+    if preset == "base":  # about 100 M weights with a 12-layer, 768-wide language model: for benchmarks
+        model.frames = 8
+        model.dtype = "float32"
+        model.umt.update({"width": 384, "depth": 9, "layers_run": 8, "heads": 6})
+        model.no_face_taps = (2, 4, 6, 8)
+        model.facexformer.update({"width": 48, "depths": (2, 2, 4, 2), "heads": (2, 4, 8, 16)})
+        model.fusion.heads = 6
+        model.qformer.update({"width": 384, "depth": 4, "heads": 6, "mlp": 1536, "vocabulary": 30523})
+        model.adapter.hidden = 384
+    if preset == "tiny":  # learns the embedded data in minutes on two CPU cores
+        model.image_size = 64
+        model.frames = 8
+        model.dtype = "float32"  # bfloat16 is slower on a CPU
+        model.remat = False
+        model.umt.update({"width": 64, "depth": 5, "layers_run": 4, "heads": 4, "checkpoint_size": 64})
+        model.no_face_taps = (1, 2, 3, 4)
+        model.facexformer.update({"width": 24, "depths": (2, 2, 2, 2), "heads": (2, 2, 4, 4), "window": 4})
+        model.fusion.heads = 4
+        model.qformer.update(
+            {"width": 64, "depth": 2, "heads": 4, "mlp": 256, "queries": 8, "extra_queries": 8, "vocabulary": 512}
+        )
+        model.qformer.dropout = 0.0
+        model.adapter.hidden = 64
+        model.lora.update({"rank": 8, "alpha": 16.0, "dropout": 0.0})
+    return model
+
+
+def _data(preset: str) -> ConfigDict:
+    data = ConfigDict()
+    data.name = "celebvhq"
+    data.root = ""  # folder of the source data set; the embedded one needs none
+    data.packed = "runs/data"  # where the packed (ArrayRecord) data sets lie
+    data.sampling = "rand"  # training frames: one at random from each of `frames` equal parts
+    data.random_crop = preset == "paper"  # VideoChat2's random resized crop
+    data.flip = False  # a flip would swap left and right in the answers
+    data.questions = 1  # questions of a clip in a batch; they share the clip's encoders
+    data.buckets = (128, 256, 512)  # lengths that sequences are padded to, visual tokens included
+    data.prompt_length = 32  # tokens of the question that a Q-Former reads, cut on the left
+    data.workers = 8
+    if preset == "tiny":
+        data.name = "rendered_faces"
+        data.questions = 4
+        data.workers = 1
+    return data
+
+
+def _optimizer() -> ConfigDict:
+    """The paper names the learning rates alone; the rest is VideoChat2's."""
+    return ConfigDict(
+        {
+            "learning_rate": 2e-4,
+            "b1": 0.9,
+            "b2": 0.999,
+            "weight_decay": 0.02,
+            "clip_norm": 1.0,
+            "warmup": 0.2,  # share of the run: 0.6 of 3 epochs
+            "floor": 0.25,  # of the peak, at the end of the cosine
+        }
+    )
+
+
+def _embedded(config: ConfigDict) -> None:
+    """The embedded preset's sources: small stand-ins for the published weights, which the run makes where missing."""
+    parts = "runs/tiny-parts"
+    config.llm.path = f"{parts}/mistral"
+    config.init.umt = f"{parts}/umt"
+    config.init.facexformer = f"{parts}/facexformer"
+    config.pretrain = ConfigDict(
+        {
+            "llm": {"width": 128, "layers": 4, "heads": 4, "kv_heads": 2, "mlp": 384, "vocabulary": 512},
+            # Steps of each part: text in batches of 64, single frames in batches of 128, clips in batches of 16.
+            "llm_steps": 150,
+            "facial_steps": 300,
+            "general_steps": 800,
+            "learning_rate": 2e-3,
+        }
+    )
+    config.batch = 16
+    config.log_every = 5
+    config.checkpoint_every = 100
+    config.loss_chunk = 4096
+    config.data.buckets = (128,)
+    config.data.prompt_length = 24

@@ -1,0 +1,18 @@
+"""Stage 1: the visual side learns to describe clips; the language model is frozen (Section 4.2, 60K summaries).
+
+python -m favchat_jax.train --config=configs/stage1.py
+"""
+
+from configs import common
+
+
+def get_config(argument: str = ""):
+    config = common.get_config("stage1", argument)
+    config.optimizer.learning_rate = 2e-4
+    config.batch = 8
+    if config.preset == "tiny":
+        config.steps = 360
+        config.batch = 16
+        config.optimizer.learning_rate = 1e-3
+        config.data.questions = 1
+    return config

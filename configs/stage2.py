@@ -1,0 +1,17 @@
+"""Stage 2: everything but the language model's base learns from question-answer pairs (Section 4.2, 170K pairs).
+
+python -m favchat_jax.train --config=configs/stage2.py
+"""
+
+from configs import common
+
+
+def get_config(argument: str = ""):
+    config = common.get_config("stage2", argument)
+    config.optimizer.learning_rate = 2e-4
+    config.batch = 4
+    if config.preset == "tiny":
+        config.steps = 240
+        config.batch = 16
+        config.optimizer.learning_rate = 1e-3
+    return config

@@ -1,0 +1,58 @@
+"""What every front door does around its work: flags, one-line errors, exit codes (0 done, 1 failed, 2 bad input)."""
+
+import logging
+import os
+import sys
+from collections.abc import Callable
+
+from absl import flags
+
+from favchat_jax.errors import RunError, UserError
+
+
+def start(main: Callable[[], None], argv: list[str] | None = None) -> None:
+    """Parses the command line, runs `main`, and ends the process with the fitting exit code.
+
+    Only an error of the software itself ends with a traceback.
+    """
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("favchat_jax").setLevel(logging.INFO)
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    name = os.path.basename(os.path.dirname(sys.argv[0])) if argv is None else "favchat_jax"
+    try:
+        parse(sys.argv if argv is None else argv)
+        main()
+    except UserError as error:
+        _end(name, error, 2)
+    except RunError as error:
+        _end(name, error, 1)
+    except KeyboardInterrupt:
+        _end(name, "interrupted", 130)
+    sys.exit(0)
+
+
+def parse(argv: list[str]) -> None:
+    """Fills the flags; every mistake becomes a UserError of one line."""
+    try:
+        rest = flags.FLAGS(argv)
+    except flags.Error as error:
+        raise UserError(f"{_first_line(error)} (see --help)") from None
+    except UserError:
+        raise
+    except (AttributeError, KeyError) as error:  # an override of a field that the config does not have
+        raise UserError(f"unknown config option: {_first_line(error)}") from None
+    except (TypeError, ValueError) as error:
+        raise UserError(f"config option of the wrong type: {_first_line(error)}") from None
+    except (OSError, ImportError) as error:
+        raise UserError(f"the config cannot be read: {_first_line(error)}") from None
+    if rest[1:]:
+        raise UserError(f"unexpected argument {rest[1]!r}: options are written --name=value (see --help)")
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().strip("'\"").splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def _end(name: str, message: object, code: int) -> None:
+    print(f"{name}: {message}", file=sys.stderr)
+    sys.exit(code)

@@ -1,0 +1,196 @@
+"""From questions and answers to tokens: VideoChat2-Mistral's conversation, and the prompt that the Q-Former reads.
+
+    <s> [INST] <Video> (visual tokens) </Video> [/INST] [INST] question [/INST] answer </s> [INST] question ...
+
+Source: Ask-Anything, video_chat2/dataset/it_dataset_mistral.py and models/videochat_mistra/videochat2_it_mistral.py.
+Two things differ from it on purpose: the sequence starts with the real `<s>` (there: a constant vector), and `</s>`
+follows the answer without a token for the space between them. Every part is tokenised by itself, which makes the loss
+mask exact and a prompt for generation exactly the beginning of the sequence that was trained on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Float, Int32
+from tokenizers import Tokenizer
+
+from favchat_jax.errors import UserError
+
+VISUAL_PLACEHOLDER = -1  # token id at which the model puts a visual token's vector instead of a word's
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One tokenised conversation; `loss_mask` marks the tokens to be learned: answers and the `</s>` after each."""
+
+    tokens: Int32[np.ndarray, " L"]
+    loss_mask: Bool[np.ndarray, " L"]
+
+
+def load_tokenizer(folder: str | Path) -> Any:
+    """The transformers fast tokenizer of a Hugging Face folder (`tokenizer.json`, `tokenizer_config.json`).
+
+    Raises:
+      UserError: the folder or its tokenizer.json is missing or cannot be read.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"tokenizer folder {folder} does not exist: give a folder that holds a tokenizer.json")
+    if not (folder / "tokenizer.json").is_file():
+        raise UserError(f"{folder} holds no tokenizer.json: give the folder of a Hugging Face model with one")
+    from transformers import PreTrainedTokenizerFast  # here, not above: the loader's workers do without transformers
+
+    try:
+        return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # the tokenizers library raises bare Exceptions
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"the tokenizer in {folder} cannot be read ({reason}): download it again") from error
+
+
+class Conversation:
+    """Builds token sequences for one tokenizer and one number of visual tokens. Picklable.
+
+    Args:
+      tokenizer: a transformers fast tokenizer with `<s>` and `</s>` (bos and eos tokens).
+      visual_tokens: N, how many placeholders stand for the clip.
+      times: add VideoChat2's sentence about how many frames were sampled and when.
+    """
+
+    def __init__(self, tokenizer: Any, visual_tokens: int, times: bool = False):
+        if tokenizer.bos_token_id is None or tokenizer.eos_token_id is None:
+            raise UserError("the tokenizer has no bos or eos token: name both in its tokenizer_config.json")
+        self.visual_tokens = visual_tokens
+        self.times = times
+        self.bos: int = tokenizer.bos_token_id
+        self.eos: int = tokenizer.eos_token_id
+        self.pad: int = self.eos if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        self._tokenizer = _detached(tokenizer)
+        # Some tokenizers put the space in front of the first word themselves.
+        first = self._tokenizer.encode("a", add_special_tokens=False).tokens[0]
+        self._space = "" if first[:1] in ("▁", "Ġ") else " "
+        # The template may use the tokenizer's special tokens ([INST] is one in Mistral v0.3), a person's text may not.
+        words = ("[INST]", "[/INST]", "<Video>", "</Video>", "<Image>", "</Image>")
+        self._words = {word: self._ids(word) for word in words}
+        self._tokenizer.encode_special_tokens = True
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._tokenizer.encode_special_tokens = True  # pickling loses it
+
+    def encode(
+        self,
+        turns: Sequence[tuple[str, str | None]],
+        frames: int,
+        max_length: int,
+        seconds: Float[np.ndarray, " T"] | None = None,
+    ) -> Encoded:
+        """Tokenise a conversation about one clip.
+
+        Args:
+          turns: (question, answer) pairs. A last answer of None makes a prompt to be continued.
+          frames: how many frames the clip was given with; a single one is an `<Image>`.
+          max_length: the longest sequence allowed, visual tokens included. Nothing is ever cut off.
+          seconds: when the frames were sampled; needed with `times=True`.
+
+        Raises:
+          UserError: an empty question or answer, or a conversation longer than `max_length`.
+        """
+        pieces = self._opening(frames, seconds)
+        for number, (question, answer) in enumerate(turns):
+            if answer is None and number != len(turns) - 1:
+                raise ValueError("only the last answer can be left open")
+            pieces += self._turn(question, answer)
+        length = sum(len(ids) for ids, _ in pieces)
+        if length > max_length:
+            raise UserError(self._too_long(turns, length, max_length))
+        return Encoded(
+            tokens=np.array([token for ids, _ in pieces for token in ids], np.int32),
+            loss_mask=np.repeat([learned for _, learned in pieces], [len(ids) for ids, _ in pieces]),
+        )
+
+    def _opening(self, frames: int, seconds: Float[np.ndarray, " T"] | None) -> list[tuple[list[int], bool]]:
+        kind = "Image" if frames == 1 else "Video"
+        opening = [self.bos, *self._words["[INST]"], *self._words[f"<{kind}>"]]
+        closing = list(self._words[f"</{kind}>"])
+        if self.times and frames > 1:
+            if seconds is None:
+                raise ValueError("the sentence about sampling times needs the frames' seconds")
+            listed = ", ".join(str(round(float(second), 1)) for second in seconds)
+            closing += self._ids(f"The video contains {len(seconds)} frames sampled at {listed} seconds.")
+        slot = [VISUAL_PLACEHOLDER] * self.visual_tokens
+        return [(opening + slot + closing + self._words["[/INST]"], False)]
+
+    def _turn(self, question: str, answer: str | None) -> list[tuple[list[int], bool]]:
+        if not question.strip():
+            raise UserError("the question is empty: ask something")
+        asked = self._words["[INST]"] + self._ids(question) + self._words["[/INST]"]
+        if answer is None:
+            return [(asked, False)]
+        if not answer.strip():
+            raise UserError(f"the answer to {question.strip()!r} is empty: give the text to be learned")
+        return [(asked, False), ([*self._ids(answer), self.eos], True)]
+
+    def _ids(self, text: str) -> list[int]:
+        return self._tokenizer.encode(self._space + text.strip(), add_special_tokens=False).ids
+
+    def _too_long(self, turns: Sequence[tuple[str, str | None]], length: int, max_length: int) -> str:
+        question, answer = turns[-1]
+        asked, answered = len(self._ids(question)), len(self._ids(answer)) if answer else 0
+        rest = length - asked - answered
+        return (
+            f"the question is {asked} tokens long, its answer {answered}, the clip and the rest {rest}: "
+            f"{length} in all, over the limit of {max_length}; shorten the text"
+        )
+
+
+class PromptEncoder:
+    """Tokenises the question for the Q-Former: fixed length, cut off on the left as BLIP-2 does. Picklable.
+
+    The tokenizer's own start and end tokens ([CLS] and [SEP] of BERT) stand around the text where it has them; BLIP-2's
+    added [DEC] is part of the vocabulary only and never written.
+
+    Args:
+      tokenizer: a transformers fast tokenizer (bert-base-uncased's at paper size).
+      length: L_prompt.
+    """
+
+    def __init__(self, tokenizer: Any, length: int):
+        self.length = length
+        self._tokenizer = _detached(tokenizer)
+        self._tokenizer.encode_special_tokens = True
+        self._start = [] if tokenizer.cls_token_id is None else [tokenizer.cls_token_id]
+        self._end = [] if tokenizer.sep_token_id is None else [tokenizer.sep_token_id]
+        self._pad = tokenizer.pad_token_id or 0
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._tokenizer.encode_special_tokens = True  # pickling loses it
+
+    def encode(self, question: str) -> tuple[Int32[np.ndarray, " Lp"], Bool[np.ndarray, " Lp"]]:
+        """Token ids, padded on the right, and the mask of those that are not padding."""
+        room = self.length - len(self._start) - len(self._end)
+        ids = self._tokenizer.encode(question.strip(), add_special_tokens=False).ids
+        ids = [*self._start, *ids[max(len(ids) - room, 0) :], *self._end]
+        padded = np.full(self.length, self._pad, np.int32)
+        padded[: len(ids)] = ids
+        return padded, np.arange(self.length) < len(ids)
+
+
+def encode_prompt(
+    tokenizer: Any, question: str, length: int
+) -> tuple[Int32[np.ndarray, " Lp"], Bool[np.ndarray, " Lp"]]:
+    """One question for the Q-Former, see `PromptEncoder`, which is faster for many."""
+    return PromptEncoder(tokenizer, length).encode(question)
+
+
+def _detached(tokenizer: Any) -> Tokenizer:
+    """A copy of the tokenizer's engine, whose settings nobody else changes."""
+    copy = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    copy.no_truncation()
+    copy.no_padding()
+    return copy

@@ -1,0 +1,194 @@
+"""CelebV-HQ (Zhu et al., 2022) with summaries and question-answer pairs, read from a folder of one's own.
+
+The folder holds `celebvhq_info.json` (the data set's annotation file), the clips, and `qa.jsonl` with one line a clip:
+`{"clip": id, "video": path in the folder, "summary": ..., "qa": [{"q": ..., "a": ...}, ...]}`. Clips without a line are
+looked for at `clips/<id>.mp4`, and their text is made from their labels.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import UInt8
+
+from favchat_jax.data import celebvhq_vocabulary as vocabulary
+from favchat_jax.data.datasets import Question, Record
+from favchat_jax.data.datasets.packing import RecordBuilder
+from favchat_jax.errors import UserError
+
+INFO = "celebvhq_info.json"
+TEXT = "qa.jsonl"
+HELDOUT_SHARE = 0.05  # of the source videos
+
+
+class CelebVHQ(RecordBuilder, skip_registration=True):
+    """CelebV-HQ clips; a source video is whole in train or whole in heldout, chosen by a hash of its name."""
+
+    name = "celebvhq"
+
+    def __init__(self, *, root: str | None, config: str | None = None, **options):
+        if not root:
+            raise UserError(f"celebvhq: no folder given; set data.root to the folder that holds {INFO}")
+        self._root = Path(root).expanduser()
+        info, text = self._root / INFO, self._root / TEXT
+        annotation, lines = _read(info), _read(text) if text.exists() else ""
+        self._digest = hashlib.sha256(f"{annotation}\0{lines}".encode()).hexdigest()
+        self._clips = read_info(annotation, info)
+        self._lines = read_text(lines, text)
+        self._sides = splits({clip: entry["source"] for clip, entry in self._clips.items()})
+        super().__init__(config=config, **options)
+
+    def digest(self) -> str:
+        """Hash of the two annotation files."""
+        return self._digest
+
+    def counts(self) -> dict[str, int]:
+        """Clips of each split.
+
+        Raises:
+          UserError: a clip of the annotation file is missing.
+        """
+        for clip in self._clips:
+            if not self._video(clip).is_file():
+                raise UserError(f"{self._video(clip)}: no such clip; add it, or take {clip} out of {INFO}")
+        return {side: list(self._sides.values()).count(side) for side in ("train", "heldout")}
+
+    def records(self, split: str) -> Iterator[Record]:
+        """Reads the split's clips."""
+        for clip in (clip for clip, side in self._sides.items() if side == split):
+            yield read_record(self._video(clip), clip, self._clips[clip], self._lines.get(clip))
+
+    def _video(self, clip: str) -> Path:
+        return self._root / (self._lines.get(clip, {}).get("video") or f"clips/{clip}.mp4")
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not UTF-8 text"
+        raise UserError(f"{path}: {reason}; data.root must be the folder that holds {INFO}") from None
+
+
+def splits(sources: dict[str, str]) -> dict[str, str]:
+    """Clip id -> split, equal for all clips of one source video; train is never empty while there are clips."""
+
+    def place(source: str) -> float:
+        return int.from_bytes(hashlib.sha256(source.encode()).digest()[:8], "big") / 2**64
+
+    kept = max(sources.values(), key=place, default="")  # the last to be held out, whatever its place
+    return {
+        clip: "heldout" if source != kept and place(source) < HELDOUT_SHARE else "train"
+        for clip, source in sources.items()
+    }
+
+
+def read_info(text: str, path: Path) -> dict[str, dict]:
+    """Clip id -> {"source": video id, "attributes": uint8 [83]} of an annotation file.
+
+    Raises:
+      UserError: not JSON, or a clip whose labels do not fit the vocabulary.
+    """
+    try:
+        published = json.loads(text)
+        clips = published["clips"].items()
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{path}: not CelebV-HQ's annotation file (JSON with 'clips'); download it again") from None
+    for name, ours in (("appearance_mapping", vocabulary.APPEARANCE), ("action_mapping", vocabulary.ACTION)):
+        theirs = (published.get("meta_info") or {}).get(name, ours)
+        if tuple(name.lower() for name in theirs) != ours:
+            raise UserError(f"{path}: {name} is not CelebV-HQ's; put its labels in the published order")
+    return {clip: _entry(clip, entry, path) for clip, entry in clips}
+
+
+def _entry(clip: str, entry: dict, path: Path) -> dict:
+    try:
+        labels = entry["attributes"]
+        parts = [np.asarray(labels[name]) for name in ("appearance", "action")]
+        emotion = labels["emotion"]
+        source = entry.get("ytb_id") or clip
+    except (KeyError, TypeError, AttributeError, ValueError):
+        raise UserError(f"{path}: clip {clip} has no attributes appearance, action and emotion; complete it") from None
+    for name, part, known in zip(
+        ("appearance", "action"), parts, (vocabulary.APPEARANCE, vocabulary.ACTION), strict=True
+    ):
+        if part.shape != (len(known),) or not np.isin(part, (0, 1)).all():
+            raise UserError(f"{path}: clip {clip}: {name} must be {len(known)} labels 0 or 1; mend or drop the clip")
+    shown = emotions(emotion)
+    if not shown <= set(vocabulary.EMOTION):
+        unknown = ", ".join(sorted(shown - set(vocabulary.EMOTION)))
+        raise UserError(f"{path}: clip {clip}: emotion '{unknown}' is none of {', '.join(vocabulary.EMOTION)}")
+    feelings = [name in shown for name in vocabulary.EMOTION]
+    return {"source": source, "attributes": np.concatenate([*parts, feelings]).astype(np.uint8)}
+
+
+def emotions(published: dict | str | list) -> set[str]:
+    """All emotions of a clip: one for the whole of it, or a list of `{"emotion", "start_sec", "end_sec"}`."""
+    if isinstance(published, dict):
+        published = published.get("labels", published.get("emotion", []))
+    if isinstance(published, str):
+        published = [published]
+    return {str(item.get("emotion", "?") if isinstance(item, dict) else item).lower() for item in published}
+
+
+def read_text(text: str, path: Path) -> dict[str, dict]:
+    """Clip id -> its line of `qa.jsonl`, checked.
+
+    Raises:
+      UserError: a line that is not JSON or lacks a field.
+    """
+    lines = {}
+    for number, line in enumerate(text.splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            [str(pair["q"] + pair["a"]) for pair in row["qa"]]
+            row["summary"] + row.get("video", "")
+            lines[row["clip"]] = row
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise UserError(f"{path}, line {number}: needs clip, summary and qa, a list of q and a; mend it") from None
+    return lines
+
+
+def read_record(video: Path, clip: str, entry: dict, line: dict | None) -> Record:
+    """One clip with its text; without a line of `qa.jsonl` the text comes from the labels."""
+    targets = label_text(entry["attributes"])
+    if line and line["qa"]:
+        summary = line["summary"]
+        questions = tuple(Question(pair["q"], pair["a"], pair.get("kind", "general")) for pair in line["qa"])
+    else:
+        summary, questions = template(targets)
+    return Record(
+        id=clip,
+        clip=video.read_bytes(),
+        attributes=entry["attributes"],
+        summary=summary,
+        questions=questions,
+        targets=targets,
+        source=entry["source"],
+        has_face=True,
+    )
+
+
+def label_text(attributes: UInt8[np.ndarray, " 83"]) -> dict[str, str]:
+    """Labels as words, a string for each group: the target strings of the facial reward."""
+    bounds = np.cumsum([0, len(vocabulary.APPEARANCE), len(vocabulary.ACTION), len(vocabulary.EMOTION)])
+    groups = zip(("attributes", "action", "emotion"), bounds[:-1], bounds[1:], strict=True)
+    return {
+        group: ", ".join(vocabulary.VOCABULARY[i].replace("_", " ") for i in range(start, end) if attributes[i])
+        for group, start, end in groups
+    }
+
+
+def template(targets: dict[str, str]) -> tuple[str, tuple[Question, ...]]:
+    """A plain summary and questions for a clip that nobody has described."""
+    wording = (
+        ("attributes", "What does the person look like?", "appearance"),
+        ("action", "What does the person do?", "motion"),
+        ("emotion", "What emotion does the person show?", "emotion"),
+    )
+    summary = " ".join(f"{group.capitalize()}: {targets[group] or 'none'}." for group, _, _ in wording)
+    return summary, tuple(Question(question, targets[group] or "none", kind) for group, question, kind in wording)

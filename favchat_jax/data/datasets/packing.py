@@ -1,0 +1,207 @@
+"""How records lie in ArrayRecord files: one TFDS schema for every source, and random access to it.
+
+TFDS writes into a temporary folder that it renames when the last file is closed, so that a killed build is never taken
+for a whole one. Nothing here asks the network: the builders know no bucket and no download.
+"""
+
+import contextlib
+import fcntl
+import io
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import tensorflow_datasets as tfds
+from absl import logging
+from jaxtyping import Int8
+from tqdm import tqdm
+
+from favchat_jax.data import celebvhq_vocabulary as vocabulary
+from favchat_jax.data.datasets import Question, Record
+from favchat_jax.data.rendered_faces import LABELS
+from favchat_jax.errors import UserError
+
+INFO = "dataset_info.json"  # TFDS writes it last
+FEATURES = {
+    "id": tfds.features.Text(),
+    "clip": tfds.features.Scalar(dtype=np.bytes_),
+    "attributes": tfds.features.Tensor(shape=(len(vocabulary.VOCABULARY),), dtype=np.uint8),
+    "summary": tfds.features.Text(),
+    "questions": tfds.features.Sequence(
+        {"question": tfds.features.Text(), "answer": tfds.features.Text(), "kind": tfds.features.Text()}
+    ),
+    "targets": {name: tfds.features.Text() for name in ("attributes", "emotion", "action")},
+    "source": tfds.features.Text(),
+    "has_face": tfds.features.Scalar(dtype=np.bool_),
+    "labels": tfds.features.Tensor(shape=(len(LABELS),), dtype=np.int8),  # -1: not known or not there
+}
+
+
+class LocalInfo(tfds.core.DatasetInfo):
+    """DatasetInfo that never looks for a published copy of the data set."""
+
+    def initialize_from_bucket(self) -> None:
+        """Does nothing: these data sets are made on this machine."""
+
+
+class RecordBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+    """What the builders of all sources share.
+
+    A source gives `counts()`, the number of clips of each split, and yields `Record`s from `records(split)`.
+    """
+
+    VERSION = tfds.core.Version("1.0.0")
+    url_infos = {}  # nothing to download; TFDS would look for a checksum file, with a package that it does not install
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        return LocalInfo(
+            builder=self,
+            description=self.__doc__,
+            features=tfds.features.FeaturesDict(FEATURES),
+            metadata=tfds.core.MetadataDict(digest=self.digest()),
+        )
+
+    def digest(self) -> str:
+        """Names the content of the source; a packed data set whose source has changed since is refused."""
+        return ""
+
+    def _split_generators(self, dl_manager):
+        del dl_manager
+        return {split: self._generate_examples(split) for split, count in self.counts().items() if count}
+
+    def _generate_examples(self, split: str) -> Iterator[tuple[str, dict]]:
+        title = f"{self.name}, {split}"
+        with contextlib.closing(self.records(split)) as records:
+            for record in tqdm(records, title, self.counts()[split], unit=" clips", mininterval=0.5):
+                yield record.id, pack(record)
+
+
+def pack(record: Record) -> dict:
+    """A record as TFDS stores it."""
+    example = {name: getattr(record, name) for name in FEATURES if name not in ("questions", "labels")}
+    example["questions"] = [vars(question) for question in record.questions]
+    example["labels"] = np.array([record.labels.get(name, -1) for name in LABELS], np.int8)
+    return example
+
+
+def unpack(example: dict) -> Record:
+    """The record that `pack` stored."""
+    text = {name: example[name].decode() for name in ("id", "summary", "source")}
+    rows = zip(*(example["questions"][name] for name in ("question", "answer", "kind")), strict=True)
+    return Record(
+        **text,
+        clip=bytes(example["clip"]),
+        attributes=np.asarray(example["attributes"], np.uint8),
+        questions=tuple(Question(*(cell.decode() for cell in row)) for row in rows),
+        targets={name: value.decode() for name, value in example["targets"].items()},
+        has_face=bool(example["has_face"]),
+        labels=_labels(example["labels"]),
+    )
+
+
+def _labels(classes: Int8[np.ndarray, " N"]) -> dict[str, int]:
+    known = {name: int(value) for name, value in zip(LABELS, classes, strict=True)}
+    return known if max(known.values()) >= 0 else {}
+
+
+class RecordSource:
+    """Random access to the records of one split: `len(source)`, `source[i]`. Files are opened at the first use in each
+    process, so that the source can be pickled to spawned workers."""
+
+    def __init__(self, name: str, data_dir: str, split: str):
+        self.name, self.split = name, split
+        self.folder = _folder(name, data_dir)
+        if not os.path.exists(os.path.join(self.folder, INFO)):
+            raise UserError(f"{self.folder}: data set {name} is not packed yet; `datasets.prepare` packs it")
+        with _quiet():
+            info = tfds.builder_from_directory(self.folder).info
+        if split not in info.splits:
+            raise UserError(f"data set {name} has no split '{split}'; it has {', '.join(sorted(info.splits))}")
+        self._length = info.splits[split].num_examples
+        self._opened = None
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: int) -> Record:
+        if self._opened is None:
+            self._opened = tfds.builder_from_directory(self.folder).as_data_source(split=self.split)
+        return unpack(self._opened[index])
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_opened": None}
+
+    def __repr__(self) -> str:
+        return f"RecordSource({self.name!r}, {self.split!r}, {self._length} records in {self.folder!r})"
+
+
+def _builder_class(name: str) -> tuple[type[RecordBuilder], str | None]:
+    from favchat_jax.data.datasets import celebvhq, rendered_faces
+
+    builders = {"rendered_faces": rendered_faces.RenderedFaces, "celebvhq": celebvhq.CelebVHQ}
+    name, _, config = name.partition("/")
+    if name not in builders:
+        raise UserError(f"data set '{name}' is not known; there are {', '.join(builders)}")
+    known = [c.name for c in builders[name].BUILDER_CONFIGS]
+    if config and config not in known:
+        raise UserError(f"data set '{name}' has no size '{config}'; there are {', '.join(known) or 'none'}")
+    return builders[name], config or (known[0] if known else None)
+
+
+def _folder(name: str, data_dir: str) -> str:
+    builder, config = _builder_class(name)
+    return os.path.join(os.path.expanduser(data_dir), builder.name, config or "", str(builder.VERSION))
+
+
+def prepare(name: str, root: str | None, data_dir: str) -> str:
+    """See `favchat_jax.data.datasets.prepare`."""
+    builder_class, config = _builder_class(name)
+    folder = Path(_folder(name, data_dir))
+    if (folder / INFO).exists() and not root:
+        return str(folder)
+    options = {"root": root} if builder_class.name == "celebvhq" else {}
+    with _quiet():
+        builder = builder_class(config=config, data_dir=data_dir, file_format="array_record", **options)
+        if not (folder / INFO).exists():
+            with _alone(folder.parent):
+                if not (folder / INFO).exists():  # no other process made it while this one waited
+                    _build(builder, folder)
+        stored = tfds.builder_from_directory(folder).info.metadata["digest"]
+    if stored != builder.digest():
+        raise UserError(f"{folder}: packed from other files than {root} holds now; delete that folder to pack again")
+    return str(folder)
+
+
+def _build(builder: RecordBuilder, folder: Path) -> None:
+    for left in folder.parent.glob("incomplete.*"):  # by a build that was killed
+        shutil.rmtree(left)
+    builder.counts()  # names what is missing before anything is written
+    tfds.disable_progress_bar()  # the builders show their own
+    builder.download_and_prepare()
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps TFDS's notes about folders and downloads from the terminal; stdout is for answers."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(logging.ERROR)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Lets one process at a time build below `folder`; the lock ends with the process, however that ends."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / ".lock", "w")  # noqa: SIM115
+    except OSError as error:
+        raise UserError(f"{folder}: {error.strerror}; name a folder that can be written to") from None
+    with lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield

@@ -1,0 +1,374 @@
+"""The embedded data set's clips: who is seen, what they do and what is asked, as a function of (seed, split, index).
+
+Stands in for CelebV-HQ in the demo and the tests: the same 83 labels, summaries and question-answer pairs (paper,
+section 3.2). Faces are seen tightly framed and with bold features, so that a model that sees 8 frames of 64 x 64 pixels
+can read them; moles, earrings and scars are 1-3 of those pixels wide, too small for the general encoder's patches.
+
+Answers are balanced by construction: the clips that ask a kind of question take its classes in turn, in shuffled
+blocks, so that always giving one answer never scores above one half. Left and right are the viewer's.
+
+    python -m favchat_jax.data.rendered_faces --contact_sheet=docs/figures/rendered_faces.png
+"""
+
+import argparse
+import io
+import zlib
+
+import av
+import cv2
+import numpy as np
+from jaxtyping import UInt8
+
+from favchat_jax.data import celebvhq_vocabulary as vocabulary
+from favchat_jax.data import rendered_drawing as drawing
+from favchat_jax.data import rendered_features as features
+from favchat_jax.data.datasets import Question, Record
+
+FPS = 12
+GENERAL_EVERY = 6  # one clip in six shows no face
+SIDES = ("none", "left", "right")
+LABELS: dict[str, tuple[str, ...]] = {
+    "hair": ("black", "blonde", "gray", "brown"),
+    "hair_length": ("short", "long"),
+    "glasses": ("no", "yes"),
+    "hat": ("no", "yes"),
+    "beard": ("none", "goatee", "mustache"),
+    "eyes": ("blue", "green", "brown"),
+    "skin": ("pale", "tan", "dark"),
+    "mole": SIDES,
+    "earring": SIDES,
+    "scar": SIDES,
+    "emotion": ("neutral", "happy", "sadness", "surprise", "anger"),
+    "motion": ("nod", "shake_head", "turn", "close_eyes", "talk"),
+    "shape": ("circle", "square", "triangle", "star"),
+    "color": ("red", "green", "blue", "yellow"),
+    "direction": ("left", "right", "up", "down"),
+    "count": ("one", "two", "three"),
+}
+APPEARANCE = ("hair", "hair_length", "glasses", "hat", "beard", "eyes", "skin")
+DETAILS = ("mole", "earring", "scar")
+FACE_LABELS = (*APPEARANCE, *DETAILS, "emotion", "motion")
+GENERAL_LABELS = ("shape", "color", "direction", "count")
+
+ANSWERS = {
+    "mole": {"left": "left cheek", "right": "right cheek"},
+    "scar": {"left": "left cheek", "right": "right cheek"},
+    "earring": {"left": "left ear", "right": "right ear"},
+    "emotion": {"sadness": "sad", "surprise": "surprised", "anger": "angry"},
+    "motion": {
+        "nod": "nodding",
+        "shake_head": "shaking the head",
+        "turn": "turning the head",
+        "close_eyes": "closing the eyes",
+        "talk": "talking",
+    },
+}
+QUESTIONS = {
+    "hair": ("What color is the hair?", "What is the hair color of this person?", "Which hair color do you see?"),
+    "hair_length": ("Is the hair long or short?", "How long is the hair?", "Does the person have long or short hair?"),
+    "glasses": ("Does the person wear glasses?", "Are there glasses on the face?", "Is the person wearing glasses?"),
+    "hat": ("Does the person wear a hat?", "Is there a hat on the head?", "Is the person wearing a hat?"),
+    "beard": ("What beard does the person have?", "Which kind of beard do you see?", "What beard is on the face?"),
+    "eyes": ("What color are the eyes?", "What is the eye color of this person?", "Which eye color do you see?"),
+    "skin": ("Is the skin pale, tan or dark?", "What is the skin tone?", "Which skin tone does the person have?"),
+    "mole": ("Which cheek has a mole?", "On which cheek is the mole?", "Is there a mole on the left or right cheek?"),
+    "earring": (
+        "Which ear has an earring?",
+        "In which ear is the earring?",
+        "Is an earring in the left or right ear?",
+    ),
+    "scar": ("Which cheek has a scar?", "On which cheek is the scar?", "Is there a scar on the left or right cheek?"),
+    "emotion": ("What emotion does the person show?", "How does the person feel?", "Which emotion is on the face?"),
+    "motion": ("What is the person doing?", "What does the person do?", "Which action do you see?"),
+    "shape": ("What shape is moving?", "Which shape do you see?", "What is the shape of the object?"),
+    "color": ("What color is the shape?", "Which color does the shape have?", "What is the color of the object?"),
+    "direction": ("Which way does it move?", "In which direction does the shape move?", "Where is the object going?"),
+}
+
+
+def render(seed: int, split: str, index: int) -> Record:
+    """Draws, encodes and describes clip `index` of `split`. Equal arguments give equal bytes; splits share no seed."""
+    rng = generator(seed, split, "clip", index)
+    classes, asked = sample_classes(seed, split, index, rng)
+    has_face = "emotion" in classes
+    if has_face:
+        frames = features.draw_face(sample_look(classes, rng), sample_motion(classes, rng))
+    else:
+        frames = drawing.draw_shapes(sample_shapes(classes, rng))
+    name = f"{split}-{seed}-{index:05d}"
+    return Record(
+        id=name,
+        clip=encode(frames, crf=int(rng.integers(16, 20))),
+        attributes=_attributes(classes),
+        summary=_summary(classes, rng) if has_face else _general_summary(classes, rng),
+        questions=tuple(_question(label, classes[label], rng) for label in asked),
+        targets=_targets(classes) if has_face else _general_targets(classes),
+        source=name,  # every clip is of a person of its own
+        has_face=has_face,
+        labels={label: LABELS[label].index(classes[label]) if label in classes else -1 for label in LABELS},
+    )
+
+
+def sample_classes(
+    seed: int, split: str, index: int, rng: np.random.Generator
+) -> tuple[dict[str, str], tuple[str, ...]]:
+    """Class of each label that clip `index` has, and the labels that its questions ask about."""
+    ordinal, place = divmod(index, GENERAL_EVERY)
+    if place == GENERAL_EVERY - 1:
+        return {label: _balanced(seed, split, label, ordinal) for label in GENERAL_LABELS}, GENERAL_LABELS[:3]
+    asked = _plan(index - ordinal)
+    classes = {label: LABELS[label][rng.integers(len(LABELS[label]))] for label in FACE_LABELS}
+    classes |= {label: _balanced(seed, split, label, turn) for label, turn in asked.items()}
+    return classes, tuple(asked)
+
+
+def generator(seed: int, split: str, purpose: str, number: int) -> np.random.Generator:
+    """Random numbers of one purpose; no two purposes, splits or seeds share any."""
+    return np.random.default_rng([seed, zlib.crc32(split.encode()), zlib.crc32(purpose.encode()), number])
+
+
+def _balanced(seed: int, split: str, label: str, turn: int) -> str:
+    """Class of the `turn`-th clip that asks about `label`: all classes in turn, in blocks of shuffled order."""
+    block, place = divmod(turn, len(LABELS[label]))
+    return LABELS[label][generator(seed, split, label, block).permutation(len(LABELS[label]))[place]]
+
+
+def _plan(ordinal: int) -> dict[str, int]:
+    """What face clip `ordinal` asks: two of the appearance kinds and two of detail, emotion and motion, in turn.
+
+    Returns label -> how many clips before it asked the same.
+    """
+    asked = {}
+    for place in (2 * ordinal, 2 * ordinal + 1):
+        asked[APPEARANCE[place % 7]] = place // 7
+        turn, kind = divmod(place, 3)
+        if kind == 0:
+            asked[DETAILS[turn % 3]] = turn // 3
+        else:
+            asked[("emotion", "motion")[kind - 1]] = turn
+    return asked
+
+
+def near(rng: np.random.Generator, color: tuple[float, ...], spread: float) -> drawing.Color:
+    """A colour close to `color`."""
+    return tuple(int(np.clip(c, 0, 255)) for c in rng.normal(color, spread))
+
+
+def sample_look(classes: dict[str, str], rng: np.random.Generator) -> drawing.Look:
+    """A person and a scene that show `classes`; all else is drawn by lot."""
+
+    def pick(*colors):
+        return colors[rng.integers(len(colors))]
+
+    hair = {"black": (30, 26, 30), "blonde": (222, 182, 84), "gray": (146, 148, 156), "brown": (116, 64, 28)}
+    eyes = {"blue": (40, 104, 220), "green": (34, 140, 60), "brown": (104, 56, 22)}
+    skin = {"pale": (250, 226, 212), "tan": (222, 170, 126), "dark": (170, 118, 84)}[classes["skin"]]
+    skin = near(rng, skin, 4)
+    return drawing.Look(
+        hair=near(rng, hair[classes["hair"]], 6),
+        long_hair=classes["hair_length"] == "long",
+        fringe=int(rng.integers(4)),
+        skin=skin,
+        eyes=near(rng, eyes[classes["eyes"]], 6),
+        glasses=pick((16, 16, 20), (120, 20, 30), (24, 40, 120)) if classes["glasses"] == "yes" else None,
+        glasses_round=bool(rng.integers(2)),
+        hat=near(rng, pick((180, 40, 50), (40, 80, 170), (40, 130, 80), (110, 60, 140), (60, 60, 70)), 10)
+        if classes["hat"] == "yes"
+        else None,
+        hat_brim=bool(rng.integers(2)),
+        beard=classes["beard"],
+        mole=classes["mole"],
+        earring=classes["earring"],
+        scar=classes["scar"],
+        earring_color=pick((255, 214, 40), (236, 240, 250), (40, 220, 230)),
+        mole_at=(rng.uniform(0.44, 0.58), rng.uniform(0.3, 0.42)),
+        scar_at=(rng.uniform(0.56, 0.62), rng.uniform(0.66, 0.72)),
+        face_width=rng.uniform(0.93, 1.04),
+        jaw=rng.uniform(0.72, 0.9),
+        eye_distance=rng.uniform(0.39, 0.44),
+        eye_size=rng.uniform(0.9, 1.1),
+        nose=rng.uniform(0.8, 1.3),
+        brow_width=rng.uniform(0.055, 0.075),
+        mouth_height=rng.uniform(0.68, 0.74),
+        lips=drawing.mix(drawing.shade(skin, 0.8), near(rng, (170, 40, 60), 10), rng.uniform(0.5, 0.9)),
+        clothes=near(rng, (125, 125, 125), 50),
+        background=_background(rng),
+        light=(rng.uniform(-1, 1), rng.uniform(0, 1)),
+        scale=rng.uniform(73, 80),
+        center=(128 + rng.uniform(-8, 8), 132 + rng.uniform(-6, 6)),
+    )
+
+
+def _background(rng: np.random.Generator) -> UInt8[np.ndarray, "H W 3"]:
+    """A colour gradient with blurred patches."""
+    a, b = rng.uniform(30, 170, (2, 3))
+    angle = rng.uniform(0, 2 * np.pi)
+    y, x = np.mgrid[-1:1:32j, -1:1:32j]
+    ramp = 0.5 + 0.4 * (np.cos(angle) * x + np.sin(angle) * y)
+    image = a + (b - a) * ramp[..., None]
+    patches = cv2.resize(rng.normal(0, 22, (6, 6, 3)), (32, 32), interpolation=cv2.INTER_CUBIC)
+    image = np.clip(image + patches * rng.uniform(0, 1), 0, 255).astype(np.uint8)
+    return cv2.resize(image, (drawing.CANVAS, drawing.CANVAS), interpolation=cv2.INTER_LINEAR)
+
+
+def sample_motion(classes: dict[str, str], rng: np.random.Generator, frames: int = drawing.FRAMES) -> drawing.Motion:
+    """Head, eyes and mouth over the clip: a small drift of the pose, and the one large motion of `classes`."""
+    t = np.arange(frames) / frames
+    cycles, phase = rng.uniform(1.8, 2.3), rng.uniform(0, 2 * np.pi)
+    wave = np.sin(2 * np.pi * cycles * t + phase)
+
+    def drift(size):
+        return rng.uniform(-size, size) + 0.4 * size * np.sin(2 * np.pi * (rng.uniform(0.3, 0.7) * t + rng.uniform()))
+
+    yaw, pitch, roll = drift(0.12), drift(0.06), drift(0.07)
+    eyes, mouth = np.ones(frames), np.zeros(frames)
+    motion = classes["motion"]
+    if motion == "nod":
+        pitch = pitch + rng.uniform(0.34, 0.44) * wave
+    elif motion == "shake_head":
+        yaw = yaw + rng.uniform(0.5, 0.65) * wave
+    elif motion == "turn":
+        start = rng.uniform(0.1, 0.3)
+        share = np.clip((t - start) / rng.uniform(0.3, 0.45), 0, 1)
+        yaw = yaw + rng.choice([-1, 1]) * rng.uniform(0.75, 0.9) * share**2 * (3 - 2 * share)
+    elif motion == "close_eyes":
+        eyes = np.clip(0.5 + 2.5 * (wave - 0.05), 0, 1)
+    else:
+        mouth = np.clip(0.5 + 0.75 * wave, 0, 1) * rng.uniform(0.85, 1.0)
+    return drawing.Motion(yaw, pitch, roll, eyes, mouth, classes["emotion"])
+
+
+def sample_shapes(classes: dict[str, str], rng: np.random.Generator) -> drawing.Shapes:
+    """A general scene that shows `classes`, before a dull background."""
+    count = LABELS["count"].index(classes["count"]) + 1
+    colors = {"red": (214, 44, 48), "green": (48, 166, 72), "blue": (48, 84, 214), "yellow": (240, 210, 50)}
+    way = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}[classes["direction"]]
+    across = 0.5 + (0.36 if count == 2 else 0.3) * (np.arange(count) - (count - 1) / 2) + rng.uniform(-0.04, 0.04)
+    along = 0.5 + rng.uniform(-0.06, 0.06, count)
+    backdrop = _background(rng)
+    backdrop = (0.3 * backdrop + 0.3 * backdrop.mean(-1, keepdims=True) + rng.uniform(0, 80)).astype(np.uint8)
+    return drawing.Shapes(
+        shape=classes["shape"],
+        color=near(rng, colors[classes["color"]], 8),
+        middle=np.stack([along, across] if way[0] else [across, along], -1),
+        step=tuple(w * rng.uniform(0.018, 0.024) for w in way),
+        radius=rng.uniform(0.12, 0.14) if count == 3 else rng.uniform(0.15, 0.18),
+        spin=rng.uniform(-0.5, 0.5),
+        background=backdrop,
+    )
+
+
+def answer(label: str, value: str) -> str:
+    """The canonical answer to a question about `label` where its class is `value`."""
+    return ANSWERS.get(label, {}).get(value, value)
+
+
+def _question(label: str, value: str, rng: np.random.Generator) -> Question:
+    wording = QUESTIONS[label][rng.integers(len(QUESTIONS[label]))]
+    return Question(wording, answer(label, value), "detail" if label in DETAILS else label)
+
+
+def _attributes(classes: dict[str, str]) -> UInt8[np.ndarray, " 83"]:
+    if "emotion" not in classes:
+        return np.zeros(len(vocabulary.VOCABULARY), np.uint8)
+    names = {f"{classes['hair']}_hair", classes["motion"], classes["emotion"]}
+    names |= {"no_beard" if classes["beard"] == "none" else classes["beard"]}
+    present = {
+        "long_hair": classes["hair_length"] == "long",
+        "eyeglasses": classes["glasses"] == "yes",
+        "wearing_hat": classes["hat"] == "yes",
+        "pale_skin": classes["skin"] == "pale",
+        "wearing_earrings": classes["earring"] != "none",
+        "smile": classes["emotion"] == "happy",
+    }
+    names |= {name for name, there in present.items() if there}
+    return np.array([name in names for name in vocabulary.VOCABULARY], np.uint8)
+
+
+def _list(parts: list[str]) -> str:
+    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
+
+
+def _summary(classes: dict[str, str], rng: np.random.Generator) -> str:
+    """One or two sentences with all that is seen, in one of several wordings."""
+    hair = f"{classes['hair_length']} {classes['hair']} hair"
+    parts = [f"{classes['eyes']} eyes", f"{classes['skin']} skin"]
+    if classes["beard"] != "none":
+        parts.append(f"a {classes['beard']}")
+    parts += [f"a mole on the {classes['mole']} cheek"] * (classes["mole"] != "none")
+    parts += [f"a scar on the {classes['scar']} cheek"] * (classes["scar"] != "none")
+    rng.shuffle(parts)
+    wears = ["glasses"] * (classes["glasses"] == "yes") + ["a hat"] * (classes["hat"] == "yes")
+    wears += [f"an earring in the {classes['earring']} ear"] * (classes["earring"] != "none")
+    emotion, motion = answer("emotion", classes["emotion"]), answer("motion", classes["motion"])
+    person = f"The person has {_list([hair, *parts])}"
+    if wears:
+        person += f" and wears {_list(wears)}"
+    does = (
+        f"The person looks {emotion} and is {motion}.",
+        f"The person is {motion} and looks {emotion}.",
+        f"The face is {emotion} and the person is {motion}.",
+    )[rng.integers(3)]
+    return f"{person}. {does}" if rng.integers(2) else f"{does} {person}."
+
+
+def _targets(classes: dict[str, str]) -> dict[str, str]:
+    words = [classes["hair_length"], classes["hair"], "hair"]
+    words += ["glasses"] * (classes["glasses"] == "yes") + ["hat"] * (classes["hat"] == "yes")
+    words += [classes["beard"]] * (classes["beard"] != "none") + [classes["skin"], "skin", classes["eyes"], "eyes"]
+    for detail in DETAILS:
+        if classes[detail] != "none":
+            words += [detail, classes[detail]]
+    return {
+        "attributes": " ".join(words),
+        "emotion": answer("emotion", classes["emotion"]),
+        "action": answer("motion", classes["motion"]),
+    }
+
+
+def _things(classes: dict[str, str]) -> str:
+    return f"{classes['count']} {classes['color']} {classes['shape']}{'s' * (classes['count'] != 'one')}"
+
+
+def _general_summary(classes: dict[str, str], rng: np.random.Generator) -> str:
+    verb = ("move", "go")[rng.integers(2)] if classes["count"] != "one" else ("moves", "goes")[rng.integers(2)]
+    where = {"left": "to the left", "right": "to the right"}.get(classes["direction"], classes["direction"])
+    return f"{_things(classes).capitalize()} {verb} {where}. No person is there."
+
+
+def _general_targets(classes: dict[str, str]) -> dict[str, str]:
+    return {"attributes": _things(classes), "emotion": "none", "action": f"move {classes['direction']}"}
+
+
+def attribute_labels(record: Record) -> dict[str, int]:
+    """Class index of each of `LABELS` in a rendered record; -1 where the clip has none (a face has no `shape`)."""
+    return {label: record.labels.get(label, -1) for label in LABELS}
+
+
+def encode(frames: UInt8[np.ndarray, "T H W 3"], crf: int = 18) -> bytes:
+    """H.264 mp4 bytes of RGB frames at `FPS`; one thread, so that equal frames give equal bytes."""
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format="mp4") as container:
+        stream = container.add_stream("libx264", rate=FPS, options={"preset": "veryfast", "crf": str(crf)})
+        stream.height, stream.width = frames.shape[1:3]
+        stream.pix_fmt = "yuv420p"
+        stream.thread_count = 1
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+    return buffer.getvalue()
+
+
+def contact_sheet(clips: int = 16, across: int = 4) -> UInt8[np.ndarray, "H W 3"]:
+    """The first clips of the held-out split, one moment of each, side by side in RGB."""
+    tiles = []
+    for index in range(clips):
+        with av.open(io.BytesIO(render(0, "heldout", index).clip)) as container:
+            tiles.append([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)][8])
+    return np.concatenate([np.concatenate(tiles[i : i + across], 1) for i in range(0, clips, across)])
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Draws the first 16 held-out clips into one picture.")
+    parser.add_argument("--contact_sheet", required=True, help="PNG file to write")
+    cv2.imwrite(parser.parse_args().contact_sheet, cv2.cvtColor(contact_sheet(), cv2.COLOR_RGB2BGR))

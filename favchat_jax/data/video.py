@@ -1,0 +1,350 @@
+"""From an encoded video file to T sampled frames, on one thread and without decoding what is not asked for.
+
+A first pass reads packet headers only: it yields the exact time of every frame (variable frame rates included) and of
+every keyframe. The second pass decodes from the last keyframe before each wanted frame and lets the decoder drop
+unwanted frames that nothing refers to. Sampling is VideoChat2's (`rand`, `middle`; Ask-Anything,
+video_chat2/dataset/video_utils.py), resizing is its transform: bicubic, squashed to a square.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import io
+import os
+import stat
+from bisect import bisect_right
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import av
+import numpy as np
+from jaxtyping import Float, Int, UInt8
+
+from favchat_jax.data.picture import Augment, Squares
+from favchat_jax.errors import UserError
+
+SMALLEST_SIDE = 8  # pixels; below this there is no picture to speak of, and swscale's chroma filters fail
+KEPT_BYTES = 16 << 20  # the packets of a video up to this size stay in memory between the two passes
+NEAR = 64  # packets: in a larger one a keyframe this close is reached by passing packets over, a farther one by seeking
+# Opening a file decodes up to 20 frames only to guess how far frames are reordered. Streams almost always state it, so
+# the first attempt does without, and a stream that needed it is opened again the slow way.
+QUICK_PROBE = {"skip_frame": "all", "analyzeduration": "1"}
+FULL_PROBE: dict[str, str] = {}
+
+
+Picture = Callable[[av.VideoFrame], UInt8[np.ndarray, "H W 3"]]
+
+
+class VideoError(UserError):
+    """A video that cannot be read: missing, not a video, without frames, too small. Names the file."""
+
+
+@dataclass(frozen=True)
+class Clip:
+    """Sampled frames [T, H, W, 3], RGB, and the time of each in seconds from the first frame of the video."""
+
+    frames: UInt8[np.ndarray, "T H W 3"]
+    seconds: Float[np.ndarray, " T"]
+
+
+@dataclass(frozen=True)
+class _Keyframe:
+    """Where decoding can begin: presentation time, the time to seek to, and the packet's place in the stream."""
+
+    time: int
+    seek: int
+    position: int
+
+
+@dataclass(frozen=True)
+class _Timeline:
+    """Presentation times of all frames and all keyframes, both sorted; `unit` is one tick in seconds.
+
+    `timed` is False for a stream without times (raw streams, some AVI): its frames are told apart by counting.
+    `packets` are those of the whole stream where they are few enough to be kept.
+    """
+
+    times: list[int]
+    keys: list[_Keyframe]
+    packets: list[av.Packet] | None
+    unit: float
+    timed: bool
+
+
+def frame_indices(
+    total: int, frames: int, sampling: str = "middle", rng: np.random.Generator | None = None
+) -> Int[np.ndarray, " frames"]:
+    """Which `frames` of `total` frames to take: one of each of `frames` equal intervals.
+
+    `middle` takes the middle frame of each interval, `rand` any one of it. A video of fewer frames than asked gives
+    all of them, and its last one again and again.
+    """
+    if total < 1 or frames < 1:
+        raise ValueError(f"cannot take {frames} of {total} frames")
+    taken = min(total, frames)
+    edges = [int(i * (total / taken)) for i in range(taken)] + [total]  # cut to whole numbers, as VideoChat2 does
+    if sampling == "middle":
+        indices = [(begin + end - 1) // 2 for begin, end in zip(edges[:-1], edges[1:], strict=True)]
+    elif sampling == "rand":
+        if rng is None:
+            raise ValueError("sampling 'rand' needs a random generator")
+        indices = rng.integers(edges[:-1], edges[1:]).tolist()
+    else:
+        raise UserError(f"unknown frame sampling {sampling!r}: choose 'middle' or 'rand'")
+    return np.array(indices + indices[-1:] * (frames - taken))
+
+
+def decode(
+    clip: bytes | str | Path,
+    *,
+    frames: int,
+    size: int,
+    sampling: str = "middle",
+    rng: np.random.Generator | None = None,
+    augment: Augment | None = None,
+    name: str | None = None,
+) -> Clip:
+    """Decode `frames` sampled frames of a video, upright, RGB, `size` x `size` pixels.
+
+    Args:
+      clip: an encoded video (any container and codec FFmpeg reads) or the path of one.
+      frames: T, how many frames to take; a shorter video repeats its last frame.
+      size: side of the square output in pixels.
+      sampling: `middle` (deterministic) or `rand` (needs `rng`), see `frame_indices`.
+      augment: random crop and flip, drawn once from `rng`; None squashes the whole picture.
+      name: what to call the video in an error, where `clip` is bytes.
+
+    Raises:
+      VideoError: no such file, not a video, no video stream, no frames, or a picture under 8 pixels a side.
+    """
+    source = clip if isinstance(clip, bytes) else os.fspath(clip)
+    label = name or ("the clip" if isinstance(clip, bytes) else source)
+    _check_file(source, label)
+    squares = Squares(size, augment, rng)
+
+    def picture(frame: av.VideoFrame) -> UInt8[np.ndarray, "H W 3"]:
+        if min(frame.width, frame.height) < SMALLEST_SIDE:
+            limit = f"{SMALLEST_SIDE}x{SMALLEST_SIDE}"
+            raise VideoError(f"{label} is {frame.width}x{frame.height} pixels: give a video of at least {limit}")
+        return squares(frame)
+
+    choose = functools.cache(lambda total: frame_indices(total, frames, sampling, rng))  # one draw for both attempts
+    for probe in (QUICK_PROBE, FULL_PROBE):
+        try:
+            timeline, found = _sample(source, probe, label, choose, picture)
+        except VideoError:
+            if probe is FULL_PROBE:
+                raise
+            continue
+        indices = choose(len(timeline.times)).tolist()
+        if found.keys() == set(indices):
+            break
+    if not found:
+        raise VideoError(f"no frame of {label} can be decoded: the file is damaged")
+    times = np.array([timeline.times[index] - timeline.times[0] for index in indices])
+    return Clip(
+        frames=np.stack([_nearest(found, index) for index in indices]),
+        seconds=(times * timeline.unit).astype(np.float32),
+    )
+
+
+def _sample(
+    source: bytes | str, probe: dict[str, str], label: str, choose: Callable[[int], np.ndarray], picture: Picture
+) -> tuple[_Timeline, dict[int, UInt8[np.ndarray, "H W 3"]]]:
+    """The times of all frames, and by index those of the chosen frames that can be decoded."""
+    with _open(source, probe, label) as container:
+        stream = _video_stream(container, label)
+        timeline = _read_timeline(container, stream)
+        if not timeline.times:
+            raise VideoError(f"{label} holds no video frames: the file is cut short or its video has zero length")
+        indices = choose(len(timeline.times)).tolist()
+        if timeline.timed:
+            return timeline, _read_frames(container, stream, timeline, indices, picture)
+    with _open(source, probe, label) as container:  # anew, since untimed streams often cannot seek to their start
+        return timeline, _count_frames(container, _video_stream(container, label), set(indices), picture)
+
+
+def _check_file(source: bytes | str, label: str) -> None:
+    """Names what FFmpeg would only call an invalid argument."""
+    size = len(source)
+    if isinstance(source, str):
+        try:
+            status = os.stat(source)
+        except (OSError, ValueError) as error:
+            raise VideoError(f"{label} does not exist or cannot be reached: give the path of a video file") from error
+        if stat.S_ISDIR(status.st_mode):
+            raise VideoError(f"{label} is a folder: give a video file")
+        if not stat.S_ISREG(status.st_mode) or not os.access(source, os.R_OK):
+            raise VideoError(f"{label} cannot be read: check its permissions")
+        size = status.st_size
+    if size == 0:
+        raise VideoError(f"{label} is empty: give a video file")
+
+
+@contextlib.contextmanager
+def _open(source: bytes | str, probe: dict[str, str], label: str) -> Iterator[av.container.InputContainer]:
+    # "file:" keeps a colon in a name from being taken for a protocol; the white list keeps playlists, which FFmpeg
+    # recognises by content whatever the file is called, from reaching the network.
+    file = io.BytesIO(source) if isinstance(source, bytes) else f"file:{source}"
+    options = {"protocol_whitelist": "file", **probe}
+    try:
+        with av.open(file, options=options, metadata_errors="replace") as container:
+            yield container
+    except (av.error.FFmpegError, OSError) as error:
+        reason = error.strerror or type(error).__name__
+        raise VideoError(f"{label} cannot be read as a video ({reason}): give an intact video file") from error
+
+
+def _video_stream(container: av.container.InputContainer, label: str) -> av.VideoStream:
+    for stream in container.streams.video:
+        if not stream.disposition & av.stream.Disposition.attached_pic:  # a cover picture is not a video
+            if stream.codec_context is None:
+                raise VideoError(f"{label} is encoded with a codec that this FFmpeg lacks: re-encode it, e.g. as H.264")
+            stream.codec_context.thread_count = 1  # the loader's workers are the parallelism
+            return stream
+    raise VideoError(f"{label} has no video stream, it holds sound only or nothing: give a video file")
+
+
+def _read_timeline(container: av.container.InputContainer, stream: av.VideoStream) -> _Timeline:
+    """Read all packets of the stream, decoding none."""
+    times: list[int | None] = []
+    keys: list[_Keyframe] = []
+    packets: list[av.Packet] = []
+    position = size = 0
+    try:
+        for packet in container.demux(stream):
+            if not packet.size:
+                continue
+            size += packet.size
+            if size <= KEPT_BYTES:
+                packets.append(packet)
+            if not packet.is_discard:
+                time = packet.pts
+                times.append(time)
+                if packet.is_keyframe and time is not None:
+                    keys.append(_Keyframe(time, time if packet.dts is None else min(time, packet.dts), position))
+            position += 1
+    except av.error.InvalidDataError:
+        pass  # a file cut short: what comes before the cut is still good
+    timed = bool(keys) and None not in times
+    return _Timeline(
+        times=sorted(times) if timed else list(range(len(times))),
+        keys=sorted(keys, key=lambda key: key.time),
+        packets=packets if size <= KEPT_BYTES else None,
+        unit=float(stream.time_base) if timed else float(1 / (stream.average_rate or 25)),
+        timed=timed,
+    )
+
+
+def _read_frames(
+    container: av.container.InputContainer,
+    stream: av.VideoStream,
+    timeline: _Timeline,
+    indices: list[int],
+    picture: Picture,
+) -> dict[int, UInt8[np.ndarray, "H W 3"]]:
+    """Decode the frames of `indices`, one keyframe's run after the other. What cannot be decoded is left out."""
+    found: dict[int, np.ndarray] = {}
+    runs: dict[int, dict[int, int]] = {}  # keyframe -> {time: index} of the wanted frames that it begins
+    key_times = [key.time for key in timeline.keys]
+    for index in indices:
+        time = timeline.times[index]
+        runs.setdefault(max(bisect_right(key_times, time) - 1, 0), {})[time] = index
+    reader = _Reader(container, stream, timeline.packets)
+    for key, wanted in runs.items():
+        for frame in reader.decode_run(timeline.keys[key], set(wanted)):
+            found[wanted[frame.pts]] = picture(frame)
+    return found
+
+
+def _count_frames(
+    container: av.container.InputContainer, stream: av.VideoStream, wanted: set[int], picture: Picture
+) -> dict[int, UInt8[np.ndarray, "H W 3"]]:
+    """Decode from the start up to the last wanted frame: the only way where packets carry no times."""
+    found: dict[int, np.ndarray] = {}
+    decoded = (frame for packet in container.demux(stream) for frame in _decode_packet(packet))
+    for index, frame in zip(range(max(wanted) + 1), decoded, strict=False):
+        if index in wanted:
+            found[index] = picture(frame)
+    return found
+
+
+def _decode_packet(packet: av.Packet) -> list[av.VideoFrame]:
+    try:
+        return packet.decode()
+    except av.error.InvalidDataError:  # a damaged stretch: the frames around it may still be good
+        return []
+
+
+class _Reader:
+    """Walks over a stream's packets and jumps between keyframes: in the list of packets where they were kept, else by
+    passing packets over or seeking, whichever is cheaper."""
+
+    def __init__(self, container: av.container.InputContainer, stream: av.VideoStream, packets: list[av.Packet] | None):
+        self._container, self._stream, self._kept = container, stream, packets
+        self._packets: Iterator[av.Packet] = iter(())
+        self._position: int | None = None  # of the next packet in the stream; None before the first seek
+
+    def decode_run(self, key: _Keyframe, wanted: set[int]) -> Iterator[av.VideoFrame]:
+        """Yield the frames whose times are in `wanted`, decoding from `key` to the last of their packets."""
+        packet = self._go_to(key)
+        context = self._stream.codec_context
+        context.flush_buffers()
+        unfed = set(wanted)
+        while packet is not None and packet.size:
+            # An unwanted frame that no other frame refers to need not be decoded.
+            context.skip_frame = "DEFAULT" if packet.pts in unfed else "NONREF"
+            unfed.discard(packet.pts)
+            for frame in _decode_packet(packet):
+                if frame.pts in wanted:
+                    yield frame
+            packet = self._next() if unfed else None
+        # Draining brings out the frames that the decoder holds back for reordering, without feeding it any more.
+        with contextlib.suppress(av.error.InvalidDataError):
+            yield from (frame for frame in context.decode(None) if frame.pts in wanted)
+
+    def _go_to(self, key: _Keyframe) -> av.Packet | None:
+        """The packet of a keyframe, or None where the stream does not reach it."""
+        if self._kept is not None:
+            self._packets = iter(self._kept[key.position :])
+            return next(self._packets)
+        if self._position is None or not 0 <= key.position - self._position <= NEAR:
+            self._seek(key.seek)
+        packet = self._pass_over(key)
+        if packet is None:  # the container's index was wrong: look for the keyframe from the start
+            self._seek(0)
+            packet = self._pass_over(key)
+        if packet is not None:
+            self._position = key.position + 1
+        return packet
+
+    def _seek(self, time: int) -> None:
+        self._container.seek(time, stream=self._stream)
+        self._packets = iter(self._container.demux(self._stream))
+
+    def _pass_over(self, key: _Keyframe) -> av.Packet | None:
+        while (packet := self._next()) is not None and packet.size:
+            if packet.is_keyframe and packet.pts == key.time:
+                return packet
+            if packet.is_keyframe and packet.pts is not None and packet.pts > key.time:
+                return None
+        return None
+
+    def _next(self) -> av.Packet | None:
+        try:
+            packet = next(self._packets, None)
+        except av.error.InvalidDataError:
+            return None
+        if self._position is not None:
+            self._position += 1
+        return packet
+
+
+def _nearest(found: dict[int, np.ndarray], index: int) -> UInt8[np.ndarray, "H W 3"]:
+    """The frame itself, or where it could not be decoded the last one before it, or the first after it."""
+    if index in found:
+        return found[index]
+    before = [other for other in found if other < index]
+    return found[max(before) if before else min(found)]

@@ -1,0 +1,222 @@
+"""Answers: prompts are read once into a key/value cache, then tokens are drawn one by one, greedily or by chance.
+
+Adapters are merged into the kernels and layers are kept apart, which a decoder's speed depends on. Every shape is static:
+prompts are padded to a bucket, the cache has room for the bucket and the answer, so nothing compiles twice.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+from flax import struct
+from flax.traverse_util import unflatten_dict
+from jaxtyping import Array, Bool, Float, Int, UInt8
+from transformers import PreTrainedTokenizerBase
+
+from favchat_jax.convert.mistral import read_config
+from favchat_jax.convert.stacking import unstack_layers
+from favchat_jax.data.conversation import Conversation, PromptEncoder
+from favchat_jax.models import favchat, lora
+from favchat_jax.models.favchat import ClipFeatures
+from favchat_jax.models.mistral import LayerCache, empty_cache
+
+Turn = tuple[str, str | None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn.
+
+    Attributes:
+        max_new_tokens: an answer ends here at the latest.
+        temperature: 0 takes the likeliest token; above, scores are divided by it.
+        top_p: draw among the likeliest tokens whose probabilities add up to this.
+        seed: of the draws.
+    """
+
+    max_new_tokens: int = 64
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+
+
+@struct.dataclass
+class Decoding:
+    """B sequences in the middle of being written."""
+
+    token: Int[Array, "B"]
+    position: Int[Array, "B"]
+    done: Bool[Array, "B"]
+    key: Array
+    cache: list[LayerCache]
+
+
+def draw(
+    logits: Float[Array, "B V"], key: Array, temperature: Float[Array, ""], top_p: Float[Array, ""]
+) -> Int[Array, "B"]:
+    """One token a row: the likeliest at temperature 0, else at random among the nucleus of `top_p`."""
+    scores = logits.astype(jnp.float32) / jnp.maximum(temperature, 1e-6)
+    ordered = jnp.sort(scores, axis=-1)[:, ::-1]
+    before = jnp.cumsum(jax.nn.softmax(ordered, axis=-1), axis=-1) - jax.nn.softmax(ordered, axis=-1)
+    floor = jnp.min(jnp.where(before < top_p, ordered, jnp.inf), axis=-1, keepdims=True)
+    sampled = jax.random.categorical(key, jnp.where(scores >= floor, scores, -jnp.inf))
+    return jnp.where(temperature > 0, sampled, jnp.argmax(logits, axis=-1)).astype(jnp.int32)
+
+
+class Sampler:
+    """Answers questions about clips with one model.
+
+    Args:
+        config: the run's config.
+        weights: all weights of the model, flat.
+        tokenizer: the language model's.
+        prompt_tokenizer: the Q-Formers'.
+    """
+
+    def __init__(
+        self,
+        config: ml_collections.ConfigDict,
+        weights: dict[str, Array],
+        tokenizer: PreTrainedTokenizerBase,
+        prompt_tokenizer: PreTrainedTokenizerBase,
+    ):
+        self.frames, self.image_size = config.model.frames, config.model.image_size
+        self.tokenizer = tokenizer
+        self._llm = read_config(config.llm.path)
+        self._model = favchat.build(
+            config.model, self._llm, variant=config.variant, ablation=config.ablation, lora_rank=0, scan=False
+        )
+        tree = unflatten_dict(dict(weights), sep="/")
+        tree["llm"] = unstack_layers(lora.merge(tree["llm"], config.model.lora.alpha))
+        self._params = {"params": tree}
+        qformer = config.model.qformer
+        self._conversation = Conversation(tokenizer, qformer.queries + qformer.extra_queries)
+        self._prompt = PromptEncoder(prompt_tokenizer, config.data.prompt_length)
+        self._buckets = sorted(config.data.buckets)
+        self._dtype = jnp.dtype(config.model.dtype)
+        self._encode = jax.jit(lambda params, frames: self._model.apply(params, frames, method="encode"))
+        self._begin = jax.jit(self._prefill, static_argnames="room")
+        self._advance = jax.jit(self._decode, static_argnames="count", donate_argnums=1)
+
+    @classmethod
+    def of(cls, run: Any) -> "Sampler":
+        """The sampler of a loaded run (`training.assembly.load_run`)."""
+        return cls(run.config, run.weights, run.tokenizer, run.prompt_tokenizer)
+
+    def encode(self, frames: UInt8[np.ndarray, "B T H W 3"]) -> ClipFeatures:
+        """Runs the encoders once; the result serves any number of questions about these clips."""
+        return self._encode(self._params, frames)
+
+    def answer(
+        self, features: ClipFeatures, conversations: Sequence[Sequence[Sequence[Turn]]], sampling: Sampling
+    ) -> list[list[str]]:
+        """Answers Q conversations about each of B clips at once.
+
+        Args:
+            features: of the B clips, from `encode`.
+            conversations: for each clip, Q lists of turns whose last answer is None; shorter lists are filled up.
+            sampling: how tokens are drawn.
+
+        Raises:
+            UserError: an empty question, or a conversation longer than the largest bucket.
+        """
+        tokens = np.concatenate(
+            list(self._blocks(features, conversations, sampling, sampling.max_new_tokens - 1)), axis=1
+        )
+        texts = [self._text(row) for row in tokens]
+        questions = max(len(asked) for asked in conversations)
+        return [texts[i * questions : i * questions + len(asked)] for i, asked in enumerate(conversations)]
+
+    def stream(self, features: ClipFeatures, turns: Sequence[Turn], sampling: Sampling) -> Iterator[str]:
+        """The answer to one conversation about one clip, piece by piece as it is written."""
+        written: list[int] = []
+        shown = ""
+        for block in self._blocks(features, [[turns]], sampling, 1):
+            written.extend(block[0])
+            text = self._text(np.array(written))
+            if not text.endswith("\ufffd"):  # a character whose bytes are not all there yet
+                yield text[len(shown) :]
+                shown = text
+        yield self._text(np.array(written))[len(shown) :]
+
+    def _blocks(self, features, conversations, sampling: Sampling, count: int) -> Iterator[Int[np.ndarray, "B n"]]:
+        """Token ids as they are drawn: the first of each sequence, then `count` at a time until all have ended."""
+        arrays = self._arrays(conversations)
+        draw_how = (jnp.float32(sampling.temperature), jnp.float32(sampling.top_p))
+        key = jax.random.key_data(jax.random.key(sampling.seed))
+        state = self._begin(self._params, features, arrays, key, *draw_how, room=sampling.max_new_tokens)
+        yield np.asarray(state.token)[:, None]
+        left = sampling.max_new_tokens - 1
+        while left > 0 and not bool(jnp.all(state.done)):
+            state, tokens = self._advance(self._params, state, *draw_how, count=count)
+            yield np.asarray(tokens)[:, :left]
+            left -= count
+
+    def _arrays(self, conversations) -> dict[str, np.ndarray]:
+        clips, questions = len(conversations), max(len(asked) for asked in conversations)
+        rows = [list(asked) + [asked[0]] * (questions - len(asked)) for asked in conversations]
+        encoded = [
+            [self._conversation.encode(turns, self.frames, self._buckets[-1]).tokens for turns in asked]
+            for asked in rows
+        ]
+        lengths = np.array([[len(tokens) for tokens in asked] for asked in encoded], np.int32)
+        bucket = next(size for size in self._buckets if size >= lengths.max())
+        arrays = {
+            "tokens": np.full((clips, questions, bucket), self._conversation.pad, np.int32),
+            "last": lengths.reshape(-1) - 1,
+            "prompt": np.zeros((clips, questions, self._prompt.length), np.int32),
+            "prompt_mask": np.zeros((clips, questions, self._prompt.length), bool),
+        }
+        for i, asked in enumerate(encoded):
+            for j, tokens in enumerate(asked):
+                arrays["tokens"][i, j, : len(tokens)] = tokens
+                arrays["prompt"][i, j], arrays["prompt_mask"][i, j] = self._prompt.encode(rows[i][j][-1][0])
+        return arrays
+
+    def _prefill(self, params, features, arrays, key, temperature, top_p, *, room: int) -> Decoding:
+        clips, questions, length = arrays["tokens"].shape
+        cache = empty_cache(self._llm, clips * questions, length + room, self._dtype)
+        logits, cache = self._model.apply(
+            params,
+            features,
+            arrays["tokens"],
+            arrays["prompt"],
+            arrays["prompt_mask"],
+            arrays["last"],
+            cache,
+            method="prefill",
+        )
+        draw_key, key = jax.random.split(jax.random.wrap_key_data(key))
+        token = draw(logits, draw_key, temperature, top_p)
+        return Decoding(token, arrays["last"] + 1, token == self._conversation.eos, jax.random.key_data(key), cache)
+
+    def _decode(self, params, state: Decoding, temperature, top_p, *, count: int):
+        """Up to `count` more tokens a sequence; ends early where all are done. Ended sequences repeat their end."""
+        eos = self._conversation.eos
+
+        def go_on(carry):
+            n, state, _ = carry
+            return (n < count) & ~jnp.all(state.done)
+
+        def one(carry):
+            n, state, tokens = carry
+            logits, cache = self._model.apply(params, state.token, state.position, state.cache, method="decode")
+            draw_key, key = jax.random.split(jax.random.wrap_key_data(state.key))
+            token = jnp.where(state.done, eos, draw(logits, draw_key, temperature, top_p))
+            done = state.done | (token == eos)
+            tokens = jax.lax.dynamic_update_index_in_dim(tokens, token, n, axis=1)
+            return n + 1, Decoding(token, state.position + 1, done, jax.random.key_data(key), cache), tokens
+
+        tokens = jnp.full((state.token.shape[0], count), eos, jnp.int32)
+        _, state, tokens = jax.lax.while_loop(go_on, one, (0, state, tokens))
+        return state, tokens
+
+    def _text(self, tokens: Int[np.ndarray, " n"]) -> str:
+        ended = np.flatnonzero(tokens == self._conversation.eos)
+        kept = tokens[: ended[0]] if len(ended) else tokens
+        return self.tokenizer.decode(kept.tolist(), skip_special_tokens=True).strip()

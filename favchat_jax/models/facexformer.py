@@ -1,0 +1,224 @@
+"""FaceXFormer's facial encoder: a Swin transformer with four taps, one a granularity (e_1..e_4 of FaVChat's Eq. 1).
+
+Rebuilds the backbone of github: Kartik-3004/facexformer (network/models/facexformer.py), which is torchvision's
+`swin_b` without norm and head. Published names map one to one, with kernels transposed:
+
+| published | here |
+|---|---|
+| `backbone.0.0.0`, `backbone.0.0.2` | `patch_embed/proj`, `patch_norm` |
+| `backbone.0.{1+2i}.{j}.norm1`, `.norm2` | `stages_{i}/blocks_{j}/norm1`, `/norm2` |
+| `backbone.0.{1+2i}.{j}.attn.*` | `stages_{i}/blocks_{j}/attn/*` |
+| `backbone.0.{1+2i}.{j}.mlp.0`, `.mlp.3` | `stages_{i}/blocks_{j}/mlp/fc1`, `/fc2` |
+| `backbone.0.{2+2i}.norm`, `.reduction` | `merge_{i}/norm`, `/reduction` |
+| `linear_c.{i}.proj`, `linear_fuse` | `linear_c_{i}`, `linear_fuse` of `LinearFuse` |
+
+`backbone.1`, torchvision's final norm, never reaches a tap and does not exist here.
+"""
+
+from functools import lru_cache
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
+from jaxtyping import Array, Bool, Float, Int
+
+from favchat_jax.models.attention import attention
+from favchat_jax.models.umt import MLP, Linear, PatchEmbedding
+
+
+@lru_cache(maxsize=64)
+def relative_position_index(window: tuple[int, int], table_window: int) -> Int[np.ndarray, "L L"]:
+    """Row of the bias table for each (query, key) of a window in raster order.
+
+    The table has (2 * table_window - 1)^2 rows, one for each offset (query - key) of a full window, rows first.
+    """
+    rows, columns = (axis.ravel() for axis in np.indices(window))
+    row_offset = rows[:, None] - rows + table_window - 1
+    column_offset = columns[:, None] - columns + table_window - 1
+    return row_offset * (2 * table_window - 1) + column_offset
+
+
+@lru_cache(maxsize=64)
+def shifted_window_mask(
+    size: tuple[int, int], window: tuple[int, int], shift: tuple[int, int]
+) -> Bool[np.ndarray, "windows L L"]:
+    """True where two tokens of one window of the rolled map also were neighbours before the roll.
+
+    The roll brings the map's first `shift` rows and columns behind its last ones; within the windows that hold
+    both, tokens from either side of such a seam do not see each other.
+    """
+    seam = [(np.arange(n) >= n - s).astype(int) for n, s in zip(size, shift, strict=True)]
+    regions = 2 * seam[0][:, None] + seam[1][None, :]
+    regions = rearrange(regions, "(y h) (x w) -> (y x) (h w)", h=window[0], w=window[1])
+    return regions[:, :, None] == regions[:, None, :]
+
+
+class WindowAttention(nn.Module):
+    """Self-attention within windows of the map, with a learned bias for each relative position.
+
+    A map that does not divide into windows is padded with zeros after the norm, and the zeros take part, as in
+    torchvision. A map smaller than the window (which the paper's sizes never meet) is one window of its own size.
+
+    Attributes:
+        heads: attention heads.
+        window: side of a window in tokens.
+        shifted: roll the map by half a window first, so that windows straddle those of the block before.
+    """
+
+    heads: int
+    window: int
+    shifted: bool
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, tokens: Float[Array, "B H W D"]) -> Float[Array, "B H W D"]:
+        batch, *size, width = tokens.shape
+        window = tuple(min(self.window, n) for n in size)
+        padded = tuple(-(-n // w) * w for n, w in zip(size, window, strict=True))
+        shift = tuple(self.window // 2 if self.shifted and w < n else 0 for n, w in zip(padded, window, strict=True))
+
+        if padded != tuple(size):
+            tokens = jnp.pad(tokens, ((0, 0), (0, padded[0] - size[0]), (0, padded[1] - size[1]), (0, 0)))
+        if any(shift):
+            tokens = jnp.roll(tokens, (-shift[0], -shift[1]), (1, 2))
+        tokens = rearrange(tokens, "b (y h) (x w) d -> (b y x) (h w) d", h=window[0], w=window[1])
+        tokens = self._attend(tokens, window, padded, shift)
+        tokens = rearrange(tokens, "(b y x) (h w) d -> b (y h) (x w) d", b=batch, y=padded[0] // window[0], h=window[0])
+        if any(shift):
+            tokens = jnp.roll(tokens, shift, (1, 2))
+        return tokens[:, : size[0], : size[1]]
+
+    def _attend(self, tokens, window, padded, shift):
+        width = tokens.shape[-1]
+        qkv = Linear(3 * width, dtype=self.dtype, name="qkv")(tokens)
+        query, key, value = jnp.moveaxis(rearrange(qkv, "b l (n h d) -> b l n h d", n=3, h=self.heads), 2, 0)
+        table = self.param(
+            "relative_position_bias_table", nn.initializers.normal(0.02), ((2 * self.window - 1) ** 2, self.heads)
+        )
+        bias = jnp.moveaxis(table[relative_position_index(window, self.window)], -1, 0)[None]
+        mask = None
+        if any(shift):
+            mask = shifted_window_mask(padded, window, shift)
+            mask = jnp.tile(mask[:, None], (tokens.shape[0] // len(mask), 1, 1, 1))
+        attended = attention(query, key, value, bias=bias.astype(self.dtype), mask=mask)
+        return Linear(width, dtype=self.dtype, name="proj")(rearrange(attended, "b l h d -> b l (h d)"))
+
+
+class SwinBlock(nn.Module):
+    """Pre-norm block: window attention, then an MLP."""
+
+    heads: int
+    window: int
+    shifted: bool
+    mlp_ratio: int
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, tokens: Float[Array, "B H W D"]) -> Float[Array, "B H W D"]:
+        width = tokens.shape[-1]
+        normed = nn.LayerNorm(1e-5, dtype=self.dtype, use_fast_variance=False, name="norm1")(tokens)
+        tokens = tokens + WindowAttention(self.heads, self.window, self.shifted, self.dtype, name="attn")(normed)
+        normed = nn.LayerNorm(1e-5, dtype=self.dtype, use_fast_variance=False, name="norm2")(tokens)
+        return tokens + MLP(width, self.mlp_ratio * width, self.dtype, name="mlp")(normed)
+
+
+class SwinStage(nn.Module):
+    """Blocks of one resolution; every second one shifts its windows."""
+
+    depth: int
+    heads: int
+    window: int
+    mlp_ratio: int
+    dtype: jnp.dtype = jnp.float32
+    remat: bool = False
+
+    @nn.compact
+    def __call__(self, tokens: Float[Array, "B H W D"]) -> Float[Array, "B H W D"]:
+        block = nn.remat(SwinBlock) if self.remat else SwinBlock
+        for j in range(self.depth):
+            tokens = block(self.heads, self.window, j % 2 == 1, self.mlp_ratio, self.dtype, name=f"blocks_{j}")(tokens)
+        return tokens
+
+
+class PatchMerging(nn.Module):
+    """Halves the map: 2x2 neighbours side by side (down the column first), norm, linear to twice the width."""
+
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, tokens: Float[Array, "B H W D"]) -> Float[Array, "B h w E"]:
+        _, height, width, channels = tokens.shape
+        if height % 2 or width % 2:
+            tokens = jnp.pad(tokens, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)))
+        tokens = rearrange(tokens, "b (y p) (x q) d -> b y x (q p d)", p=2, q=2)
+        tokens = nn.LayerNorm(1e-5, dtype=self.dtype, use_fast_variance=False, name="norm")(tokens)
+        return Linear(2 * channels, use_bias=False, dtype=self.dtype, name="reduction")(tokens)
+
+
+class FaceXFormerEncoder(nn.Module):
+    """The facial encoder, run on single frames.
+
+    Attributes:
+        width: channels of the first stage; each further stage doubles them.
+        depths: blocks of each stage.
+        heads: attention heads of each stage.
+        window: side of an attention window in tokens.
+        mlp_ratio: hidden channels of a block's MLP over its width.
+        patch: side of a patch in pixels.
+        dtype: compute dtype; weights are float32.
+        remat: recompute each block in the backward pass instead of keeping its activations.
+    """
+
+    width: int = 128
+    depths: tuple[int, ...] = (2, 2, 18, 2)
+    heads: tuple[int, ...] = (4, 8, 16, 32)
+    window: int = 7
+    mlp_ratio: int = 4
+    patch: int = 4
+    dtype: jnp.dtype = jnp.float32
+    remat: bool = False
+
+    @nn.compact
+    def __call__(self, frames: Float[Array, "N H W 3"]) -> list[Float[Array, "N h w D"]]:
+        """Encodes normalised frames (mean and standard deviation as UMT's).
+
+        Returns:
+            The output of each stage before its patch merging, finest first: at 224 pixels [N, 56, 56, 128],
+            [N, 28, 28, 256], [N, 14, 14, 512], [N, 7, 7, 1024].
+        """
+        tokens = PatchEmbedding(self.width, self.patch, self.dtype, name="patch_embed")(frames.astype(self.dtype))
+        tokens = nn.LayerNorm(1e-5, dtype=self.dtype, use_fast_variance=False, name="patch_norm")(tokens)
+        taps = []
+        for i, (depth, heads) in enumerate(zip(self.depths, self.heads, strict=True)):
+            if taps:
+                tokens = PatchMerging(self.dtype, name=f"merge_{i - 1}")(tokens)
+            stage = SwinStage(depth, heads, self.window, self.mlp_ratio, self.dtype, self.remat, name=f"stages_{i}")
+            tokens = stage(tokens)
+            taps.append(tokens)
+        return taps
+
+
+class LinearFuse(nn.Module):
+    """FaceXFormer's own fusion of the taps: each projected, brought to the finest map, mixed by a 1x1 convolution.
+
+    Attributes:
+        width: channels of each projection and of the result.
+    """
+
+    width: int = 256
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, taps: list[Float[Array, "N _h _w _D"]]) -> Float[Array, "N H W D"]:
+        kernel = self.param("linear_fuse", nn.initializers.lecun_normal(), (len(taps) * self.width, self.width))
+        # The published order is project, resize, concatenate deepest first, convolve. A pointwise linear map commutes
+        # with interpolation, so each tap's share of the convolution is done on its own small map.
+        shares = jnp.split(kernel.astype(self.dtype), len(taps))[::-1]
+        height, width = taps[0].shape[1:3]
+        fused = 0
+        for i, (tap, share) in enumerate(zip(taps, shares, strict=True)):
+            projected = Linear(self.width, dtype=self.dtype, name=f"linear_c_{i}")(tap.astype(self.dtype)) @ share
+            fused += jax.image.resize(projected, (tap.shape[0], height, width, self.width), "bilinear", antialias=False)
+        return fused

@@ -1,0 +1,202 @@
+"""FaVChat, the whole way from a clip and a question to the language model's hidden states (Section 4.1).
+
+    frames --> UMT ---------------------------> e_g --> general Q-Former --> linear --\\
+          \\                                      |                                     mixture --> visual tokens --> Mistral
+           --> FaceXFormer --> e_1..e_N --> granularity fusion --> facial Q-Former --> linear --/
+
+Encoders and fusion run once a clip; everything that reads the question runs once a question.
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+from einops import rearrange
+from flax import struct
+from jaxtyping import Array, Bool, Float, Int, UInt8
+
+from favchat_jax.errors import UserError
+from favchat_jax.models.adapters import GatedMixture, ScalarMixture
+from favchat_jax.models.facexformer import FaceXFormerEncoder, LinearFuse
+from favchat_jax.models.granularity import GranularityFusion, add_time
+from favchat_jax.models.mistral import LayerCache, LoRA, Mistral, MistralConfig
+from favchat_jax.models.qformer import QFormer
+from favchat_jax.models.umt import UMT, VISION_LAYERNORM_EPSILON
+
+# Published normalisation of both encoders' input (ImageNet's).
+PIXEL_MEAN = (0.485, 0.456, 0.406)
+PIXEL_STD = (0.229, 0.224, 0.225)
+
+VARIANTS = ("v1",)
+ABLATIONS = ("none", "no_face", "no_granularity", "no_moe")
+
+
+@struct.dataclass
+class ClipFeatures:
+    """What the encoders make of a clip: all that later parts need of it, whatever the question."""
+
+    general: Float[Array, "B S D"]
+    facial: Float[Array, "B F D"]
+
+
+@struct.dataclass
+class Output:
+    """Final hidden states of every question's sequence, and how much each stream weighs in each visual token."""
+
+    hidden: Float[Array, "B Q L D"]
+    stream_weights: Float[Array, "B Q N 2"]
+
+
+class FaVChat(nn.Module):
+    """The model of one variant and ablation; build it with `build`.
+
+    Attributes:
+        umt: general encoder.
+        facexformer: facial encoder, None in the ablation `no_face`.
+        fusion: granularity fusion of Eq. 2, or None in `no_granularity`, where FaceXFormer's own fusion stands in.
+        general_qformer, facial_qformer: one Q-Former a stream.
+        general_proj, facial_proj: one linear layer a stream, to the language model's width.
+        adapter: mixture of the two streams.
+        llm: language model.
+        face_taps: in `no_face`, the general encoder's blocks (1-based) that Eq. 2 runs over.
+        dtype: dtype of the computation.
+    """
+
+    umt: UMT
+    facexformer: FaceXFormerEncoder | None
+    fusion: GranularityFusion | None
+    general_qformer: QFormer
+    facial_qformer: QFormer
+    general_proj: nn.Dense
+    facial_proj: nn.Dense
+    adapter: GatedMixture | ScalarMixture
+    llm: Mistral
+    dtype: jnp.dtype = jnp.float32
+
+    def setup(self):
+        self.vision_layernorm = nn.LayerNorm(epsilon=VISION_LAYERNORM_EPSILON, dtype=self.dtype)
+        if self.fusion is None:
+            self.linear_fuse = LinearFuse(dtype=self.dtype)
+            self.fuse_proj = nn.Dense(self.umt.width, dtype=self.dtype)
+
+    def encode(self, frames: UInt8[Array, "B T H W 3"]) -> ClipFeatures:
+        """Both encoders and the fusion, once a clip."""
+        batch, time = frames.shape[:2]
+        x = (frames.astype(jnp.float32) / 255 - jnp.array(PIXEL_MEAN)) / jnp.array(PIXEL_STD)
+        x = x.astype(self.dtype)
+        general, blocks = self.umt(x)
+        general = self.vision_layernorm(general)
+        if self.facexformer is None:
+            granularities = [rearrange(block, "B (T L) D -> B T L D", T=time) for block in blocks]
+        else:
+            maps = self.facexformer(rearrange(x, "B T H W C -> (B T) H W C"))
+            granularities = [rearrange(m, "(B T) H W D -> B T (H W) D", B=batch) for m in maps]
+        if self.fusion is None:
+            facial = self.fuse_proj(self.linear_fuse(maps))
+            facial = rearrange(facial, "(B T) H W D -> B T (H W) D", B=batch)
+        else:
+            facial = self.fusion(rearrange(general, "B (T S) D -> B T S D", T=time), granularities)
+        return ClipFeatures(general, add_time(facial))
+
+    def visual_tokens(
+        self,
+        features: ClipFeatures,
+        prompt: Int[Array, "B Q P"],
+        prompt_mask: Bool[Array, "B Q P"],
+        deterministic: bool = True,
+    ) -> tuple[Float[Array, "B Q N D"], Float[Array, "B Q N 2"]]:
+        """The tokens that the language model sees for each question, and each stream's weight in them."""
+        general = self.general_qformer(features.general, prompt, prompt_mask, deterministic=deterministic)
+        facial = self.facial_qformer(features.facial, prompt, prompt_mask, deterministic=deterministic)
+        return self.adapter(self.general_proj(general), self.facial_proj(facial))
+
+    def embed(self, tokens: Int[Array, "B Q L"], visual: Float[Array, "B Q N D"]) -> Float[Array, "B Q L D"]:
+        """Embedded sequences; the n-th placeholder (a negative id) of a sequence is its n-th visual token."""
+        placeholder = tokens < 0
+        nth = jnp.clip(jnp.cumsum(placeholder, axis=-1) - 1, 0, visual.shape[2] - 1)
+        spread = jnp.take_along_axis(visual, nth[..., None], axis=2)
+        return jnp.where(placeholder[..., None], spread.astype(self.dtype), self.llm.embed(tokens))
+
+    def __call__(
+        self,
+        frames: UInt8[Array, "B T H W 3"],
+        tokens: Int[Array, "B Q L"],
+        prompt: Int[Array, "B Q P"],
+        prompt_mask: Bool[Array, "B Q P"],
+        deterministic: bool = True,
+    ) -> Output:
+        """Hidden states of Q right-padded sequences about each of B clips; `llm.logits` turns them into scores."""
+        visual, stream_weights = self.visual_tokens(self.encode(frames), prompt, prompt_mask, deterministic)
+        embeddings = rearrange(self.embed(tokens, visual), "B Q L D -> (B Q) L D")
+        hidden, _ = self.llm(embeddings, deterministic=deterministic)
+        if self.is_initializing():
+            self.llm.logits(hidden[:, :1])  # creates the output layer's weights
+        return Output(rearrange(hidden, "(B Q) L D -> B Q L D", B=tokens.shape[0]), stream_weights)
+
+    def prefill(
+        self,
+        features: ClipFeatures,
+        tokens: Int[Array, "B Q L"],
+        prompt: Int[Array, "B Q P"],
+        prompt_mask: Bool[Array, "B Q P"],
+        last: Int[Array, "B*Q"],
+        cache: list[LayerCache],
+    ) -> tuple[Float[Array, "B*Q V"], list[LayerCache]]:
+        """Reads every prompt into an empty cache; scores of the token after position `last` of each sequence."""
+        visual, _ = self.visual_tokens(features, prompt, prompt_mask)
+        embeddings = rearrange(self.embed(tokens, visual), "B Q L D -> (B Q) L D")
+        hidden, cache = self.llm(embeddings, cache=cache)
+        final = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
+        return self.llm.logits(final), cache
+
+    def decode(
+        self, token: Int[Array, "B"], position: Int[Array, "B"], cache: list[LayerCache]
+    ) -> tuple[Float[Array, "B V"], list[LayerCache]]:
+        """One more token a sequence, at its position: scores of the next, and the cache with this one in it."""
+        hidden, cache = self.llm(self.llm.embed(token[:, None]), positions=position[:, None], cache=cache)
+        return self.llm.logits(hidden[:, 0]), cache
+
+
+def build(
+    model: Any, llm: MistralConfig, *, variant: str = "v1", ablation: str = "none", lora_rank: int, scan: bool = True
+) -> FaVChat:
+    """The model that a config's `model` section describes.
+
+    Args:
+        model: the section (`configs/common.py` says what each field means).
+        llm: sizes of the language model, from its folder.
+        variant: v1.
+        ablation: none, no_face, no_granularity or no_moe (Table 6).
+        lora_rank: 0 in stage 1, which has no adapters.
+        scan: False for decoding.
+
+    Raises:
+        UserError: unknown variant or ablation.
+    """
+    if variant not in VARIANTS:
+        raise UserError(f"variant={variant} is unknown: choose one of {', '.join(VARIANTS)}")
+    if ablation not in ABLATIONS:
+        raise UserError(f"ablation={ablation} is unknown: choose one of {', '.join(ABLATIONS)}")
+    dtype = jnp.dtype(model.dtype)
+    taps = tuple(model.no_face_taps) if ablation == "no_face" else ()
+    qformer = dict(model.qformer, dtype=dtype)
+    return FaVChat(
+        umt=UMT(**model.umt, taps=taps, remat=model.remat, dtype=dtype),
+        facexformer=None if ablation == "no_face" else FaceXFormerEncoder(**model.facexformer, dtype=dtype),
+        fusion=None
+        if ablation == "no_granularity"
+        else GranularityFusion(model.umt.width, dtype=dtype, **model.fusion),
+        general_qformer=QFormer(**qformer),
+        facial_qformer=QFormer(**qformer),
+        general_proj=nn.Dense(llm.hidden_size, dtype=dtype),
+        facial_proj=nn.Dense(llm.hidden_size, dtype=dtype),
+        adapter=ScalarMixture() if ablation == "no_moe" else GatedMixture(model.adapter.hidden, dtype=dtype),
+        llm=Mistral(
+            llm,
+            LoRA(lora_rank, model.lora.alpha, model.lora.dropout, tuple(model.lora.targets)),
+            dtype=dtype,
+            scan=scan,
+            remat=model.remat,
+        ),
+        dtype=dtype,
+    )

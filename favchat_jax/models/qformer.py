@@ -1,0 +1,238 @@
+"""The Q-Former: learned queries that read a clip's visual tokens and, with a prompt, the question about it.
+
+Rebuilds BLIP-2's BERT as VideoChat2 runs it (github: OpenGVLab/Ask-Anything, video_chat2/models/blip2/Qformer.py).
+Queries and prompt share each layer's self-attention, in which everything sees everything but padding; every second
+layer's queries then read the visual tokens; queries and prompt have an MLP of their own. Published names map one to
+one, with kernels transposed:
+
+| published (`qformer.bert.` left out) | here |
+|---|---|
+| `query_tokens`, `extra_query_tokens` | the same |
+| `embeddings.{word_embeddings,position_embeddings}` | the same, `/embedding` |
+| `embeddings.LayerNorm` | `embeddings_norm` |
+| `encoder.layer.{i}.attention.self.{query,key,value}` | `layer_{i}/attention/{query,key,value}` |
+| `encoder.layer.{i}.attention.output.{dense,LayerNorm}` | `layer_{i}/attention/{output,norm}` |
+| `encoder.layer.{i}.crossattention.*` | `layer_{i}/crossattention/*`, as above |
+| `encoder.layer.{i}.intermediate.dense`, `.output.{dense,LayerNorm}` | `layer_{i}/mlp/{intermediate,output,norm}` |
+| `encoder.layer.{i}.intermediate_query`, `.output_query` | `layer_{i}/mlp_query/*`, as above |
+"""
+
+import flax.linen as nn
+import jax.numpy as jnp
+from einops import rearrange
+from jaxtyping import Array, Bool, Float, Int
+
+from favchat_jax.models.attention import attention
+from favchat_jax.models.umt import Linear
+
+_EMBEDDING_INIT = nn.initializers.normal(0.02)
+
+
+def _layer_norm(dtype: jnp.dtype, name: str) -> nn.LayerNorm:
+    return nn.LayerNorm(1e-12, dtype=dtype, use_fast_variance=False, name=name)
+
+
+class Residual(nn.Module):
+    """The end of a post-norm branch: linear, dropout, stochastic depth, addition and norm.
+
+    Attributes:
+        dropout: rate on single channels.
+        drop_path: rate at which a question's whole branch is left out.
+    """
+
+    dropout: float
+    drop_path: float
+    dtype: jnp.dtype = jnp.float32
+
+    def finish(self, branch: Float[Array, "B Q L _D"], trunk: Float[Array, "B Q L D"], deterministic: bool):
+        branch = Linear(trunk.shape[-1], dtype=self.dtype, name="output")(branch)
+        branch = nn.Dropout(self.dropout)(branch, deterministic=deterministic)
+        branch = nn.Dropout(self.drop_path, broadcast_dims=(2, 3))(branch, deterministic=deterministic)
+        return _layer_norm(self.dtype, "norm")(branch + trunk)
+
+
+class Attention(Residual):
+    """Self-attention within each question's tokens, or cross-attention to its clip's visual tokens.
+
+    BERT's dropout of attention weights is left out: fused attention kernels have none.
+    """
+
+    heads: int = 12
+
+    @nn.compact
+    def __call__(
+        self,
+        tokens: Float[Array, "B Q L D"],
+        *,
+        visual: Float[Array, "B S E"] | None = None,
+        mask: Bool[Array, "B Q L"] | None = None,
+        deterministic: bool,
+    ) -> Float[Array, "B Q L D"]:
+        batch, questions, _, width = tokens.shape
+        # All questions of a clip read it in one attention, so that its keys and values exist once.
+        fold = "b q l (h d) -> (b q) l h d" if visual is None else "b q l (h d) -> b (q l) h d"
+        context = tokens if visual is None else visual[:, None]
+        query, key, value = (
+            rearrange(Linear(width, dtype=self.dtype, name=name)(source), fold, h=self.heads)
+            for name, source in (("query", tokens), ("key", context), ("value", context))
+        )
+        if mask is not None:
+            mask = rearrange(mask, "b q l -> (b q) 1 1 l")
+        attended = attention(query, key, value, mask=mask).reshape(batch, questions, -1, width)
+        return self.finish(attended, tokens, deterministic)
+
+
+class MLP(Residual):
+    """Two linear layers with the exact (erf) GELU between them."""
+
+    hidden: int = 3072
+
+    @nn.compact
+    def __call__(self, tokens: Float[Array, "B Q L D"], *, deterministic: bool) -> Float[Array, "B Q L D"]:
+        hidden = Linear(self.hidden, dtype=self.dtype, name="intermediate")(tokens)
+        return self.finish(nn.gelu(hidden, approximate=False), tokens, deterministic)
+
+
+class Layer(nn.Module):
+    """One layer: shared self-attention, cross-attention of the queries, one MLP for queries and one for the prompt."""
+
+    heads: int
+    mlp: int
+    cross: bool
+    dropout: float
+    drop_path: float
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self,
+        queries: Float[Array, "B Q N D"],
+        text: Float[Array, "B Q L D"] | None,
+        visual: Float[Array, "B S E"],
+        mask: Bool[Array, "B Q N+L"] | None,
+        deterministic: bool,
+    ) -> tuple[Float[Array, "B Q N D"], Float[Array, "B Q L D"] | None]:
+        rates = {"dropout": self.dropout, "drop_path": self.drop_path, "dtype": self.dtype}
+        count = queries.shape[2]
+        tokens = queries if text is None else jnp.concatenate([queries, text], axis=2)
+        tokens = Attention(**rates, heads=self.heads, name="attention")(tokens, mask=mask, deterministic=deterministic)
+        queries = tokens[:, :, :count]
+        if self.cross:
+            cross = Attention(**rates, heads=self.heads, name="crossattention")
+            queries = cross(queries, visual=visual, deterministic=deterministic)
+        queries = MLP(**rates, hidden=self.mlp, name="mlp_query")(queries, deterministic=deterministic)
+        if text is not None:
+            text = MLP(**rates, hidden=self.mlp, name="mlp")(tokens[:, :, count:], deterministic=deterministic)
+        return queries, text
+
+
+class QFormer(nn.Module):
+    """The Q-Former of one stream of visual tokens.
+
+    Attributes:
+        width: channels of a token.
+        depth: layers.
+        heads: attention heads.
+        mlp: hidden channels of an MLP.
+        queries: learned queries of BLIP-2.
+        extra_queries: queries that VideoChat2's instruction tuning adds.
+        vocabulary: word pieces of the prompt's tokenizer, `[DEC]` included.
+        positions: longest prompt.
+        cross_every: layers 0, cross_every, 2 * cross_every, ... read the visual tokens.
+        prompt: the text branch exists and the question is read.
+        dropout: rate on embeddings and on the output of attentions and MLPs.
+        drop_path: stochastic depth of the last layer; it rises linearly from 0 at the first.
+        dtype: compute dtype; weights are float32.
+        remat: recompute each layer in the backward pass instead of keeping its activations.
+    """
+
+    width: int = 768
+    depth: int = 12
+    heads: int = 12
+    mlp: int = 3072
+    queries: int = 32
+    extra_queries: int = 64
+    vocabulary: int = 30523
+    positions: int = 512
+    cross_every: int = 2
+    prompt: bool = True
+    dropout: float = 0.1
+    drop_path: float = 0.0
+    dtype: jnp.dtype = jnp.float32
+    remat: bool = False
+
+    def setup(self):
+        self.query_tokens = self.param("query_tokens", _EMBEDDING_INIT, (self.queries, self.width))
+        if self.extra_queries:
+            self.extra_query_tokens = self.param(
+                "extra_query_tokens", _EMBEDDING_INIT, (self.extra_queries, self.width)
+            )
+        self.embeddings_norm = _layer_norm(self.dtype, None)
+        if self.prompt:
+            self.word_embeddings = nn.Embed(
+                self.vocabulary, self.width, dtype=self.dtype, embedding_init=_EMBEDDING_INIT
+            )
+            self.position_embeddings = nn.Embed(
+                self.positions, self.width, dtype=self.dtype, embedding_init=_EMBEDDING_INIT
+            )
+        self.embeddings_dropout = nn.Dropout(self.dropout)
+        layer = nn.remat(Layer, static_argnums=(5,)) if self.remat else Layer
+        self.layer = [
+            layer(
+                self.heads,
+                self.mlp,
+                i % self.cross_every == 0,
+                self.dropout,
+                self.drop_path * i / max(self.depth - 1, 1),
+                self.dtype,
+            )
+            for i in range(self.depth)
+        ]
+
+    def embed_prompt(self, prompt: Int[Array, "B Q L"]) -> Float[Array, "B Q L D"]:
+        """Word plus position embeddings of prompts, normed: what enters the first layer (without dropout)."""
+        length = prompt.shape[-1]
+        if length > self.positions:
+            raise ValueError(f"a prompt of {length} word pieces is longer than the {self.positions} positions")
+        return self.embeddings_norm(self.word_embeddings(prompt) + self.position_embeddings(jnp.arange(length)))
+
+    def __call__(
+        self,
+        visual: Float[Array, "B S E"],
+        prompt: Int[Array, "B Q L"] | None = None,
+        prompt_mask: Bool[Array, "B Q L"] | None = None,
+        *,
+        deterministic: bool = True,
+    ) -> Float[Array, "B Q N D"]:
+        """Reads clips, with Q questions each.
+
+        Args:
+            visual: visual tokens of each clip.
+            prompt: word pieces of each question, padded on the right: positions count from the left. Where
+                `self.prompt` is False its words are not read and a clip's questions share their tokens. None: Q is 1
+                and nothing is read but the clip.
+            prompt_mask: True at word pieces, False at padding; required with a prompt.
+            deterministic: no dropout; otherwise the random stream `dropout` is needed.
+
+        Returns:
+            The last layer's N = queries + extra_queries query tokens.
+        """
+        tokens = self.query_tokens
+        if self.extra_queries:
+            tokens = jnp.concatenate([tokens, self.extra_query_tokens])
+        text, mask, questions = None, None, 1
+        if self.prompt and prompt is not None:
+            questions = prompt.shape[1]
+            text = self.embeddings_dropout(self.embed_prompt(prompt), deterministic=deterministic)
+            seen = jnp.ones((*prompt.shape[:2], len(tokens)), bool)
+            mask = jnp.concatenate([seen, prompt_mask.astype(bool)], axis=2)
+        elif self.prompt and self.is_initializing():
+            raise ValueError("a Q-Former with prompt=True has to be initialised with a prompt")
+        tokens = jnp.broadcast_to(tokens, (visual.shape[0], questions, *tokens.shape))
+        tokens = self.embeddings_dropout(self.embeddings_norm(tokens), deterministic=deterministic)
+        visual = visual.astype(self.dtype)
+        for layer in self.layer:
+            tokens, text = layer(tokens, text, visual, mask, deterministic)
+        if prompt is not None:
+            tokens = jnp.broadcast_to(tokens, (*prompt.shape[:2], *tokens.shape[2:]))
+        return tokens

@@ -1,0 +1,105 @@
+"""Trains one stage: python -m favchat_jax.train --config=configs/stage3.py [--config.FIELD=VALUE] [--workdir=DIR]
+
+In the embedded preset, whatever a stage needs and does not find is made first: rendered clips, pretrained parts, the
+stages before it. Other presets say what is missing and how to get it.
+"""
+
+import json
+import logging
+import time
+from pathlib import Path
+
+import ml_collections
+from absl import flags
+from ml_collections import config_flags
+
+from favchat_jax import command_line
+from favchat_jax.errors import UserError
+from favchat_jax.training import pretraining, stages
+from favchat_jax.training.checkpoint import Checkpoints
+from favchat_jax.training.loop import Outcome, train
+
+log = logging.getLogger("favchat_jax")
+
+
+def default_workdir(config: ml_collections.ConfigDict) -> Path:
+    """runs/PRESET-VARIANT[-ABLATION]/STAGE."""
+    ablation = "" if config.ablation == "none" else f"-{config.ablation}"
+    return Path("runs") / f"{config.preset}-{config.variant}{ablation}" / config.stage
+
+
+def train_stage(config: ml_collections.ConfigDict, workdir: Path) -> Outcome:
+    """Trains the stage of `config` in `workdir`, after what it needs.
+
+    Raises:
+        UserError: something is missing that cannot be made here; the message names the command that makes it.
+    """
+    if config.preset == "tiny":
+        pretraining.make_missing_parts(config)
+    else:
+        _require_sources(config)
+    previous = stages.STAGES[config.stage].before
+    if previous and not Checkpoints(config.init.from_run).steps():
+        command = f"python -m favchat_jax.train --config=configs/{previous}.py:preset={config.preset},variant={config.variant}"
+        if config.preset != "tiny" or Path(config.init.from_run) != default_workdir(_stage_config(config, previous)):
+            raise UserError(
+                f"{previous} is missing in {config.init.from_run}: train it with {command}, or set --config.init.from_run"
+            )
+        log.info("%s needs %s, which is trained first", config.stage, previous)
+        before = _stage_config(config, previous)
+        if not train_stage(before, default_workdir(before)).finished:
+            raise SystemExit(0)  # SIGTERM: what was done is saved
+    started = time.perf_counter()
+    outcome = train(config, workdir)
+    if outcome.resumed_at == outcome.steps:
+        log.info("%s in %s is already finished at step %d", config.stage, workdir, outcome.steps)
+    elif outcome.finished:
+        seconds = time.perf_counter() - started
+        with (workdir / "time.json").open("w") as file:
+            json.dump({"seconds": seconds, "steps": outcome.steps - outcome.resumed_at}, file)
+        log.info("%s finished at step %d after %.0f s: %s", config.stage, outcome.step, seconds, workdir)
+    else:
+        log.info(
+            "%s stopped at step %d of %d and saved; the same command goes on", config.stage, outcome.step, outcome.steps
+        )
+    return outcome
+
+
+def _stage_config(config: ml_collections.ConfigDict, stage: str) -> ml_collections.ConfigDict:
+    """The default config of another stage of the same preset, variant, ablation, seed and sources."""
+    import importlib
+
+    argument = f"preset={config.preset},variant={config.variant},ablation={config.ablation}"
+    other = importlib.import_module(f"configs.{stage}").get_config(argument)
+    other.seed = config.seed
+    return other
+
+
+def _require_sources(config: ml_collections.ConfigDict) -> None:
+    if not config.llm.path:
+        raise UserError("llm.path is not set: name the Hugging Face folder of Mistral with --config.llm.path=DIR")
+    if not config.data.root:
+        raise UserError(f"data.root is not set: name the folder of {config.data.name} with --config.data.root=DIR")
+    if config.stage == "stage1":
+        for part in ("umt", "facexformer"):
+            if not config.init[part] and not (part == "facexformer" and config.ablation == "no_face"):
+                raise UserError(
+                    f"init.{part} is not set: convert the published weights with python -m tools.convert_weights "
+                    f"--kind={part} --src=FILE --out=DIR, then --config.init.{part}=DIR"
+                )
+
+
+def main() -> None:
+    """Trains what the flags say."""
+    config = _CONFIG.value
+    if config is None:
+        raise UserError("--config is missing: for example --config=configs/stage3.py")
+    train_stage(config, Path(_WORKDIR.value or default_workdir(config)))
+
+
+if __name__ == "__main__":
+    _CONFIG = config_flags.DEFINE_config_file("config", None, "Config of the stage, for example configs/stage3.py")
+    _WORKDIR = flags.DEFINE_string(
+        "workdir", None, "Folder of the run; runs/PRESET-VARIANT[-ABLATION]/STAGE by default"
+    )
+    command_line.start(main)

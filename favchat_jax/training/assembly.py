@@ -1,0 +1,175 @@
+"""From a config to a model, its tokenizers and its weights: fresh, converted, of the stage before, or of a finished run."""
+
+import dataclasses
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+from flax.traverse_util import flatten_dict
+from transformers import PreTrainedTokenizerBase
+
+from favchat_jax.convert import mistral as mistral_folder
+from favchat_jax.data.conversation import load_tokenizer
+from favchat_jax.errors import UserError
+from favchat_jax.models import favchat
+from favchat_jax.training.checkpoint import Checkpoints, load_config, load_weights
+from favchat_jax.training.stages import STAGES
+
+log = logging.getLogger("favchat_jax")
+
+Weights = dict[str, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Assembly:
+    """A model and the tokenizers that its inputs need: the language model's, and the Q-Formers' for the prompt."""
+
+    model: favchat.FaVChat
+    tokenizer: PreTrainedTokenizerBase
+    prompt_tokenizer: PreTrainedTokenizerBase
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A finished or running stage, ready to answer: what `--checkpoint=` names."""
+
+    config: ml_collections.ConfigDict
+    weights: Weights
+    tokenizer: PreTrainedTokenizerBase
+    prompt_tokenizer: PreTrainedTokenizerBase
+
+
+def assemble(config: ml_collections.ConfigDict) -> Assembly:
+    """The model and tokenizers of a config; the language model's folder is read for its sizes and its tokenizer."""
+    llm = mistral_folder.read_config(config.llm.path)
+    model = favchat.build(
+        config.model,
+        llm,
+        variant=config.variant,
+        ablation=config.ablation,
+        lora_rank=config.model.lora.rank if STAGES[config.stage].lora else 0,
+    )
+    tokenizer = load_tokenizer(config.llm.path)
+    prompt_tokenizer = load_tokenizer(config.prompt_tokenizer) if config.prompt_tokenizer else tokenizer
+    if len(prompt_tokenizer) > config.model.qformer.vocabulary:
+        raise UserError(
+            f"prompt_tokenizer has {len(prompt_tokenizer)} tokens but model.qformer.vocabulary is "
+            f"{config.model.qformer.vocabulary}: name the tokenizer that the Q-Former was trained with"
+        )
+    return Assembly(model, tokenizer, prompt_tokenizer)
+
+
+def weight_shapes(model: favchat.FaVChat, config: ml_collections.ConfigDict) -> dict[str, jax.ShapeDtypeStruct]:
+    """Path -> shape of every weight of the model, computed without making any."""
+    return flatten_dict(jax.eval_shape(lambda: _initialise(model, config.model, 0)), sep="/")
+
+
+def initial_weights(config: ml_collections.ConfigDict, model: favchat.FaVChat) -> Weights:
+    """Every weight that a stage starts from.
+
+    The language model's base comes from its folder; the rest from the stage before (`init.from_run`) or, where none is
+    named, from the folders of `init.umt`, `init.facexformer` and `init.qformer`; what no source has is drawn afresh.
+
+    Raises:
+        UserError: a source is missing, damaged, or holds a weight of another shape.
+    """
+    shapes = weight_shapes(model, config)
+    weights: Weights = {}
+
+    def take(source: str, loaded: dict[str, Any]) -> None:
+        for path, leaf in loaded.items():
+            if path not in shapes:
+                raise UserError(f"{source} holds {path}, which this model has not: check variant, ablation and preset")
+            if leaf.shape != shapes[path].shape:
+                raise UserError(f"{source}: {path} has shape {leaf.shape}, expected {shapes[path].shape}")
+            weights[path] = jnp.asarray(leaf, shapes[path].dtype)
+
+    take(config.llm.path, load_llm(config.llm.path))
+    if config.init.from_run:
+        take(config.init.from_run, _previous_stage(config))
+    else:
+        for source, prefixes in (
+            (config.init.umt, ("",)),
+            (config.init.facexformer, ("",)),
+            (config.init.qformer, ("general_qformer/", "facial_qformer/")),
+        ):
+            if source:
+                loaded = load_weights(source)
+                skipped = "facexformer/" if config.ablation == "no_face" else None
+                for prefix in prefixes:
+                    take(source, {prefix + k: v for k, v in loaded.items() if not (skipped and k.startswith(skipped))})
+    missing = sorted(set(shapes) - set(weights))
+    if missing:
+        log.info("%d of %d weight arrays start afresh", len(missing), len(shapes))
+        fresh = jax.jit(
+            lambda: {p: flatten_dict(_initialise(model, config.model, config.seed), sep="/")[p] for p in missing}
+        )
+        weights |= fresh()
+    return weights
+
+
+def load_llm(folder: str) -> dict[str, Any]:
+    """The language model's base weights under their paths in the whole model."""
+    return {f"llm/{path}": leaf for path, leaf in flatten_dict(mistral_folder.read_weights(folder), sep="/").items()}
+
+
+def load_run(workdir: str | Path) -> Run:
+    """The newest checkpoint of a workdir with everything that answering needs.
+
+    Raises:
+        UserError: not a workdir, no whole checkpoint, or the language model's folder has changed since.
+    """
+    workdir = Path(workdir)
+    config = ml_collections.ConfigDict(load_config(workdir))
+    check_llm(workdir, config)
+    weights = {**load_llm(config.llm.path), **visual_and_lora(workdir)}
+    parts = assemble(config)
+    weights = {path: jnp.asarray(leaf) for path, leaf in weights.items()}
+    return Run(config, weights, parts.tokenizer, parts.prompt_tokenizer)
+
+
+def check_llm(workdir: Path, config: ml_collections.ConfigDict) -> None:
+    """Raises UserError where the language model's folder is not the one that the run started with."""
+    try:
+        expected = json.loads((workdir / "llm.json").read_text())["fingerprint"]
+    except FileNotFoundError:
+        raise UserError(f"{workdir} holds no checkpoint: train it first") from None
+    mistral_folder.read_config(config.llm.path)
+    if mistral_folder.fingerprint(config.llm.path) != expected:
+        raise UserError(
+            f"{config.llm.path} is not the language model that {workdir} was trained on: restore that folder"
+        )
+
+
+def visual_and_lora(workdir: str | Path) -> Weights:
+    """All weights of a run but the language model's base: frozen ones from its start, trained ones of the newest step."""
+    checkpoints = Checkpoints(workdir)
+    try:
+        return {**load_weights(Path(workdir) / "frozen"), **checkpoints.load_trainable()}
+    finally:
+        checkpoints.close()
+
+
+def _previous_stage(config: ml_collections.ConfigDict) -> Weights:
+    source = config.init.from_run
+    before = load_config(source)
+    for field in ("preset", "variant", "ablation"):
+        if before[field] != config[field]:
+            raise UserError(
+                f"init.from_run={source} is of {field}={before[field]}, this run of {field}={config[field]}"
+            )
+    if before["stage"] != STAGES[config.stage].before:
+        raise UserError(
+            f"init.from_run={source} is {before['stage']}, but {config.stage} starts from {STAGES[config.stage].before}"
+        )
+    return visual_and_lora(source)
+
+
+def _initialise(model: favchat.FaVChat, section: ml_collections.ConfigDict, seed: int) -> dict:
+    frames = jnp.zeros((1, section.frames, section.image_size, section.image_size, 3), jnp.uint8)
+    ids = jnp.zeros((1, 1, 4), jnp.int32)
+    return model.init(jax.random.key(seed), frames, ids, ids, ids == 0)["params"]

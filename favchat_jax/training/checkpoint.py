@@ -1,0 +1,262 @@
+"""What survives a process: Orbax folders of weights and exactly resumable checkpoints, each leaf with a checksum.
+
+A weights folder holds part of a model for good (a converted encoder, a run's frozen weights):
+
+    DIR/weights/ (Orbax)   DIR/leaves.json (shape, dtype, checksum of each leaf)   DIR/config.json
+
+A run's checkpoints lie in WORKDIR/checkpoints/STEP, with the trainable weights apart from the optimiser's moments so that
+answering questions reads the weights alone. Orbax restores flipped bits without an error, hence the checksums.
+"""
+
+import contextlib
+import json
+import logging
+import shutil
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from favchat_jax.errors import UserError
+from favchat_jax.training.step import TrainState
+
+log = logging.getLogger("favchat_jax")
+
+Weights = Mapping[str, jax.Array]
+
+
+class DamagedError(Exception):
+    """A checkpoint that does not read back as it was written."""
+
+
+def describe_leaves(tree: Any) -> dict[str, dict]:
+    """Path -> shape, dtype and CRC-32 of each leaf's bytes."""
+    leaves = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        array = np.ascontiguousarray(leaf)
+        crc = zlib.crc32(array.reshape(-1).view(np.uint8))
+        leaves[jax.tree_util.keystr(path)] = {"shape": list(array.shape), "dtype": str(array.dtype), "crc32": crc}
+    return leaves
+
+
+def check_leaves(tree: Any, leaves: Mapping[str, dict]) -> None:
+    """Raises DamagedError where a leaf of `tree` is not what `leaves` says was written."""
+    found = describe_leaves(tree)
+    wrong = [path for path in sorted(found.keys() | leaves.keys()) if found.get(path) != leaves.get(path)]
+    if wrong:
+        raise DamagedError(f"{len(wrong)} of {len(leaves)} arrays changed since they were written, first {wrong[0]}")
+
+
+def save_weights(folder: str | Path, weights: Weights, config: Mapping[str, Any]) -> None:
+    """Writes a weights folder, beside its place first, so that a folder that is there is whole."""
+    folder = Path(folder).absolute()
+    draft = folder.with_name(folder.name + ".draft")
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir(parents=True)
+    tree = unflatten_dict(dict(weights), sep="/")
+    with _full_disk(folder), contextlib.closing(ocp.StandardCheckpointer()) as checkpointer:
+        checkpointer.save(draft / "weights", tree)
+        checkpointer.wait_until_finished()
+        (draft / "leaves.json").write_text(json.dumps(describe_leaves(dict(weights)), indent=1))
+        (draft / "config.json").write_text(json.dumps(dict(config), indent=1))
+        shutil.rmtree(folder, ignore_errors=True)
+        draft.rename(folder)
+
+
+def load_weights(folder: str | Path) -> dict[str, jax.Array]:
+    """Reads a weights folder as a flat dictionary; raises UserError where it is missing or damaged."""
+    folder = Path(folder).absolute()
+    if not (folder / "leaves.json").exists():
+        raise UserError(f"{folder} is not a weights folder: make it with tools.convert_weights, or name another")
+    try:
+        leaves = json.loads((folder / "leaves.json").read_text())
+        with contextlib.closing(ocp.StandardCheckpointer()) as checkpointer:
+            tree = checkpointer.restore(folder / "weights", _abstract(leaves))
+        weights = flatten_dict(tree, sep="/")
+        check_leaves(weights, leaves)
+    except Exception as error:  # Orbax raises many kinds for a damaged file, none of them its own.
+        raise UserError(f"{folder} is damaged ({_one_line(error)}): make or copy it again") from None
+    return weights
+
+
+def load_config(folder: str | Path) -> dict[str, Any]:
+    """The config.json beside weights or checkpoints; raises UserError where there is none."""
+    path = Path(folder) / "config.json"
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing: {folder} is not a workdir or a weights folder") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} is damaged ({error})") from None
+
+
+class Checkpoints:
+    """The checkpoints of one run.
+
+    Args:
+        workdir: the run's folder.
+        keep: how many of the newest checkpoints stay.
+    """
+
+    def __init__(self, workdir: str | Path, keep: int = 2):
+        self._folder = Path(workdir).absolute() / "checkpoints"
+        self._keep = keep
+        self._manager = None
+
+    def latest(self) -> int | None:
+        """The newest step that was saved."""
+        return max(self.steps(), default=None)
+
+    def steps(self) -> list[int]:
+        """All steps that were saved, oldest first."""
+        return sorted(int(entry.name) for entry in self._folder.glob("*") if entry.name.isdigit())
+
+    def save(self, state: TrainState, iterator_state: Mapping[str, Any]) -> None:
+        """Starts writing a checkpoint of `state` and of the data iterator; the device goes on meanwhile.
+
+        Raises:
+            UserError: this or the write before it failed (full disk); the checkpoints before stay.
+        """
+        step = int(state.step)
+        host = jax.device_get(state)
+        with _full_disk(self._folder):
+            manager = self._open()
+            manager.wait_until_finished()
+            manager.save(
+                step,
+                args=ocp.args.Composite(
+                    weights=ocp.args.StandardSave(unflatten_dict(dict(host.trainable), sep="/")),
+                    optimizer=ocp.args.StandardSave(_optimizer_part(host)),
+                    data=ocp.args.JsonSave(dict(iterator_state)),
+                    leaves=ocp.args.JsonSave(
+                        {
+                            "weights": describe_leaves(dict(host.trainable)),
+                            "optimizer": describe_leaves(_optimizer_part(host)),
+                        }
+                    ),
+                ),
+            )
+
+    def wait(self) -> None:
+        """Waits for a write to end; raises UserError where it failed."""
+        if self._manager is not None:
+            with _full_disk(self._folder):
+                self._manager.wait_until_finished()
+
+    def restore(self, like: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
+        """The newest whole checkpoint: (state shaped as `like`, iterator state), or None where none was ever saved.
+
+        A damaged checkpoint is named in the log, moved to WORKDIR/damaged, and the one before it is taken.
+
+        Raises:
+            UserError: there are checkpoints but all are damaged.
+        """
+
+        def read(step: int, leaves: Mapping) -> tuple[TrainState, dict]:
+            item = ocp.args.Composite(
+                weights=ocp.args.StandardRestore(_abstract(leaves["weights"])),
+                optimizer=ocp.args.StandardRestore(
+                    jax.tree.map(ocp.utils.to_shape_dtype_struct, _optimizer_part(like))
+                ),
+                data=ocp.args.JsonRestore(),
+            )
+            restored = self._open().restore(step, args=item)
+            weights = flatten_dict(restored.weights, sep="/")
+            check_leaves(weights, leaves["weights"])
+            check_leaves(restored.optimizer, leaves["optimizer"])
+            part = restored.optimizer
+            return TrainState(part["step"], weights, part["moments"], part["key"]), restored.data
+
+        return self._newest(read, move_damaged=True)
+
+    def load_trainable(self) -> dict[str, jax.Array]:
+        """The trainable weights of the newest whole checkpoint; the folder is left as it is.
+
+        Raises:
+            UserError: there is no checkpoint, or all are damaged.
+        """
+
+        def read(step: int, leaves: Mapping) -> dict[str, jax.Array]:
+            item = ocp.args.Composite(weights=ocp.args.StandardRestore(_abstract(leaves["weights"])))
+            weights = flatten_dict(self._open().restore(step, args=item).weights, sep="/")
+            check_leaves(weights, leaves["weights"])
+            return weights
+
+        weights = self._newest(read, move_damaged=False)
+        if weights is None:
+            raise UserError(f"{self._folder.parent} holds no checkpoint: train it first")
+        return weights
+
+    def close(self) -> None:
+        """Waits for the last write and lets go of the folder."""
+        if self._manager is not None:
+            try:
+                self.wait()
+            finally:
+                self._manager.close()
+                self._manager = None
+
+    def _newest(self, read, move_damaged: bool):
+        steps = self.steps()
+        for step in reversed(steps):
+            try:
+                leaves = json.loads((self._folder / str(step) / "leaves" / "metadata").read_text())
+                return read(step, leaves)
+            except Exception as error:  # Orbax raises many kinds for a damaged file, none of them its own.
+                log.warning(
+                    "checkpoint %s of %s is damaged (%s): taking the one before",
+                    step,
+                    self._folder.parent,
+                    _one_line(error),
+                )
+                if move_damaged:
+                    self._move_away(step)
+        if steps:
+            raise UserError(f"every checkpoint in {self._folder} is damaged: delete the workdir and train again")
+        return None
+
+    def _move_away(self, step: int) -> None:
+        self.close()
+        damaged = self._folder.parent / "damaged"
+        damaged.mkdir(exist_ok=True)
+        shutil.rmtree(damaged / str(step), ignore_errors=True)
+        (self._folder / str(step)).rename(damaged / str(step))
+
+    def _open(self) -> ocp.CheckpointManager:
+        if self._manager is None:
+            options = ocp.CheckpointManagerOptions(max_to_keep=self._keep, cleanup_tmp_directories=True)
+            self._manager = ocp.CheckpointManager(self._folder, options=options)
+        return self._manager
+
+
+def _optimizer_part(state: TrainState) -> dict[str, Any]:
+    return {"step": state.step, "moments": state.moments, "key": state.key}
+
+
+def _abstract(leaves: Mapping[str, dict]) -> dict:
+    """The nested tree of shapes that Orbax restores into; keys of `leaves` read like ['umt/norm/scale']."""
+    flat = {path[2:-2]: jax.ShapeDtypeStruct(leaf["shape"], leaf["dtype"]) for path, leaf in leaves.items()}
+    return unflatten_dict(flat, sep="/")
+
+
+@contextlib.contextmanager
+def _full_disk(folder: Path):
+    """Turns the many ways in which a write fails into one line."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(
+            f"could not write {folder} ({_one_line(error)}): free disk space, then run the same command again"
+        ) from None
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) < 160 else text[:157] + "..."

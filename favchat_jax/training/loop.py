@@ -1,0 +1,302 @@
+"""The training loop: batches in, checkpoints and metrics out, resumable to the bit.
+
+Order within a step: the step is dispatched, the metrics of the step before are read (the device is never waited for while
+it has nothing to do), a checkpoint is written if one is due, and only then the next batch is fetched, so that a saved
+iterator stands exactly after the last trained batch.
+"""
+
+import contextlib
+import dataclasses
+import json
+import logging
+import math
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import tensorboardX
+from tqdm import tqdm
+
+from favchat_jax.convert.mistral import fingerprint
+from favchat_jax.data.conversation import Conversation, PromptEncoder
+from favchat_jax.data.datasets import open_dataset, prepare
+from favchat_jax.data.loader import Batch, BatchIterator, training_batches
+from favchat_jax.data.video import Augment
+from favchat_jax.errors import RunError, UserError
+from favchat_jax.training import assembly, stages
+from favchat_jax.training.checkpoint import Checkpoints, load_config, load_weights, save_weights
+from favchat_jax.training.step import TrainState, make_step, new_state
+
+log = logging.getLogger("favchat_jax")
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """How a call of `train` ended.
+
+    Attributes:
+        step: the step that the workdir stands at.
+        steps: the step at which the run is finished.
+        resumed_at: the step that this call started from.
+    """
+
+    step: int
+    steps: int
+    resumed_at: int
+
+    @property
+    def finished(self) -> bool:
+        """Whether no step is left."""
+        return self.step >= self.steps
+
+
+def train(config: ml_collections.ConfigDict, workdir: str | Path) -> Outcome:
+    """Trains one stage in `workdir`, from its newest checkpoint if there is one.
+
+    Raises:
+        UserError: the workdir belongs to another config, a source of weights or data is missing, the disk is full.
+        RunError: the loss became NaN or infinite.
+    """
+    workdir = Path(workdir)
+    claim(workdir, config)
+    prepare(config.data.name, config.data.root or None, config.data.packed)
+    parts = assembly.assemble(config)
+    with contextlib.closing(open_batches(config, parts)) as batches:
+        steps = total_steps(config)
+        optimizer = stages.make_optimizer(config.optimizer, steps)
+        checkpoints = Checkpoints(workdir, config.checkpoints_kept)
+        try:
+            state, frozen = _start(config, workdir, parts, optimizer, checkpoints, batches)
+            resumed_at = int(state.step)
+            if resumed_at < steps:
+                rate = stages.schedule(config.optimizer, steps)
+                update = make_step(parts.model, optimizer, rate, accumulate=config.accumulate, chunk=config.loss_chunk)
+                with Metrics(workdir, resumed_at, config.log_every) as metrics:
+                    state = _run(config, steps, state, frozen, update, batches, checkpoints, metrics)
+        finally:
+            checkpoints.close()
+    return Outcome(int(state.step), steps, resumed_at)
+
+
+def claim(workdir: Path, config: ml_collections.ConfigDict) -> None:
+    """Writes the config into a new workdir; raises UserError where the workdir is another config's."""
+    ours = json.loads(config.to_json())
+    if not (workdir / "config.json").exists():
+        try:
+            workdir.mkdir(parents=True, exist_ok=True)
+            (workdir / "config.json").write_text(json.dumps(ours, indent=1))
+        except OSError as error:
+            raise UserError(
+                f"workdir {workdir} cannot be written ({error.strerror}): choose another --workdir"
+            ) from None
+        return
+    theirs = load_config(workdir)
+    differing = sorted(_differing(theirs, ours))
+    if differing:
+        raise UserError(
+            f"{workdir} was made with another config; these fields differ: {', '.join(differing)}. "
+            "Choose another --workdir or the same values"
+        )
+
+
+def total_steps(config: ml_collections.ConfigDict) -> int:
+    """Length of the run in steps: `config.steps`, or that of `config.epochs` over the training split."""
+    if config.steps:
+        return config.steps
+    records = len(open_dataset(config.data.name, config.data.packed, "train"))
+    return max(1, math.ceil(config.epochs * records / config.batch))
+
+
+def open_batches(config: ml_collections.ConfigDict, parts: assembly.Assembly) -> BatchIterator:
+    """The stage's training stream on this host."""
+    data, hosts = config.data, jax.process_count()
+    if config.batch % (hosts * config.accumulate):
+        raise UserError(
+            f"batch={config.batch} does not divide into {hosts} hosts x accumulate={config.accumulate} parts"
+        )
+    qformer = config.model.qformer
+    return training_batches(
+        open_dataset(data.name, data.packed, "train"),
+        Conversation(parts.tokenizer, qformer.queries + qformer.extra_queries),
+        PromptEncoder(parts.prompt_tokenizer, data.prompt_length),
+        text=stages.STAGES[config.stage].text,
+        frames=config.model.frames,
+        size=config.model.image_size,
+        batch=config.batch // hosts,
+        buckets=data.buckets,
+        questions=data.questions,
+        sampling=data.sampling,
+        augment=Augment(scale=(0.5, 1.0) if data.random_crop else (1.0, 1.0), flip=data.flip)
+        if data.random_crop or data.flip
+        else None,
+        workers=data.workers,
+        seed=config.seed,
+        process_index=jax.process_index(),
+        process_count=hosts,
+    )
+
+
+class Metrics:
+    """Averages of each `every` steps, to metrics.jsonl and TensorBoard; lines after `resumed_at` are cut off."""
+
+    def __init__(self, workdir: Path, resumed_at: int, every: int):
+        self._path, self._every = workdir / "metrics.jsonl", every
+        lines = self._path.read_text().splitlines() if self._path.exists() else []
+        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= resumed_at]
+        self._path.write_text("".join(line + "\n" for line in kept))
+        self._board = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=resumed_at + 1)
+        self._window: list[dict[str, float]] = []
+        self._since = time.perf_counter()
+        self.latest: dict[str, float] = {}
+
+    def __enter__(self) -> "Metrics":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._board.close()
+
+    def add(self, step: int, values: dict[str, float], clips: int, waited: float) -> None:
+        """Takes the metrics of one step; writes a line where a window is full."""
+        self._window.append({**values, "clips": clips, "waited": waited})
+        if step % self._every == 0:
+            self.flush(step)
+
+    def flush(self, step: int) -> None:
+        """Writes what was collected, if anything, as the line of `step`."""
+        if not self._window:
+            return
+        elapsed = time.perf_counter() - self._since
+        total = {name: sum(row[name] for row in self._window) for name in self._window[0]}
+        rates = {
+            "clips_per_second": total.pop("clips") / elapsed,
+            "tokens_per_second": total.pop("tokens") / elapsed,
+            "input_wait": total.pop("waited") / elapsed,
+        }
+        line = {"step": step, **{name: value / len(self._window) for name, value in total.items()}, **rates}
+        with self._path.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        for name, value in line.items():
+            if name != "step":
+                self._board.add_scalar(name, value, step)
+        self.latest, self._window, self._since = line, [], time.perf_counter()
+
+
+def _start(config, workdir, parts, optimizer, checkpoints, batches) -> tuple[TrainState, dict[str, jax.Array]]:
+    """The state and frozen weights to go on from; the data iterator is moved to where the state was saved."""
+    shapes = assembly.weight_shapes(parts.model, config)
+    trainable, frozen_shapes = stages.split(shapes, config.variant, config.stage)
+    like = jax.eval_shape(
+        lambda: new_state({p: jnp.zeros(s.shape, s.dtype) for p, s in trainable.items()}, optimizer, config.seed)
+    )
+    restored = checkpoints.restore(like)
+    if restored:
+        state, iterator_state = restored
+        batches.set_state(iterator_state)
+        frozen = {**assembly.load_llm(config.llm.path), **load_weights(workdir / "frozen")}
+        assembly.check_llm(workdir, config)
+        state = jax.tree.map(jnp.asarray, state)
+        log.info("resuming at step %d", int(state.step))
+    else:
+        weights = assembly.initial_weights(config, parts.model)
+        trainable, frozen = stages.split(weights, config.variant, config.stage)
+        kept = {path: leaf for path, leaf in frozen.items() if stages.group_of(path) != "llm"}
+        save_weights(workdir / "frozen", kept, {"of": "frozen weights of a run"})
+        (workdir / "llm.json").write_text(
+            json.dumps({"path": config.llm.path, "fingerprint": fingerprint(config.llm.path)})
+        )
+        state = new_state(trainable, optimizer, config.seed)
+    if set(frozen) != set(frozen_shapes):
+        raise UserError(f"{workdir}/frozen is not of this config: delete the workdir and train again")
+    dtype = jnp.dtype(config.model.dtype)
+    return state, {path: jnp.asarray(leaf, dtype) for path, leaf in frozen.items()}
+
+
+def _run(config, steps, state, frozen, update, batches, checkpoints, metrics) -> TrainState:
+    """Steps until the end or until SIGTERM, which saves first."""
+    step = int(state.step)
+    with _termination() as stop, tqdm(total=steps, initial=step, desc=config.stage, unit="step", mininterval=1) as bar:
+        pending: _Pending | None = None
+        while step < steps and not stop.is_set():
+            batch, waited = _next(batches, pending)
+            arrays = {k: v for k, v in batch.arrays.items() if k != "length"}
+            state, values = update(state, frozen, arrays)
+            step += 1
+            if pending:
+                pending.read(metrics)
+            pending = _Pending(step, values, batch, waited)
+            if step % config.checkpoint_every == 0 or step == steps or stop.is_set():
+                pending.read(metrics)
+                pending = None
+                checkpoints.save(state, batches.get_state())
+            bar.update()
+            if metrics.latest:
+                bar.set_postfix(
+                    loss=f"{metrics.latest['loss']:.3f}", clips=f"{metrics.latest['clips_per_second']:.0f}/s"
+                )
+        if pending:  # SIGTERM arrived while a batch was awaited
+            pending.read(metrics)
+            checkpoints.save(state, batches.get_state())
+        metrics.flush(step)
+        checkpoints.wait()
+    return state
+
+
+@dataclasses.dataclass
+class _Pending:
+    """A dispatched step whose metrics were not read yet."""
+
+    step: int
+    values: dict[str, jax.Array]
+    batch: Batch
+    waited: float
+
+    def read(self, metrics: Metrics) -> None:
+        """Waits for the step; raises RunError where its loss is not finite."""
+        values = {name: float(value) for name, value in jax.device_get(self.values).items()}
+        if not math.isfinite(values["loss"]):
+            raise RunError(
+                f"the loss of step {self.step} is {values['loss']}, clips {', '.join(self.batch.ids)}; "
+                "the last checkpoint is intact: lower optimizer.learning_rate or remove the clips"
+            )
+        values["tokens"] = float(self.batch.arrays["length"].sum())
+        metrics.add(self.step, values, len(self.batch.ids), self.waited)
+
+    def done(self) -> bool:
+        """Whether the device has finished the step."""
+        return self.values["loss"].is_ready()
+
+
+def _next(batches: Iterator[Batch], pending: _Pending | None) -> tuple[Batch, float]:
+    """The next batch, and the seconds for which the device had to wait for it (at most: it is idle if it is done)."""
+    started = time.perf_counter()
+    batch = next(batches)
+    idle = pending is None or pending.done()
+    return batch, time.perf_counter() - started if idle else 0.0
+
+
+@contextlib.contextmanager
+def _termination() -> Iterator[threading.Event]:
+    """An event that SIGTERM sets, in place of ending the process."""
+    event = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield event
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: event.set())
+    try:
+        yield event
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _differing(one: Any, other: Any, path: str = "") -> Iterator[str]:
+    if isinstance(one, dict) and isinstance(other, dict):
+        for key in one.keys() | other.keys():
+            yield from _differing(one.get(key), other.get(key), f"{path}.{key}" if path else key)
+    elif one != other:
+        yield f"{path} ({one} there, {other} here)"

@@ -1,0 +1,159 @@
+"""The compiled training step: loss over answer tokens, gradients of the trainable weights only, one update.
+
+Frozen weights are an argument of the compiled function, merged with the trainable ones inside the loss, so that they get
+neither gradients nor moments and no residual of a frozen tower is kept.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from einops import rearrange
+from flax import struct
+from flax.traverse_util import unflatten_dict
+from jaxtyping import Array, Bool, Float, Int
+
+from favchat_jax.models.favchat import FaVChat
+
+Weights = Mapping[str, Array]
+
+
+@struct.dataclass
+class TrainState:
+    """What an update changes, and the whole of what a checkpoint holds beside the data iterator."""
+
+    step: Int[Array, ""]
+    trainable: Weights
+    moments: optax.OptState
+    key: Array
+
+
+def new_state(trainable: Weights, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
+    """The state before the first step."""
+    return TrainState(
+        jnp.zeros((), jnp.int32), trainable, optimizer.init(trainable), jax.random.key_data(jax.random.key(seed))
+    )
+
+
+def next_token_targets(
+    tokens: Int[Array, "... L"], loss_mask: Bool[Array, "... L"]
+) -> tuple[Int[Array, "... L"], Bool[Array, "... L"]]:
+    """Position i predicts token i + 1, and counts where that token is part of an answer."""
+    last = [(0, 0)] * (tokens.ndim - 1) + [(0, 1)]
+    return jnp.pad(tokens[..., 1:], last), jnp.pad(loss_mask[..., 1:], last)
+
+
+def chunked_cross_entropy(
+    head: Callable[[Float[Array, "B C D"]], Float[Array, "B C V"]],
+    hidden: Float[Array, "B L D"],
+    targets: Int[Array, "B L"],
+    counted: Bool[Array, "B L"],
+    chunk: int,
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """Sums of cross-entropy and of hits over counted positions, `chunk` positions at a time.
+
+    Scores exist for one chunk only, in the backward pass too, so no float32 [B, L, V] is ever stored.
+
+    Returns:
+        (sum of -log p(target), number of targets that are the likeliest token).
+    """
+
+    @jax.checkpoint
+    def one(hidden, targets, counted):
+        logits = head(hidden).astype(jnp.float32)
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.where(counted, targets, 0))
+        hits = (jnp.argmax(logits, axis=-1) == targets) & counted
+        return jnp.sum(losses * counted), jnp.sum(hits).astype(jnp.float32)
+
+    length = hidden.shape[1]
+    chunk = min(chunk, length)
+    if length == chunk:
+        return one(hidden, targets, counted)
+    pad = -length % chunk
+    pieces = (jnp.pad(x, [(0, 0), (0, pad)] + [(0, 0)] * (x.ndim - 2)) for x in (hidden, targets, counted))
+    pieces = tuple(rearrange(x, "B (N C) ... -> N B C ...", C=chunk) for x in pieces)
+    loss, hits = jax.lax.map(lambda piece: one(*piece), pieces)
+    return jnp.sum(loss), jnp.sum(hits)
+
+
+def batch_loss(
+    model: FaVChat, weights: Weights, batch: Mapping[str, Array], key: Array, chunk: int
+) -> tuple[Float[Array, ""], dict[str, Array]]:
+    """Summed cross-entropy of a batch's answer tokens, with dropout, and the sums that metrics are made of."""
+    params = unflatten_dict(dict(weights), sep="/")
+    body_key, head_key = jax.random.split(key)
+    output = model.apply(
+        {"params": params},
+        batch["frames"],
+        batch["tokens"],
+        batch["prompt"],
+        batch["prompt_mask"],
+        deterministic=False,
+        rngs={"dropout": body_key},
+    )
+    targets, counted = next_token_targets(batch["tokens"], batch["loss_mask"])
+
+    def head(hidden):
+        return model.apply(
+            {"params": params}, hidden, False, method=lambda m, *x: m.llm.logits(*x), rngs={"dropout": head_key}
+        )
+
+    flat = (rearrange(x, "B Q ... -> (B Q) ...") for x in (output.hidden, targets, counted))
+    loss, hits = chunked_cross_entropy(head, *flat, chunk)
+    asked = jnp.any(batch["loss_mask"], axis=-1)
+    streams = jnp.sum(jnp.mean(output.stream_weights, axis=2) * asked[..., None], axis=(0, 1))
+    return loss, {"hits": hits, "streams": streams, "questions": jnp.sum(asked)}
+
+
+def make_step(
+    model: FaVChat, optimizer: optax.GradientTransformation, rate: optax.Schedule, *, accumulate: int, chunk: int
+) -> Callable[[TrainState, Weights, Mapping[str, Array]], tuple[TrainState, dict[str, Array]]]:
+    """Compiles one update: (state, frozen, batch) -> (state, metrics). The state is donated.
+
+    Args:
+        model: the model that is trained.
+        optimizer: moves the trainable weights.
+        rate: learning rate by step, for the metrics.
+        accumulate: parts that the batch is cut into along its clips; gradients are summed over them, so that the
+            result is that of the whole batch.
+        chunk: positions whose scores exist at once.
+    """
+
+    def step(state: TrainState, frozen: Weights, batch: Mapping[str, Array]):
+        key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
+        answer_tokens = jnp.maximum(jnp.sum(batch["loss_mask"][..., 1:]), 1)
+
+        def part_loss(trainable, part, key):
+            loss, sums = batch_loss(model, {**trainable, **frozen}, part, key, chunk)
+            return loss / answer_tokens, sums
+
+        gradient = jax.value_and_grad(part_loss, has_aux=True)
+        if accumulate == 1:
+            (loss, sums), grads = gradient(state.trainable, batch, key)
+        else:
+            parts = jax.tree.map(lambda x: rearrange(x, "(A B) ... -> A B ...", A=accumulate), dict(batch))
+
+            def add(total, part_and_key):
+                return jax.tree.map(jnp.add, total, gradient(state.trainable, *part_and_key)), None
+
+            keys = jax.random.split(key, accumulate)
+            first = gradient(state.trainable, jax.tree.map(lambda x: x[0], parts), keys[0])
+            rest = (jax.tree.map(lambda x: x[1:], parts), keys[1:])
+            ((loss, sums), grads), _ = jax.lax.scan(add, first, rest)
+        updates, moments = optimizer.update(grads, state.moments, state.trainable)
+        trainable = optax.apply_updates(state.trainable, updates)
+        streams = sums["streams"] / jnp.maximum(sums["questions"], 1)
+        metrics = {
+            "loss": loss,
+            "token_accuracy": sums["hits"] / answer_tokens,
+            "gradient_norm": optax.global_norm(grads),
+            "learning_rate": rate(state.step),
+            "general_weight": streams[0],
+            "facial_weight": streams[1],
+            "answer_tokens": answer_tokens,
+        }
+        return TrainState(state.step + 1, trainable, moments, state.key), metrics
+
+    return jax.jit(step, donate_argnums=0)

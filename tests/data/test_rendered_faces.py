@@ -1,0 +1,143 @@
+"""The rendered clips: what is drawn is what is told, and a face detector takes the faces for faces."""
+
+import io
+from collections import Counter, defaultdict
+
+import av
+import cv2
+import numpy as np
+import pytest
+
+from favchat_jax.data import celebvhq_vocabulary as vocabulary
+from favchat_jax.data import rendered_faces
+from favchat_jax.data.rendered_faces import LABELS, answer, render, sample_classes, sample_motion
+
+SPLITS = {"train": 2400, "heldout": 480}
+
+
+def frames_of(clip: bytes) -> list[np.ndarray]:
+    with av.open(io.BytesIO(clip)) as container:
+        return [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+
+
+def answers_by_kind(split: str) -> dict[str, Counter]:
+    by_kind = defaultdict(Counter)
+    for index in range(SPLITS[split]):
+        classes, asked = sample_classes(0, split, index, np.random.default_rng(index))
+        for label in asked:
+            by_kind["detail" if label in rendered_faces.DETAILS else label][answer(label, classes[label])] += 1
+    return by_kind
+
+
+@pytest.fixture(scope="module")
+def records():
+    return [render(0, "heldout", index) for index in range(30)]
+
+
+def test_the_same_arguments_give_the_same_bytes(records):
+    again = render(0, "heldout", 3)
+    assert again.clip == records[3].clip
+    assert (again.summary, again.questions, again.labels) == (
+        records[3].summary,
+        records[3].questions,
+        records[3].labels,
+    )
+
+
+def test_splits_seeds_and_indices_differ_in_clip_and_source(records):
+    others = [render(0, "train", 3), render(1, "heldout", 3), render(0, "heldout", 4)]
+    assert len({record.clip for record in (*others, records[3])}) == 4
+    assert len({record.source for record in (*others, records[3])}) == 4
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_no_answer_holds_more_than_half_of_its_kind(split):
+    for kind, answers in answers_by_kind(split).items():
+        assert max(answers.values()) / answers.total() <= 0.505, (kind, answers)
+
+
+def test_every_kind_has_enough_heldout_questions():
+    by_kind = answers_by_kind("heldout")
+    assert min(answers.total() for answers in by_kind.values()) >= 80
+    assert sum(answers.total() for answers in by_kind.values()) >= 1400
+
+
+def test_every_clip_is_24_frames_of_128_pixels(records):
+    for record in records:
+        assert np.shape(frames_of(record.clip)) == (24, 128, 128, 3)
+
+
+def test_answers_summaries_and_attributes_agree_with_the_labels(records):
+    assert {record.has_face for record in records} == {True, False}
+    for record in records:
+        classes = {name: LABELS[name][c] for name, c in rendered_faces.attribute_labels(record).items() if c >= 0}
+        for question in record.questions:
+            asked = [label for label, wordings in rendered_faces.QUESTIONS.items() if question.question in wordings]
+            assert question.answer == answer(asked[0], classes[asked[0]])
+        if not record.has_face:
+            assert not record.attributes.any()
+            assert classes["color"] in record.summary and classes["shape"] in record.summary
+            continue
+        on = {name for name, there in zip(vocabulary.VOCABULARY, record.attributes, strict=True) if there}
+        assert {f"{classes['hair']}_hair", classes["emotion"], classes["motion"]} <= on
+        assert ("eyeglasses" in on) == (classes["glasses"] == "yes") == ("glasses" in record.summary)
+        assert ("wearing_hat" in on) == (classes["hat"] == "yes") == ("a hat" in record.summary)
+        assert ("wearing_earrings" in on) == (classes["earring"] != "none") == ("earring" in record.summary)
+        for mark in ("mole", "scar"):
+            told = f"a {mark} on the {classes[mark]} cheek" in record.summary
+            assert told == (classes[mark] != "none")
+
+
+@pytest.mark.parametrize("label", ["mole", "scar", "earring"])
+def test_fine_detail_is_on_its_side_and_a_few_pixels_wide_at_64(label):
+    for index in range(12):
+        classes, _ = sample_classes(0, "train", 6 * index, np.random.default_rng(index))
+        classes |= {"motion": "close_eyes"}
+        drawn = {}
+        for side in ("none", "left", "right"):
+            rng = np.random.default_rng(index)
+            look = rendered_faces.sample_look(classes | {label: side}, rng)
+            frame = rendered_faces.features.draw_face(look, sample_motion(classes, rng, frames=1))[0]
+            drawn[side] = cv2.resize(frame, (64, 64), interpolation=cv2.INTER_AREA).astype(int)
+        for side in ("left", "right"):
+            changed = np.abs(drawn[side] - drawn["none"]).max(-1) > 40
+            rows, columns = np.nonzero(changed)
+            assert (columns.mean() < 32) == (side == "left")
+            assert np.ptp(columns) < 7 and np.ptp(rows) < 9  # a slanted scar is the longest
+            assert 2 <= changed.sum() <= 24
+
+
+def test_haar_finds_the_face_in_95_percent_of_frames_without_hat_or_strong_turn():
+    detector = cv2.CascadeClassifier(cv2.data.haarcascades + "haarcascade_frontalface_alt2.xml")
+    found = []
+    for index in range(75):
+        rng = rendered_faces.generator(0, "heldout", "clip", index)
+        classes, _ = sample_classes(0, "heldout", index, rng)
+        if classes.get("hat") != "no":
+            continue
+        look = rendered_faces.sample_look(classes, rng)
+        motion = sample_motion(classes, rng)
+        for frame, yaw in list(zip(rendered_faces.features.draw_face(look, motion), motion.yaw, strict=True))[1::4]:
+            if abs(yaw) < 0.45:
+                gray = cv2.resize(cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY), (360, 360), interpolation=cv2.INTER_CUBIC)
+                found.append(len(detector.detectMultiScale(gray, 1.1, 3, minSize=(72, 72))) > 0)
+    assert len(found) > 120 and np.mean(found) >= 0.95
+
+
+def test_actions_move_what_they_name():
+    spread = {}
+    for motion in LABELS["motion"]:
+        moved = sample_motion({"motion": motion, "emotion": "neutral"}, np.random.default_rng(0))
+        spread[motion] = {
+            name: np.ptp(getattr(moved, name)[1::3]) for name in ("pitch", "yaw", "eyes_open", "mouth_open")
+        }
+    for motion, part in {"nod": "pitch", "shake_head": "yaw", "turn": "yaw", "close_eyes": "eyes_open"}.items():
+        assert spread[motion][part] > 0.5
+        assert all(spread[other][part] < 0.15 for other in spread if other not in (motion, "turn", "shake_head"))
+    assert spread["talk"]["mouth_open"] > 0.7
+    turned = sample_motion({"motion": "turn", "emotion": "neutral"}, np.random.default_rng(1)).yaw
+    assert abs(turned[-1]) > 0.6 and abs(turned[-1] - turned[-4]) < 0.1  # and stays turned
+
+
+def test_the_contact_sheet_shows_16_clips():
+    assert rendered_faces.contact_sheet().shape == (4 * 128, 4 * 128, 3)

@@ -1,0 +1,70 @@
+"""The embedded main job, whole: clips, pretrained parts, stages 1-3, held-out evaluation, one answer. `make demo` runs it.
+
+Writes runs/tiny-v1/report.json and ends with a short table. Run again, it takes up what is finished.
+"""
+
+import json
+import resource
+import time
+from pathlib import Path
+
+from absl import flags
+
+from configs import stage3
+from configs.eval import rendered
+from favchat_jax import command_line
+from favchat_jax.chat import ask
+from favchat_jax.data.datasets import open_dataset
+from favchat_jax.evaluate import table
+from favchat_jax.evaluation.benchmarks import rendered as benchmark
+from favchat_jax.generation.sampler import Sampler, Sampling
+from favchat_jax.train import default_workdir, train_stage
+from favchat_jax.training.assembly import load_run
+
+STAGES = ("stage1", "stage2", "stage3")
+
+
+def stage_report(folder: Path) -> dict[str, dict[str, float]]:
+    """First and last logged loss of each stage, and its steps."""
+    report = {}
+    for stage in STAGES:
+        lines = [json.loads(line) for line in (folder / stage / "metrics.jsonl").read_text().splitlines()]
+        report[stage] = {"steps": lines[-1]["step"], "loss_first": lines[0]["loss"], "loss_last": lines[-1]["loss"]}
+    return report
+
+
+def main() -> None:
+    """Trains, evaluates, asks, reports."""
+    started = time.perf_counter()
+    config = stage3.get_config(_ARGUMENT.value)
+    workdir = default_workdir(config)
+    if not train_stage(config, workdir).finished:
+        return  # stopped by SIGTERM and saved; the same command goes on
+    sampler = Sampler.of(load_run(workdir))
+    heldout = benchmark.run(rendered.get_config(), sampler)
+
+    record = open_dataset(config.data.name, config.data.packed, "heldout")[0]
+    video = workdir.parent / "example.mp4"
+    video.write_bytes(record.clip)
+    question = "What is the person doing?" if record.has_face else "What shape is moving?"
+    answer = ask(sampler, str(video), question, Sampling())
+
+    report = {
+        "wall_seconds": time.perf_counter() - started,
+        "peak_memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+        "stages": stage_report(workdir.parent),
+        "heldout": {name: value for name, value in heldout.items() if name != "answers"},
+        "chat": {"video": str(video), "question": question, "answer": answer},
+    }
+    path = workdir.parent / "report.json"
+    path.write_text(json.dumps(report, indent=1))
+    print(table(heldout))
+    for stage, row in report["stages"].items():
+        print(f"{stage}: {row['steps']} steps, loss {row['loss_first']:.3f} -> {row['loss_last']:.3f}")
+    print(f"{video}: {question} -> {answer}")
+    print(f"{report['wall_seconds']:.0f} s, peak memory {report['peak_memory_gib']:.1f} GiB; all figures are in {path}")
+
+
+if __name__ == "__main__":
+    _ARGUMENT = flags.DEFINE_string("config_argument", "", "As after configs/stage3.py: for example ablation=no_face")
+    command_line.start(main)
