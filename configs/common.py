@@ -111,8 +111,8 @@ def _model(preset: str) -> ConfigDict:
         model.remat = False
         model.umt.update({"width": 64, "depth": 5, "layers_run": 4, "heads": 4, "checkpoint_size": 64})
         model.no_face_taps = (1, 2, 3, 4)
-        model.facexformer.update({"width": 24, "depths": (2, 2, 2, 2), "heads": (2, 2, 4, 4), "window": 4})
-        model.fusion.heads = 4
+        model.facexformer.update({"width": 24, "depths": (1, 1, 2, 1), "heads": (2, 2, 4, 4), "window": 4})
+        model.fusion.heads = 1
         model.qformer.update(
             {"width": 64, "depth": 2, "heads": 4, "mlp": 256, "queries": 8, "extra_queries": 8, "vocabulary": 512}
         )
@@ -165,8 +165,8 @@ def _embedded(config: ConfigDict) -> None:
     config.pretrain = ConfigDict(
         {
             "llm": {"width": 128, "layers": 4, "heads": 4, "kv_heads": 2, "mlp": 384, "vocabulary": 512},
-            # Steps of each part: text in batches of 64, single frames in batches of 128, clips in batches of 16.
-            "llm_steps": 150,
+            # Steps of each part: text in batches of 32, single frames in batches of 128, clips in batches of 16.
+            "llm_steps": 250,
             "facial_steps": 300,
             "general_steps": 800,
             "learning_rate": 2e-3,

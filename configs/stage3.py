@@ -12,7 +12,7 @@ def get_config(argument: str = ""):
     config.optimizer.learning_rate = 2e-5
     config.batch = 4
     if config.preset == "tiny":
-        config.steps = 40
+        config.steps = 30
         config.batch = 16
         config.optimizer.learning_rate = 1e-4
     return config

@@ -1,5 +1,7 @@
 """What every front door does around its work: flags, one-line errors, exit codes (0 done, 1 failed, 2 bad input)."""
 
+import contextlib
+import ctypes
 import logging
 import os
 import sys
@@ -15,6 +17,7 @@ def start(main: Callable[[], None], argv: list[str] | None = None) -> None:
 
     Only an error of the software itself ends with a traceback.
     """
+    _keep_freed_memory()
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("favchat_jax").setLevel(logging.INFO)
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
@@ -29,6 +32,19 @@ def start(main: Callable[[], None], argv: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         _end(name, "interrupted", 130)
     sys.exit(0)
+
+
+def _keep_freed_memory() -> None:
+    """Tells glibc to keep the memory of freed arrays for the next ones instead of giving it back to the system.
+
+    A step on a CPU frees and takes hundreds of MB; getting them anew page by page costs a third of its time.
+    """
+    with contextlib.suppress(OSError, AttributeError):  # not glibc
+        mallopt = ctypes.CDLL(None).mallopt
+        arena_max, mmap_threshold, trim_threshold = -8, -3, -1  # malloc.h
+        mallopt(arena_max, 1)
+        mallopt(mmap_threshold, 2**30)
+        mallopt(trim_threshold, 2**31 - 1)
 
 
 def parse(argv: list[str]) -> None:

@@ -1,4 +1,4 @@
-"""The embedded main job, whole: clips, pretrained parts, stages 1-3, held-out evaluation, one answer. `make demo` runs it.
+"""The embedded main job (`make demo`): clips, pretrained parts, stages 1-3, held-out evaluation, one answer.
 
 Writes runs/tiny-v1/report.json and ends with a short table. Run again, it takes up what is finished.
 """

@@ -1,14 +1,16 @@
 """Mistral's Hugging Face folder <-> this project's weights, tensor by tensor.
 
-The folder (`config.json`, `*.safetensors` with or without an index, `tokenizer.json`) is the language model's only home:
-training reads it directly, and what the embedded run pretrains is written as the same kind of folder.
+The folder (`config.json`, `*.safetensors` with or without an index, `tokenizer.json`) is the language model's only
+home: training reads it directly, and what the embedded run pretrains is written as the same kind of folder.
 """
 
+import dataclasses
 import hashlib
 import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -41,16 +43,20 @@ IGNORED = (r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",)
 def read_config(folder: str | Path) -> MistralConfig:
     """The sizes in `folder/config.json`; raises UserError where it is missing or not Mistral's."""
     path = Path(folder) / "config.json"
+    fields = _read_json(path)
     try:
-        return MistralConfig.from_json(json.loads(path.read_text()))
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing: llm.path must name a Hugging Face folder of Mistral") from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} is not JSON ({error}): fetch the folder again") from None
-    except KeyError as error:
-        raise UserError(f"{path} lacks {error}: it is not Mistral's configuration") from None
+        config = MistralConfig.from_json(fields)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
+    except KeyError as error:
+        raise UserError(f"{path} lacks {error}: it is not Mistral's configuration") from None
+    except TypeError as error:
+        raise UserError(f"{path} has a field of the wrong kind ({error}): fetch the folder again") from None
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.type is int and not (isinstance(value, int) and value > 0):
+            raise UserError(f"{path}: {field.name} is {value!r}, not a positive whole number: fetch the folder again")
+    return config
 
 
 def read_weights(folder: str | Path, dtype=np.float32) -> dict:
@@ -82,7 +88,8 @@ def read_weights(folder: str | Path, dtype=np.float32) -> dict:
         missing.discard((published, layer))
     if missing:
         name, layer = min(missing, key=str)
-        raise UserError(f"{folder}: {name.format(i=layer)} and {len(missing) - 1} more weights are missing")
+        others = f" and {len(missing) - 1} more weights" if len(missing) > 1 else ""
+        raise UserError(f"{folder} lacks {name.format(i=layer)}{others}: fetch the folder again")
     return unflatten_dict(tree, sep="/")
 
 
@@ -142,21 +149,37 @@ def _row_of(name: str, folder) -> tuple[tuple[str, str, bool] | None, int | None
 
 def _shards(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
-    if not index.exists():
-        return [folder / "model.safetensors"]
-    try:
-        return sorted({folder / name for name in json.loads(index.read_text())["weight_map"].values()})
-    except (json.JSONDecodeError, KeyError) as error:
-        raise UserError(f"{index} is damaged ({error}): fetch the folder again") from None
+    shards = [folder / "model.safetensors"]
+    if index.exists():
+        try:
+            shards = sorted({folder / name for name in _read_json(index)["weight_map"].values()})
+        except (KeyError, AttributeError, TypeError):
+            raise UserError(f"{index} does not map weights to files: fetch the folder again") from None
+    for shard in shards:
+        if not shard.is_file():
+            raise UserError(f"{shard} is missing: llm.path must name a whole Hugging Face folder")
+    return shards
 
 
 def _tensors(folder: Path):
     for shard in _shards(folder):
-        if not shard.exists():
-            raise UserError(f"{shard} is missing: llm.path must name a whole Hugging Face folder")
         try:
             with safe_open(shard, framework="numpy") as file:
                 for name in file.keys():  # noqa: SIM118 (not a dictionary)
                     yield name, file.get_tensor(name)
-        except SafetensorError as error:
+        except (SafetensorError, OSError) as error:
             raise UserError(f"{shard} is damaged ({error}): fetch it again") from None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing: llm.path must name a Hugging Face folder of Mistral") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): check llm.path") from None
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON ({error}): fetch the folder again") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} is not a JSON object: fetch the folder again")
+    return value

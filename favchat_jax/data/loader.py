@@ -27,7 +27,7 @@ from favchat_jax.data.datasets import Record
 from favchat_jax.data.video import Augment, decode
 from favchat_jax.errors import UserError
 
-# Stage 1's question; one is drawn for each clip. The last, general ones fit clips without a face too.
+# Stage 1's question: one is drawn for each clip.
 INSTRUCTIONS = (
     "Describe the video in detail.",
     "What can be seen in this video? Describe it.",
@@ -243,10 +243,10 @@ class BatchIterator(grain.DatasetIterator):
             row = next(self._parent)
             if "skip" in row:
                 skipped += 1
-                if skipped >= self._records:
+                if skipped > 2 * self._records:  # two shuffled epochs in a row hold every record at least once
                     self.close()
                     raise UserError(
-                        f"no usable record in {skipped} of the data set: {row['skip']}; train on another text"
+                        f"none of the {self._records} records is usable: {row['skip']}; choose another text"
                     )
                 continue
             skipped = 0
@@ -265,10 +265,12 @@ class BatchIterator(grain.DatasetIterator):
             logging.warning("record %s is left out (%d of %d so far): %s", name, self.bad, self.seen, reason)
 
     def _judge(self) -> None:
-        expected = BAD_SHARE * self.seen
-        # Until the whole data set was seen its share is an estimate: two standard deviations are left to chance.
-        chance = 0 if self.seen >= self._records else 2 * math.sqrt(expected)
-        if self.seen < BAD_AFTER or self.bad <= expected + chance:
+        if self.seen >= self._records:  # the whole data set is known, and epochs that are not over do not matter
+            too_many = len(self.bad_ids) > BAD_SHARE * self._records
+        else:  # the share is an estimate: two standard deviations are left to chance
+            expected = BAD_SHARE * self.seen
+            too_many = self.bad > expected + 2 * math.sqrt(expected)
+        if self.seen < BAD_AFTER or not too_many:
             return
         self.close()
         named = ", ".join(list(self.bad_ids)[:5]) + (" and others" if len(self.bad_ids) > 5 else "")

@@ -5,7 +5,6 @@ prompts are padded to a bucket, the cache has room for the bucket and the answer
 """
 
 import dataclasses
-import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -63,7 +62,8 @@ def draw(
     scores = logits.astype(jnp.float32) / jnp.maximum(temperature, 1e-6)
     ordered = jnp.sort(scores, axis=-1)[:, ::-1]
     before = jnp.cumsum(jax.nn.softmax(ordered, axis=-1), axis=-1) - jax.nn.softmax(ordered, axis=-1)
-    floor = jnp.min(jnp.where(before < top_p, ordered, jnp.inf), axis=-1, keepdims=True)
+    first = jnp.arange(ordered.shape[-1]) == 0  # never left out, not even at top_p = 0
+    floor = jnp.min(jnp.where((before < top_p) | first, ordered, jnp.inf), axis=-1, keepdims=True)
     sampled = jax.random.categorical(key, jnp.where(scores >= floor, scores, -jnp.inf))
     return jnp.where(temperature > 0, sampled, jnp.argmax(logits, axis=-1)).astype(jnp.int32)
 

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from favchat_jax.models.linear import Linear
+
 
 class GatedMixture(nn.Module):
     """Eq. 3: each visual token is a weighted sum of two experts, one a stream.
@@ -29,8 +31,8 @@ class GatedMixture(nn.Module):
     ) -> tuple[Float[Array, "... N D"], Float[Array, "... N 2"]]:
         """The mixed tokens, and the weights (w_1 of the general stream, w_2 of the facial one), which sum to 1."""
         both = jnp.concatenate([general, facial], axis=-1)
-        gate = nn.Dense(self.hidden, dtype=self.dtype, name="gate_in")(both)
-        gate = nn.Dense(2, dtype=self.dtype, name="gate_out", kernel_init=nn.initializers.zeros)(nn.gelu(gate))
+        gate = Linear(self.hidden, dtype=self.dtype, name="gate_in")(both)
+        gate = Linear(2, dtype=self.dtype, name="gate_out", kernel_init=nn.initializers.zeros)(nn.gelu(gate))
         weights = jax.nn.softmax(gate.astype(jnp.float32), axis=-1)
         mixed = sum(
             weights[..., i, None].astype(self.dtype) * self._expert(name, tokens)
@@ -39,8 +41,8 @@ class GatedMixture(nn.Module):
         return mixed, weights
 
     def _expert(self, name: str, tokens: Float[Array, "... N D"]) -> Float[Array, "... N D"]:
-        inner = nn.gelu(nn.Dense(self.hidden, dtype=self.dtype, name=f"{name}_in")(tokens))
-        return tokens + nn.Dense(tokens.shape[-1], dtype=self.dtype, name=f"{name}_out")(inner)
+        inner = nn.gelu(Linear(self.hidden, dtype=self.dtype, name=f"{name}_in")(tokens))
+        return tokens + Linear(tokens.shape[-1], dtype=self.dtype, name=f"{name}_out")(inner)
 
 
 class ScalarMixture(nn.Module):

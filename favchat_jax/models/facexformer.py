@@ -25,7 +25,8 @@ from einops import rearrange
 from jaxtyping import Array, Bool, Float, Int
 
 from favchat_jax.models.attention import attention
-from favchat_jax.models.umt import MLP, Linear, PatchEmbedding
+from favchat_jax.models.linear import Linear, flat_product
+from favchat_jax.models.umt import MLP, PatchEmbedding
 
 
 @lru_cache(maxsize=64)
@@ -74,7 +75,7 @@ class WindowAttention(nn.Module):
 
     @nn.compact
     def __call__(self, tokens: Float[Array, "B H W D"]) -> Float[Array, "B H W D"]:
-        batch, *size, width = tokens.shape
+        batch, *size, _ = tokens.shape
         window = tuple(min(self.window, n) for n in size)
         padded = tuple(-(-n // w) * w for n, w in zip(size, window, strict=True))
         shift = tuple(self.window // 2 if self.shifted and w < n else 0 for n, w in zip(padded, window, strict=True))
@@ -219,6 +220,7 @@ class LinearFuse(nn.Module):
         height, width = taps[0].shape[1:3]
         fused = 0
         for i, (tap, share) in enumerate(zip(taps, shares, strict=True)):
-            projected = Linear(self.width, dtype=self.dtype, name=f"linear_c_{i}")(tap.astype(self.dtype)) @ share
+            projected = Linear(self.width, dtype=self.dtype, name=f"linear_c_{i}")(tap.astype(self.dtype))
+            projected = flat_product(projected, share)
             fused += jax.image.resize(projected, (tap.shape[0], height, width, self.width), "bilinear", antialias=False)
         return fused

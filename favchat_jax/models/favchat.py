@@ -1,8 +1,8 @@
 """FaVChat, the whole way from a clip and a question to the language model's hidden states (Section 4.1).
 
-    frames --> UMT ---------------------------> e_g --> general Q-Former --> linear --\\
-          \\                                      |                                     mixture --> visual tokens --> Mistral
-           --> FaceXFormer --> e_1..e_N --> granularity fusion --> facial Q-Former --> linear --/
+    frames --> UMT --------------------------> e_g --> general Q-Former --> linear --+
+          |                                     |                                     +--> mixture --> Mistral
+          +--> FaceXFormer --> e_1..e_N --> fusion --> facial Q-Former --> linear ----+
 
 Encoders and fusion run once a clip; everything that reads the question runs once a question.
 """
@@ -19,13 +19,16 @@ from favchat_jax.errors import UserError
 from favchat_jax.models.adapters import GatedMixture, ScalarMixture
 from favchat_jax.models.facexformer import FaceXFormerEncoder, LinearFuse
 from favchat_jax.models.granularity import GranularityFusion, add_time
+from favchat_jax.models.linear import Linear
 from favchat_jax.models.mistral import LayerCache, LoRA, Mistral, MistralConfig
 from favchat_jax.models.qformer import QFormer
-from favchat_jax.models.umt import UMT, VISION_LAYERNORM_EPSILON
+from favchat_jax.models.umt import UMT
 
 # Published normalisation of both encoders' input (ImageNet's).
 PIXEL_MEAN = (0.485, 0.456, 0.406)
 PIXEL_STD = (0.229, 0.224, 0.225)
+# Of the norm after the general encoder.
+VISION_LAYERNORM_EPSILON = 1e-12
 
 VARIANTS = ("v1",)
 ABLATIONS = ("none", "no_face", "no_granularity", "no_moe")
@@ -67,17 +70,17 @@ class FaVChat(nn.Module):
     fusion: GranularityFusion | None
     general_qformer: QFormer
     facial_qformer: QFormer
-    general_proj: nn.Dense
-    facial_proj: nn.Dense
+    general_proj: Linear
+    facial_proj: Linear
     adapter: GatedMixture | ScalarMixture
     llm: Mistral
     dtype: jnp.dtype = jnp.float32
 
     def setup(self):
-        self.vision_layernorm = nn.LayerNorm(epsilon=VISION_LAYERNORM_EPSILON, dtype=self.dtype)
+        self.vision_layernorm = nn.LayerNorm(VISION_LAYERNORM_EPSILON, dtype=self.dtype, use_fast_variance=False)
         if self.fusion is None:
             self.linear_fuse = LinearFuse(dtype=self.dtype)
-            self.fuse_proj = nn.Dense(self.umt.width, dtype=self.dtype)
+            self.fuse_proj = Linear(self.umt.width, dtype=self.dtype)
 
     def encode(self, frames: UInt8[Array, "B T H W 3"]) -> ClipFeatures:
         """Both encoders and the fusion, once a clip."""
@@ -188,8 +191,8 @@ def build(
         else GranularityFusion(model.umt.width, dtype=dtype, **model.fusion),
         general_qformer=QFormer(**qformer),
         facial_qformer=QFormer(**qformer),
-        general_proj=nn.Dense(llm.hidden_size, dtype=dtype),
-        facial_proj=nn.Dense(llm.hidden_size, dtype=dtype),
+        general_proj=Linear(llm.hidden_size, dtype=dtype),
+        facial_proj=Linear(llm.hidden_size, dtype=dtype),
         adapter=ScalarMixture() if ablation == "no_moe" else GatedMixture(model.adapter.hidden, dtype=dtype),
         llm=Mistral(
             llm,

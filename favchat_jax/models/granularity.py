@@ -18,6 +18,7 @@ from einops import rearrange
 from jaxtyping import Array, Float
 
 from favchat_jax.models.attention import attention
+from favchat_jax.models.linear import Linear
 from favchat_jax.models.umt import sinusoid_table
 
 
@@ -44,15 +45,15 @@ class CrossAttentionStep(nn.Module):
             value_input = nn.LayerNorm(dtype=self.dtype, name="value_norm")(fused)
 
         def heads(name: str, x):
-            projected = nn.Dense(self.width, dtype=self.dtype, name=name)(x)
+            projected = Linear(self.width, dtype=self.dtype, name=name)(x)
             return rearrange(projected, "B L (N H) -> B L N H", N=self.heads)
 
         attended = attention(heads("query", query_input), heads("key", value_input), heads("value", value_input))
         attended = rearrange(attended, "B L N H -> B L (N H)")
         if not self.residual:
             return attended
-        attended = nn.Dense(self.width, dtype=self.dtype, name="out")(attended)
-        return nn.Dense(self.width, dtype=self.dtype, name="skip")(query_input) + attended
+        attended = Linear(self.width, dtype=self.dtype, name="out")(attended)
+        return Linear(self.width, dtype=self.dtype, name="skip")(query_input) + attended
 
 
 class GranularityFusion(nn.Module):

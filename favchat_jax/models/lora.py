@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from favchat_jax.models.linear import flat_product
+
 
 @jax.custom_vjp
 def low_rank(x: Float[Array, "... D"], a: Float[Array, "D r"], b: Float[Array, "r F"]) -> Float[Array, "... F"]:
@@ -58,7 +60,7 @@ class LoRADense(nn.Module):
     def __call__(self, x: Float[Array, "... D"], deterministic: bool = True) -> Float[Array, "... F"]:
         kernel = self.param("kernel", nn.initializers.normal(0.02), (x.shape[-1], self.features))
         x = x.astype(self.dtype)
-        y = x @ kernel.astype(self.dtype)
+        y = flat_product(x, kernel.astype(self.dtype))
         if not self.rank:
             return y
         lora_a = self.param("lora_a", nn.initializers.he_uniform(), (x.shape[-1], self.rank))

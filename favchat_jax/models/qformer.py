@@ -23,7 +23,7 @@ from einops import rearrange
 from jaxtyping import Array, Bool, Float, Int
 
 from favchat_jax.models.attention import attention
-from favchat_jax.models.umt import Linear
+from favchat_jax.models.linear import Linear
 
 _EMBEDDING_INIT = nn.initializers.normal(0.02)
 

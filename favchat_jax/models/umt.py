@@ -16,6 +16,7 @@ from einops import rearrange
 from jaxtyping import Array, Float
 
 from favchat_jax.models.attention import attention
+from favchat_jax.models.linear import Linear
 
 VISION_LAYERNORM_EPSILON = 1e-12
 
@@ -66,17 +67,6 @@ def position_table(
     if frames != base_frames:
         table = np.einsum("nt,thwd->nhwd", linear_weights(frames, base_frames), table, optimize=True)
     return table.astype(np.float32)
-
-
-class Linear(nn.Dense):
-    """A dense layer that sees its input as one matrix.
-
-    On a CPU the gradient of a kernel is several times faster as a product of two matrices than as a contraction over
-    several leading dimensions; elsewhere it is the same.
-    """
-
-    def __call__(self, inputs: Float[Array, "*B D"]) -> Float[Array, "*B E"]:
-        return super().__call__(inputs.reshape(-1, inputs.shape[-1])).reshape(*inputs.shape[:-1], self.features)
 
 
 class PatchEmbedding(nn.Module):

@@ -1,4 +1,4 @@
-"""From a config to a model, its tokenizers and its weights: fresh, converted, of the stage before, or of a finished run."""
+"""From a config to a model, its tokenizers and its weights: fresh, converted, or of an earlier run."""
 
 import dataclasses
 import json
@@ -105,9 +105,12 @@ def initial_weights(config: ml_collections.ConfigDict, model: favchat.FaVChat) -
     missing = sorted(set(shapes) - set(weights))
     if missing:
         log.info("%d of %d weight arrays start afresh", len(missing), len(shapes))
-        fresh = jax.jit(
-            lambda: {p: flatten_dict(_initialise(model, config.model, config.seed), sep="/")[p] for p in missing}
-        )
+
+        @jax.jit
+        def fresh() -> Weights:
+            drawn = flatten_dict(_initialise(model, config.model, config.seed), sep="/")
+            return {path: drawn[path] for path in missing}
+
         weights |= fresh()
     return weights
 
@@ -149,9 +152,14 @@ def visual_and_lora(workdir: str | Path) -> Weights:
     """All weights of a run but the language model's base: frozen ones from its start, trained ones of the newest step."""
     checkpoints = Checkpoints(workdir)
     try:
-        return {**load_weights(Path(workdir) / "frozen"), **checkpoints.load_trainable()}
+        return {**frozen_weights(Path(workdir)), **checkpoints.load_trainable()}
     finally:
         checkpoints.close()
+
+
+def frozen_weights(workdir: Path) -> Weights:
+    """The weights that a run saved at its start since they never change; stage 1 has none but the language model's."""
+    return load_weights(workdir / "frozen") if (workdir / "frozen").exists() else {}
 
 
 def _previous_stage(config: ml_collections.ConfigDict) -> Weights:

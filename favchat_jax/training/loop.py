@@ -30,7 +30,7 @@ from favchat_jax.data.loader import Batch, BatchIterator, training_batches
 from favchat_jax.data.video import Augment
 from favchat_jax.errors import RunError, UserError
 from favchat_jax.training import assembly, stages
-from favchat_jax.training.checkpoint import Checkpoints, load_config, load_weights, save_weights
+from favchat_jax.training.checkpoint import Checkpoints, load_config, save_weights
 from favchat_jax.training.step import TrainState, make_step, new_state
 
 log = logging.getLogger("favchat_jax")
@@ -198,15 +198,15 @@ def _start(config, workdir, parts, optimizer, checkpoints, batches) -> tuple[Tra
     if restored:
         state, iterator_state = restored
         batches.set_state(iterator_state)
-        frozen = {**assembly.load_llm(config.llm.path), **load_weights(workdir / "frozen")}
         assembly.check_llm(workdir, config)
-        state = jax.tree.map(jnp.asarray, state)
+        frozen = {**assembly.load_llm(config.llm.path), **assembly.frozen_weights(workdir)}
         log.info("resuming at step %d", int(state.step))
     else:
         weights = assembly.initial_weights(config, parts.model)
         trainable, frozen = stages.split(weights, config.variant, config.stage)
         kept = {path: leaf for path, leaf in frozen.items() if stages.group_of(path) != "llm"}
-        save_weights(workdir / "frozen", kept, {"of": "frozen weights of a run"})
+        if kept:
+            save_weights(workdir / "frozen", kept, {"of": "frozen weights of a run"})
         (workdir / "llm.json").write_text(
             json.dumps({"path": config.llm.path, "fingerprint": fingerprint(config.llm.path)})
         )
@@ -214,7 +214,9 @@ def _start(config, workdir, parts, optimizer, checkpoints, batches) -> tuple[Tra
     if set(frozen) != set(frozen_shapes):
         raise UserError(f"{workdir}/frozen is not of this config: delete the workdir and train again")
     dtype = jnp.dtype(config.model.dtype)
-    return state, {path: jnp.asarray(leaf, dtype) for path, leaf in frozen.items()}
+    frozen = {path: jnp.asarray(leaf, dtype) for path, leaf in frozen.items()}
+    # Committed to their device from the start, as the step's results are: otherwise its second call compiles again.
+    return jax.device_put((state, frozen), jax.devices()[0])
 
 
 def _run(config, steps, state, frozen, update, batches, checkpoints, metrics) -> TrainState:

@@ -36,10 +36,10 @@ from favchat_jax.data.datasets import Record, open_dataset, prepare
 from favchat_jax.data.loader import INSTRUCTIONS
 from favchat_jax.data.video import decode, frame_indices
 from favchat_jax.models.facexformer import FaceXFormerEncoder
-from favchat_jax.models.favchat import PIXEL_MEAN, PIXEL_STD
-from favchat_jax.models.linear import Dense
+from favchat_jax.models.favchat import PIXEL_MEAN, PIXEL_STD, VISION_LAYERNORM_EPSILON
+from favchat_jax.models.linear import Linear
 from favchat_jax.models.mistral import Mistral
-from favchat_jax.models.umt import UMT, VISION_LAYERNORM_EPSILON
+from favchat_jax.models.umt import UMT
 from favchat_jax.training.checkpoint import save_weights
 from favchat_jax.training.stages import decays
 from favchat_jax.training.step import chunked_cross_entropy, next_token_targets
@@ -195,7 +195,7 @@ def _train_tokenizer(records: Sequence[Record], vocabulary: int) -> PreTrainedTo
 
 
 def _caption_texts(
-    tokenizer, records: Sequence[Record], length: int, rng: np.random.Generator, batch: int = 64
+    tokenizer, records: Sequence[Record], length: int, rng: np.random.Generator, batch: int = 32
 ) -> Iterator[tuple]:
     """Endless batches (tokens, counted): a caption between <Video> and </Video>, then a question about it or a request
     to describe it. The caption is the clip's facts in random order, so that any place of the slot may hold any fact."""
@@ -241,7 +241,7 @@ class FrameClassifier(nn.Module):
     def __call__(self, frames: Float[Array, "B H W 3"]) -> dict[str, Float[Array, "B C"]]:
         """Scores of each label's classes."""
         deepest = rearrange(self.encoder(frames)[-1], "B H W D -> B (H W D)")
-        return {label: Dense(count, name=label)(deepest) for label, count in self.classes.items()}
+        return {label: Linear(count, name=label)(deepest) for label, count in self.classes.items()}
 
 
 class ClipClassifier(nn.Module):
@@ -253,10 +253,12 @@ class ClipClassifier(nn.Module):
     @nn.compact
     def __call__(self, frames: Float[Array, "B T H W 3"]) -> dict[str, Float[Array, "B C"]]:
         """Scores of each label's classes."""
-        tokens = nn.LayerNorm(VISION_LAYERNORM_EPSILON, name="vision_layernorm")(self.encoder(frames)[0])
+        tokens = nn.LayerNorm(VISION_LAYERNORM_EPSILON, use_fast_variance=False, name="vision_layernorm")(
+            self.encoder(frames)[0]
+        )
         per_frame = rearrange(tokens, "B (T L) D -> B T L D", T=frames.shape[1]).mean(axis=2)
         flat = rearrange(per_frame, "B T D -> B (T D)")
-        return {label: Dense(count, name=label)(flat) for label, count in self.classes.items()}
+        return {label: Linear(count, name=label)(flat) for label, count in self.classes.items()}
 
 
 def _make_facial_encoder(config, records: Sequence[Record], frames, folder: Path) -> None:

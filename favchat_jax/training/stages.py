@@ -1,7 +1,7 @@
 """Which weights learn in which stage, and the optimiser that moves them (FaVChat v1, Sections 4.2 and 5.1).
 
-The freeze table is data: groups of weights by path, and for each variant and stage the groups that train. Weights live in
-two flat dictionaries, `trainable` and `frozen`; gradients and moments exist for the first only.
+The freeze table is data: groups of weights by path, and for each variant and stage the groups that train. Weights live
+in two flat dictionaries, `trainable` and `frozen`; gradients and moments exist for the first only.
 """
 
 import dataclasses

@@ -1,11 +1,10 @@
 """The compiled training step: loss over answer tokens, gradients of the trainable weights only, one update.
 
-Frozen weights are an argument of the compiled function, merged with the trainable ones inside the loss, so that they get
-neither gradients nor moments and no residual of a frozen tower is kept.
+Frozen weights are an argument of the compiled function, merged with the trainable ones inside the loss, so that they
+get neither gradients nor moments and no residual of a frozen tower is kept.
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp

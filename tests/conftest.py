@@ -1,0 +1,209 @@
+"""What the tests share: cheap compiles, and a world so small that a whole stage trains in seconds."""
+
+import os
+
+# Before jax is imported. Compiling unoptimised code takes a fraction of the time, and tests run each program only briefly.
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0".strip()
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"
+
+import dataclasses
+import importlib
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+import pytest
+
+from favchat_jax.data.datasets import open_dataset, prepare
+from favchat_jax.training import pretraining
+from favchat_jax.training.checkpoint import Checkpoints
+from favchat_jax.training.loop import Outcome, train
+
+ROOT = Path(__file__).parents[1]
+DATA = "rendered_faces/smoke"
+STAGES = ("stage1", "stage2", "stage3")
+
+SHRUNKEN = {
+    "data.name": DATA,
+    "data.workers": 0,
+    "data.questions": 2,
+    "data.buckets": (160,),
+    "init.umt": "",
+    "init.facexformer": "",
+    "init.from_run": "",
+    "model.image_size": 32,
+    "model.frames": 2,
+    "model.umt.width": 16,
+    "model.umt.depth": 3,
+    "model.umt.layers_run": 2,
+    "model.umt.heads": 2,
+    "model.umt.checkpoint_size": 32,
+    "model.no_face_taps": (1, 2),
+    "model.facexformer.width": 8,
+    "model.facexformer.depths": (1, 1, 1, 1),
+    "model.facexformer.heads": (1, 1, 2, 2),
+    "model.fusion.heads": 2,
+    "model.qformer.width": 16,
+    "model.qformer.depth": 1,
+    "model.qformer.heads": 2,
+    "model.qformer.mlp": 32,
+    "model.qformer.queries": 2,
+    "model.qformer.extra_queries": 2,
+    "model.adapter.hidden": 16,
+    "model.lora.rank": 2,
+    "pretrain.llm.width": 32,
+    "pretrain.llm.layers": 2,
+    "pretrain.llm.heads": 2,
+    "pretrain.llm.kv_heads": 1,
+    "pretrain.llm.mlp": 48,
+    "pretrain.llm_steps": 2,
+    "pretrain.facial_steps": 2,
+    "pretrain.general_steps": 2,
+    "steps": 4,
+    "batch": 4,
+    "log_every": 1,
+    "checkpoint_every": 2,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class SmallWorld:
+    """A packed data set of 36 + 18 rendered clips, a language model that has learned next to nothing, and configs for both.
+
+    Attributes:
+        packed: where the data set lies.
+        llm: the language model's folder.
+    """
+
+    packed: str
+    llm: str
+
+    def config(self, stage: str, argument: str = "", **changes: Any) -> ml_collections.ConfigDict:
+        """The config of a stage of the tiny preset, shrunken; `changes` by path, dots written as double underscores."""
+        config = importlib.import_module(f"configs.{stage}").get_config(argument)
+        config.update_from_flattened_dict(self._values(changes))
+        return config
+
+    def flags(self, stage: str, argument: str = "", **changes: Any) -> list[str]:
+        """The command line of the same config."""
+        values = [f"--config.{path}={value}" for path, value in self._values(changes).items()]
+        return [f"--config=configs/{stage}.py" + (f":{argument}" if argument else ""), *values]
+
+    def _values(self, changes: dict[str, Any]) -> dict[str, Any]:
+        ours = {path.replace("__", "."): value for path, value in changes.items()}
+        return {**SHRUNKEN, "data.packed": self.packed, "llm.path": self.llm, **ours}
+
+
+@pytest.fixture(scope="session")
+def small_world(tmp_path_factory) -> SmallWorld:
+    """See `SmallWorld`. Its files are shared by all tests and must not be changed."""
+    folder = tmp_path_factory.mktemp("world")
+    world = SmallWorld(packed=str(folder / "data"), llm=str(folder / "mistral"))
+    prepare(DATA, None, world.packed)
+    source = open_dataset(DATA, world.packed, "train")
+    Path(world.llm).mkdir()
+    pretraining._make_language_model(
+        world.config("stage1"), [source[i] for i in range(len(source))], frames=None, folder=Path(world.llm)
+    )
+    return world
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """Three finished stages, each started from the one before; copy a workdir before changing it."""
+
+    folder: Path
+    outcomes: dict[str, Outcome]
+
+    def copy(self, stage: str, into: Path) -> Path:
+        """A copy of a stage's workdir that a test may change."""
+        return Path(shutil.copytree(self.folder / stage, into / stage))
+
+
+@pytest.fixture(scope="session")
+def trained(small_world, tmp_path_factory) -> Trained:
+    """See `Trained`."""
+    folder = tmp_path_factory.mktemp("trained")
+    outcomes, before = {}, ""
+    for stage in STAGES:
+        outcomes[stage] = train(small_world.config(stage, init__from_run=before), folder / stage)
+        before = str(folder / stage)
+    return Trained(folder, outcomes)
+
+
+def newest(workdir: Path) -> dict[str, np.ndarray]:
+    """The trainable weights of a workdir's newest whole checkpoint."""
+    checkpoints = Checkpoints(workdir)
+    try:
+        return {path: np.asarray(leaf) for path, leaf in checkpoints.load_trainable().items()}
+    finally:
+        checkpoints.close()
+
+
+def same_weights(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether two flat dictionaries hold the same bits."""
+    return one.keys() == other.keys() and all(np.array_equal(one[path], other[path]) for path in one)
+
+
+def damage(item: Path) -> Path:
+    """Inverts 64 bytes in the middle of the largest data file below a checkpoint's item; returns that file."""
+    files = [path for path in item.rglob("*") if path.is_file() and "d" in path.relative_to(item).parts[:-1]]
+    largest = max(files, key=lambda path: path.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    middle = len(content) // 2
+    content[middle : middle + 64] = bytes(255 - byte for byte in content[middle : middle + 64])
+    largest.write_bytes(content)
+    return largest
+
+
+def start_module(module: str, *arguments: str, cwd: Path = ROOT, **options: Any) -> subprocess.Popen:
+    """Starts `python -m module` as a person does, in the repository's root, with both outputs read as text."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(
+        [sys.executable, "-m", module, *arguments],
+        cwd=cwd,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **options,
+    )
+
+
+@pytest.fixture
+def small_disk(tmp_path) -> Iterator[Path]:
+    """A file system of 4 MiB of its own, to be filled."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(place)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("mounting a small file system needs root")
+    try:
+        yield place
+    finally:
+        subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+def fill(disk: Path) -> Path:
+    """Writes a file that leaves no room on a disk; returns it."""
+    ballast = disk / "ballast"
+    with ballast.open("wb", buffering=0) as file:
+        try:
+            while file.write(bytes(4096)):
+                pass
+        except OSError:
+            return ballast
+    raise AssertionError("unreachable: a file system without an end")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_device() -> None:
+    """The tests count on a single CPU device."""
+    assert jax.device_count() == 1

@@ -1,0 +1,303 @@
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import grain
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from favchat_jax.data import loader
+from favchat_jax.data.conversation import VISUAL_PLACEHOLDER, Conversation, PromptEncoder
+from favchat_jax.data.datasets import Question, Record
+from favchat_jax.data.loader import INSTRUCTIONS, Batch, training_batches
+from favchat_jax.data.video import Augment
+from favchat_jax.errors import UserError
+from tests.data.tokenizers_for_tests import bert, byte_pairs
+from tests.data.video_files import encode_video
+
+ROOT = Path(__file__).parents[2]
+
+
+def record(number: int, *, clip: bytes, questions: int = 3, face: bool = True) -> Record:
+    asked = tuple(Question(f"question {i} of clip {number}?", f"answer {i}", "hair") for i in range(questions))
+    return Record(
+        id=f"clip-{number}",
+        clip=clip,
+        attributes=np.zeros(83, np.uint8),
+        summary=f"Clip {number} shows a face." + " It is black." * (number % 4),
+        questions=asked,
+        targets={},
+        source=f"video-{number}",
+        has_face=face,
+    )
+
+
+@pytest.fixture(scope="module")
+def clip() -> bytes:
+    return encode_video(10, options={"preset": "ultrafast"})
+
+
+@pytest.fixture(scope="module")
+def records(clip) -> list[Record]:
+    return [record(number, clip=clip, questions=number % 4 + 1, face=number % 5 > 0) for number in range(20)]
+
+
+@pytest.fixture
+def open_stream():
+    """Opens streams with small settings, and closes them after the test."""
+    opened = []
+
+    def open_one(source, **changes):
+        settings = dict(text="qa", frames=4, size=16, batch=4, questions=2, buckets=[48, 64, 96, 160], seed=3)
+        conversation = Conversation(byte_pairs(), visual_tokens=3)
+        prompt = PromptEncoder(bert("question", "of", "clip", "describe", "the", "video"), 12)
+        opened.append(training_batches(source, conversation, prompt, **{**settings, **changes}))
+        return opened[-1]
+
+    yield open_one
+    for stream in opened:
+        stream.close()
+
+
+def same(first: Batch, second: Batch) -> bool:
+    return first.ids == second.ids and all(
+        np.array_equal(first.arrays[name], second.arrays[name]) for name in first.arrays.keys() | second.arrays.keys()
+    )
+
+
+def texts(batch: Batch) -> list[list[str]]:
+    """The text of every row that holds a question, per clip."""
+    tokenizer, arrays = byte_pairs(), batch.arrays
+    return [
+        [tokenizer.decode(row[:length][row[:length] >= 0]) for row, length in zip(rows, lengths, strict=True) if length]
+        for rows, lengths in zip(arrays["tokens"], arrays["length"], strict=True)
+    ]
+
+
+def test_a_batch_has_the_documented_arrays(records, open_stream):
+    batch = next(open_stream(records))
+    shapes = {name: (array.shape, array.dtype.name) for name, array in batch.arrays.items()}
+    length = batch.arrays["tokens"].shape[2]
+    assert shapes == {
+        "frames": ((4, 4, 16, 16, 3), "uint8"),
+        "tokens": ((4, 2, length), "int32"),
+        "length": ((4, 2), "int32"),
+        "loss_mask": ((4, 2, length), "bool"),
+        "prompt": ((4, 2, 12), "int32"),
+        "prompt_mask": ((4, 2, 12), "bool"),
+    }
+    assert len(set(batch.ids)) == 4 and all(type(array) is np.ndarray for array in batch.arrays.values())
+
+
+def test_each_row_is_one_question_of_its_clip_and_missing_ones_are_empty(records, open_stream):
+    stream = open_stream(records, batch=20)
+    batch = next(stream)
+    for name, rows, arrays in zip(batch.ids, texts(batch), zip(*batch.arrays.values(), strict=True), strict=True):
+        number = int(name.removeprefix("clip-"))
+        row = dict(zip(batch.arrays, arrays, strict=True))
+        assert len(rows) == min(2, number % 4 + 1) and len(set(rows)) == len(rows)
+        assert all(f"of clip {number}? [/INST] answer" in text for text in rows)
+        for slot, length in enumerate(row["length"]):
+            assert (row["tokens"][slot] == VISUAL_PLACEHOLDER).sum() == (3 if length else 0)
+            assert not row["loss_mask"][slot, length:].any() and row["loss_mask"][slot].any() == (length > 0)
+            assert row["prompt_mask"][slot].any() == (length > 0)
+
+
+def test_the_questions_asked_of_a_clip_change_between_epochs(clip, open_stream):
+    stream = open_stream([record(0, clip=clip, questions=4)], batch=1, questions=1)
+    assert len({texts(next(stream))[0][0] for _ in range(30)}) == 4
+
+
+def test_summaries_answer_an_instruction_to_describe(records, open_stream):
+    batch = next(open_stream(records, text="summary", questions=2))
+    assert batch.arrays["tokens"].shape[1] == 1
+    for name, (text,) in zip(batch.ids, texts(batch), strict=True):
+        assert f"Clip {name.removeprefix('clip-')} shows a face." in text
+        assert any(instruction in text for instruction in INSTRUCTIONS)
+
+
+def test_face_questions_come_only_from_clips_with_a_face(records, open_stream):
+    stream = open_stream(records, text="face_qa")
+    seen = {name for _ in range(12) for name in next(stream).ids}
+    assert seen == {f"clip-{number}" for number in range(20) if number % 5}
+
+
+def test_a_data_set_without_any_face_is_a_users_error(clip, open_stream):
+    stream = open_stream([record(number, clip=clip, face=False) for number in range(6)], text="face_qa")
+    with pytest.raises(UserError, match="none of the 6 records is usable: no text for face_qa"):
+        next(stream)
+
+
+def test_text_is_padded_to_the_smallest_bucket_that_holds_the_batch(records, open_stream):
+    stream = open_stream(records, text="summary", batch=1)
+    for _ in range(20):
+        batch = next(stream)
+        longest = batch.arrays["length"].max()
+        assert batch.arrays["tokens"].shape[2] == min(size for size in (48, 64, 96, 160) if size >= longest)
+    assert len({next(stream).arrays["tokens"].shape[2] for _ in range(20)}) > 1
+
+
+def test_several_hosts_read_disjoint_records_at_one_length(records, open_stream):
+    streams = [open_stream(records, process_index=host, process_count=2) for host in range(2)]
+    batches = [[next(stream) for _ in range(5)] for stream in streams]
+    first, second = ({name for batch in host for name in batch.ids} for host in batches)
+    assert not first & second and len(first | second) == 20
+    assert {batch.arrays["tokens"].shape[2] for host in batches for batch in host} == {160}
+
+
+def test_an_epoch_gives_every_record_once_and_the_next_one_another_order(records, open_stream):
+    stream = open_stream(records)
+    epochs = [[name for _ in range(5) for name in next(stream).ids] for _ in range(2)]
+    assert all(len(set(epoch)) == 20 for epoch in epochs) and epochs[0] != epochs[1]
+
+
+def test_the_same_seed_gives_the_same_stream_and_another_seed_another(records, open_stream):
+    settings = dict(sampling="rand", augment=Augment())
+    streams = [open_stream(records, seed=seed, **settings) for seed in (3, 3, 4)]
+    first, again, other = ([next(stream) for _ in range(3)] for stream in streams)
+    assert all(same(a, b) for a, b in zip(first, again, strict=True))
+    assert not any(same(a, b) for a, b in zip(first, other, strict=True))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_restored_stream_goes_on_bit_identically_and_is_the_same_for_any_number_of_workers(
+    records, clip, workers, open_stream, tmp_path
+):
+    source = [*records, record(20, clip=b"not a video")]
+    reference = open_stream(source)
+    expected = [next(reference) for _ in range(9)]
+    stream = open_stream(source, workers=workers)
+    assert all(same(next(stream), batch) for batch in expected[:5])
+    with ocp.CheckpointManager(tmp_path) as manager:
+        manager.save(5, args=ocp.args.Composite(data=grain.checkpoint.CheckpointSave(stream)))
+        manager.wait_until_finished()
+        for _ in range(2):  # what is read after saving does not matter
+            next(stream)
+        stream.close()
+        restored = open_stream(source, workers=workers)
+        manager.restore(5, args=ocp.args.Composite(data=grain.checkpoint.CheckpointRestore(restored)))
+    assert (restored.seen, restored.bad) == (20 + restored.bad, restored.bad)
+    assert all(same(next(restored), batch) for batch in expected[5:])
+    assert (restored.seen, restored.bad, restored.bad_ids) == (reference.seen, reference.bad, reference.bad_ids)
+    assert list(restored.bad_ids) == ["clip-20"]
+
+
+def test_a_stream_read_with_other_workers_cannot_be_continued(records, open_stream):
+    state = open_stream(records).get_state()
+    with pytest.raises(UserError, match="'workers': 0.* this run has .*'workers': 1"):
+        open_stream(records, workers=1).set_state(state)
+
+
+def test_a_bad_record_is_left_out_counted_and_named(records, clip, open_stream, caplog):
+    long = record(31, clip=clip)
+    long = Record(**{**vars(long), "questions": (Question("word " * 300, "yes", "hair"),)})
+    source = [*records, record(30, clip=b"not a video"), long]
+    stream = open_stream(source, batch=10)
+    seen = {name for _ in range(4) for name in next(stream).ids}
+    assert seen == {f"clip-{number}" for number in range(20)}
+    assert stream.bad >= 2 and stream.seen == 40 + stream.bad
+    assert set(stream.bad_ids) == {"clip-30", "clip-31"}
+    assert "clip clip-30 cannot be read as a video" in stream.bad_ids["clip-30"]
+    assert "over the limit of 160" in stream.bad_ids["clip-31"]
+    assert "record clip-30 is left out" in caplog.text
+
+
+def test_more_than_one_percent_of_bad_records_stops_the_run_and_names_them(clip, open_stream):
+    good = [record(number, clip=clip, questions=1) for number in range(98)]
+    stream = open_stream([*good, *(record(number, clip=b"bad") for number in (98, 99))], frames=1, size=8)
+    with pytest.raises(UserError, match="2 of 100 records are bad, more than 1%: mend or remove clip-9., clip-9."):
+        for _ in range(30):
+            next(stream)
+
+
+def test_one_percent_of_bad_records_does_not_stop_the_run(clip, open_stream):
+    good = [record(number, clip=clip, questions=1) for number in range(99)]
+    stream = open_stream([*good, record(99, clip=b"bad")], frames=1, size=8)
+    for _ in range(60):
+        next(stream)
+    assert stream.bad >= 2
+
+
+def test_a_data_set_of_bad_records_only_stops_after_a_hundred(open_stream):
+    stream = open_stream([record(number, clip=b"bad") for number in range(7)])
+    with pytest.raises(UserError, match="100 of 100 records are bad"):
+        next(stream)
+
+
+def test_a_mistake_in_the_program_is_not_taken_for_a_bad_record(records, open_stream, monkeypatch):
+    def broken(*_, **__):
+        raise TypeError("a bug")
+
+    monkeypatch.setattr(loader, "decode", broken)
+    with pytest.raises(TypeError, match="a bug"):
+        next(open_stream(records))
+
+
+def test_unknown_text_and_too_few_records_are_users_errors(records, open_stream):
+    with pytest.raises(UserError, match="unknown training text 'captions'"):
+        open_stream(records, text="captions")
+    with pytest.raises(UserError, match="2 records for 3 hosts"):
+        open_stream(records[:2], process_count=3)
+
+
+def started_from(group: int) -> list[int]:
+    """Live processes of a process group."""
+    alive = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                fields = (entry / "stat").read_text().rsplit(")", 1)[1].split()
+            except OSError:
+                continue
+            if int(fields[2]) == group and fields[0] != "Z":
+                alive.append(int(entry.name))
+    return alive
+
+
+def shared_clips() -> set[str]:
+    """Shared memory of the size of a decoded clip of the next test, which no one else's is likely to have."""
+    return {entry.name for entry in os.scandir("/dev/shm") if entry.stat().st_size == 17 * 232 * 232 * 3}
+
+
+@pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="looks into Linux's /proc and /dev/shm")
+def test_a_killed_parent_leaves_no_worker_and_no_shared_memory(tmp_path):
+    script = tmp_path / "run.py"
+    script.write_text(
+        textwrap.dedent("""
+        import time
+        from tests.data.test_loader import *
+
+        if __name__ == "__main__":
+            clip = encode_video(10)
+            stream = training_batches(
+                [record(number, clip=clip) for number in range(8)], Conversation(byte_pairs(), 3),
+                PromptEncoder(bert("clip"), 12), text="qa", frames=17, size=232, batch=2, buckets=[200], workers=2,
+            )
+            next(stream)
+            print("running", flush=True)
+            time.sleep(600)
+        """)
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    main = subprocess.Popen(
+        [sys.executable, script], stdout=subprocess.PIPE, env=environment, start_new_session=True, text=True
+    )
+    try:
+        assert main.stdout.readline() == "running\n"
+        assert len(started_from(main.pid)) >= 3
+        assert shared_clips(), "frames of this size travel in shared memory"
+        os.kill(main.pid, signal.SIGKILL)
+        main.wait()
+        deadline = time.monotonic() + 20
+        while (started_from(main.pid) or shared_clips()) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert not started_from(main.pid)
+        assert not shared_clips()
+    finally:
+        for process in started_from(main.pid):
+            os.kill(process, signal.SIGKILL)

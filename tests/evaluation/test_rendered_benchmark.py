@@ -1,0 +1,109 @@
+"""The embedded benchmark: its figures from hand-made answers, and which prediction belongs to which question."""
+
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from configs.eval import rendered as rendered_config
+from favchat_jax.data.datasets import Question, Record
+from favchat_jax.evaluation.benchmarks import rendered
+
+
+def answer(clip, kind, reference, prediction):
+    return {"clip": clip, "kind": kind, "question": "?", "reference": reference, "prediction": prediction}
+
+
+ANSWERS = [
+    answer("a", "hair", "black", "Black."),
+    answer("a", "mole", "no", "yes"),
+    answer("b", "hair", "black", "gray"),
+    answer("b", "mole", "yes", "yes"),
+    answer("c", "hair", "gray", "gray"),
+    answer("c", "hair", "blonde", "blonde"),
+]
+
+
+def test_the_score_of_six_answers_is_what_one_counts_by_hand():
+    result = rendered.score(ANSWERS)
+    assert result["n"] == 6
+    assert result["accuracy"] == pytest.approx(4 / 6)
+    assert result["by_kind"] == {
+        "hair": {"n": 4, "accuracy": 0.75, "majority_baseline": 0.5},
+        "mole": {"n": 2, "accuracy": 0.5, "majority_baseline": 0.5},
+    }
+    # Commonest answers right: two of four about hair and one of two about moles.
+    assert result["majority_baseline"] == pytest.approx(3 / 6)
+
+
+def test_every_answer_is_kept_with_whether_it_was_right():
+    kept = rendered.score(ANSWERS)["answers"]
+    assert [row.pop("correct") for row in kept] == [True, False, False, True, True, True]
+    assert kept == ANSWERS
+
+
+def record(number, questions):
+    asked = tuple(Question(f"{number}.{i}?", f"answer {number}.{i}", f"kind {i}") for i in range(questions))
+    return Record(f"clip {number}", bytes([number]), np.zeros(83, np.uint8), "", asked, {}, f"source {number}", True)
+
+
+class Repeating:
+    """A sampler whose answer repeats the question and the clip's first byte; it notes the shapes it is asked for."""
+
+    frames, image_size = 2, 8
+
+    def __init__(self):
+        self.shapes = []
+
+    def encode(self, frames):
+        return frames
+
+    def answer(self, features, conversations, sampling):
+        assert len(features) == len(conversations)
+        self.shapes.append((len(features), max(len(asked) for asked in conversations)))
+        return [
+            [f"{clip[0, 0, 0, 0]} {turns[-1][0]}" for turns in asked]
+            for clip, asked in zip(features, conversations, strict=True)
+        ]
+
+
+@pytest.fixture
+def config():
+    config = ConfigDict(rendered_config.get_config())
+    config.batch = 2
+    return config
+
+
+@pytest.fixture
+def five_records(monkeypatch):
+    """Clips of 4, 2, 3, 4 and 1 questions, whose frames all hold the clip's one byte."""
+    records = [record(number, questions) for number, questions in enumerate((4, 2, 3, 4, 1))]
+
+    class Clip:
+        def __init__(self, data, *, frames, size, **_):
+            self.frames = np.full((frames, size, size, 3), data[0], np.uint8)
+
+    monkeypatch.setattr(rendered, "prepare", lambda *_: None)
+    monkeypatch.setattr(rendered, "open_dataset", lambda *_: records)
+    monkeypatch.setattr(rendered, "decode", Clip)
+    return records
+
+
+def test_each_question_of_each_clip_is_answered_once_with_its_own_answer(config, five_records):
+    answers = rendered.run(config, Repeating())["answers"]
+    assert [row["question"] for row in answers] == [q.question for r in five_records for q in r.questions]
+    for row in answers:
+        number = row["clip"].removeprefix("clip ")
+        assert row["prediction"] == f"{number} {row['question']}"
+        assert row["reference"] == f"answer {row['question'].removesuffix('?')}"
+
+
+def test_all_batches_have_one_shape(config, five_records):
+    sampler = Repeating()
+    rendered.run(config, sampler)
+    assert sampler.shapes == [(2, 4)] * 3
+
+
+def test_the_limit_counts_clips(config, five_records):
+    config.limit = 3
+    answers = rendered.run(config, Repeating())["answers"]
+    assert {row["clip"] for row in answers} == {"clip 0", "clip 1", "clip 2"}

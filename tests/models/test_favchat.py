@@ -1,0 +1,244 @@
+"""The whole model: the published number of weights of each part, the freeze table's groups, ablations, and seams."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax.traverse_util import unflatten_dict
+
+from configs import common, stage2
+from favchat_jax.errors import UserError
+from favchat_jax.models import favchat
+from favchat_jax.models.favchat import ABLATIONS, ClipFeatures
+from favchat_jax.models.mistral import MistralConfig
+from favchat_jax.training.stages import STAGES, TRAINS, group_of, split
+from tests.models.tiny_parts import MISTRAL, MISTRAL_7B, drawn_flat, favchat_shapes, quick_jit, tiny_config
+
+PAPER_LLM = MistralConfig.from_json(MISTRAL_7B)
+
+
+@functools.cache
+def shapes_of(preset, ablation):
+    """Path -> shape of every weight of a preset with adapters, and with Mistral-7B's sizes."""
+    config = stage2.get_config(f"preset={preset},ablation={ablation}")
+    model = favchat.build(config.model, PAPER_LLM, ablation=ablation, lora_rank=config.model.lora.rank)
+    return favchat_shapes(model, config.model.frames, config.model.image_size)
+
+
+def count(shapes, start, adapters=False):
+    """Number of weights below `start`, of adapters or of all else."""
+    return sum(
+        math.prod(leaf.shape)
+        for path, leaf in shapes.items()
+        if path.startswith(start) and adapters == ("lora_" in path)
+    )
+
+
+class Tiny:
+    """A model that compiles fast, with weights, inputs and its compiled forward pass."""
+
+    def __init__(self, ablation="none"):
+        config = tiny_config(f"ablation={ablation}")
+        self.model = favchat.build(config.model, MISTRAL, ablation=ablation, lora_rank=2)
+        self.shapes = favchat_shapes(self.model, 2, 32)
+        self.params = {"params": unflatten_dict(drawn_flat(self.shapes, spread=0.3), sep="/")}
+        rng = np.random.default_rng(0)
+        tokens = rng.integers(0, MISTRAL.vocab_size, (2, 3, 9))
+        tokens[:, :, 2:5] = -1
+        self.inputs = {
+            "frames": rng.integers(0, 256, (2, 2, 32, 32, 3), np.uint8),
+            "tokens": tokens.astype(np.int32),
+            "prompt": rng.integers(0, 512, (2, 3, 4)).astype(np.int32),
+            "prompt_mask": np.arange(4) < rng.integers(1, 5, (2, 3, 1)),
+        }
+        self.compiled = quick_jit(self.model.apply)
+
+    def forward(self, **changed):
+        return self.compiled(self.params, **{**self.inputs, **changed})
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return Tiny()
+
+
+PUBLISHED = {
+    "umt/": 290_477_056,
+    "facexformer/": 86_741_176,
+    "general_qformer/": 182_194_944,
+    "facial_qformer/": 182_194_944,
+    "llm/": 7_241_732_096,
+    "vision_layernorm/": 2 * 1024,
+    "general_proj/": 768 * 4096 + 4096,
+    "facial_proj/": 768 * 4096 + 4096,
+}
+
+
+@pytest.mark.parametrize("part", PUBLISHED)
+def test_each_part_of_the_paper_preset_has_its_published_number_of_weights(part):
+    assert count(shapes_of("paper", "none"), part) == PUBLISHED[part]
+
+
+def test_the_paper_presets_adapters_are_rank_16_on_every_linear_layer_of_mistral():
+    wide, narrow, hidden, vocabulary = 4096, 1024, 14336, 32000
+    attention = 2 * (wide + wide) + 2 * (wide + narrow)
+    mlp = 3 * (wide + hidden)
+    expected = 16 * (32 * (attention + mlp) + wide + vocabulary)
+    assert count(shapes_of("paper", "none"), "llm/", adapters=True) == expected == 42_520_576
+
+
+def test_the_paper_presets_fusion_reads_swins_four_widths_into_the_general_encoders():
+    widths, d = (128, 256, 512, 1024), 1024
+    norms = sum(2 * width + 2 * d for width in widths)
+    query_and_skip = sum(2 * (width * d + d) for width in widths)
+    key_value_out = 4 * 3 * (d * d + d)
+    assert count(shapes_of("paper", "none"), "fusion/") == norms + query_and_skip + key_value_out
+
+
+@pytest.mark.parametrize("ablation", ABLATIONS)
+@pytest.mark.parametrize("preset", common.PRESETS)
+def test_every_weight_in_every_stage_is_in_exactly_one_group_and_every_group_that_trains_has_weights(preset, ablation):
+    for stage, settings in STAGES.items():
+        shapes = {
+            path: leaf for path, leaf in shapes_of(preset, ablation).items() if settings.lora or "lora" not in path
+        }
+        groups = {group_of(path) for path in shapes}  # which refuses a path of no group or of two
+        for variant, stages in TRAINS.items():
+            missing = set(stages[stage]) - groups
+            assert not missing, f"{variant} {stage} trains {missing}"
+            trainable, frozen = split(shapes, variant, stage)
+            assert trainable.keys() | frozen.keys() == shapes.keys()
+            assert not trainable.keys() & frozen.keys()
+
+
+def test_the_groups_hold_what_their_names_say():
+    groups = {}
+    for path in shapes_of("tiny", "none"):
+        groups.setdefault(group_of(path), set()).add(path.split("/")[0])
+    assert groups == {
+        "encoders": {"umt", "vision_layernorm", "facexformer"},
+        "fusion": {"fusion"},
+        "qformers": {"general_qformer", "facial_qformer"},
+        "linears": {"general_proj", "facial_proj"},
+        "adapter": {"adapter"},
+        "lora": {"llm"},
+        "llm": {"llm"},
+    }
+    for path in shapes_of("tiny", "none"):
+        assert (group_of(path) == "lora") == path.endswith(("lora_a", "lora_b"))
+
+
+def test_a_model_without_adapters_has_all_other_weights_and_no_more(tiny):
+    plain = favchat_shapes(favchat.build(tiny_config().model, MISTRAL, lora_rank=0), 2, 32)
+    assert plain == {path: leaf for path, leaf in tiny.shapes.items() if "lora" not in path}
+
+
+def test_no_face_has_no_facial_encoder_and_fuses_the_general_encoders_own_blocks():
+    shapes = shapes_of("paper", "no_face")
+    assert not [path for path in shapes if path.startswith("facexformer")]
+    assert count(shapes, "umt/") == PUBLISHED["umt/"]
+    inputs = [shapes[f"fusion/step_{i}/query/kernel"].shape[0] for i in (1, 2, 3, 4)]
+    assert inputs == [1024] * 4
+
+
+def test_no_granularity_sends_the_facial_encoders_own_fusion_to_the_projector():
+    shapes = shapes_of("paper", "no_granularity")
+    assert not [path for path in shapes if path.startswith("fusion/")]
+    assert count(shapes, "facexformer/") == PUBLISHED["facexformer/"]
+    # Four projections to 256 channels, one pointwise convolution over all, and one layer to the width of e_g.
+    own_fusion = sum(width * 256 + 256 for width in (128, 256, 512, 1024)) + 4 * 256 * 256
+    assert count(shapes, "linear_fuse/") == own_fusion
+    assert count(shapes, "fuse_proj/") == 256 * 1024 + 1024
+
+
+def test_no_moe_has_two_scalars_for_an_adapter():
+    shapes = shapes_of("paper", "no_moe")
+    adapter = {path: leaf.shape for path, leaf in shapes.items() if path.startswith("adapter/")}
+    assert adapter == {"adapter/weights": (2,)}
+
+
+@pytest.mark.parametrize("ablation", ABLATIONS)
+def test_every_ablation_runs_and_gives_the_same_shapes(ablation):
+    tiny = Tiny(ablation)
+    output = jax.eval_shape(tiny.model.apply, tiny.params, **tiny.inputs)
+    assert output.hidden.shape == (2, 3, 9, MISTRAL.hidden_size)
+    assert output.stream_weights.shape == (2, 3, 3, 2)
+
+
+@pytest.mark.parametrize(("field", "value"), [("variant", "v9"), ("ablation", "no_hope")])
+def test_an_unknown_variant_or_ablation_is_named_with_those_that_exist(field, value):
+    with pytest.raises(UserError, match=f"{field}={value} is unknown: choose one of v1|none"):
+        favchat.build(tiny_config().model, MISTRAL, lora_rank=0, **{field: value})
+
+
+def test_placeholders_become_the_visual_tokens_in_order_and_nothing_else_changes(tiny):
+    tokens = jnp.array([[[3, -1, -1, 5, -1, 7], [-1, 4, -1, 4, 4, -1]]])
+    visual = jax.random.normal(jax.random.key(0), (1, 2, 3, MISTRAL.hidden_size))
+    embedded = tiny.model.apply(tiny.params, tokens, visual, method="embed")
+    words = tiny.params["params"]["llm"]["embed_tokens"]["embedding"]
+    first = [words[3], visual[0, 0, 0], visual[0, 0, 1], words[5], visual[0, 0, 2], words[7]]
+    second = [visual[0, 1, 0], words[4], visual[0, 1, 1], words[4], words[4], visual[0, 1, 2]]
+    np.testing.assert_array_equal(embedded, [[first, second]])
+
+
+def test_three_questions_at_once_give_what_each_gives_alone(tiny):
+    together = tiny.forward()
+    for question in range(3):
+        own = {
+            name: value if name == "frames" else value[:, question : question + 1]
+            for name, value in tiny.inputs.items()
+        }
+        output = tiny.forward(**own)
+        np.testing.assert_allclose(together.hidden[:, question], output.hidden[:, 0], atol=1e-4)
+        np.testing.assert_allclose(together.stream_weights[:, question], output.stream_weights[:, 0], atol=1e-5)
+
+
+def test_a_clips_frames_reach_its_own_answers_and_no_other_clips(tiny):
+    frames = tiny.inputs["frames"].copy()
+    frames[1, 0, 8:24, 8:24] = 255
+    before, after = tiny.forward(), tiny.forward(frames=frames)
+    moved = np.abs(before.hidden - after.hidden).max((1, 3))
+    np.testing.assert_array_equal(moved[0], 0)
+    np.testing.assert_array_equal(moved[1, :2], 0)  # text before the visual tokens
+    assert (moved[1, 2:] > 1e-4).all()
+
+
+def test_a_question_reaches_its_own_visual_tokens(tiny):
+    prompt = tiny.inputs["prompt"].copy()
+    prompt[0, 1, 0] = (prompt[0, 1, 0] + 1) % 512
+    before, after = tiny.forward(), tiny.forward(prompt=prompt)
+    moved = np.abs(before.stream_weights - after.stream_weights).max((2, 3))
+    assert moved[0, 1] > 1e-5
+    moved[0, 1] = 0
+    np.testing.assert_array_equal(moved, 0)
+
+
+def test_both_streams_feel_the_order_of_the_frames(tiny):
+    encode = quick_jit(lambda params, frames: tiny.model.apply(params, frames, method="encode"))
+    forth, back = (encode(tiny.params, tiny.inputs["frames"][:, ::step]) for step in (1, -1))
+    assert isinstance(forth, ClipFeatures)
+    for stream in ("general", "facial"):
+        one, other = getattr(forth, stream), getattr(back, stream)
+        half = one.shape[1] // 2
+        swapped = jnp.concatenate([other[:, half:], other[:, :half]], axis=1)
+        assert np.abs(one - swapped).max() > 1e-2, stream
+
+
+def test_frames_are_normalised_as_the_encoders_were_trained(tiny):
+    seen = []
+
+    class Spy(type(tiny.model.umt)):
+        def __call__(self, frames):
+            seen.append(np.asarray(frames))
+            raise StopIteration
+
+    model = tiny.model.clone(umt=Spy(**tiny_config().model.umt, taps=()))
+    frames = np.zeros((1, 2, 32, 32, 3), np.uint8)
+    frames[..., 0], frames[..., 1] = 255, 128
+    with pytest.raises(StopIteration):
+        model.apply(tiny.params, frames, method="encode")
+    expected = [(1 - 0.485) / 0.229, (128 / 255 - 0.456) / 0.224, -0.406 / 0.225]
+    np.testing.assert_allclose(seen[0][0, 0, 0, 0], expected, atol=1e-5)

@@ -1,0 +1,104 @@
+"""Models that compile fast: a language model of two layers, a config of the whole model, and weights for both."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+from ml_collections import ConfigDict
+
+from configs import stage2
+from favchat_jax.models.favchat import FaVChat
+from favchat_jax.models.mistral import Mistral, MistralConfig
+
+MISTRAL = MistralConfig(
+    vocab_size=23,
+    hidden_size=16,
+    intermediate_size=20,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=6,
+    rms_norm_eps=1e-5,
+    rope_theta=100.0,
+    sliding_window=None,
+    max_position_embeddings=64,
+)
+
+# Fields of Mistral-7B-v0.2's published config.json.
+MISTRAL_7B = {
+    "architectures": ["MistralForCausalLM"],
+    "attention_dropout": 0.0,
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "max_position_embeddings": 32768,
+    "model_type": "mistral",
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-05,
+    "rope_theta": 1000000.0,
+    "sliding_window": None,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "vocab_size": 32000,
+}
+
+
+# `jax.jit` that compiles in half the time, for programs that run in no time anyway.
+quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+
+def config_json(config: MistralConfig) -> dict:
+    """What a Hugging Face folder's config.json says of `config`."""
+    return {**MISTRAL_7B, **dataclasses.asdict(config)}
+
+
+def drawn(shapes: dict, spread: float, seed: int = 0) -> dict:
+    """Weights without zeros, so that every part shows in the output; drawn by NumPy, which compiles nothing."""
+    rng = np.random.default_rng(seed)
+
+    def draw(path, leaf):
+        mean = 1 if path[-1].key == "scale" else 0
+        return jnp.asarray(mean + spread * rng.standard_normal(leaf.shape), jnp.float32)
+
+    return jax.tree_util.tree_map_with_path(draw, shapes)
+
+
+def mistral_shapes(model: Mistral) -> dict:
+    """The tree of shapes of a language model's weights."""
+
+    def initialise(key, tokens):
+        return model.init(key, tokens, method=lambda m, tokens: m.logits(m(m.embed(tokens))[0]))
+
+    return jax.eval_shape(initialise, jax.random.key(0), jax.ShapeDtypeStruct((1, 1), jnp.int32))["params"]
+
+
+def favchat_shapes(model: FaVChat, frames: int, image_size: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """Path -> shape of every weight of the whole model."""
+    clip = jax.ShapeDtypeStruct((1, frames, image_size, image_size, 3), jnp.uint8)
+    ids, mask = (jax.ShapeDtypeStruct((1, 1, 4), dtype) for dtype in (jnp.int32, bool))
+    return flatten_dict(jax.eval_shape(model.init, jax.random.key(0), clip, ids, ids, mask)["params"], sep="/")
+
+
+def drawn_flat(shapes: dict[str, jax.ShapeDtypeStruct], spread: float) -> dict[str, jax.Array]:
+    """`drawn` for weights by path."""
+    return flatten_dict(drawn(unflatten_dict(shapes, sep="/"), spread), sep="/")
+
+
+def tiny_config(argument: str = "") -> ConfigDict:
+    """Stage 2's config with every size cut down to what compiles in seconds."""
+    config = stage2.get_config(argument)
+    model = config.model
+    model.image_size, model.frames = 32, 2
+    model.umt.update({"width": 8, "depth": 3, "layers_run": 2, "heads": 2, "checkpoint_size": 32})
+    model.no_face_taps = (1, 2)
+    model.facexformer.update({"width": 4, "depths": (1, 1), "heads": (1, 2), "window": 4})
+    model.fusion.heads = 2
+    model.qformer.update({"width": 8, "depth": 2, "heads": 2, "mlp": 8, "queries": 2, "extra_queries": 1})
+    model.adapter.hidden = 8
+    model.lora.update({"rank": 2, "alpha": 3.0})
+    return config
