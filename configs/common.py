@@ -165,11 +165,11 @@ def _embedded(config: ConfigDict) -> None:
     config.pretrain = ConfigDict(
         {
             "llm": {"width": 128, "layers": 4, "heads": 4, "kv_heads": 2, "mlp": 384, "vocabulary": 512},
-            # Steps of each part: text in batches of 32, single frames in batches of 128, clips in batches of 16.
-            "llm_steps": 250,
-            "facial_steps": 300,
-            "general_steps": 800,
-            "learning_rate": 2e-3,
+            # Steps of each part: text in batches of 16, single frames in batches of 128, clips in batches of 16.
+            "llm_steps": 600,
+            "facial_steps": 220,
+            "general_steps": 600,
+            "learning_rate": 3e-3,
         }
     )
     config.batch = 16

@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import errno
 import logging
 import os
 import sys
@@ -11,6 +12,9 @@ from absl import flags
 
 from favchat_jax.errors import RunError, UserError
 
+# Read when transformers is imported, which tells everyone that PyTorch is missing.
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+
 
 def start(main: Callable[[], None], argv: list[str] | None = None) -> None:
     """Parses the command line, runs `main`, and ends the process with the fitting exit code.
@@ -18,9 +22,7 @@ def start(main: Callable[[], None], argv: list[str] | None = None) -> None:
     Only an error of the software itself ends with a traceback.
     """
     _keep_freed_memory()
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    logging.getLogger("favchat_jax").setLevel(logging.INFO)
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    _set_up_logging()
     name = os.path.basename(os.path.dirname(sys.argv[0])) if argv is None else "favchat_jax"
     try:
         parse(sys.argv if argv is None else argv)
@@ -29,9 +31,26 @@ def start(main: Callable[[], None], argv: list[str] | None = None) -> None:
         _end(name, error, 2)
     except RunError as error:
         _end(name, error, 1)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT) and error.filename is None:
+            raise
+        _end(name, f"{error.filename or 'a file'}: {error.strerror}; the run needs to read and write here", 2)
     except KeyboardInterrupt:
         _end(name, "interrupted", 130)
     sys.exit(0)
+
+
+def _set_up_logging() -> None:
+    """What the software says of itself goes to stderr, one line a message, warnings of its libraries too."""
+    # `force`, since importing some libraries has set up logging their way.
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr, force=True)
+    logging.getLogger("favchat_jax").setLevel(logging.INFO)
+    # Orbax prints a traceback from each of its threads when a write fails, and raises the same error besides.
+    logging.getLogger("absl").addFilter(_is_not_of_orbax)
+
+
+def _is_not_of_orbax(record: logging.LogRecord) -> bool:
+    return f"{os.sep}orbax{os.sep}" not in record.pathname
 
 
 def _keep_freed_memory() -> None:

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +45,8 @@ def main() -> None:
     if _CONFIG.value is None or not _CHECKPOINT.value or not _OUT.value:
         raise UserError("needed: --config=configs/eval/rendered.py --checkpoint=WORKDIR --out=FILE.json")
     out = Path(_OUT.value)
-    if not out.absolute().parent.is_dir():
-        raise UserError(f"the folder of --out={out} does not exist: make it first")
+    if out.is_dir() or not os.access(out.absolute().parent, os.W_OK):  # told now, not after all the work
+        raise UserError(f"--out={out} cannot be written: name a file in a folder that exists")
     result = evaluate(_CONFIG.value, _CHECKPOINT.value)
     out.write_text(json.dumps(result, indent=1))
     print(table(result))

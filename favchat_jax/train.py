@@ -4,6 +4,7 @@ In the embedded preset, whatever a stage needs and does not find is made first: 
 stages before it. Other presets say what is missing and how to get it.
 """
 
+import importlib
 import json
 import logging
 import time
@@ -17,7 +18,7 @@ from favchat_jax import command_line
 from favchat_jax.errors import UserError
 from favchat_jax.training import pretraining, stages
 from favchat_jax.training.checkpoint import Checkpoints
-from favchat_jax.training.loop import Outcome, train
+from favchat_jax.training.loop import Outcome, check, train
 
 log = logging.getLogger("favchat_jax")
 
@@ -34,16 +35,18 @@ def train_stage(config: ml_collections.ConfigDict, workdir: Path) -> Outcome:
     Raises:
         UserError: something is missing that cannot be made here; the message names the command that makes it.
     """
+    check(config)
     if config.preset == "tiny":
         pretraining.make_missing_parts(config)
     else:
         _require_sources(config)
     previous = stages.STAGES[config.stage].before
     if previous and not Checkpoints(config.init.from_run).steps():
-        command = f"python -m favchat_jax.train --config=configs/{previous}.py:preset={config.preset},variant={config.variant}"
         if config.preset != "tiny" or Path(config.init.from_run) != default_workdir(_stage_config(config, previous)):
+            chosen = f"preset={config.preset},variant={config.variant},ablation={config.ablation}"
             raise UserError(
-                f"{previous} is missing in {config.init.from_run}: train it with {command}, or set --config.init.from_run"
+                f"init.from_run={config.init.from_run} holds no checkpoint of {previous}: name the workdir of one, "
+                f"made with python -m favchat_jax.train --config=configs/{previous}.py:{chosen} --workdir=DIR"
             )
         log.info("%s needs %s, which is trained first", config.stage, previous)
         before = _stage_config(config, previous)
@@ -66,12 +69,14 @@ def train_stage(config: ml_collections.ConfigDict, workdir: Path) -> Outcome:
 
 
 def _stage_config(config: ml_collections.ConfigDict, stage: str) -> ml_collections.ConfigDict:
-    """The default config of another stage of the same preset, variant, ablation, seed and sources."""
-    import importlib
-
+    """The default config of another stage of the same preset, variant, ablation and seed, made from the same parts."""
     argument = f"preset={config.preset},variant={config.variant},ablation={config.ablation}"
     other = importlib.import_module(f"configs.{stage}").get_config(argument)
-    other.seed = config.seed
+    for field in ("seed", "llm", "prompt_tokenizer"):
+        other[field] = config[field]
+    for part in ("umt", "facexformer", "qformer"):
+        other.init[part] = config.init[part]
+    other.data.packed = config.data.packed
     return other
 
 

@@ -15,7 +15,7 @@ class GatedMixture(nn.Module):
     """Eq. 3: each visual token is a weighted sum of two experts, one a stream.
 
     The gate sees both streams' tokens and weighs them token by token; since both Q-Formers read the question, the
-    weights follow it too. An expert is a two-layer MLP around which its stream's tokens pass.
+    weights follow it too. An expert is a pre-norm two-layer MLP around which its stream's tokens pass.
 
     Attributes:
         hidden: hidden width of the gate and of each expert.
@@ -30,19 +30,22 @@ class GatedMixture(nn.Module):
         self, general: Float[Array, "... N D"], facial: Float[Array, "... N D"]
     ) -> tuple[Float[Array, "... N D"], Float[Array, "... N 2"]]:
         """The mixed tokens, and the weights (w_1 of the general stream, w_2 of the facial one), which sum to 1."""
-        both = jnp.concatenate([general, facial], axis=-1)
-        gate = Linear(self.hidden, dtype=self.dtype, name="gate_in")(both)
-        gate = Linear(2, dtype=self.dtype, name="gate_out", kernel_init=nn.initializers.zeros)(nn.gelu(gate))
+        streams = {"general": general, "facial": facial}
+        normed = {
+            name: nn.LayerNorm(dtype=self.dtype, use_fast_variance=False, name=f"{name}_norm")(tokens)
+            for name, tokens in streams.items()
+        }
+        gate = nn.gelu(Linear(self.hidden, dtype=self.dtype, name="gate_in")(jnp.concatenate([*normed.values()], -1)))
+        gate = Linear(2, dtype=self.dtype, name="gate_out", kernel_init=nn.initializers.zeros)(gate)
         weights = jax.nn.softmax(gate.astype(jnp.float32), axis=-1)
-        mixed = sum(
-            weights[..., i, None].astype(self.dtype) * self._expert(name, tokens)
-            for i, (name, tokens) in enumerate((("general", general), ("facial", facial)))
-        )
+        experts = [tokens + self._expert(name, normed[name]) for name, tokens in streams.items()]
+        mixed = sum(weights[..., i, None].astype(self.dtype) * expert for i, expert in enumerate(experts))
         return mixed, weights
 
-    def _expert(self, name: str, tokens: Float[Array, "... N D"]) -> Float[Array, "... N D"]:
-        inner = nn.gelu(Linear(self.hidden, dtype=self.dtype, name=f"{name}_in")(tokens))
-        return tokens + Linear(tokens.shape[-1], dtype=self.dtype, name=f"{name}_out")(inner)
+    def _expert(self, name: str, normed: Float[Array, "... N D"]) -> Float[Array, "... N D"]:
+        inner = nn.gelu(Linear(self.hidden, dtype=self.dtype, name=f"{name}_in")(normed))
+        # Starts as nothing, so that at first the stream's tokens pass as they are.
+        return Linear(normed.shape[-1], dtype=self.dtype, name=f"{name}_out", kernel_init=nn.initializers.zeros)(inner)
 
 
 class ScalarMixture(nn.Module):

@@ -183,6 +183,9 @@ def build(
     dtype = jnp.dtype(model.dtype)
     taps = tuple(model.no_face_taps) if ablation == "no_face" else ()
     qformer = dict(model.qformer, dtype=dtype)
+    # Visual tokens start as large as word embeddings. At the size of a Q-Former's normed output they would drown what
+    # the language model's layers add to them.
+    word_scale = nn.initializers.variance_scaling(1 / llm.hidden_size, "fan_in", "normal")
     return FaVChat(
         umt=UMT(**model.umt, taps=taps, remat=model.remat, dtype=dtype),
         facexformer=None if ablation == "no_face" else FaceXFormerEncoder(**model.facexformer, dtype=dtype),
@@ -191,8 +194,8 @@ def build(
         else GranularityFusion(model.umt.width, dtype=dtype, **model.fusion),
         general_qformer=QFormer(**qformer),
         facial_qformer=QFormer(**qformer),
-        general_proj=Linear(llm.hidden_size, dtype=dtype),
-        facial_proj=Linear(llm.hidden_size, dtype=dtype),
+        general_proj=Linear(llm.hidden_size, dtype=dtype, kernel_init=word_scale),
+        facial_proj=Linear(llm.hidden_size, dtype=dtype, kernel_init=word_scale),
         adapter=ScalarMixture() if ablation == "no_moe" else GatedMixture(model.adapter.hidden, dtype=dtype),
         llm=Mistral(
             llm,

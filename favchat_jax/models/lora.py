@@ -58,7 +58,7 @@ class LoRADense(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "... D"], deterministic: bool = True) -> Float[Array, "... F"]:
-        kernel = self.param("kernel", nn.initializers.normal(0.02), (x.shape[-1], self.features))
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), (x.shape[-1], self.features))
         x = x.astype(self.dtype)
         y = flat_product(x, kernel.astype(self.dtype))
         if not self.rank:

@@ -192,7 +192,9 @@ class Mistral(nn.Module):
 
     def setup(self):
         config = self.config
-        self.embed_tokens = nn.Embed(config.vocab_size, config.hidden_size, embedding_init=nn.initializers.normal(0.02))
+        self.embed_tokens = nn.Embed(
+            config.vocab_size, config.hidden_size, embedding_init=nn.initializers.normal(config.hidden_size**-0.5)
+        )
         if self.scan:
             block = nn.remat(Block, prevent_cse=False, static_argnums=(5,)) if self.remat else Block
             self.layers = nn.scan(

@@ -141,6 +141,8 @@ def check_llm(workdir: Path, config: ml_collections.ConfigDict) -> None:
         expected = json.loads((workdir / "llm.json").read_text())["fingerprint"]
     except FileNotFoundError:
         raise UserError(f"{workdir} holds no checkpoint: train it first") from None
+    except (ValueError, KeyError):
+        raise UserError(f"{workdir}/llm.json is damaged: delete the workdir and train again") from None
     mistral_folder.read_config(config.llm.path)
     if mistral_folder.fingerprint(config.llm.path) != expected:
         raise UserError(
@@ -149,7 +151,7 @@ def check_llm(workdir: Path, config: ml_collections.ConfigDict) -> None:
 
 
 def visual_and_lora(workdir: str | Path) -> Weights:
-    """All weights of a run but the language model's base: frozen ones from its start, trained ones of the newest step."""
+    """All weights of a run but the language model's base: the frozen ones, and the trained ones of its newest step."""
     checkpoints = Checkpoints(workdir)
     try:
         return {**frozen_weights(Path(workdir)), **checkpoints.load_trainable()}
@@ -166,9 +168,9 @@ def _previous_stage(config: ml_collections.ConfigDict) -> Weights:
     source = config.init.from_run
     before = load_config(source)
     for field in ("preset", "variant", "ablation"):
-        if before[field] != config[field]:
+        if before.get(field) != config[field]:
             raise UserError(
-                f"init.from_run={source} is of {field}={before[field]}, this run of {field}={config[field]}"
+                f"init.from_run={source} is of {field}={before.get(field)}, this run of {field}={config[field]}"
             )
     if before["stage"] != STAGES[config.stage].before:
         raise UserError(

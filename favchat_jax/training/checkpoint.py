@@ -4,8 +4,8 @@ A weights folder holds part of a model for good (a converted encoder, a run's fr
 
     DIR/weights/ (Orbax)   DIR/leaves.json (shape, dtype, checksum of each leaf)   DIR/config.json
 
-A run's checkpoints lie in WORKDIR/checkpoints/STEP, with the trainable weights apart from the optimiser's moments so that
-answering questions reads the weights alone. Orbax restores flipped bits without an error, hence the checksums.
+A run's checkpoints lie in WORKDIR/checkpoints/STEP, with the trainable weights apart from the optimiser's moments so
+that answering questions reads the weights alone. Orbax restores flipped bits without an error, hence the checksums.
 """
 
 import contextlib
@@ -89,10 +89,12 @@ def load_config(folder: str | Path) -> dict[str, Any]:
     path = Path(folder) / "config.json"
     try:
         return json.loads(path.read_text())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{path} is missing: {folder} is not a workdir or a weights folder") from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} is damaged ({error})") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): check its permissions") from None
+    except ValueError as error:  # not JSON, or not even text
+        raise UserError(f"{path} is damaged ({_one_line(error)}): make or copy {folder} again") from None
 
 
 class Checkpoints:
@@ -195,11 +197,9 @@ class Checkpoints:
     def close(self) -> None:
         """Waits for the last write and lets go of the folder."""
         if self._manager is not None:
-            try:
-                self.wait()
-            finally:
-                self._manager.close()
-                self._manager = None
+            manager, self._manager = self._manager, None
+            with _full_disk(self._folder):
+                manager.close()
 
     def _newest(self, read, move_damaged: bool):
         steps = self.steps()

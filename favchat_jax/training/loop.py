@@ -1,8 +1,8 @@
 """The training loop: batches in, checkpoints and metrics out, resumable to the bit.
 
-Order within a step: the step is dispatched, the metrics of the step before are read (the device is never waited for while
-it has nothing to do), a checkpoint is written if one is due, and only then the next batch is fetched, so that a saved
-iterator stands exactly after the last trained batch.
+Order within a step: the step is dispatched, the metrics of the step before are read (the device is never waited for
+while it has nothing to do), a checkpoint is written if one is due, and only then the next batch is fetched, so that a
+saved iterator stands exactly after the last trained batch.
 """
 
 import contextlib
@@ -20,7 +20,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import ml_collections
-import tensorboardX
+from flax.traverse_util import flatten_dict
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
 from tqdm import tqdm
 
 from favchat_jax.convert.mistral import fingerprint
@@ -29,11 +32,14 @@ from favchat_jax.data.datasets import open_dataset, prepare
 from favchat_jax.data.loader import Batch, BatchIterator, training_batches
 from favchat_jax.data.video import Augment
 from favchat_jax.errors import RunError, UserError
+from favchat_jax.models.favchat import ABLATIONS, VARIANTS
 from favchat_jax.training import assembly, stages
 from favchat_jax.training.checkpoint import Checkpoints, load_config, save_weights
 from favchat_jax.training.step import TrainState, make_step, new_state
 
 log = logging.getLogger("favchat_jax")
+
+POSITIVE = ("batch", "accumulate", "loss_chunk", "log_every", "checkpoint_every", "checkpoints_kept", "data.questions")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +70,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> Outcome:
         RunError: the loss became NaN or infinite.
     """
     workdir = Path(workdir)
+    check(config)
     claim(workdir, config)
     prepare(config.data.name, config.data.root or None, config.data.packed)
     parts = assembly.assemble(config)
@@ -84,20 +91,29 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> Outcome:
     return Outcome(int(state.step), steps, resumed_at)
 
 
+def check(config: ml_collections.ConfigDict) -> None:
+    """Raises UserError where a value of the config suits no run, before any work is done for it."""
+    for field, known in (("variant", VARIANTS), ("ablation", ABLATIONS), ("stage", stages.STAGES)):
+        if config[field] not in known:
+            raise UserError(f"{field}={config[field]} is unknown: choose one of {', '.join(known)}")
+    flat = flatten_dict(config.to_dict(), sep=".")
+    for field in POSITIVE:
+        if flat[field] < 1:
+            raise UserError(f"{field}={flat[field]} is too small: give at least 1")
+    if config.steps < 0 or (config.steps == 0 and config.epochs <= 0):
+        raise UserError(f"steps={config.steps} and epochs={config.epochs}: one of them must be more than 0")
+
+
 def claim(workdir: Path, config: ml_collections.ConfigDict) -> None:
-    """Writes the config into a new workdir; raises UserError where the workdir is another config's."""
-    ours = json.loads(config.to_json())
+    """Makes a new workdir; raises UserError where it cannot be written, or belongs to a run of another config."""
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        (workdir / "metrics.jsonl").touch()
+    except OSError as error:
+        raise UserError(f"workdir {workdir} cannot be written ({error.strerror}): choose another --workdir") from None
     if not (workdir / "config.json").exists():
-        try:
-            workdir.mkdir(parents=True, exist_ok=True)
-            (workdir / "config.json").write_text(json.dumps(ours, indent=1))
-        except OSError as error:
-            raise UserError(
-                f"workdir {workdir} cannot be written ({error.strerror}): choose another --workdir"
-            ) from None
         return
-    theirs = load_config(workdir)
-    differing = sorted(_differing(theirs, ours))
+    differing = sorted(_differing(load_config(workdir), json.loads(config.to_json())))
     if differing:
         raise UserError(
             f"{workdir} was made with another config; these fields differ: {', '.join(differing)}. "
@@ -149,8 +165,11 @@ class Metrics:
         self._path, self._every = workdir / "metrics.jsonl", every
         lines = self._path.read_text().splitlines() if self._path.exists() else []
         kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= resumed_at]
-        self._path.write_text("".join(line + "\n" for line in kept))
-        self._board = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=resumed_at + 1)
+        _write(self._path, "".join(line + "\n" for line in kept))
+        (workdir / "tensorboard").mkdir(exist_ok=True)
+        # Not tensorboardX's SummaryWriter, whose thread dies on a full disk and leaves the run waiting for it.
+        self._board = EventsWriter(str(workdir / "tensorboard" / "events"))
+        self._board.write_event(Event(step=resumed_at + 1, session_log=SessionLog(status=SessionLog.START)))
         self._window: list[dict[str, float]] = []
         self._since = time.perf_counter()
         self.latest: dict[str, float] = {}
@@ -159,7 +178,8 @@ class Metrics:
         return self
 
     def __exit__(self, *_) -> None:
-        self._board.close()
+        with contextlib.suppress(OSError):  # every line was flushed when it was written
+            self._board.close()
 
     def add(self, step: int, values: dict[str, float], clips: int, waited: float) -> None:
         """Takes the metrics of one step; writes a line where a window is full."""
@@ -181,9 +201,9 @@ class Metrics:
         line = {"step": step, **{name: value / len(self._window) for name, value in total.items()}, **rates}
         with self._path.open("a") as file:
             file.write(json.dumps(line) + "\n")
-        for name, value in line.items():
-            if name != "step":
-                self._board.add_scalar(name, value, step)
+        scalars = [Summary.Value(tag=name, simple_value=value) for name, value in line.items() if name != "step"]
+        self._board.write_event(Event(wall_time=time.time(), step=step, summary=Summary(value=scalars)))
+        self._board.flush()
         self.latest, self._window, self._since = line, [], time.perf_counter()
 
 
@@ -207,9 +227,10 @@ def _start(config, workdir, parts, optimizer, checkpoints, batches) -> tuple[Tra
         kept = {path: leaf for path, leaf in frozen.items() if stages.group_of(path) != "llm"}
         if kept:
             save_weights(workdir / "frozen", kept, {"of": "frozen weights of a run"})
-        (workdir / "llm.json").write_text(
-            json.dumps({"path": config.llm.path, "fingerprint": fingerprint(config.llm.path)})
-        )
+        llm = {"path": config.llm.path, "fingerprint": fingerprint(config.llm.path)}
+        _write(workdir / "llm.json", json.dumps(llm))
+        # Last, so that a start that failed over a wrong path does not bind the workdir to that path.
+        _write(workdir / "config.json", json.dumps(json.loads(config.to_json()), indent=1))
         state = new_state(trainable, optimizer, config.seed)
     if set(frozen) != set(frozen_shapes):
         raise UserError(f"{workdir}/frozen is not of this config: delete the workdir and train again")
@@ -259,13 +280,14 @@ class _Pending:
     waited: float
 
     def read(self, metrics: Metrics) -> None:
-        """Waits for the step; raises RunError where its loss is not finite."""
+        """Waits for the step; raises RunError where its loss or its gradient (and so the new weights) is not finite."""
         values = {name: float(value) for name, value in jax.device_get(self.values).items()}
-        if not math.isfinite(values["loss"]):
-            raise RunError(
-                f"the loss of step {self.step} is {values['loss']}, clips {', '.join(self.batch.ids)}; "
-                "the last checkpoint is intact: lower optimizer.learning_rate or remove the clips"
-            )
+        for name in ("loss", "gradient_norm"):
+            if not math.isfinite(values[name]):
+                raise RunError(
+                    f"the {name} of step {self.step} is {values[name]}, clips {', '.join(self.batch.ids)}; "
+                    "the last checkpoint is intact: lower optimizer.learning_rate or remove the clips"
+                )
         values["tokens"] = float(self.batch.arrays["length"].sum())
         metrics.add(self.step, values, len(self.batch.ids), self.waited)
 
@@ -294,6 +316,13 @@ def _termination() -> Iterator[threading.Event]:
         yield event
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def _write(path: Path, text: str) -> None:
+    """Replaces a file at once, so that no kill and no full disk leaves half of it."""
+    draft = path.with_name(path.name + ".draft")
+    draft.write_text(text)
+    draft.replace(path)
 
 
 def _differing(one: Any, other: Any, path: str = "") -> Iterator[str]:

@@ -48,10 +48,15 @@ log = logging.getLogger("favchat_jax")
 
 CLIP_FRAMES = rendered_faces.drawing.FRAMES
 DATA = "rendered_faces"
+REPEAT = "Repeat all that was said of the video."
+PARTS = Path("runs/tiny-parts")
 
 
 def make_missing_parts(config: ml_collections.ConfigDict) -> None:
-    """Makes whichever of the embedded preset's parts are not there, or were made with other settings."""
+    """Makes whichever of the embedded preset's parts are not in PARTS, or were made with other settings.
+
+    A part that the config takes from anywhere else is a person's own: it is neither made nor replaced.
+    """
     settings = json.loads(config.to_json())
     recipe = {name: settings["pretrain"][name] for name in settings["pretrain"]}
     recipe["model"] = {name: settings["model"][name] for name in ("image_size", "frames", "umt", "facexformer")}
@@ -61,7 +66,11 @@ def make_missing_parts(config: ml_collections.ConfigDict) -> None:
         config.init.facexformer: _make_facial_encoder,
         config.init.umt: _make_general_encoder,
     }
-    missing = {folder: make for folder, make in makers.items() if not _made_with(Path(folder), recipe)}
+    missing = {
+        folder: make
+        for folder, make in makers.items()
+        if Path(folder).parent == PARTS and not _made_with(Path(folder), recipe)
+    }
     if not missing:
         return
     prepare(DATA, None, config.data.packed)
@@ -91,7 +100,7 @@ def _fit(
     loss: Callable[..., Float[Array, ""]], weights: dict, batches: Iterator[tuple], steps: int, rate: float, name: str
 ) -> dict:
     """AdamW over `steps` batches with warm-up and cosine decay; a batch is what `loss` takes after the weights."""
-    schedule = optax.warmup_cosine_decay_schedule(0.0, rate, max(1, steps // 10), steps, rate * 0.05)
+    schedule = optax.warmup_cosine_decay_schedule(0.0, rate, max(1, steps // 10), max(2, steps), rate * 0.05)
     mask = jax.tree_util.tree_map_with_path(lambda path, _: decays(str(path[-1].key)), weights)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, weight_decay=0.02, mask=mask))
 
@@ -195,37 +204,48 @@ def _train_tokenizer(records: Sequence[Record], vocabulary: int) -> PreTrainedTo
 
 
 def _caption_texts(
-    tokenizer, records: Sequence[Record], length: int, rng: np.random.Generator, batch: int = 32
+    tokenizer, records: Sequence[Record], length: int, rng: np.random.Generator, batch: int = 16
 ) -> Iterator[tuple]:
-    """Endless batches (tokens, counted): a caption between <Video> and </Video>, then a question about it or a request
-    to describe it. The caption is the clip's facts in random order, so that any place of the slot may hold any fact."""
-    pool = []
-    for record in records:
-        for _ in range(6):
-            facts = [
-                f"{name.replace('_', ' ')} {rendered_faces.answer(name, rendered_faces.LABELS[name][value])}"
-                for name, value in record.labels.items()
-                if value >= 0
-            ]
-            caption = tokenizer.encode(
-                ", ".join(facts[i] for i in rng.permutation(len(facts))), add_special_tokens=False
-            )
-            if rng.random() < 0.3:
-                turn = (str(rng.choice(INSTRUCTIONS)), record.summary)
-            else:
-                question = record.questions[rng.integers(len(record.questions))]
-                turn = (question.question, question.answer)
-            text = Conversation(tokenizer, len(caption)).encode([turn], CLIP_FRAMES, 10_000)
-            tokens = text.tokens.copy()
-            tokens[tokens < 0] = caption
-            pool.append((tokens, text.loss_mask | (text.tokens < 0)))
-    pool = [pair for pair in pool if len(pair[0]) <= length]
+    """Endless batches (tokens, counted): a caption between <Video> and </Video>, then questions about it or a request
+    to describe it; answers are counted. A caption lists facts of a clip in random order, so that any place of the slot
+    may hold any fact. Several questions a text, since reading the slot is what is to be learned."""
+    pool = [text for record in records for text in _texts_about(record, tokenizer, rng)]
+    pool = [text for text in pool if len(text[0]) <= length]
     while True:
         tokens = np.zeros((batch, length), np.int32)
         counted = np.zeros((batch, length), bool)
         for row, i in enumerate(rng.integers(len(pool), size=batch)):
             tokens[row, : len(pool[i][0])], counted[row, : len(pool[i][1])] = pool[i]
         yield tokens, counted
+
+
+def _texts_about(record: Record, tokenizer, rng: np.random.Generator, count: int = 6) -> Iterator[tuple]:
+    """(tokens, counted) of `count` texts about one clip. To repeat all facts in another order is a dozen look-ups in one
+    text, which is what makes a small model learn to look up at all."""
+    labels = {name: rendered_faces.LABELS[name][value] for name, value in record.labels.items() if value >= 0}
+    facts = {name: f"{name.replace('_', ' ')} {rendered_faces.answer(name, value)}" for name, value in labels.items()}
+    askable = [name for name in labels if name in rendered_faces.QUESTIONS]
+
+    def listed(names) -> str:
+        return ", ".join(facts[name] for name in rng.permutation(names))
+
+    for kind in rng.choice(("repeat", "describe", "ask"), size=count, p=(0.4, 0.2, 0.4)):
+        told = list(labels)
+        if kind == "repeat":
+            turns = [(REPEAT, listed(told))]
+        elif kind == "describe":
+            turns = [(str(rng.choice(INSTRUCTIONS)), record.summary)]
+        else:
+            asked = rng.permutation(askable)[:4]
+            turns = [
+                (str(rng.choice(rendered_faces.QUESTIONS[name])), rendered_faces.answer(name, labels[name]))
+                for name in asked
+            ]
+        caption = tokenizer.encode(listed(told), add_special_tokens=False)
+        text = Conversation(tokenizer, len(caption)).encode(turns, CLIP_FRAMES, 10_000)
+        tokens = text.tokens.copy()
+        tokens[tokens < 0] = caption
+        yield tokens, text.loss_mask
 
 
 # Encoders

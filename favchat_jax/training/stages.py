@@ -101,5 +101,8 @@ def make_optimizer(optimizer: Any, steps: int) -> optax.GradientTransformation:
 
 
 def decays(path: str) -> bool:
-    """Whether weight decay applies. Told by name, since scanned layers stack biases into matrices."""
-    return not path.endswith(("bias", "scale"))
+    """Whether weight decay applies: not to one-dimensional weights (biases, norm scales, the scalars of `no_moe`).
+
+    Told by name, since scanned layers stack biases into matrices.
+    """
+    return not path.endswith(("bias", "scale", "adapter/weights"))

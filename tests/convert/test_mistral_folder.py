@@ -216,7 +216,7 @@ def test_read_config_gives_the_sizes_of_the_folder(folder):
 
 @pytest.mark.parametrize("sharded", [False, True], ids=["one file", "sharded"])
 def test_the_fingerprint_changes_with_any_weight_and_with_nothing_else(folder, sharded):
-    change_tensors(folder, lambda tensors: None)
+    change_tensors(folder, lambda tensors: None)  # so that the rewritten file below differs in nothing but the weight
     if sharded:
         shard(folder)
     before = fingerprint(folder)

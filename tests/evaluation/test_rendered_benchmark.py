@@ -6,6 +6,7 @@ from ml_collections import ConfigDict
 
 from configs.eval import rendered as rendered_config
 from favchat_jax.data.datasets import Question, Record
+from favchat_jax.errors import UserError
 from favchat_jax.evaluation.benchmarks import rendered
 
 
@@ -107,3 +108,14 @@ def test_the_limit_counts_clips(config, five_records):
     config.limit = 3
     answers = rendered.run(config, Repeating())["answers"]
     assert {row["clip"] for row in answers} == {"clip 0", "clip 1", "clip 2"}
+
+
+def test_clips_without_questions_are_passed_over(config, five_records):
+    five_records.insert(1, record(9, questions=0))
+    assert rendered.run(config, Repeating())["n"] == 14
+
+
+def test_a_split_without_questions_is_named(config, five_records):
+    five_records.clear()
+    with pytest.raises(UserError, match="split heldout of rendered_faces holds no questions"):
+        rendered.run(config, Repeating())

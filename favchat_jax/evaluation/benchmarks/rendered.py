@@ -9,6 +9,7 @@ from tqdm import tqdm
 
 from favchat_jax.data.datasets import Record, open_dataset, prepare
 from favchat_jax.data.video import decode
+from favchat_jax.errors import UserError
 from favchat_jax.evaluation.metrics import accuracy_by_kind, exact_matches, majority_baseline
 from favchat_jax.generation.sampler import Sampler, Sampling
 
@@ -19,10 +20,15 @@ def run(config: ml_collections.ConfigDict, sampler: Sampler) -> dict[str, Any]:
     Returns:
         n, accuracy, majority_baseline, by_kind (n, accuracy and majority_baseline of each kind of question), and the
         answers themselves.
+
+    Raises:
+        UserError: the split holds no questions, or one of its clips cannot be decoded.
     """
     prepare(config.data.name, config.data.root or None, config.data.packed)
     source = open_dataset(config.data.name, config.data.packed, config.data.split)
-    records = [source[i] for i in range(len(source))]
+    records = [record for record in (source[i] for i in range(len(source))) if record.questions]
+    if not records:
+        raise UserError(f"split {config.data.split} of {config.data.name} holds no questions: name another data.split")
     if config.limit:
         records = records[: config.limit]
     answers = []

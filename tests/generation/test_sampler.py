@@ -1,0 +1,244 @@
+"""The sampler: merged, cached, unstacked decoding says what the training-form model says, one token at a time."""
+
+import json
+import logging
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict, unflatten_dict
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from favchat_jax.convert.mistral import read_config, read_weights, write_weights
+from favchat_jax.data.conversation import Conversation, PromptEncoder
+from favchat_jax.errors import UserError
+from favchat_jax.generation.sampler import Sampler, Sampling, draw
+from favchat_jax.models import favchat
+from tests.models.tiny_parts import MISTRAL, config_json, drawn_flat, favchat_shapes, quick_jit, tiny_config
+
+QUESTIONS = ("What colour is the hair?", "Is the person happy?", "Which hat?", "Does a person with glasses nod?")
+LONGEST = 10  # tokens of an answer
+GREEDY = Sampling(LONGEST)
+BUCKET = 64
+
+
+def train_tokenizer():
+    """Byte pairs of QUESTIONS, so that single tokens can be parts of a character."""
+    engine = Tokenizer(models.BPE())
+    engine.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    engine.decoder = decoders.ByteLevel()
+    special = ["<unk>", "<s>", "</s>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    engine.train_from_iterator(["[INST] <Video> </Video> [/INST] <Image> </Image>", *QUESTIONS], trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=engine, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+class Setting:
+    """A tiny model in its training form, with adapters that matter, and answers drawn from it the slow way."""
+
+    def __init__(self, folder):
+        self.tokenizer = train_tokenizer()
+        llm = {**config_json(MISTRAL), "vocab_size": len(self.tokenizer)}
+        (folder / "config.json").write_text(json.dumps(llm))
+        self.config = tiny_config()
+        self.config.llm.path = str(folder)
+        self.config.data.buckets = (BUCKET,)
+        self.config.model.qformer.vocabulary = len(self.tokenizer)
+        self.model = favchat.build(self.config.model, read_config(folder), lora_rank=self.config.model.lora.rank)
+        weights = drawn_flat(favchat_shapes(self.model, 2, 32), spread=0.4)
+        base = {path: leaf for path, leaf in weights.items() if path.startswith("llm/") and "lora" not in path}
+        write_weights(folder, unflatten_dict(base, sep="/")["llm"])
+        stored = flatten_dict(read_weights(folder), sep="/")
+        self.weights = {**weights, **{f"llm/{path}": jnp.asarray(leaf) for path, leaf in stored.items()}}
+        self.frames = np.random.default_rng(0).integers(0, 256, (2, 2, 32, 32, 3), np.uint8)
+        qformer = self.config.model.qformer
+        self.visual_tokens = qformer.queries + qformer.extra_queries
+        self.prompt = PromptEncoder(self.tokenizer, self.config.data.prompt_length)
+        self.step = quick_jit(self._step)
+
+    def _step(self, weights, frames, tokens, prompt, mask, last):
+        """The likeliest token after position `last` in a forward pass of the whole sequence, without a cache."""
+
+        def scores(model, *inputs):
+            return model.llm.logits(model(*inputs).hidden[0, 0, last])
+
+        params = {"params": unflatten_dict(weights, sep="/")}
+        return jnp.argmax(self.model.apply(params, frames, tokens, prompt, mask, method=scores))
+
+    def written(self, clip, turns, tokenizer):
+        """Ids of LONGEST tokens, whether or not an end is among them."""
+        tokens = list(Conversation(tokenizer, self.visual_tokens).encode(turns, 2, BUCKET).tokens)
+        prompt, mask = self.prompt.encode(turns[-1][0])
+        start = len(tokens)
+        for _ in range(LONGEST):
+            padded = np.zeros((1, 1, BUCKET + LONGEST), np.int32)
+            padded[0, 0, : len(tokens)] = tokens
+            clip_frames, last = self.frames[clip : clip + 1], len(tokens) - 1
+            tokens.append(int(self.step(self.weights, clip_frames, padded, prompt[None, None], mask[None, None], last)))
+        return tokens[start:]
+
+    def text(self, ids):
+        return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
+
+
+def asked(question):
+    return [(question, None)]
+
+
+@pytest.fixture(scope="module")
+def setting(tmp_path_factory):
+    return Setting(tmp_path_factory.mktemp("mistral"))
+
+
+@pytest.fixture(scope="module")
+def written(setting):
+    """The slow way's ids for two questions about each of two clips."""
+    return [
+        [setting.written(clip, asked(question), setting.tokenizer) for question in QUESTIONS[:2]] for clip in range(2)
+    ]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(written):
+    """One whose end of text is the fifth token of the first answer, so that this one ends and others go on."""
+    tokenizer = train_tokenizer()
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(written[0][0][4])
+    return tokenizer
+
+
+@pytest.fixture(scope="module")
+def expected(setting, tokenizer, written):
+    def ended(ids):
+        return ids[: ids.index(tokenizer.eos_token_id)] if tokenizer.eos_token_id in ids else ids
+
+    return [[setting.text(ended(ids)) for ids in answers] for answers in written]
+
+
+@pytest.fixture(scope="module")
+def sampler(setting, tokenizer):
+    return Sampler(setting.config, setting.weights, tokenizer, setting.tokenizer)
+
+
+@pytest.fixture(scope="module")
+def features(setting, sampler):
+    return sampler.encode(setting.frames)
+
+
+@pytest.fixture(scope="module")
+def answers(sampler, features):
+    return sampler.answer(features, [[asked(question) for question in QUESTIONS[:2]]] * 2, GREEDY)
+
+
+def of_clip(features, clip):
+    return jax.tree.map(lambda leaf: leaf[clip : clip + 1], features)
+
+
+def test_greedy_answers_are_the_likeliest_tokens_of_full_forward_passes_in_the_training_form(answers, expected):
+    assert answers == expected
+    assert len({text for texts in answers for text in texts}) == 4
+
+
+def test_an_answer_ends_before_the_end_of_text_and_leaves_others_their_length(setting, answers, written, tokenizer):
+    assert written[0][0].index(tokenizer.eos_token_id) == 4
+    assert answers[0][0] == setting.text(written[0][0][:4])
+    assert tokenizer.eos_token_id not in written[0][1]
+    assert answers[0][1] == setting.text(written[0][1])
+
+
+def test_each_question_of_a_batch_gets_the_answer_that_it_gets_alone(sampler, features, answers):
+    for clip, number in np.ndindex(2, 2):
+        alone = sampler.answer(of_clip(features, clip), [[asked(QUESTIONS[number])]], GREEDY)
+        assert alone == [[answers[clip][number]]]
+
+
+def test_clips_may_have_different_numbers_of_questions(sampler, features, answers):
+    first, second = (asked(question) for question in QUESTIONS[:2])
+    assert sampler.answer(features, [[second], [first, second]], GREEDY) == [[answers[0][1]], answers[1]]
+
+
+@pytest.mark.parametrize("clip", [0, 1])
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_streamed_answer_is_the_answer_piece_by_piece(sampler, features, answers, clip, number):
+    pieces = list(sampler.stream(of_clip(features, clip), asked(QUESTIONS[number]), GREEDY))
+    assert "".join(pieces) == answers[clip][number]
+    assert len([piece for piece in pieces if piece]) > 1
+
+
+def test_a_character_of_several_tokens_is_streamed_in_one_piece(sampler, features, answers):
+    character = next(letter for letter in answers[0][1] if len(letter.encode()) == 3 and letter != "\ufffd")
+    pieces = list(sampler.stream(of_clip(features, 0), asked(QUESTIONS[1]), GREEDY))
+    assert [piece for piece in pieces if character in piece]
+
+
+def test_an_answer_in_a_conversation_reads_the_turns_before_it(setting, sampler, features, expected, tokenizer):
+    turns = [(QUESTIONS[2], "no"), (QUESTIONS[1], None)]
+    slow = setting.written(0, turns, tokenizer)
+    assert tokenizer.eos_token_id not in slow
+    assert setting.text(slow) != expected[0][1]
+    assert sampler.answer(of_clip(features, 0), [[turns]], GREEDY) == [[setting.text(slow)]]
+
+
+def test_sampled_answers_follow_the_seed(sampler, features):
+    texts = [
+        sampler.answer(of_clip(features, 0), [[asked(QUESTIONS[0])]], Sampling(LONGEST, temperature=2.0, seed=seed))
+        for seed in (0, 0, 1)
+    ]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_nothing_compiles_for_another_clip_question_or_way_of_drawing(setting, sampler, features, answers, caplog):
+    with jax.log_compiles(), caplog.at_level(logging.WARNING):
+        quick_jit(lambda x: x + 1)(1.0)
+        control = [record for record in caplog.records if "ompil" in record.getMessage()]
+        caplog.clear()
+        again = sampler.encode(setting.frames[::-1].copy())
+        conversations = [[asked(question) for question in QUESTIONS[2:]]] * 2
+        sampler.answer(again, conversations, Sampling(LONGEST, temperature=0.7, top_p=0.9, seed=3))
+        compiled = [record.getMessage() for record in caplog.records if "ompil" in record.getMessage()]
+    assert control, "compilations are not logged"
+    assert not compiled
+
+
+def test_a_question_longer_than_the_context_is_refused_with_its_length(sampler, features):
+    with pytest.raises(UserError, match=f"question is .* over the limit of {BUCKET}"):
+        sampler.answer(of_clip(features, 0), [[asked("hair " * 100)]], GREEDY)
+
+
+def test_an_empty_question_is_refused(sampler, features):
+    with pytest.raises(UserError, match="question is empty"):
+        sampler.answer(of_clip(features, 0), [[asked(" ")]], GREEDY)
+
+
+SHARES = np.array([0.15, 0.5, 0.05, 0.3])
+ROWS = 20_000
+
+
+def frequencies(temperature, top_p):
+    """How often `draw` takes each of four tokens whose probabilities are SHARES."""
+    scores = jnp.tile(jnp.log(jnp.asarray(SHARES, jnp.float32)), (ROWS, 1))
+    drawn = draw(scores, jax.random.key(0), jnp.float32(temperature), jnp.float32(top_p))
+    return np.bincount(drawn, minlength=4) / ROWS
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0, 0.5])
+def test_tokens_are_drawn_as_often_as_the_softmax_at_that_temperature_says(temperature):
+    expected = SHARES ** (1 / temperature)
+    np.testing.assert_allclose(frequencies(temperature, 1.0), expected / expected.sum(), atol=0.015)
+
+
+@pytest.mark.parametrize(("top_p", "kept"), [(0.4, [1]), (0.6, [1, 3]), (0.9, [1, 3, 0])])
+def test_the_nucleus_is_the_fewest_likeliest_tokens_that_reach_top_p(top_p, kept):
+    expected = np.where(np.isin(np.arange(4), kept), SHARES, 0)
+    np.testing.assert_allclose(frequencies(1.0, top_p), expected / expected.sum(), atol=0.015)
+
+
+@pytest.mark.parametrize(("temperature", "top_p"), [(0.0, 1.0), (1.0, 0.01), (1.0, 0.0)])
+def test_at_temperature_0_or_a_small_top_p_the_likeliest_token_is_drawn(temperature, top_p):
+    scores = jax.random.normal(jax.random.key(1), (50, 30))
+    drawn = draw(scores, jax.random.key(0), jnp.float32(temperature), jnp.float32(top_p))
+    np.testing.assert_array_equal(drawn, scores.argmax(-1))

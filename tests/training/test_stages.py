@@ -1,0 +1,123 @@
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import pytest
+
+from favchat_jax.errors import UserError
+from favchat_jax.models.favchat import ABLATIONS
+from favchat_jax.training import assembly, stages
+
+# The paper's table (Section 4.2): what trains in each stage of v1.
+EVERYTHING_VISUAL = {"encoders", "fusion", "qformers", "linears", "adapter"}
+TRAINS = {
+    "stage1": EVERYTHING_VISUAL,
+    "stage2": EVERYTHING_VISUAL | {"lora"},
+    "stage3": {"adapter", "lora"},
+}
+# One weight of each part of the model, and the group that the table puts it in.
+EXAMPLES = {
+    "umt/blocks/attn/qkv/kernel": "encoders",
+    "vision_layernorm/scale": "encoders",
+    "facexformer/stages_0/blocks_0/norm1/scale": "encoders",
+    "fusion/step_1/query/kernel": "fusion",
+    "general_qformer/query_tokens": "qformers",
+    "facial_qformer/query_tokens": "qformers",
+    "general_proj/kernel": "linears",
+    "facial_proj/bias": "linears",
+    "adapter/gate_in/kernel": "adapter",
+    "llm/layers/self_attn/q_proj/lora_a": "lora",
+    "llm/lm_head/lora_b": "lora",
+    "llm/layers/self_attn/q_proj/kernel": "llm",
+    "llm/embed_tokens/embedding": "llm",
+    "llm/norm/scale": "llm",
+}
+
+
+@pytest.fixture(scope="module")
+def shapes(small_world):
+    """Shapes of all weights by stage and ablation, computed once each."""
+    known = {}
+
+    def of(stage: str, ablation: str = "none") -> dict[str, jax.ShapeDtypeStruct]:
+        if (stage, ablation) not in known:
+            config = small_world.config(stage, f"ablation={ablation}")
+            known[stage, ablation] = assembly.weight_shapes(assembly.assemble(config).model, config)
+        return known[stage, ablation]
+
+    return of
+
+
+@pytest.mark.parametrize("stage", TRAINS)
+def test_exactly_the_groups_of_the_papers_table_train(stage, shapes):
+    weights = shapes(stage)
+    trainable, frozen = stages.split(weights, "v1", stage)
+    assert trainable.keys() | frozen.keys() == weights.keys() and not trainable.keys() & frozen.keys()
+    assert {stages.group_of(path) for path in trainable} == TRAINS[stage]
+    for path, group in EXAMPLES.items():
+        if stage == "stage1" and group == "lora":
+            assert path not in weights, "stage 1 has no adapters in its language model"
+        else:
+            assert path in (trainable if group in TRAINS[stage] else frozen)
+
+
+@pytest.mark.parametrize("ablation", ABLATIONS)
+def test_every_weight_of_every_ablation_belongs_to_one_group(ablation, shapes):
+    groups = {stages.group_of(path) for path in shapes("stage2", ablation)}
+    assert groups == EVERYTHING_VISUAL | {"lora", "llm"}
+
+
+def test_a_weight_outside_the_table_is_a_mistake_of_the_program():
+    with pytest.raises(ValueError, match="weight decoder/kernel is in groups \\[\\]"):
+        stages.group_of("decoder/kernel")
+
+
+@pytest.mark.parametrize(("variant", "stage"), [("v1", "stage4"), ("v9", "stage1")])
+def test_an_unknown_stage_or_variant_is_a_users_error_that_lists_the_known_ones(variant, stage):
+    with pytest.raises(UserError, match=f"'{stage}' of variant '{variant}': choose one of v1 stage1, v1 stage2"):
+        stages.split({}, variant, stage)
+
+
+@pytest.mark.parametrize("ablation", ABLATIONS)
+def test_weight_decay_spares_every_one_dimensional_weight_and_no_matrix(ablation, shapes):
+    for path, leaf in shapes("stage2", ablation).items():
+        layers = path.startswith(("umt/blocks/", "llm/layers/"))  # stacked by the scan over layers
+        assert stages.decays(path) == (len(leaf.shape) - layers > 1), path
+
+
+def optimizer_section(**changes) -> ml_collections.ConfigDict:
+    settings = dict(learning_rate=1e-2, b1=0.9, b2=0.999, weight_decay=0.5, clip_norm=1.0, warmup=0.2, floor=0.25)
+    return ml_collections.ConfigDict({**settings, **changes})
+
+
+def test_without_gradients_only_matrices_decay():
+    weights = {"a/kernel": jnp.ones((2, 2)), "a/bias": jnp.ones(2), "layers/norm/scale": jnp.ones((3, 2))}
+    optimizer = stages.make_optimizer(optimizer_section(), steps=10)
+    moments, zeros = optimizer.init(weights), jax.tree.map(jnp.zeros_like, weights)
+    _, moments = optimizer.update(zeros, moments, weights)  # the first step of the warm-up has rate 0
+    updates, _ = optimizer.update(zeros, moments, weights)
+    np.testing.assert_allclose(updates["a/kernel"], -0.5 * stages.schedule(optimizer_section(), 10)(1))
+    assert not updates["a/bias"].any() and not updates["layers/norm/scale"].any()
+
+
+def test_gradients_are_clipped_by_their_norm_over_all_weights():
+    weights = {"a/kernel": jnp.zeros((2, 2)), "b/kernel": jnp.zeros((2, 2))}
+    huge = {"a/kernel": jnp.full((2, 2), 3e6), "b/kernel": jnp.full((2, 2), 4e6)}
+    unit = {"a/kernel": jnp.full((2, 2), 0.3), "b/kernel": jnp.full((2, 2), 0.4)}  # the same, of norm 1
+    optimizer = stages.make_optimizer(optimizer_section(), steps=10)
+    clipped, wanted = (optimizer.update(g, optimizer.init(weights), weights)[1] for g in (huge, unit))
+    assert jax.tree.all(jax.tree.map(lambda a, b: jnp.allclose(a, b, rtol=1e-5), clipped, wanted))
+
+
+def test_the_rate_rises_in_a_line_to_its_peak_and_falls_along_a_cosine_to_its_floor():
+    rate = stages.schedule(optimizer_section(), steps=100)
+    assert rate(0) == 0
+    np.testing.assert_allclose([rate(5), rate(10), rate(20)], [0.0025, 0.005, 0.01], rtol=1e-6)
+    # Halfway down, a cosine stands in the middle between peak and floor.
+    np.testing.assert_allclose([rate(60), rate(100), rate(500)], [0.00625, 0.0025, 0.0025], rtol=1e-6)
+    falling = [float(rate(step)) for step in range(20, 101)]
+    assert falling == sorted(falling, reverse=True)
+
+
+def test_a_run_of_a_single_step_has_a_schedule():
+    assert np.isfinite(stages.schedule(optimizer_section(), steps=1)(1))
