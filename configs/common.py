@@ -95,7 +95,7 @@ def _model(preset: str) -> ConfigDict:
             "targets": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head"),
         }
     )
-    if preset == "base":  # about 100 M weights with a 12-layer, 768-wide language model: for benchmarks
+    if preset == "base":  # mid-size, for benchmarks beside a 12-layer, 768-wide language model
         model.frames = 8
         model.dtype = "float32"
         model.umt.update({"width": 384, "depth": 9, "layers_run": 8, "heads": 6})

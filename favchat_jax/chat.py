@@ -34,7 +34,8 @@ def converse(sampler: Sampler, video: str, sampling: Sampling) -> None:
             print(f"chat: {error}", file=sys.stderr)
             continue
         print()
-        turns.append((question, answer or " "))
+        if answer.strip():  # a turn without an answer cannot be told again
+            turns.append((question, answer))
 
 
 def _read(prompt: str) -> str:

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 
 from absl import flags
+from absl import logging as absl_logging
 
 from favchat_jax.errors import RunError, UserError
 
@@ -41,16 +42,19 @@ def start(main: Callable[[], None], argv: list[str] | None = None) -> None:
 
 
 def _set_up_logging() -> None:
-    """What the software says of itself goes to stderr, one line a message, warnings of its libraries too."""
+    """What the software says of itself goes to stderr, one line a message."""
     # `force`, since importing some libraries has set up logging their way.
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr, force=True)
     logging.getLogger("favchat_jax").setLevel(logging.INFO)
-    # Orbax prints a traceback from each of its threads when a write fails, and raises the same error besides.
-    logging.getLogger("absl").addFilter(_is_not_of_orbax)
+    # When a write fails, Orbax logs a traceback from each of its threads and leaves some of them without their event
+    # loop; the same error is raised besides, and told in one line.
+    absl_logging.set_verbosity(absl_logging.FATAL)
+    sys.unraisablehook = _report_unraisable
 
 
-def _is_not_of_orbax(record: logging.LogRecord) -> bool:
-    return f"{os.sep}orbax{os.sep}" not in record.pathname
+def _report_unraisable(unraisable) -> None:
+    if str(unraisable.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(unraisable)
 
 
 def _keep_freed_memory() -> None:

@@ -9,6 +9,7 @@ again. The iterator's state, with the count of dropped records, goes into checkp
 from __future__ import annotations
 
 import bisect
+import logging
 import math
 import multiprocessing
 import os
@@ -20,12 +21,14 @@ from typing import Any, Protocol
 
 import grain
 import numpy as np
-from absl import flags, logging
+from absl import flags
 
 from favchat_jax.data.conversation import Conversation, PromptEncoder
 from favchat_jax.data.datasets import Record
 from favchat_jax.data.video import Augment, decode
 from favchat_jax.errors import UserError
+
+log = logging.getLogger("favchat_jax")
 
 # Stage 1's question: one is drawn for each clip.
 INSTRUCTIONS = (
@@ -262,7 +265,7 @@ class BatchIterator(grain.DatasetIterator):
         self.bad += 1
         if name not in self.bad_ids:
             self.bad_ids[name] = reason
-            logging.warning("record %s is left out (%d of %d so far): %s", name, self.bad, self.seen, reason)
+            log.warning("record %s is left out (%d of %d so far): %s", name, self.bad, self.seen, reason)
 
     def _judge(self) -> None:
         if self.seen >= self._records:  # the whole data set is known, and epochs that are not over do not matter

@@ -1,7 +1,7 @@
 """Answers: prompts are read once into a key/value cache, then tokens are drawn one by one, greedily or by chance.
 
-Adapters are merged into the kernels and layers are kept apart, which a decoder's speed depends on. Every shape is static:
-prompts are padded to a bucket, the cache has room for the bucket and the answer, so nothing compiles twice.
+Adapters are merged into the kernels and layers are kept apart, which a decoder's speed depends on. Every shape is
+static: prompts are padded to a bucket, the cache has room for the bucket and the answer, so nothing compiles twice.
 """
 
 import dataclasses

@@ -3,6 +3,7 @@
 v1 is a gated mixture of experts (FaVChat v1, Section 4.1, Eq. 3): E = MoE(w_1 E_g, w_2 E_{N+1}).
 """
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -30,6 +31,7 @@ class GatedMixture(nn.Module):
         self, general: Float[Array, "... N D"], facial: Float[Array, "... N D"]
     ) -> tuple[Float[Array, "... N D"], Float[Array, "... N 2"]]:
         """The mixed tokens, and the weights (w_1 of the general stream, w_2 of the facial one), which sum to 1."""
+        chex.assert_equal_shape([general, facial])
         streams = {"general": general, "facial": facial}
         normed = {
             name: nn.LayerNorm(dtype=self.dtype, use_fast_variance=False, name=f"{name}_norm")(tokens)

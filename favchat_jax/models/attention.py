@@ -4,6 +4,7 @@ Every attention of the model (joint space-time, windowed with a relative positio
 grouped heads) goes through `attention`, so that the choice of a kernel is made in one place.
 """
 
+import chex
 import jax
 from jaxtyping import Array, Bool, Float
 
@@ -28,4 +29,7 @@ def attention(
     Returns:
         The attended values, in the dtype of `query`.
     """
+    chex.assert_rank([query, key, value], 4)
+    chex.assert_equal_shape([key, value])
+    chex.assert_is_divisible(query.shape[2], key.shape[2])
     return jax.nn.dot_product_attention(query, key, value, bias=bias, mask=mask)

@@ -12,6 +12,10 @@ from jaxtyping import Array, Float
 from favchat_jax.models.linear import flat_product
 
 
+# PEFT's: uniform within +-1 / sqrt(width of the input).
+UNIFORM = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+
+
 @jax.custom_vjp
 def low_rank(x: Float[Array, "... D"], a: Float[Array, "D r"], b: Float[Array, "r F"]) -> Float[Array, "... F"]:
     """(x A) B, with a gradient of B that is one matrix product.
@@ -63,7 +67,7 @@ class LoRADense(nn.Module):
         y = flat_product(x, kernel.astype(self.dtype))
         if not self.rank:
             return y
-        lora_a = self.param("lora_a", nn.initializers.he_uniform(), (x.shape[-1], self.rank))
+        lora_a = self.param("lora_a", UNIFORM, (x.shape[-1], self.rank))
         lora_b = self.param("lora_b", nn.initializers.zeros, (self.rank, self.features))
         x = nn.Dropout(self.dropout)(x, deterministic=deterministic)
         return y + (self.alpha / self.rank) * low_rank(x, lora_a.astype(self.dtype), lora_b.astype(self.dtype))

@@ -55,7 +55,8 @@ class MistralConfig:
             raise UserError("tie_word_embeddings is set: Mistral's input and output embeddings are separate")
         # transformers 5 writes rope_parameters, earlier versions rope_theta and rope_scaling.
         rope = config.get("rope_parameters") or {}
-        kind = rope.get("rope_type") or (config.get("rope_scaling") or {}).get("rope_type", "default")
+        scaling = config.get("rope_scaling") or {}
+        kind = rope.get("rope_type") or scaling.get("rope_type") or scaling.get("type", "default")
         if kind != "default":
             raise UserError(f"rope type {kind!r} is not supported: Mistral uses plain rotary positions")
         heads = config["num_attention_heads"]

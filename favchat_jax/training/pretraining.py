@@ -220,8 +220,8 @@ def _caption_texts(
 
 
 def _texts_about(record: Record, tokenizer, rng: np.random.Generator, count: int = 6) -> Iterator[tuple]:
-    """(tokens, counted) of `count` texts about one clip. To repeat all facts in another order is a dozen look-ups in one
-    text, which is what makes a small model learn to look up at all."""
+    """(tokens, counted) of `count` texts about one clip. To repeat all facts in another order is a dozen look-ups in
+    one text, which is what makes a small model learn to look up at all."""
     labels = {name: rendered_faces.LABELS[name][value] for name, value in record.labels.items() if value >= 0}
     facts = {name: f"{name.replace('_', ' ')} {rendered_faces.answer(name, value)}" for name, value in labels.items()}
     askable = [name for name in labels if name in rendered_faces.QUESTIONS]

@@ -6,6 +6,7 @@ get neither gradients nor moments and no residual of a frozen tower is kept.
 
 from collections.abc import Callable, Mapping
 
+import chex
 import jax
 import jax.numpy as jnp
 import optax
@@ -58,6 +59,8 @@ def chunked_cross_entropy(
     Returns:
         (sum of -log p(target), number of targets that are the likeliest token).
     """
+
+    chex.assert_equal_shape_prefix([hidden, targets, counted], 2)
 
     @jax.checkpoint
     def one(hidden, targets, counted):

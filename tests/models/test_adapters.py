@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from favchat_jax.models.adapters import GatedMixture, ScalarMixture
-from tests.models.tiny_parts import drawn, quick_jit
+from tests.models.tiny_parts import drawn
 
 GATED = GatedMixture(hidden=5)
-mix = quick_jit(GATED.apply)
+mix = jax.jit(GATED.apply)
 
 
 @pytest.fixture(scope="module")
@@ -23,8 +23,10 @@ def weights(streams):
 
 
 def expert(weights, name, tokens):
-    inner, outer = (weights["params"][f"{name}_{end}"] for end in ("in", "out"))
-    return tokens + jax.nn.gelu(tokens @ inner["kernel"] + inner["bias"]) @ outer["kernel"] + outer["bias"]
+    norm, inner, outer = (weights["params"][f"{name}_{part}"] for part in ("norm", "in", "out"))
+    centred = tokens - tokens.mean(-1, keepdims=True)
+    normed = centred / jnp.sqrt((centred**2).mean(-1, keepdims=True) + 1e-6) * norm["scale"] + norm["bias"]
+    return tokens + jax.nn.gelu(normed @ inner["kernel"] + inner["bias"]) @ outer["kernel"] + outer["bias"]
 
 
 def test_the_two_streams_weights_of_a_token_sum_to_one_and_differ_from_token_to_token(streams, weights):
@@ -44,7 +46,7 @@ def test_the_gate_reads_both_streams_and_nothing_but_the_token_that_it_weighs(st
     _, shares = mix(weights, *streams)
     for stream in range(2):
         changed = list(streams)
-        changed[stream] = changed[stream].at[0, 1, 2].add(1)
+        changed[stream] = changed[stream].at[0, 1, 2, 0].add(3)
         moved = np.abs(mix(weights, *changed)[1] - shares).max(-1)
         assert moved[0, 1, 2] > 1e-3
         moved[0, 1, 2] = 0
@@ -60,10 +62,11 @@ def test_a_gate_that_is_all_on_one_stream_passes_that_streams_expert_alone(strea
     np.testing.assert_allclose(mixed, expert(weights, stream, tokens), atol=1e-5)
 
 
-def test_an_untrained_gate_gives_each_stream_one_half(streams):
-    fresh = quick_jit(GATED.init)(jax.random.key(0), *streams)
-    _, shares = mix(fresh, *streams)
+def test_an_untrained_mixture_passes_the_average_of_both_streams(streams):
+    fresh = jax.jit(GATED.init)(jax.random.key(0), *streams)
+    mixed, shares = mix(fresh, *streams)
     np.testing.assert_array_equal(shares, np.full((2, 3, 4, 2), 0.5))
+    np.testing.assert_allclose(mixed, (streams[0] + streams[1]) / 2, atol=1e-6)
 
 
 def test_a_scalar_mixture_is_the_plain_weighted_sum_and_starts_as_the_average(streams):

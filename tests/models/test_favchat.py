@@ -16,7 +16,7 @@ from favchat_jax.models.favchat import ABLATIONS
 from favchat_jax.models.mistral import MistralConfig
 from favchat_jax.models.umt import sinusoid_table
 from favchat_jax.training.stages import STAGES, TRAINS, group_of, split
-from tests.models.tiny_parts import MISTRAL, MISTRAL_7B, drawn_flat, favchat_shapes, quick_jit, tiny_config
+from tests.models.tiny_parts import MISTRAL, MISTRAL_7B, drawn_flat, favchat_shapes, tiny_config
 
 PAPER_LLM = MistralConfig.from_json(MISTRAL_7B)
 
@@ -67,7 +67,7 @@ class Tiny:
             "prompt": rng.integers(0, 512, (2, 3, 4)).astype(np.int32),
             "prompt_mask": np.arange(4) < rng.integers(1, 5, (2, 3, 1)),
         }
-        self.compiled = quick_jit(self.model.apply)
+        self.compiled = jax.jit(self.model.apply)
 
     def forward(self, **changed):
         return self.compiled(self.params, **{**self.inputs, **changed})
@@ -235,7 +235,7 @@ def test_the_frames_of_a_still_clip_differ_in_their_facial_tokens_by_their_time_
         jnp.zeros_like, params["params"]["fusion"]["step_2"]["out"]
     )
     frames = np.repeat(tiny.inputs["frames"][:, :1], 2, axis=1)
-    encode = quick_jit(lambda params, frames: tiny.model.apply(params, frames, method="encode").facial)
+    encode = jax.jit(lambda params, frames: tiny.model.apply(params, frames, method="encode").facial)
     first, second = jnp.split(encode(params, frames), 2, axis=1)
     table = sinusoid_table(2, first.shape[-1])
     np.testing.assert_allclose(second - first, np.broadcast_to(table[1] - table[0], first.shape), atol=1e-5)

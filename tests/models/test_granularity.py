@@ -7,11 +7,11 @@ import pytest
 
 from favchat_jax.models.granularity import GranularityFusion, add_time
 from favchat_jax.models.umt import sinusoid_table
-from tests.models.tiny_parts import drawn, quick_jit
+from tests.models.tiny_parts import drawn
 
 FORMS = {"printed": GranularityFusion(width=6, heads=3, residual=False), "residual": GranularityFusion(6, heads=3)}
 
-fuse = {form: quick_jit(model.apply) for form, model in FORMS.items()}
+fuse = {form: jax.jit(model.apply) for form, model in FORMS.items()}
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +70,7 @@ def test_with_one_head_the_scores_are_divided_by_the_root_of_the_whole_width(inp
     model = GranularityFusion(width=6, heads=1, residual=False)
     params = jax.tree.map(lambda x: np.asarray(x, np.float64), weights["printed"])["params"]
     general, facial = inputs
-    result = quick_jit(model.apply)(weights["printed"], general, facial[:1])
+    result = jax.jit(model.apply)(weights["printed"], general, facial[:1])
     expected = naive_step(params["step_1"], np.float64(facial[0][0, 0]), np.float64(general[0, 0]), heads=1)
     np.testing.assert_allclose(result[0, 0], expected, atol=1e-4)
 

@@ -8,7 +8,7 @@ from flax.traverse_util import flatten_dict
 
 from favchat_jax.models.lora import LoRADense, low_rank, merge
 from favchat_jax.models.mistral import LoRA, Mistral
-from tests.models.tiny_parts import MISTRAL, drawn, mistral_shapes, quick_jit
+from tests.models.tiny_parts import MISTRAL, drawn, mistral_shapes
 
 DENSE = LoRADense(features=5, rank=2, alpha=3.0)
 
@@ -101,7 +101,7 @@ def test_merging_a_language_model_of_stacked_layers_gives_one_without_adapters_t
         return model.logits(model(model.embed(tokens))[0])
 
     def logits(model, weights):
-        return quick_jit(lambda weights: model.apply({"params": weights}, tokens, method=everything))(weights)
+        return jax.jit(lambda weights: model.apply({"params": weights}, tokens, method=everything))(weights)
 
     merged = merge(weights, alpha=3.0)
     assert not [path for path in flatten_dict(merged, sep="/") if "lora" in path]

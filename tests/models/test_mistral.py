@@ -13,7 +13,7 @@ from favchat_jax.convert.mistral import read_config, weight_shapes
 from favchat_jax.convert.stacking import unstack_layers
 from favchat_jax.errors import UserError
 from favchat_jax.models.mistral import LoRA, Mistral, MistralConfig, empty_cache, rotate
-from tests.models.tiny_parts import MISTRAL, MISTRAL_7B, drawn, mistral_shapes, quick_jit
+from tests.models.tiny_parts import MISTRAL, MISTRAL_7B, drawn, mistral_shapes
 
 WINDOWED = dataclasses.replace(MISTRAL, sliding_window=3)
 ONE_LAYER = dataclasses.replace(MISTRAL, num_hidden_layers=1)
@@ -74,7 +74,7 @@ def embeddings():
 
 def hidden(model):
     """The compiled forward pass without a cache."""
-    return quick_jit(lambda weights, x, **where: model.apply({"params": weights}, x, **where)[0])
+    return jax.jit(lambda weights, x, **where: model.apply({"params": weights}, x, **where)[0])
 
 
 forward = hidden(Mistral(MISTRAL, scan=False))
@@ -106,7 +106,7 @@ def test_logits_are_the_hidden_states_times_the_output_layer(apart, embeddings):
 @pytest.mark.parametrize("config", [MISTRAL, WINDOWED], ids=["full", "windowed"])
 def test_decoding_with_a_cache_after_padded_prompts_equals_the_full_forward_pass(config, apart, embeddings):
     model = Mistral(config, scan=False)
-    run = quick_jit(lambda params, x, positions, cache: model.apply(params, x, positions=positions, cache=cache))
+    run = jax.jit(lambda params, x, positions, cache: model.apply(params, x, positions=positions, cache=cache))
     params = {"params": apart}
     prompts = np.array([2, 4])  # the first prompt is padded by two tokens, whose slots the decoded ones take over
     padded = embeddings[:, :4].at[0, 2:].set(9)
@@ -196,9 +196,7 @@ def test_rotation_is_computed_in_float32_for_bfloat16_inputs():
 def test_rematerialisation_changes_no_gradient(stacked, embeddings):
     def gradient(remat):
         model = Mistral(MISTRAL, LoRA(), remat=remat)
-        return quick_jit(jax.grad(lambda weights: jnp.sum(model.apply({"params": weights}, embeddings)[0] ** 3)))(
-            stacked
-        )
+        return jax.jit(jax.grad(lambda weights: jnp.sum(model.apply({"params": weights}, embeddings)[0] ** 3)))(stacked)
 
     kept, recomputed = gradient(False), gradient(True)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3), kept, recomputed)

@@ -1,7 +1,6 @@
 """Models that compile fast: a language model of two layers, a config of the whole model, and weights for both."""
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -46,10 +45,6 @@ MISTRAL_7B = {
     "torch_dtype": "bfloat16",
     "vocab_size": 32000,
 }
-
-
-# `jax.jit` that compiles in half the time, for programs that run in no time anyway.
-quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def config_json(config: MistralConfig) -> dict:

@@ -6,7 +6,8 @@ import numpy as np
 import optax
 import pytest
 
-from favchat_jax.training import assembly, loop, stages
+from favchat_jax.models.favchat import Output
+from favchat_jax.training import assembly, loop
 from favchat_jax.training.step import batch_loss, chunked_cross_entropy, make_step, new_state, next_token_targets
 
 
@@ -94,23 +95,53 @@ def test_the_fresh_model_is_as_unsure_as_a_uniform_guess(scene):
     assert 0.8 * np.log(512) < per_token < 1.2 * np.log(512)
 
 
+class Bigrams:
+    """Stands in for the model: the next word's scores follow from the last word alone, and the facial stream is ignored."""
+
+    def apply(self, variables, *inputs, method=None, **_):
+        params = variables["params"]
+        if method is not None:
+            return inputs[0] @ params["head"]
+        _, tokens, prompt, _ = inputs
+        streams = jnp.broadcast_to(jnp.array([1.0, 0.0]), (*prompt.shape[:2], 3, 2))
+        return Output(params["words"][jnp.maximum(tokens, 0)], streams)
+
+
 def test_gradients_accumulated_over_parts_equal_those_of_the_whole_batch(scene):
-    model, weights, batch, _ = scene
-    trainable, frozen = stages.split(weights, "v1", "stage2")
+    _, _, batch, _ = scene
     answers = batch["loss_mask"].sum(axis=(1, 2))
-    assert answers[:2].sum() != answers[2:].sum(), "parts of equal size would not show a wrong weighting"
+    assert answers[:2].sum() != answers[2:].sum(), "parts with equally many answers would not show a wrong weighting"
+    rng = np.random.default_rng(0)
+    trainable = {"words": jnp.array(rng.normal(size=(512, 4)), jnp.float32)}
+    frozen = {"head": jnp.array(rng.normal(size=(4, 512)), jnp.float32)}
     results = []
-    for accumulate in (1, 2):
-        optimizer = optax.sgd(1.0)
-        step = make_step(model, optimizer, lambda _: 1.0, accumulate=accumulate, chunk=64)
-        state = new_state(jax.tree.map(jnp.copy, trainable), optimizer, 0)
-        results.append(step(state, frozen, batch))
-    (whole, whole_metrics), (parts, parts_metrics) = results
-    for name, value in whole_metrics.items():
-        np.testing.assert_allclose(parts_metrics[name], value, rtol=1e-3, err_msg=name)
-    assert whole_metrics["gradient_norm"] > 0
-    for path, leaf in whole.trainable.items():
-        np.testing.assert_allclose(parts.trainable[path], leaf, atol=2e-5, err_msg=path)
+    for accumulate in (1, 2, 4):
+        step = make_step(Bigrams(), optax.sgd(1.0), lambda _: 1.0, accumulate=accumulate, chunk=64)
+        results.append(step(new_state(jax.tree.map(jnp.copy, trainable), optax.sgd(1.0), 0), frozen, batch))
+    whole, whole_metrics = results[0]
+    assert whole_metrics["gradient_norm"] > 0.1 and whole_metrics["answer_tokens"] == answers.sum()
+    for parts, metrics in results[1:]:
+        np.testing.assert_allclose(parts.trainable["words"], whole.trainable["words"], atol=1e-6)
+        assert {name: pytest.approx(float(value), rel=1e-5) for name, value in whole_metrics.items()} == metrics
+
+
+def test_a_step_counts_itself_and_draws_new_dropout_from_the_same_key(scene):
+    _, _, batch, _ = scene
+    keys = []
+
+    class Recorder(Bigrams):
+        def apply(self, variables, *inputs, rngs, **others):
+            jax.debug.callback(lambda key: keys.append(key.tolist()), jax.random.key_data(rngs["dropout"]))
+            return super().apply(variables, *inputs, **others)
+
+    weights = {"words": jnp.zeros((512, 4)), "head": jnp.zeros((4, 512))}
+    step = make_step(Recorder(), optax.sgd(1.0), lambda _: 1.0, accumulate=1, chunk=512)
+    state = new_state(weights, optax.sgd(1.0), seed=3)
+    for _ in range(2):
+        state, _ = step(state, {}, batch)
+    jax.effects_barrier()
+    assert state.step == 2 and state.key.tolist() == jax.random.key_data(jax.random.key(3)).tolist()
+    assert len({tuple(key) for key in keys}) == 4, "two of each step: one for the body, one for the output layer"
 
 
 def test_stream_weights_are_averaged_over_the_questions_that_were_asked(scene):

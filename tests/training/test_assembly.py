@@ -1,0 +1,172 @@
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from favchat_jax.convert import mistral as mistral_folder
+from favchat_jax.errors import UserError
+from favchat_jax.training import assembly, stages
+from favchat_jax.training.checkpoint import save_weights
+from tests.conftest import damage, newest, same_weights
+
+
+@pytest.fixture(scope="module")
+def start(small_world):
+    """The weights that stage 1 starts from, all drawn afresh but the language model's."""
+    config = small_world.config("stage1")
+    return assembly.initial_weights(config, assembly.assemble(config).model)
+
+
+@pytest.fixture(scope="module")
+def runs(trained):
+    """All weights of each finished stage, as answering loads them."""
+    return {stage: assembly.load_run(trained.folder / stage).weights for stage in trained.outcomes}
+
+
+def initial(config):
+    return assembly.initial_weights(config, assembly.assemble(config).model)
+
+
+def part(weights: dict, prefix: str) -> dict:
+    return {path: leaf for path, leaf in weights.items() if path.startswith(prefix)}
+
+
+@pytest.mark.parametrize(("stage", "before"), [("stage1", None), ("stage2", "stage1"), ("stage3", "stage2")])
+def test_a_stage_changes_every_group_that_it_trains_and_not_a_bit_of_the_others(stage, before, runs, start):
+    old, new = (start if before is None else runs[before]), runs[stage]
+    trains = stages.TRAINS["v1"][stage]
+    shared = {path for path in new if path in old}
+    assert set(new) - shared == {p for p in new if stages.group_of(p) == "lora" and stage == "stage2"}
+    changed = {path for path in shared if not np.array_equal(old[path], new[path])}
+    assert {stages.group_of(path) for path in changed} == set(trains) - ({"lora"} if stage == "stage2" else set())
+    # A bias that is added to every key of an attention has no gradient at all, nor has a bias that none of it reads.
+    still = {p for p in shared - changed if stages.group_of(p) in trains and not p.endswith(("key/bias", "bias_table"))}
+    assert not still
+
+
+def test_stage_2_moves_the_adapters_that_it_starts(runs):
+    adapters = {p: leaf for p, leaf in runs["stage2"].items() if p.endswith("lora_b")}
+    assert len(adapters) == 8 and all(np.any(leaf) for leaf in adapters.values()), "B starts as zeros"
+
+
+def test_the_language_model_is_that_of_its_folder_in_every_stage(runs, small_world):
+    base = assembly.load_llm(small_world.llm)
+    for weights in runs.values():
+        assert all(np.array_equal(weights[path], leaf) for path, leaf in base.items())
+
+
+def test_a_workdir_is_whole_without_the_one_it_started_from(trained, runs, tmp_path):
+    copy = trained.copy("stage3", tmp_path)
+    assert "encoders" in {stages.group_of(path) for path in assembly.frozen_weights(copy)}
+    assert same_weights(assembly.load_run(copy).weights, runs["stage3"])
+
+
+def test_flipped_bits_in_the_frozen_weights_are_a_users_error(trained, tmp_path):
+    copy = trained.copy("stage3", tmp_path)
+    damage(copy / "frozen" / "weights")
+    with pytest.raises(UserError, match="stage3/frozen is damaged"):
+        assembly.load_run(copy)
+
+
+def test_encoders_and_qformers_come_from_their_folders(small_world, runs, start, tmp_path):
+    source = runs["stage1"]
+    visual = {**part(source, "umt/"), **part(source, "vision_layernorm/")}
+    save_weights(tmp_path / "umt", visual, {"kind": "umt"})
+    save_weights(tmp_path / "facexformer", part(source, "facexformer/"), {"kind": "facexformer"})
+    one = {path.removeprefix("facial_qformer/"): leaf for path, leaf in part(source, "facial_qformer/").items()}
+    save_weights(tmp_path / "qformer", one, {"kind": "qformer"})
+    folders = {f"init__{name}": str(tmp_path / name) for name in ("umt", "facexformer", "qformer")}
+    weights = initial(small_world.config("stage1", **folders))
+    assert all(np.array_equal(weights[path], leaf) for path, leaf in visual.items())
+    assert same_weights(part(weights, "facexformer/"), part(source, "facexformer/"))
+    for stream in ("general_qformer/", "facial_qformer/"):
+        assert all(np.array_equal(weights[stream + path], leaf) for path, leaf in one.items())
+    for fresh in ("fusion/", "adapter/", "general_proj/"):
+        assert same_weights(part(weights, fresh), part(start, fresh))
+
+
+def test_another_seed_draws_other_fresh_weights(small_world, start):
+    weights = initial(small_world.config("stage1", seed=1))
+    assert not np.array_equal(weights["general_proj/kernel"], start["general_proj/kernel"])
+    assert same_weights(part(weights, "llm/"), part(start, "llm/"))
+
+
+def test_without_a_face_stream_its_weights_in_a_folder_are_left_out(small_world, runs, tmp_path):
+    save_weights(tmp_path / "facexformer", part(runs["stage1"], "facexformer/"), {})
+    config = small_world.config("stage1", "ablation=no_face", init__facexformer=str(tmp_path / "facexformer"))
+    assert not part(initial(config), "facexformer/")
+
+
+def test_a_folder_with_weights_that_the_model_has_not_is_a_users_error(small_world, tmp_path):
+    save_weights(tmp_path / "umt", {"umt/extra/kernel": np.ones(3, np.float32)}, {})
+    with pytest.raises(UserError, match="umt holds umt/extra/kernel, which this model has not"):
+        initial(small_world.config("stage1", init__umt=str(tmp_path / "umt")))
+
+
+def test_a_folder_with_weights_of_another_size_is_a_users_error_that_names_the_first(small_world, runs):
+    other = small_world.config("stage1", model__umt__width=24, init__umt="")
+    shapes = assembly.weight_shapes(assembly.assemble(other).model, other)
+    path = next(path for path in shapes if shapes[path].shape != runs["stage1"][path].shape)
+    with pytest.raises(UserError, match=f"{path} has shape .*, expected "), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(assembly, "load_weights", lambda _: {path: runs["stage1"][path]})
+        other.init.umt = "folder"
+        initial(other)
+
+
+def test_a_folder_that_is_missing_is_a_users_error(small_world, tmp_path):
+    with pytest.raises(UserError, match=f"{tmp_path}/umt is not a weights folder"):
+        initial(small_world.config("stage1", init__umt=str(tmp_path / "umt")))
+
+
+@pytest.mark.parametrize(("field", "other"), [("variant", "v2"), ("preset", "paper"), ("ablation", "no_moe")])
+def test_a_stage_before_of_another_variant_preset_or_ablation_is_a_users_error(
+    field, other, small_world, trained, tmp_path
+):
+    copy = trained.copy("stage1", tmp_path)
+    settings = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**settings, field: other}))
+    with pytest.raises(UserError, match=f"init.from_run=.* is of {field}={other}, this run of {field}="):
+        initial(small_world.config("stage2", init__from_run=str(copy)))
+
+
+def test_a_stage_out_of_order_is_a_users_error(small_world, trained):
+    with pytest.raises(UserError, match="is stage1, but stage3 starts from stage2"):
+        initial(small_world.config("stage3", init__from_run=str(trained.folder / "stage1")))
+
+
+def test_a_weights_folder_is_no_stage_before(small_world, tmp_path):
+    save_weights(tmp_path / "umt", {"a": np.ones(3, np.float32)}, {"kind": "umt"})
+    with pytest.raises(UserError, match="init.from_run=.* is of preset=None"):
+        initial(small_world.config("stage2", init__from_run=str(tmp_path / "umt")))
+
+
+def test_answering_refuses_a_language_model_that_has_changed_since(trained, small_world, tmp_path):
+    copy = trained.copy("stage2", tmp_path)
+    other = shutil.copytree(small_world.llm, tmp_path / "mistral")
+    settings = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**settings, "llm": {"path": str(other)}}))
+    assembly.load_run(copy)  # the same model at another place is fine
+    weights = mistral_folder.read_weights(other)
+    mistral_folder.write_weights(other, jax.tree.map(lambda leaf: leaf + 1, weights))
+    with pytest.raises(UserError, match="mistral is not the language model that .*stage2 was trained on"):
+        assembly.load_run(copy)
+
+
+@pytest.mark.parametrize("name", ["config.json", "llm.json"])
+def test_a_workdir_with_a_damaged_file_is_a_users_error_that_names_it(name, trained, tmp_path):
+    copy = trained.copy("stage1", tmp_path)
+    (copy / name).write_bytes(b"{\xff")
+    with pytest.raises(UserError, match=f"{name} is damaged"):
+        assembly.load_run(copy)
+
+
+def test_a_prompt_tokenizer_with_more_words_than_the_qformer_is_a_users_error(small_world):
+    with pytest.raises(UserError, match="prompt_tokenizer has 512 tokens but model.qformer.vocabulary is 100"):
+        assembly.assemble(small_world.config("stage1", model__qformer__vocabulary=100))
+
+
+def test_a_run_answers_with_the_newest_weights(trained, runs):
+    for path, leaf in newest(trained.folder / "stage2").items():
+        assert np.array_equal(runs["stage2"][path], leaf)
