@@ -176,5 +176,5 @@ def _embedded(config: ConfigDict) -> None:
     config.log_every = 5
     config.checkpoint_every = 100
     config.loss_chunk = 4096
-    config.data.buckets = (128,)
+    config.data.buckets = (64, 128)  # questions, summaries
     config.data.prompt_length = 24

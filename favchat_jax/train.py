@@ -5,7 +5,6 @@ stages before it. Other presets say what is missing and how to get it.
 """
 
 import importlib
-import json
 import logging
 import time
 from pathlib import Path
@@ -17,8 +16,7 @@ from ml_collections import config_flags
 from favchat_jax import command_line
 from favchat_jax.errors import UserError
 from favchat_jax.training import pretraining, stages
-from favchat_jax.training.checkpoint import Checkpoints
-from favchat_jax.training.loop import Outcome, check, train
+from favchat_jax.training.loop import Outcome, check, is_finished, train
 
 log = logging.getLogger("favchat_jax")
 
@@ -41,11 +39,11 @@ def train_stage(config: ml_collections.ConfigDict, workdir: Path) -> Outcome:
     else:
         _require_sources(config)
     previous = stages.STAGES[config.stage].before
-    if previous and not Checkpoints(config.init.from_run).steps():
+    if previous and not is_finished(config.init.from_run):
         if config.preset != "tiny" or Path(config.init.from_run) != default_workdir(_stage_config(config, previous)):
             chosen = f"preset={config.preset},variant={config.variant},ablation={config.ablation}"
             raise UserError(
-                f"init.from_run={config.init.from_run} holds no checkpoint of {previous}: name the workdir of one, "
+                f"init.from_run={config.init.from_run} holds no finished {previous}: name the workdir of one, "
                 f"made with python -m favchat_jax.train --config=configs/{previous}.py:{chosen} --workdir=DIR"
             )
         log.info("%s needs %s, which is trained first", config.stage, previous)
@@ -58,8 +56,6 @@ def train_stage(config: ml_collections.ConfigDict, workdir: Path) -> Outcome:
         log.info("%s in %s is already finished at step %d", config.stage, workdir, outcome.steps)
     elif outcome.finished:
         seconds = time.perf_counter() - started
-        with (workdir / "time.json").open("w") as file:
-            json.dump({"seconds": seconds, "steps": outcome.steps - outcome.resumed_at}, file)
         log.info("%s finished at step %d after %.0f s: %s", config.stage, outcome.step, seconds, workdir)
     else:
         log.info(

@@ -11,7 +11,6 @@ from jaxtyping import Array, Float
 
 from favchat_jax.models.linear import flat_product
 
-
 # PEFT's: uniform within +-1 / sqrt(width of the input).
 UNIFORM = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 

@@ -129,6 +129,12 @@ def total_steps(config: ml_collections.ConfigDict) -> int:
     return max(1, math.ceil(config.epochs * records / config.batch))
 
 
+def is_finished(workdir: str | Path) -> bool:
+    """Whether the run in a workdir has made its last step; False where there is none."""
+    latest = Checkpoints(workdir).latest()
+    return latest is not None and latest >= total_steps(ml_collections.ConfigDict(load_config(workdir)))
+
+
 def open_batches(config: ml_collections.ConfigDict, parts: assembly.Assembly) -> BatchIterator:
     """The stage's training stream on this host."""
     data, hosts = config.data, jax.process_count()

@@ -96,7 +96,7 @@ def test_the_fresh_model_is_as_unsure_as_a_uniform_guess(scene):
 
 
 class Bigrams:
-    """Stands in for the model: the next word's scores follow from the last word alone, and the facial stream is ignored."""
+    """Stands in for the model: the next word's scores follow from the last word alone, the clip is ignored."""
 
     def apply(self, variables, *inputs, method=None, **_):
         params = variables["params"]
