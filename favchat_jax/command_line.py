@@ -25,8 +25,12 @@ def start(main: Callable[[], None], argv: list[str] | None = None) -> None:
     _keep_freed_memory()
     _set_up_logging()
     name = os.path.basename(os.path.dirname(sys.argv[0])) if argv is None else "favchat_jax"
+    argv = sys.argv if argv is None else argv
+    if "--help" in argv[1:]:
+        print(f"{sys.modules['__main__'].__doc__}\n{flags.FLAGS.main_module_help()}")
+        sys.exit(0)
     try:
-        parse(sys.argv if argv is None else argv)
+        parse(argv)
         main()
     except UserError as error:
         _end(name, error, 2)
@@ -72,24 +76,43 @@ def _keep_freed_memory() -> None:
 
 def parse(argv: list[str]) -> None:
     """Fills the flags; every mistake becomes a UserError of one line."""
+    for argument in argv[1:]:
+        option, _, value = argument.partition("=")
+        path = value.partition(":")[0]  # arguments of the config follow a colon
+        if option == "--config" and not os.path.isfile(path):
+            raise UserError(f"--config={path}: there is no such file; configs/ holds those to choose from")
     try:
         rest = flags.FLAGS(argv)
     except flags.Error as error:
-        raise UserError(f"{_first_line(error)} (see --help)") from None
+        raise _user_error_behind(error) or UserError(f"{_first_line(error)} (see --help)") from None
     except UserError:
         raise
     except (AttributeError, KeyError) as error:  # an override of a field that the config does not have
         raise UserError(f"unknown config option: {_first_line(error)}") from None
     except (TypeError, ValueError) as error:
         raise UserError(f"config option of the wrong type: {_first_line(error)}") from None
+    except SyntaxError as error:
+        raise UserError(f"{error.filename}, line {error.lineno}: not a config in Python ({error.msg})") from None
     except (OSError, ImportError) as error:
         raise UserError(f"the config cannot be read: {_first_line(error)}") from None
     if rest[1:]:
         raise UserError(f"unexpected argument {rest[1]!r}: options are written --name=value (see --help)")
 
 
+def _user_error_behind(error: BaseException | None) -> UserError | None:
+    """What a config itself said was wrong: the first of the errors that the library of flags wrapped into others."""
+    found = None
+    while error is not None:
+        found = error if isinstance(error, UserError) else found
+        error = error.__cause__ or error.__context__
+    return found
+
+
 def _first_line(error: BaseException) -> str:
-    return str(error).strip().strip("'\"").splitlines()[0] if str(error).strip() else type(error).__name__
+    text = str(error).strip() or type(error).__name__
+    while text[0] == text[-1] and text[0] in "'\"":  # of a KeyError's message
+        text = text[1:-1]
+    return text.splitlines()[0]
 
 
 def _end(name: str, message: object, code: int) -> None:

@@ -202,7 +202,8 @@ class Metrics:
         rates = {
             "clips_per_second": total.pop("clips") / elapsed,
             "tokens_per_second": total.pop("tokens") / elapsed,
-            "input_wait": total.pop("waited") / elapsed,
+            # A batch may have been waited for before its window began.
+            "input_wait": min(1.0, total.pop("waited") / elapsed),
         }
         line = {"step": step, **{name: value / len(self._window) for name, value in total.items()}, **rates}
         with self._path.open("a") as file:
