@@ -145,6 +145,7 @@ def _optimizer() -> ConfigDict:
     """The paper names the learning rates alone; the rest is VideoChat2's."""
     return ConfigDict(
         {
+            "name": "adamw",
             "learning_rate": 2e-4,
             "b1": 0.9,
             "b2": 0.999,
@@ -164,17 +165,19 @@ def _embedded(config: ConfigDict) -> None:
     config.init.facexformer = f"{parts}/facexformer"
     config.pretrain = ConfigDict(
         {
-            "llm": {"width": 128, "layers": 4, "heads": 4, "kv_heads": 2, "mlp": 384, "vocabulary": 512},
+            "llm": {"width": 128, "layers": 3, "heads": 4, "kv_heads": 2, "mlp": 256, "vocabulary": 512},
             # Steps of each part: text in batches of 16, single frames in batches of 128, clips in batches of 16.
-            "llm_steps": 600,
-            "facial_steps": 220,
-            "general_steps": 600,
-            "learning_rate": 3e-3,
+            "llm_steps": 350,
+            "facial_steps": 240,
+            "general_steps": 500,
+            "stills": 8000,  # single frames that are drawn for the facial encoder beside those of the clips
+            "learning_rate": 0.02,  # Muon's
         }
     )
+    config.optimizer.update({"name": "muon", "warmup": 0.1, "floor": 0.05})
     config.batch = 16
     config.log_every = 5
     config.checkpoint_every = 100
     config.loss_chunk = 4096
-    config.data.buckets = (64, 128)  # questions, summaries
+    config.data.buckets = (48, 128)  # questions, summaries
     config.data.prompt_length = 24

@@ -14,5 +14,5 @@ def get_config(argument: str = ""):
     if config.preset == "tiny":
         config.steps = 30
         config.batch = 16
-        config.optimizer.learning_rate = 1e-4
+        config.optimizer.learning_rate = 1e-3
     return config

@@ -110,7 +110,7 @@ def _user_error_behind(error: BaseException | None) -> UserError | None:
 
 def _first_line(error: BaseException) -> str:
     text = str(error).strip() or type(error).__name__
-    while text[0] == text[-1] and text[0] in "'\"":  # of a KeyError's message
+    while len(text) > 2 and text[0] == text[-1] and text[0] in "'\"":  # of a KeyError's message
         text = text[1:-1]
     return text.splitlines()[0]
 

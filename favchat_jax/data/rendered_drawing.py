@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
 
 SIZE = 128
-FRAMES = 24
+FRAMES = 16
 CANVAS = 2 * SIZE  # drawn at twice the size, then averaged down
 SUBPIXEL = 4  # bits of fixed point in polygon corners
 TEXTURE_UNIT = 80  # pixels of the skin texture a head unit
@@ -65,6 +65,11 @@ class Motion:
     eyes_open: Float[np.ndarray, " T"]  # 0 closed, 1 open
     mouth_open: Float[np.ndarray, " T"]  # 0 the expression's own mouth, 1 wide open
     emotion: str  # neutral, happy, sadness, surprise, anger
+
+    def at(self, t: int) -> "Motion":
+        """Moment `t` alone."""
+        courses = (self.yaw, self.pitch, self.roll, self.eyes_open, self.mouth_open)
+        return Motion(*(course[t : t + 1] for course in courses), self.emotion)
 
 
 @dataclass(frozen=True)

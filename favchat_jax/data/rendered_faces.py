@@ -109,6 +109,18 @@ def render(seed: int, split: str, index: int) -> Record:
     )
 
 
+def render_still(seed: int, split: str, index: int) -> tuple[UInt8[np.ndarray, "h w 3"], dict[str, int]]:
+    """One moment of a face clip that is in no split, all classes by lot, and the class of each of `FACE_LABELS`.
+
+    Four times cheaper than a clip: what pretrains a facial encoder.
+    """
+    rng = generator(seed, split, "still", index)
+    classes = {label: LABELS[label][rng.integers(len(LABELS[label]))] for label in FACE_LABELS}
+    look, motion = sample_look(classes, rng), sample_motion(classes, rng)
+    frame = features.draw_face(look, motion.at(int(rng.integers(drawing.FRAMES))))[0]
+    return frame, {label: LABELS[label].index(value) for label, value in classes.items()}
+
+
 def sample_classes(
     seed: int, split: str, index: int, rng: np.random.Generator
 ) -> tuple[dict[str, str], tuple[str, ...]]:
@@ -251,9 +263,9 @@ def sample_shapes(classes: dict[str, str], rng: np.random.Generator) -> drawing.
         shape=classes["shape"],
         color=near(rng, colors[classes["color"]], 8),
         middle=np.stack([along, across] if way[0] else [across, along], -1),
-        step=tuple(w * rng.uniform(0.018, 0.024) for w in way),
-        radius=rng.uniform(0.12, 0.14) if count == 3 else rng.uniform(0.15, 0.18),
-        spin=rng.uniform(-0.5, 0.5),
+        step=tuple(w * rng.uniform(0.03, 0.036) for w in way),
+        radius=(0.2, 0.17, 0.14)[count - 1] * rng.uniform(1, 1.15),
+        spin=rng.uniform(-0.3, 0.3),
         background=backdrop,
     )
 

@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt8
 from favchat_jax.errors import UserError
 from favchat_jax.models.adapters import GatedMixture, ScalarMixture
 from favchat_jax.models.facexformer import FaceXFormerEncoder, LinearFuse
-from favchat_jax.models.granularity import GranularityFusion, add_time
+from favchat_jax.models.granularity import GranularityFusion, add_positions
 from favchat_jax.models.linear import Linear
 from favchat_jax.models.mistral import LayerCache, LoRA, Mistral, MistralConfig
 from favchat_jax.models.qformer import QFormer
@@ -99,7 +99,7 @@ class FaVChat(nn.Module):
             facial = rearrange(facial, "(B T) H W D -> B T (H W) D", B=batch)
         else:
             facial = self.fusion(rearrange(general, "B (T S) D -> B T S D", T=time), granularities)
-        return ClipFeatures(general, add_time(facial))
+        return ClipFeatures(general, add_positions(facial))
 
     def visual_tokens(
         self,
@@ -115,10 +115,7 @@ class FaVChat(nn.Module):
 
     def embed(self, tokens: Int[Array, "B Q L"], visual: Float[Array, "B Q N D"]) -> Float[Array, "B Q L D"]:
         """Embedded sequences; the n-th placeholder (a negative id) of a sequence is its n-th visual token."""
-        placeholder = tokens < 0
-        nth = jnp.clip(jnp.cumsum(placeholder, axis=-1) - 1, 0, visual.shape[2] - 1)
-        spread = jnp.take_along_axis(visual, nth[..., None], axis=2)
-        return jnp.where(placeholder[..., None], spread.astype(self.dtype), self.llm.embed(tokens))
+        return place_visual_tokens(self.llm.embed(tokens), tokens, visual.astype(self.dtype))
 
     def __call__(
         self,
@@ -158,6 +155,15 @@ class FaVChat(nn.Module):
         """One more token a sequence, at its position: scores of the next, and the cache with this one in it."""
         hidden, cache = self.llm(self.llm.embed(token[:, None]), positions=position[:, None], cache=cache)
         return self.llm.logits(hidden[:, 0]), cache
+
+
+def place_visual_tokens(
+    embeddings: Float[Array, "*B L D"], tokens: Int[Array, "*B L"], visual: Float[Array, "*B N D"]
+) -> Float[Array, "*B L D"]:
+    """Embedded sequences with the n-th visual token in the place of each sequence's n-th placeholder (a negative id)."""
+    placeholder = tokens < 0
+    nth = jnp.clip(jnp.cumsum(placeholder, axis=-1) - 1, 0, visual.shape[-2] - 1)
+    return jnp.where(placeholder[..., None], jnp.take_along_axis(visual, nth[..., None], axis=-2), embeddings)
 
 
 def build(

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 
 import flax.linen as nn
 import jax.numpy as jnp
+import numpy as np
 from einops import rearrange
 from jaxtyping import Array, Float
 
@@ -77,10 +78,15 @@ class GranularityFusion(nn.Module):
         return rearrange(fused, "(B T) L d -> B T L d", B=batch)
 
 
-def add_time(tokens: Float[Array, "B T L D"]) -> Float[Array, "B (T L) D"]:
-    """Adds a sinusoid of the frame's number to its tokens and lays all frames in one sequence.
+def add_positions(tokens: Float[Array, "B T L D"]) -> Float[Array, "B (T L) D"]:
+    """Adds a sinusoid of the frame's number to one half of the channels and one of the place within the frame to the
+    other, and lays all frames in one sequence.
 
-    Fusion is per frame, so without this the facial Q-Former could not tell frames apart.
+    Fusion is per frame and the facial encoder knows relative positions alone, so without this the facial Q-Former
+    could tell neither frames nor places apart.
     """
-    time = jnp.asarray(sinusoid_table(tokens.shape[1], tokens.shape[3]), tokens.dtype)
-    return rearrange(tokens + time[:, None], "B T L D -> B (T L) D")
+    frames, places, width = tokens.shape[1:]
+    time = np.broadcast_to(sinusoid_table(frames, width // 2)[:, None], (frames, places, width // 2))
+    place = np.broadcast_to(sinusoid_table(places, width - width // 2), (frames, places, width - width // 2))
+    positions = jnp.asarray(np.concatenate([time, place], axis=-1), tokens.dtype)
+    return rearrange(tokens + positions, "B T L D -> B (T L) D")

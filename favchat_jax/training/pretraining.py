@@ -33,22 +33,26 @@ from favchat_jax.convert import mistral as mistral_folder
 from favchat_jax.data import rendered_faces
 from favchat_jax.data.conversation import Conversation, load_tokenizer
 from favchat_jax.data.datasets import Record, open_dataset, prepare
+from favchat_jax.data.datasets.rendered_faces import draw_stills
 from favchat_jax.data.loader import INSTRUCTIONS
 from favchat_jax.data.video import decode, frame_indices
+from favchat_jax.models import favchat
 from favchat_jax.models.facexformer import FaceXFormerEncoder
 from favchat_jax.models.favchat import PIXEL_MEAN, PIXEL_STD, VISION_LAYERNORM_EPSILON
 from favchat_jax.models.linear import Linear
 from favchat_jax.models.mistral import Mistral
 from favchat_jax.models.umt import UMT
 from favchat_jax.training.checkpoint import save_weights
-from favchat_jax.training.stages import decays
+from favchat_jax.training.stages import make_optimizer
 from favchat_jax.training.step import chunked_cross_entropy, next_token_targets
 
 log = logging.getLogger("favchat_jax")
 
 CLIP_FRAMES = rendered_faces.drawing.FRAMES
 DATA = "rendered_faces"
-REPEAT = "Repeat all that was said of the video."
+DESCRIBED = 0.2  # share of the language model's texts that ask for a description
+QUESTIONS = 6  # in each of the others
+NOISE = 0.5  # in a told fact, as a share of its size
 PARTS = Path("runs/tiny-parts")
 
 
@@ -99,10 +103,10 @@ def _made_with(folder: Path, recipe: dict) -> bool:
 def _fit(
     loss: Callable[..., Float[Array, ""]], weights: dict, batches: Iterator[tuple], steps: int, rate: float, name: str
 ) -> dict:
-    """AdamW over `steps` batches with warm-up and cosine decay; a batch is what `loss` takes after the weights."""
-    schedule = optax.warmup_cosine_decay_schedule(0.0, rate, max(1, steps // 10), max(2, steps), rate * 0.05)
-    mask = jax.tree_util.tree_map_with_path(lambda path, _: decays(str(path[-1].key)), weights)
-    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, weight_decay=0.02, mask=mask))
+    """Muon over `steps` batches with warm-up and cosine decay; a batch is what `loss` takes after the weights."""
+    settings = {"name": "muon", "learning_rate": rate, "warmup": 0.1, "floor": 0.05}
+    settings |= {"b1": 0.9, "b2": 0.999, "weight_decay": 0.02, "clip_norm": 1.0}
+    optimizer = make_optimizer(ml_collections.ConfigDict(settings), steps)
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
     def update(weights, moments, *batch):
@@ -155,11 +159,21 @@ def _make_language_model(config, records: Sequence[Record], frames, folder: Path
         )
     )
     model = Mistral(mistral_folder.read_config(folder))
-    texts = _caption_texts(tokenizer, records, config.data.buckets[-1], rng)
+    visual_tokens = config.model.qformer.queries + config.model.qformer.extra_queries
+    texts = _texts(Conversation(tokenizer, visual_tokens), tokenizer, records, config.data.buckets[-1], rng)
 
-    def loss(weights, tokens: Int[Array, "B L"], counted):
+    def embed(mdl: Mistral, tokens, slot, seed):
+        """Word embeddings, and in the n-th place of the slot the average of its n-th fact's words, with noise: a
+        visual token will hold more than one fact's words too."""
+        known = (slot >= 0)[..., None]
+        facts = jnp.sum(mdl.embed(slot) * known, axis=2) / jnp.sum(known, axis=2)
+        noise = jax.random.normal(jax.random.key(seed), facts.shape)
+        facts += NOISE * jnp.sqrt(jnp.mean(facts**2, axis=-1, keepdims=True)) * noise
+        return favchat.place_visual_tokens(mdl.embed(tokens), tokens, facts)
+
+    def loss(weights, tokens: Int[Array, "B L"], counted, slot: Int[Array, "B N W"], seed):
         params = {"params": weights}
-        hidden, _ = model.apply(params, model.apply(params, tokens, method="embed"))
+        hidden, _ = model.apply(params, tokens, slot, seed, method=lambda m, *x: m(embed(m, *x)))
         targets, counted = next_token_targets(tokens, counted)
         total, _ = chunked_cross_entropy(
             lambda h: model.apply(params, h, method="logits"), hidden, targets, counted, 4096
@@ -203,49 +217,55 @@ def _train_tokenizer(records: Sequence[Record], vocabulary: int) -> PreTrainedTo
     )
 
 
-def _caption_texts(
-    tokenizer, records: Sequence[Record], length: int, rng: np.random.Generator, batch: int = 16
+def _texts(
+    conversation: Conversation,
+    tokenizer,
+    records: Sequence[Record],
+    length: int,
+    rng: np.random.Generator,
+    batch: int = 16,
 ) -> Iterator[tuple]:
-    """Endless batches (tokens, counted): a caption between <Video> and </Video>, then questions about it or a request
-    to describe it; answers are counted. A caption lists facts of a clip in random order, so that any place of the slot
-    may hold any fact. Several questions a text, since reading the slot is what is to be learned."""
-    pool = [text for record in records for text in _texts_about(record, tokenizer, rng)]
+    """Endless batches (tokens, counted, slot, seed of the noise) of conversations about clips that are told in words: questions, or a
+    request to describe; answers are counted. A place of the slot holds the words of one fact, ids padded with -1, as a
+    visual token stands for one thing seen; facts come in random order, so that any place may hold any of them."""
+    pool = [text for record in records for text in _texts_about(record, conversation, tokenizer, rng)]
     pool = [text for text in pool if len(text[0]) <= length]
+    length = max(len(text[0]) for text in pool)
+
+    widest = max(len(words) for *_, slot in pool for words in slot)
     while True:
         tokens = np.zeros((batch, length), np.int32)
         counted = np.zeros((batch, length), bool)
+        slots = np.full((batch, conversation.visual_tokens, widest), -1, np.int32)
         for row, i in enumerate(rng.integers(len(pool), size=batch)):
-            tokens[row, : len(pool[i][0])], counted[row, : len(pool[i][1])] = pool[i]
-        yield tokens, counted
+            tokens[row, : len(pool[i][0])], counted[row, : len(pool[i][1])], slot = pool[i]
+            for place, words in zip(slots[row], slot, strict=True):
+                place[: len(words)] = words
+        yield tokens, counted, slots, rng.integers(2**31)
 
 
-def _texts_about(record: Record, tokenizer, rng: np.random.Generator, count: int = 6) -> Iterator[tuple]:
-    """(tokens, counted) of `count` texts about one clip. To repeat all facts in another order is a dozen look-ups in
-    one text, which is what makes a small model learn to look up at all."""
+def _texts_about(
+    record: Record, conversation: Conversation, tokenizer, rng: np.random.Generator, count: int = 6
+) -> Iterator[tuple]:
+    """(tokens, counted, slot) of `count` texts about one clip."""
     labels = {name: rendered_faces.LABELS[name][value] for name, value in record.labels.items() if value >= 0}
-    facts = {name: f"{name.replace('_', ' ')} {rendered_faces.answer(name, value)}" for name, value in labels.items()}
+    facts = [
+        tokenizer.encode(f" {name.replace('_', ' ')} {rendered_faces.answer(name, value)}", add_special_tokens=False)
+        for name, value in labels.items()
+    ]
     askable = [name for name in labels if name in rendered_faces.QUESTIONS]
-
-    def listed(names) -> str:
-        return ", ".join(facts[name] for name in rng.permutation(names))
-
-    for kind in rng.choice(("repeat", "describe", "ask"), size=count, p=(0.4, 0.2, 0.4)):
-        told = list(labels)
-        if kind == "repeat":
-            turns = [(REPEAT, listed(told))]
-        elif kind == "describe":
+    for describe in rng.random(count) < DESCRIBED:
+        if describe:
             turns = [(str(rng.choice(INSTRUCTIONS)), record.summary)]
         else:
-            asked = rng.permutation(askable)[:4]
             turns = [
                 (str(rng.choice(rendered_faces.QUESTIONS[name])), rendered_faces.answer(name, labels[name]))
-                for name in asked
+                for name in rng.permutation(askable)[:QUESTIONS]
             ]
-        caption = tokenizer.encode(listed(told), add_special_tokens=False)
-        text = Conversation(tokenizer, len(caption)).encode(turns, CLIP_FRAMES, 10_000)
-        tokens = text.tokens.copy()
-        tokens[tokens < 0] = caption
-        yield tokens, text.loss_mask
+        text = conversation.encode(turns, CLIP_FRAMES, 10_000)
+        # Every fact at least once, some again where there are more places.
+        order = rng.permutation(np.resize(rng.permutation(len(facts)), conversation.visual_tokens))
+        yield text.tokens, text.loss_mask, [facts[i] for i in order]
 
 
 # Encoders
@@ -260,7 +280,7 @@ class FrameClassifier(nn.Module):
     @nn.compact
     def __call__(self, frames: Float[Array, "B H W 3"]) -> dict[str, Float[Array, "B C"]]:
         """Scores of each label's classes."""
-        deepest = rearrange(self.encoder(frames)[-1], "B H W D -> B (H W D)")
+        deepest = nn.LayerNorm(name="norm")(self.encoder(frames)[-1]).mean(axis=(1, 2))
         return {label: Linear(count, name=label)(deepest) for label, count in self.classes.items()}
 
 
@@ -276,21 +296,24 @@ class ClipClassifier(nn.Module):
         tokens = nn.LayerNorm(VISION_LAYERNORM_EPSILON, use_fast_variance=False, name="vision_layernorm")(
             self.encoder(frames)[0]
         )
-        per_frame = rearrange(tokens, "B (T L) D -> B T L D", T=frames.shape[1]).mean(axis=2)
-        flat = rearrange(per_frame, "B T D -> B (T D)")
-        return {label: Linear(count, name=label)(flat) for label, count in self.classes.items()}
+        average = tokens.mean(axis=1)
+        return {label: Linear(count, name=label)(average) for label, count in self.classes.items()}
 
 
 def _make_facial_encoder(config, records: Sequence[Record], frames, folder: Path) -> None:
     labels = (*rendered_faces.APPEARANCE, *rendered_faces.DETAILS, "emotion")
     faces = np.array([record.has_face for record in records])
-    pixels, classes = frames()[faces], _classes([r for r in records if r.has_face], labels)
+    clips, clip_classes = frames()[faces], _classes([r for r in records if r.has_face], labels)
+    stills, still_classes = draw_stills(config.pretrain.stills, config.seed, config.model.image_size)
     rng = np.random.default_rng(config.seed + 1)
 
     def batches(size: int = 128):
+        """A quarter from clips, as they look after compression; the rest stills, each of another person."""
         while True:
-            clip = rng.integers(len(pixels), size=size)
-            yield pixels[clip, rng.integers(CLIP_FRAMES, size=size)], {k: v[clip] for k, v in classes.items()}
+            clip, still = rng.integers(len(clips), size=size // 4), rng.integers(len(stills), size=size - size // 4)
+            pixels = np.concatenate([clips[clip, rng.integers(CLIP_FRAMES, size=len(clip))], stills[still]])
+            classes = {k: np.concatenate([clip_classes[k][clip], still_classes[k][still]]) for k in labels}
+            yield _mirror_half(pixels, classes, rng)
 
     model = FrameClassifier(FaceXFormerEncoder(**config.model.facexformer), _counts(labels))
     weights = _fit_classifier(model, batches(), config.pretrain.facial_steps, config, "facial encoder", {})
@@ -298,29 +321,53 @@ def _make_facial_encoder(config, records: Sequence[Record], frames, folder: Path
 
 
 def _make_general_encoder(config, records: Sequence[Record], frames, folder: Path) -> None:
-    labels = ("motion", "emotion", *rendered_faces.GENERAL_LABELS, "hair", "hair_length", "hat", "skin")
+    labels = ("motion", *rendered_faces.GENERAL_LABELS, "emotion", "hat")
     pixels, classes = frames(), _classes(records, labels)
+    general = np.array([not record.has_face for record in records])
     rng = np.random.default_rng(config.seed + 2)
 
     def batches(size: int = 16):
+        """A third without a face, twice their share of the data."""
         while True:
-            clip = rng.integers(len(pixels), size=size)
+            clip = np.concatenate(
+                [rng.choice(np.flatnonzero(general == g), n) for g, n in ((True, size // 3), (False, size - size // 3))]
+            )
             times = np.stack([frame_indices(CLIP_FRAMES, config.model.frames, "rand", rng) for _ in clip])
-            yield pixels[clip[:, None], times], {k: v[clip] for k, v in classes.items()}
+            yield _mirror_half(pixels[clip[:, None], times], {k: v[clip] for k, v in classes.items()}, rng)
 
     model = ClipClassifier(UMT(**config.model.umt), _counts(labels))
     # Motion is what only this stream can see, and what takes longest to learn.
     weights = _fit_classifier(
-        model, batches(), config.pretrain.general_steps, config, "general encoder", {"motion": 4.0}
+        model, batches(), config.pretrain.general_steps, config, "general encoder", {"motion": 3.0}
     )
     tree = {"umt": weights["encoder"], "vision_layernorm": weights["vision_layernorm"]}
     save_weights(folder, _flat(tree), {"kind": "umt"})
 
 
+def _mirror_half(
+    pixels: UInt8[np.ndarray, "B *T H W 3"], classes: dict[str, Int[np.ndarray, " B"]], rng: np.random.Generator
+) -> tuple:
+    """Mirrors one half of a batch, its lefts and rights with it."""
+    chosen = rng.random(len(pixels)) < 0.5
+    pixels = pixels.copy()
+    pixels[chosen] = pixels[chosen][..., ::-1, :]
+    other = {"left": "right", "right": "left"}
+    mirrored = {}
+    for label, wanted in classes.items():
+        names = rendered_faces.LABELS[label]
+        swapped = np.array([*(names.index(other.get(name, name)) for name in names), -1])  # -1, unknown, stays so
+        mirrored[label] = np.where(chosen, swapped[wanted], wanted)
+    return pixels, mirrored
+
+
 def _fit_classifier(model, batches, steps: int, config, name: str, importance: dict[str, float]) -> dict:
+    """Trains the encoder under heads that stay as they were drawn, so that what the labels need must become most of
+    what a token holds; heads that learn would make do with faint traces, which a fresh Q-Former takes long to find."""
+
     def loss(weights, pixels, classes):
         x = (pixels.astype(jnp.float32) / 255 - jnp.array(PIXEL_MEAN)) / jnp.array(PIXEL_STD)
-        scores = model.apply({"params": weights}, x)
+        fixed = {label: jax.lax.stop_gradient(weights[label]) for label in classes}
+        scores = model.apply({"params": {**weights, **fixed}}, x)
         total = 0.0
         for label, wanted in classes.items():
             known = wanted >= 0

@@ -9,7 +9,9 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import optax
+from optax.contrib import MuonDimensionNumbers, muon
 
 from favchat_jax.errors import UserError
 
@@ -87,17 +89,45 @@ def schedule(optimizer: Any, steps: int) -> optax.Schedule:
 
 
 def make_optimizer(optimizer: Any, steps: int) -> optax.GradientTransformation:
-    """AdamW after clipping by global norm; weight decay spares one-dimensional weights (biases and norm scales)."""
-    return optax.chain(
-        optax.clip_by_global_norm(optimizer.clip_norm),
-        optax.adamw(
-            schedule(optimizer, steps),
-            b1=optimizer.b1,
-            b2=optimizer.b2,
+    """The optimiser of a config, after clipping by global norm.
+
+    `adamw` is VideoChat2's; weight decay spares one-dimensional weights (biases and norm scales). `muon`
+    (github: KellerJordan/Muon) moves kernels by orthogonalised momentum, all other weights by AdamW at a tenth of the
+    rate: the embedded preset's, which learns twice as much a step with it.
+
+    Raises:
+        UserError: another name.
+    """
+    rate = schedule(optimizer, steps)
+    adam = {"b1": optimizer.b1, "b2": optimizer.b2}
+    if optimizer.name == "adamw":
+        update = optax.adamw(rate, **adam, weight_decay=optimizer.weight_decay, mask=_decay_mask)
+    elif optimizer.name == "muon":
+        update = muon(
+            rate,
             weight_decay=optimizer.weight_decay,
-            mask=lambda weights: {path: decays(path) for path in weights},
-        ),
-    )
+            weight_decay_mask=_decay_mask,
+            adam_learning_rate=lambda step: ADAM_SHARE * rate(step),
+            adam_weight_decay=optimizer.weight_decay,
+            muon_weight_dimension_numbers=_matrices,
+            **{f"adam_{name}": value for name, value in adam.items()},
+        )
+    else:
+        raise UserError(f"optimizer.name={optimizer.name} is unknown: choose adamw or muon")
+    return optax.chain(optax.clip_by_global_norm(optimizer.clip_norm), update)
+
+
+def _decay_mask(weights: Any) -> Any:
+    return jax.tree_util.tree_map_with_path(lambda path, _: decays(str(path[-1].key)), weights)
+
+
+def _matrices(weights: Any) -> Any:
+    """Axes of input and output of each kernel, one of every scanned layer too; None for what Muon does not move."""
+
+    def axes(path, leaf):
+        return MuonDimensionNumbers(leaf.ndim - 2, leaf.ndim - 1) if str(path[-1].key).endswith("kernel") else None
+
+    return jax.tree_util.tree_map_with_path(axes, weights)
 
 
 def decays(path: str) -> bool:

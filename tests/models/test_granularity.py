@@ -1,11 +1,11 @@
-"""Eq. 2: the printed formula, what the residual adds to it, and that time enters only through `add_time`."""
+"""Eq. 2: the printed formula, what the residual adds to it, and that frames and places enter only through `add_positions`."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from favchat_jax.models.granularity import GranularityFusion, add_time
+from favchat_jax.models.granularity import GranularityFusion, add_positions
 from favchat_jax.models.umt import sinusoid_table
 from tests.models.tiny_parts import drawn
 
@@ -104,10 +104,12 @@ def test_a_frame_reads_its_own_frame_and_every_granularity_of_it(inputs, weights
     np.testing.assert_allclose(moved, 0, atol=1e-6)
 
 
-def test_add_time_tells_equal_frames_apart_and_lays_them_one_after_another():
-    tokens = jnp.broadcast_to(jax.random.normal(jax.random.key(0), (2, 1, 4, 6)), (2, 3, 4, 6))
-    laid = add_time(tokens).reshape(2, 3, 4, 6)
+def test_add_positions_tells_equal_frames_and_places_apart_and_lays_frames_one_after_another():
+    tokens = jnp.broadcast_to(jax.random.normal(jax.random.key(0), (2, 1, 1, 6)), (2, 3, 4, 6))
+    laid = add_positions(tokens).reshape(2, 3, 4, 6)
     for frame in range(3):
-        np.testing.assert_allclose(laid[:, frame], tokens[:, frame] + sinusoid_table(3, 6)[frame], atol=1e-6)
-    assert np.abs(laid[:, 0] - laid[:, 1]).max() > 0.1
-    assert np.abs(laid[:, 1] - laid[:, 2]).max() > 0.1
+        for place in range(4):
+            added = np.concatenate([sinusoid_table(3, 3)[frame], sinusoid_table(4, 3)[place]])
+            np.testing.assert_allclose(laid[:, frame, place], tokens[:, frame, place] + added, atol=1e-6)
+    distances = np.abs(laid[0].reshape(12, 1, 6) - laid[0].reshape(1, 12, 6)).max(-1)
+    assert distances[~np.eye(12, dtype=bool)].min() > 0.1

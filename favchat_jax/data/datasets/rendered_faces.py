@@ -8,11 +8,16 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 
+import av
+import numpy as np
 import tensorflow_datasets as tfds
+from jaxtyping import Int, UInt8
+from tqdm import tqdm
 
 from favchat_jax.data import rendered_faces
 from favchat_jax.data.datasets import Record
 from favchat_jax.data.datasets.packing import RecordBuilder
+from favchat_jax.data.picture import Squares
 
 
 @dataclass(eq=False)
@@ -29,7 +34,7 @@ class RenderedFaces(RecordBuilder, skip_registration=True):
 
     name = "rendered_faces"
     BUILDER_CONFIGS = [
-        Size(name="full", description="The demo's clips.", train=2400, heldout=480),
+        Size(name="full", description="The demo's clips.", train=3000, heldout=480),
         Size(name="smoke", description="A few clips, for tests.", train=36, heldout=18),
     ]
 
@@ -40,9 +45,30 @@ class RenderedFaces(RecordBuilder, skip_registration=True):
     def records(self, split: str) -> Iterator[Record]:
         """Draws the split's clips, in order."""
         render = partial(rendered_faces.render, self.builder_config.seed, split)
-        context = multiprocessing.get_context("spawn")  # the parent may hold jax's threads, which a fork would break
-        with ProcessPoolExecutor(os.cpu_count(), context, initializer=_start_worker) as pool:
+        with _pool() as pool:
             yield from pool.map(render, range(self.counts()[split]), chunksize=4)
+
+
+def draw_stills(
+    count: int, seed: int, size: int
+) -> tuple[UInt8[np.ndarray, "N size size 3"], dict[str, Int[np.ndarray, " N"]]]:
+    """`count` single frames of faces that no split holds, at `size` pixels a side, and their classes by label."""
+    draw = partial(_still, seed, size)
+    with _pool() as pool:
+        drawn = pool.map(draw, range(count), chunksize=32)
+        frames, classes = zip(*tqdm(drawn, total=count, desc="drawing stills", unit="still", mininterval=1), strict=True)
+    labels = {label: np.array([c[label] for c in classes], np.int32) for label in rendered_faces.FACE_LABELS}
+    return np.stack(frames), labels
+
+
+def _still(seed: int, size: int, index: int) -> tuple[UInt8[np.ndarray, "size size 3"], dict[str, int]]:
+    frame, classes = rendered_faces.render_still(seed, "stills", index)
+    return Squares(size)(av.VideoFrame.from_ndarray(frame, format="rgb24")), classes
+
+
+def _pool() -> ProcessPoolExecutor:
+    context = multiprocessing.get_context("spawn")  # the parent may hold jax's threads, which a fork would break
+    return ProcessPoolExecutor(os.cpu_count(), context, initializer=_start_worker)
 
 
 def _start_worker() -> None:

@@ -1,0 +1,122 @@
+import errno
+import logging
+import re
+import subprocess
+import sys
+
+import pytest
+from absl import flags
+from ml_collections import config_flags
+
+from favchat_jax import command_line
+from favchat_jax.errors import RunError, UserError
+
+CONFIG = "--config=configs/stage1.py"
+
+
+@pytest.fixture(autouse=True)
+def quiet_set_up(monkeypatch):
+    """The process' logging and memory stay as they are."""
+    monkeypatch.setattr(command_line, "_set_up_logging", lambda: None)
+    monkeypatch.setattr(command_line, "_keep_freed_memory", lambda: None)
+
+
+@pytest.fixture
+def options(monkeypatch):
+    """Flags as the front doors have them, in a flag set of their own."""
+    mine = flags.FlagValues()
+    monkeypatch.setattr(flags, "FLAGS", mine)
+    config = config_flags.DEFINE_config_file("config", None, "A config.", flag_values=mine)
+    flags.DEFINE_integer("port", 1, "A number.", lower_bound=0, flag_values=mine)
+    return config
+
+
+def ending(capsys, main, *arguments) -> tuple[int, str]:
+    """Exit code and stderr of a command; nothing went to stdout."""
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as ended:
+        patch.setattr(sys, "argv", ["favchat_jax/command.py", *arguments])
+        command_line.start(main)
+    stdout, stderr = capsys.readouterr()
+    assert stdout == ""
+    return ended.value.code, stderr
+
+
+def test_a_command_that_did_its_work_exits_with_0(capsys, options):
+    seen = []
+    arguments = [CONFIG, "--config.batch=3", "--config.data.buckets=(64,96)", "--port=7"]
+    code, stderr = ending(capsys, lambda: seen.append(options.value), *arguments)
+    assert (code, stderr) == (0, "")
+    assert (seen[0].batch, seen[0].data.buckets, flags.FLAGS.port) == (3, (64, 96), 7)
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (UserError("clip.mp4 is empty: give another"), 2, "clip.mp4 is empty: give another"),
+        (RunError("the loss of step 3 is nan"), 1, "the loss of step 3 is nan"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (OSError(errno.ENOSPC, "No space left on device"), 2, "a file: No space left on device"),
+        (PermissionError(errno.EACCES, "Permission denied", "runs/x"), 2, "runs/x: Permission denied"),
+    ],
+)
+def test_a_failure_that_is_not_the_softwares_is_one_line_and_its_exit_code(error, code, line, capsys, options):
+    def fail():
+        raise error
+
+    ended, stderr = ending(capsys, fail)
+    assert ended == code and stderr.startswith(f"favchat_jax: {line}") and stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("error", [KeyError("weights"), OSError("a mistake"), ValueError("shape")])
+def test_a_mistake_of_the_software_keeps_its_traceback(error, options):
+    def fail():
+        raise error
+
+    with pytest.raises(type(error)):
+        command_line.start(fail, ["command"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["--config.batchsize=3"], "unknown config option: batchsize\n"),
+        (["--config.model.umt.heads.no=3"], "unknown config option: .*model.umt.heads.no"),
+        (["--config.batch=many"], "batch=many"),
+        (["--config.batch=1.5"], "batch=1.5"),
+        (["--config.data.flip=perhaps"], "data.flip=perhaps"),
+        (["--config.model=3"], "model=3"),
+        (["--nonsense=3"], "Unknown command line flag 'nonsense'"),
+        (["--port=many"], "port=many"),
+        (["--port=-1"], "port=-1"),
+        (["--port"], "Missing value for flag --port"),
+        (["stage3"], "unexpected argument 'stage3': options are written --name=value"),
+        (["--config=configs/stage9.py"], "configs/stage9.py: there is no such file"),
+        (["--config=configs"], "--config=configs: there is no such file"),
+        (["--config=configs/stage1.py:preset=huge"], "preset=huge is unknown: choose one of tiny, base, paper"),
+        (["--config=configs/stage1.py:flavour=sweet"], "'flavour=sweet' is unknown: use preset=, variant= or"),
+        (["--config=README.md"], "README.md, line .*: not a config in Python"),
+    ],
+)
+def test_a_mistake_on_the_command_line_is_one_line_that_names_it(arguments, line, capsys, options):
+    if not any(argument.startswith("--config=") for argument in arguments):
+        arguments = [CONFIG, *arguments]
+    seen = []
+    code, stderr = ending(capsys, lambda: seen.append(options.value), *arguments)
+    assert code == 2 and stderr.count("\n") == 1 and stderr.startswith("favchat_jax: "), stderr
+    assert re.search(line, stderr), stderr
+    assert not seen, "no work begins"
+
+
+def test_messages_go_to_stderr_as_plain_lines_even_where_a_library_has_set_up_logging():
+    script = (
+        "import logging; logging.basicConfig(level='DEBUG', format='LIBRARY %(message)s')\n"
+        "from favchat_jax import command_line\n"
+        "def main():\n"
+        "    logging.getLogger('favchat_jax').info('stage1 finished')\n"
+        "    logging.getLogger('jax').info('no TPU here')\n"
+        "    logging.getLogger('absl').error('a thread failed')\n"
+        "command_line.start(main, ['command'])"
+    )
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "", "stage1 finished\n")
+    assert logging.getLogger("favchat_jax").propagate, "a program that uses the package hears it in its own log"

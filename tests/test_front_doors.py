@@ -1,0 +1,369 @@
+"""The commands as a person runs them: most in this process under the name `__main__`, some as processes of their own."""
+
+import io
+import json
+import logging
+import os
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from absl import flags
+
+from favchat_jax import command_line
+from favchat_jax.chat import ask
+from favchat_jax.data.datasets import open_dataset
+from favchat_jax.data.video import decode
+from favchat_jax.generation.sampler import Sampler, Sampling
+from favchat_jax.training.assembly import load_run
+from tests.conftest import DATA, ROOT, damage, start_module
+from tests.data.video_files import encode_video
+
+
+@dataclass
+class Ended:
+    """How a command ended."""
+
+    code: int
+    stdout: str
+    stderr: str
+
+    def is_refusal(self, pattern: str) -> bool:
+        """Whether it was one line on stderr that says this, nothing on stdout, and exit code 2."""
+        one_line = self.stderr.startswith("favchat_jax: ") and self.stderr.count("\n") == 1
+        found = re.search(pattern, self.stderr)
+        return self.code == 2 and self.stdout == "" and one_line and found is not None
+
+
+@pytest.fixture
+def command(capsys, monkeypatch):
+    """Runs `python -m favchat_jax.NAME ARGUMENTS` within this process, which costs no start."""
+    monkeypatch.setattr(command_line, "_set_up_logging", lambda: None)
+    monkeypatch.setattr(command_line, "_keep_freed_memory", lambda: None)
+    monkeypatch.chdir(ROOT)
+
+    def run(name: str, *arguments: object) -> Ended:
+        before = set(flags.FLAGS)
+        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+        capsys.readouterr()
+        try:
+            with pytest.raises(SystemExit) as ended:
+                runpy.run_module(f"favchat_jax.{name}", run_name="__main__", alter_sys=True)
+        finally:
+            for flag in set(flags.FLAGS) - before:
+                delattr(flags.FLAGS, flag)
+        return Ended(ended.value.code, *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def video(small_world, tmp_path_factory) -> Path:
+    """A held-out clip as a file."""
+    path = tmp_path_factory.mktemp("clip") / "clip.mp4"
+    path.write_bytes(open_dataset(DATA, small_world.packed, "heldout")[0].clip)
+    return path
+
+
+@pytest.fixture(scope="session")
+def checkpoint(trained) -> Path:
+    """The workdir of a finished stage 3."""
+    return trained.folder / "stage3"
+
+
+# train
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ([], "--config is missing: for example --config=configs/stage3.py"),
+        (["--config=configs/stage3.py", "--config.batchsize=3"], "unknown config option: batchsize"),
+        (["--config=configs/stage3.py", "--config.batch=many"], "--config.batch=many"),
+        (["--config=configs/stage3.py", "--batch=3"], "'batch'"),
+        (["--config=configs/stage3.py", "stage2"], "unexpected argument 'stage2'"),
+        (["--config=configs/stage4.py"], "--config=configs/stage4.py: there is no such file"),
+        (["--config=configs/stage3.py:preset=huge"], "preset=huge is unknown: choose one of tiny"),
+        (["--config=configs/stage3.py:variant=v9"], "variant=v9 is unknown: choose one of v1"),
+        (["--config=configs/stage3.py:ablation=no_hair"], "ablation=no_hair is unknown: choose one of none"),
+        (["--config=configs/stage3.py:hair=no"], "'hair=no' is unknown"),
+        (["--config=configs/stage3.py", "--config.batch=0"], "batch=0 is too small"),
+        (["--config=configs/stage1.py:preset=paper"], "llm.path is not set: .* --config.llm.path=DIR"),
+        (["--config=configs/stage1.py:preset=paper", "--config.llm.path=x"], "data.root is not set"),
+        (
+            ["--config=configs/stage1.py:preset=paper", "--config.llm.path=x", "--config.data.root=y"],
+            "init.umt is not set: .*tools.convert_weights --kind=umt",
+        ),
+        (
+            ["--config=configs/stage2.py:preset=base", "--config.llm.path=x", "--config.data.root=y"],
+            "init.from_run=runs/base-v1/stage1 holds no checkpoint of stage1: .*configs/stage1.py:preset=base",
+        ),
+    ],
+)
+def test_train_refuses_a_mistake_before_any_work(arguments, says, command, tmp_path):
+    ended = command("train", *arguments, f"--workdir={tmp_path / 'run'}")
+    assert ended.is_refusal(says), ended
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"llm__path": "nowhere"}, "nowhere/config.json is missing: llm.path must name a Hugging Face folder"),
+        ({"init__umt": "nowhere"}, "nowhere is not a weights folder"),
+        ({"data__name": "faces"}, "data set 'faces' is not known; there are rendered_faces, celebvhq"),
+        ({"data__name": "celebvhq"}, "root|folder"),
+        ({"data__name": "celebvhq", "data__root": "nowhere"}, "nowhere"),
+        ({"data__sampling": "first"}, "unknown frame sampling 'first'"),
+        ({"data__buckets": (40,)}, "over the limit of 40"),
+        ({"accumulate": 3}, "batch=4 does not divide"),
+        ({"prompt_tokenizer": "nowhere"}, "tokenizer folder nowhere does not exist"),
+    ],
+)
+def test_train_refuses_what_it_cannot_start_from(changes, says, command, small_world, tmp_path):
+    ended = command("train", *small_world.flags("stage1", **changes), f"--workdir={tmp_path}")
+    last = ended.stderr.splitlines(keepends=True)[-1]  # a progress bar may stand before it
+    assert Ended(ended.code, ended.stdout, last).is_refusal(says) and "Traceback" not in ended.stderr, ended
+
+
+def test_train_refuses_a_stage_before_that_is_missing_or_of_another_kind(command, small_world, trained, tmp_path):
+    def start(stage, before, argument=""):
+        return command(
+            "train", *small_world.flags(stage, argument, init__from_run=before), f"--workdir={tmp_path / 'run'}"
+        )
+
+    assert start("stage2", tmp_path / "none").is_refusal(f"init.from_run={tmp_path}/none holds no checkpoint of stage1")
+    assert start("stage3", trained.folder / "stage1").is_refusal("is stage1, but stage3 starts from stage2")
+    other = start("stage2", trained.folder / "stage1", "ablation=no_moe")
+    assert other.is_refusal("init.from_run=.* is of ablation=none, this run of ablation=no_moe")
+
+
+def test_train_refuses_a_workdir_of_another_config_or_that_is_a_file(command, small_world, trained, video):
+    stage1 = trained.folder / "stage1"
+    ended = command("train", *small_world.flags("stage1", seed=5), f"--workdir={stage1}")
+    assert ended.is_refusal("was made with another config; these fields differ: seed .0 there, 5 here.")
+    ended = command("train", *small_world.flags("stage1"), f"--workdir={video}")
+    assert ended.is_refusal(f"workdir {video} cannot be written")
+
+
+def test_train_on_a_finished_stage_exits_with_0(command, small_world, trained, caplog):
+    caplog.set_level(logging.INFO, "favchat_jax")
+    ended = command("train", *small_world.flags("stage1"), f"--workdir={trained.folder / 'stage1'}")
+    assert (ended.code, ended.stdout, ended.stderr) == (0, "", "")
+    assert "is already finished at step 20" in caplog.text
+
+
+def test_train_refuses_a_workdir_whose_checkpoints_are_all_damaged(command, small_world, trained, tmp_path):
+    copy = trained.copy("stage1", tmp_path)
+    for step in ("18", "20"):
+        damage(copy / "checkpoints" / step / "weights")
+    ended = command("train", *small_world.flags("stage1"), f"--workdir={copy}")
+    assert ended.is_refusal(f"every checkpoint in {copy}/checkpoints is damaged: delete the workdir and train again")
+
+
+def test_train_ends_with_1_where_the_loss_is_not_a_number(command, small_world, tmp_path, monkeypatch):
+    from favchat_jax import train
+    from favchat_jax.errors import RunError
+
+    def diverge(config, workdir):
+        raise RunError("the loss of step 7 is nan, clips a, b")
+
+    monkeypatch.setattr("favchat_jax.training.loop.train", diverge)
+    assert train.train is not diverge, "the command reads its own module anew"
+    ended = command("train", *small_world.flags("stage1"), f"--workdir={tmp_path}")
+    assert (ended.code, ended.stdout) == (
+        1,
+        "",
+    ) and ended.stderr == "favchat_jax: the loss of step 7 is nan, clips a, b\n"
+
+
+# chat
+
+
+def audio_only() -> bytes:
+    file = io.BytesIO()
+    with av.open(file, "w", format="mp4") as output:
+        stream = output.add_stream("aac", rate=16000)
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+        frame.rate = 16000
+        output.mux([*stream.encode(frame), *stream.encode()])
+    return file.getvalue()
+
+
+def one_pixel() -> bytes:
+    return encode_video(3, container="matroska", codec="ffv1", pixels="bgr0", width=1, height=1, picture=black)
+
+
+def black(number: int, width: int, height: int) -> np.ndarray:
+    return np.zeros((height, width, 3), np.uint8)
+
+
+BAD_VIDEOS = {
+    "empty": (lambda: b"", "is empty"),
+    "text": (lambda: b"These are words.\n" * 50, "cannot be read as a video"),
+    "audio": (audio_only, "no video stream"),
+    "1x1": (one_pixel, "1x1 pixels"),
+    "cut": (lambda: encode_video(30)[:400], "cannot be read|no video"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_VIDEOS)
+def test_chat_refuses_a_bad_video_before_it_loads_the_checkpoint(name, command, tmp_path):
+    make, says = BAD_VIDEOS[name]
+    path = tmp_path / f"{name}.mp4"
+    path.write_bytes(make())
+    ended = command("chat", "--checkpoint=nowhere", f"--video={path}", "--question=Who?")
+    assert ended.is_refusal(f"{name}.mp4.*({says})"), ended
+
+
+def test_chat_refuses_a_video_that_is_missing_or_a_folder(command, tmp_path):
+    assert command("chat", "--checkpoint=nowhere", "--video=none.mp4").is_refusal("none.mp4 does not exist")
+    assert command("chat", "--checkpoint=nowhere", f"--video={tmp_path}").is_refusal(f"{tmp_path} is a folder")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ([], "needed: --checkpoint=WORKDIR --video=FILE"),
+        (["--checkpoint=x"], "needed: --checkpoint=WORKDIR --video=FILE"),
+        (["--question="], "--question is empty"),
+        (["--question=  "], "--question is empty"),
+        (["--max_new_tokens=0"], "max_new_tokens"),
+        (["--temperature=-1"], "temperature"),
+        (["--top_p=1.5"], "top_p"),
+        (["--seed=x"], "seed"),
+        (["What", "is", "this?"], "unexpected argument 'What'"),
+    ],
+)
+def test_chat_refuses_a_mistake_on_the_command_line(arguments, says, command, video):
+    if arguments and not arguments[0].startswith("--checkpoint"):
+        arguments = ["--checkpoint=nowhere", f"--video={video}", *arguments]
+    assert command("chat", *arguments).is_refusal(says)
+
+
+def test_chat_refuses_what_is_not_a_workdir_with_a_whole_checkpoint(command, video, trained, small_world, tmp_path):
+    def chat(checkpoint):
+        return command("chat", f"--checkpoint={checkpoint}", f"--video={video}", "--question=Who?")
+
+    assert chat("nowhere").is_refusal("nowhere/config.json is missing: nowhere is not a workdir")
+    assert chat(video).is_refusal("clip.mp4/config.json is missing")
+    assert chat(trained.folder).is_refusal("config.json is missing")
+    assert chat(small_world.llm).is_refusal("mistral holds no checkpoint: train it first")
+    copy = trained.copy("stage1", tmp_path)
+    shutil.rmtree(copy / "checkpoints")
+    assert chat(copy).is_refusal("stage1 holds no checkpoint: train it first")
+    copy = trained.copy("stage3", tmp_path)
+    damage(copy / "frozen" / "weights")
+    assert chat(copy).is_refusal("stage3/frozen is damaged")
+
+
+def test_chat_refuses_a_question_longer_than_the_context(command, video, checkpoint):
+    ended = command("chat", f"--checkpoint={checkpoint}", f"--video={video}", f"--question={'why ' * 400}")
+    assert ended.is_refusal("the question is .* tokens long, .* over the limit of 160; shorten the text")
+
+
+def test_chat_prints_the_answer_alone(video, checkpoint):
+    process = start_module(
+        "favchat_jax.chat",
+        f"--checkpoint={checkpoint}",
+        f"--video={video}",
+        "--question=What colour is the hair?",
+        "--max_new_tokens=6",
+    )
+    stdout, stderr = process.communicate(timeout=200)
+    sampler = Sampler.of(load_run(checkpoint))
+    answer = ask(sampler, str(video), "What colour is the hair?", Sampling(max_new_tokens=6))
+    assert answer and stdout == f"{answer}\n"
+    assert (process.returncode, stderr) == (0, "")
+
+
+def test_a_conversation_answers_each_line_with_the_turns_before_it_in_mind(video, checkpoint):
+    process = start_module(
+        "favchat_jax.chat",
+        f"--checkpoint={checkpoint}",
+        f"--video={video}",
+        "--max_new_tokens=5",
+        stdin=subprocess.PIPE,
+    )
+    questions = ["What colour is the hair?", "why " * 400, "And the eyes?"]
+    stdout, stderr = process.communicate("\n".join([*questions, "", "never read"]), timeout=200)
+    sampler = Sampler.of(load_run(checkpoint))
+    features = sampler.encode(decode(str(video), frames=sampler.frames, size=sampler.image_size).frames[None])
+    sampling = Sampling(max_new_tokens=5)
+    first = "".join(sampler.stream(features, [(questions[0], None)], sampling))
+    second = "".join(sampler.stream(features, [(questions[0], first or " "), (questions[2], None)], sampling))
+    assert process.returncode == 0 and stdout == f"{first}\n{second}\n"
+    assert stderr.count("\n") == 1 and "over the limit of 160; shorten the text" in stderr
+
+
+# evaluate
+
+
+def evaluation(small_world, *arguments: object) -> list[object]:
+    data = ("--config.data.name=rendered_faces/smoke", f"--config.data.packed={small_world.packed}")
+    return ["--config=configs/eval/rendered.py", *data, "--config.limit=3", "--config.batch=2", *arguments]
+
+
+def test_evaluate_writes_its_figures_and_prints_them(command, small_world, checkpoint, tmp_path):
+    out = tmp_path / "result.json"
+    ended = command("evaluate", *evaluation(small_world, f"--checkpoint={checkpoint}", f"--out={out}"))
+    assert ended.code == 0 and "Traceback" not in ended.stderr
+    result = json.loads(out.read_text())
+    assert (result["benchmark"], result["checkpoint"]) == ("rendered", str(checkpoint))
+    source = open_dataset(DATA, small_world.packed, "heldout")
+    asked = [(source[i].id, q.question) for i in range(3) for q in source[i].questions]
+    assert [(row["clip"], row["question"]) for row in result["answers"]] == asked and result["n"] == len(asked)
+    assert ended.stdout.splitlines()[-1].split() == [
+        "all", str(len(asked)), f"{result['accuracy']:.3f}", f"{result['majority_baseline']:.3f}",
+    ]  # fmt: skip
+
+
+def test_evaluate_refuses_mistakes(command, small_world, checkpoint, tmp_path):
+    def evaluate(*arguments):
+        return command("evaluate", *evaluation(small_world, *arguments))
+
+    out = f"--out={tmp_path / 'result.json'}"
+    good = f"--checkpoint={checkpoint}"
+    assert command("evaluate").is_refusal("needed: --config=configs/eval/rendered.py --checkpoint=WORKDIR --out=")
+    assert evaluate(good).is_refusal("needed: --config")
+    assert evaluate(good, f"--out={tmp_path / 'none' / 'r.json'}").is_refusal("--out=.*/none/r.json cannot be written")
+    assert evaluate(good, f"--out={tmp_path}").is_refusal(f"--out={tmp_path} cannot be written")
+    assert evaluate(out, "--checkpoint=nowhere").is_refusal("nowhere is not a workdir")
+    assert evaluate(out, good, "--config.benchmark=dfew2").is_refusal("benchmark 'dfew2' is unknown")
+    assert evaluate(out, good, "--config.data.split=test").is_refusal("has no split 'test'")
+    assert evaluate(out, good, "--config.nothing=1").is_refusal("unknown config option: nothing")
+    assert not (tmp_path / "result.json").exists()
+
+
+# As processes, where what importing libraries prints would show.
+
+
+@pytest.mark.parametrize(
+    ("module", "arguments", "says"),
+    [
+        ("train", ["--config=configs/stage3.py", "--config.no.such=1"], "unknown config option: .*no"),
+        ("chat", ["--checkpoint=nowhere", "--video=nowhere.mp4", "--question=Who?"], "nowhere.mp4 does not exist"),
+        ("evaluate", ["--config=configs/eval/rendered.py", "--checkpoint=nowhere", "--out=x.json"], "not a workdir"),
+    ],
+)
+def test_a_refusal_is_all_that_a_process_prints(module, arguments, says, monkeypatch):
+    for name in ("TRANSFORMERS_NO_ADVISORY_WARNINGS", "JAX_PLATFORMS"):
+        monkeypatch.delenv(name)
+    process = start_module(f"favchat_jax.{module}", *arguments)
+    stdout, stderr = process.communicate(timeout=100)
+    assert Ended(process.returncode, stdout, stderr).is_refusal(says), stderr
+    assert not os.path.exists(ROOT / "x.json")
+
+
+@pytest.mark.parametrize("module", ["train", "chat", "evaluate"])
+def test_help_names_the_options_and_exits_with_0(module, command):
+    ended = command(module, "--help")
+    assert ended.code == 0 and f"python -m favchat_jax.{module}" in ended.stdout and ended.stderr == ""
+    assert ("--workdir:" if module == "train" else "--checkpoint:") in ended.stdout

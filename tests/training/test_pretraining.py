@@ -1,0 +1,98 @@
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from favchat_jax.convert import mistral as mistral_folder
+from favchat_jax.data.conversation import load_tokenizer
+from favchat_jax.errors import UserError
+from favchat_jax.training import assembly, pretraining
+from favchat_jax.training.checkpoint import load_config, load_weights
+from tests.conftest import DATA
+
+PARTS = {"llm.path": "mistral", "init.umt": "umt", "init.facexformer": "facexformer"}
+
+
+@pytest.fixture(scope="module")
+def place(small_world, tmp_path_factory):
+    """A folder in which the three parts were made at their usual place, and the config that they were made with."""
+    folder = tmp_path_factory.mktemp("parts")
+    usual = {path.replace(".", "__"): str(pretraining.PARTS / name) for path, name in PARTS.items()}
+    config = small_world.config("stage1", **usual)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(pretraining, "DATA", DATA)
+        pretraining.make_missing_parts(config)
+    return folder, config
+
+
+@pytest.fixture
+def inside(place, monkeypatch):
+    """The folder of `place` as the working directory; its config."""
+    monkeypatch.chdir(place[0])
+    monkeypatch.setattr(pretraining, "DATA", DATA)
+    return place[1]
+
+
+@pytest.fixture
+def made(monkeypatch):
+    """Names of the parts that are made from here on, without the work."""
+    names = []
+    for maker in ("_make_language_model", "_make_facial_encoder", "_make_general_encoder"):
+        monkeypatch.setattr(pretraining, maker, lambda config, records, frames, folder: names.append(folder.name))
+    return names
+
+
+def test_all_parts_are_made_as_folders_of_the_kinds_that_published_parts_have(inside):
+    assert sorted(os.listdir(pretraining.PARTS)) == sorted(PARTS.values())
+    sizes = mistral_folder.read_config(inside.llm.path)
+    assert (sizes.hidden_size, sizes.num_hidden_layers, sizes.num_key_value_heads) == (32, 2, 1)
+    assert len(load_tokenizer(inside.llm.path)) == sizes.vocab_size
+    assert {path.split("/")[0] for path in load_weights(inside.init.umt)} == {"umt", "vision_layernorm"}
+    assert {path.split("/")[0] for path in load_weights(inside.init.facexformer)} == {"facexformer"}
+    assert load_config(inside.init.facexformer) == {"kind": "facexformer"}
+
+
+def test_a_stage_can_start_from_the_parts(inside):
+    shapes = assembly.weight_shapes(assembly.assemble(inside).model, inside)
+    for folder in (inside.init.umt, inside.init.facexformer):
+        assert all(shapes[path].shape == leaf.shape for path, leaf in load_weights(folder).items())
+
+
+def test_parts_that_are_there_are_not_made_again(inside, made):
+    pretraining.make_missing_parts(inside)
+    assert made == []
+
+
+def test_parts_of_other_settings_are_made_again(place, inside, made, monkeypatch, tmp_path):
+    monkeypatch.chdir(shutil.copytree(place[0], tmp_path / "copy"))
+    other = inside.copy_and_resolve_references()
+    other.pretrain.learning_rate = 0.5
+    pretraining.make_missing_parts(other)
+    assert sorted(made) == sorted(f"{name}.draft" for name in PARTS.values()), "written beside their place first"
+    recipes = [pretraining.PARTS / name / "recipe.json" for name in PARTS.values()]
+    assert [json.loads(path.read_text())["learning_rate"] for path in recipes] == [0.5] * 3
+
+
+def test_a_part_at_any_other_place_is_neither_made_nor_replaced(inside, made, small_world, tmp_path):
+    own = Path(small_world.llm)
+    before = sorted((path, path.stat().st_mtime_ns) for path in own.iterdir())
+    config = inside.copy_and_resolve_references()
+    config.llm.path, config.init.umt, config.init.facexformer = str(own), str(tmp_path / "none"), ""
+    pretraining.make_missing_parts(config)
+    assert made == [] and not (tmp_path / "none").exists()
+    assert sorted((path, path.stat().st_mtime_ns) for path in own.iterdir()) == before
+    with pytest.raises(UserError, match="none is not a weights folder"):
+        assembly.initial_weights(config, assembly.assemble(config).model)
+
+
+def test_the_tokenizer_marks_the_template_and_spells_any_text(small_world):
+    tokenizer = load_tokenizer(small_world.llm)
+    assert (tokenizer.bos_token, tokenizer.eos_token) == ("<s>", "</s>")
+    for word in ("[INST]", "[/INST]", "<Video>", "</Video>"):
+        assert len(tokenizer.encode(word, add_special_tokens=False)) == 1
+    text = "What colour is the hair? Ein Gesicht – 顔 🙂"
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    assert tokenizer.decode(ids) == text and tokenizer.unk_token_id not in ids
