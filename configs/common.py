@@ -147,6 +147,7 @@ def _optimizer() -> ConfigDict:
         {
             "name": "adamw",
             "learning_rate": 2e-4,
+            "encoder_rate": 1.0,  # share of the rate that the encoders learn at
             "b1": 0.9,
             "b2": 0.999,
             "weight_decay": 0.02,
@@ -174,7 +175,8 @@ def _embedded(config: ConfigDict) -> None:
             "learning_rate": 0.02,  # Muon's
         }
     )
-    config.optimizer.update({"name": "muon", "warmup": 0.1, "floor": 0.05})
+    # At the full rate, encoders lose the details that no answer has asked for yet.
+    config.optimizer.update({"name": "muon", "encoder_rate": 0.03, "warmup": 0.1, "floor": 0.05})
     config.batch = 16
     config.log_every = 5
     config.checkpoint_every = 100

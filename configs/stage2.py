@@ -13,5 +13,5 @@ def get_config(argument: str = ""):
     if config.preset == "tiny":
         config.steps = 260
         config.batch = 16
-        config.optimizer.learning_rate = 1e-2
+        config.optimizer.learning_rate = 5e-3
     return config

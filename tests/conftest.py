@@ -73,6 +73,9 @@ SHRUNKEN = {
     "pretrain.llm_steps": 2,
     "pretrain.facial_steps": 2,
     "pretrain.general_steps": 2,
+    "pretrain.stills": 8,
+    "optimizer.name": "adamw",
+    "optimizer.learning_rate": 1e-3,
     "steps": 20,  # the same everywhere, since the schedule is part of the compiled step
     "batch": 4,
     "log_every": 1,

@@ -1,4 +1,4 @@
-"""The commands as a person runs them: most in this process under the name `__main__`, some as processes of their own."""
+"""The commands as a person runs them: most in this process under the name `__main__`, some as their own."""
 
 import io
 import json

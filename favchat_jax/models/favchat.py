@@ -160,7 +160,7 @@ class FaVChat(nn.Module):
 def place_visual_tokens(
     embeddings: Float[Array, "*B L D"], tokens: Int[Array, "*B L"], visual: Float[Array, "*B N D"]
 ) -> Float[Array, "*B L D"]:
-    """Embedded sequences with the n-th visual token in the place of each sequence's n-th placeholder (a negative id)."""
+    """Embedded sequences with the n-th visual token in the place of each one's n-th placeholder (a negative id)."""
     placeholder = tokens < 0
     nth = jnp.clip(jnp.cumsum(placeholder, axis=-1) - 1, 0, visual.shape[-2] - 1)
     return jnp.where(placeholder[..., None], jnp.take_along_axis(visual, nth[..., None], axis=-2), embeddings)

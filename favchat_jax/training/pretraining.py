@@ -22,7 +22,6 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import optax
-from einops import rearrange
 from flax.traverse_util import flatten_dict
 from jaxtyping import Array, Float, Int, UInt8
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -105,7 +104,7 @@ def _fit(
 ) -> dict:
     """Muon over `steps` batches with warm-up and cosine decay; a batch is what `loss` takes after the weights."""
     settings = {"name": "muon", "learning_rate": rate, "warmup": 0.1, "floor": 0.05}
-    settings |= {"b1": 0.9, "b2": 0.999, "weight_decay": 0.02, "clip_norm": 1.0}
+    settings |= {"encoder_rate": 1.0, "b1": 0.9, "b2": 0.999, "weight_decay": 0.02, "clip_norm": 1.0}
     optimizer = make_optimizer(ml_collections.ConfigDict(settings), steps)
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
@@ -225,13 +224,15 @@ def _texts(
     rng: np.random.Generator,
     batch: int = 16,
 ) -> Iterator[tuple]:
-    """Endless batches (tokens, counted, slot, seed of the noise) of conversations about clips that are told in words: questions, or a
-    request to describe; answers are counted. A place of the slot holds the words of one fact, ids padded with -1, as a
-    visual token stands for one thing seen; facts come in random order, so that any place may hold any of them."""
+    """Endless batches (tokens, counted, slot, seed of the noise) of conversations about clips that are told in words.
+
+    Questions, or a request to describe; answers are counted. A place of the slot holds the words of one fact, ids
+    padded with -1, as a visual token stands for one thing seen; facts come in random order, so that any place may hold
+    any of them.
+    """
     pool = [text for record in records for text in _texts_about(record, conversation, tokenizer, rng)]
     pool = [text for text in pool if len(text[0]) <= length]
     length = max(len(text[0]) for text in pool)
-
     widest = max(len(words) for *_, slot in pool for words in slot)
     while True:
         tokens = np.zeros((batch, length), np.int32)

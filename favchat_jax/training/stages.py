@@ -26,6 +26,8 @@ GROUPS = {
     "llm": r"llm/(?!.*lora_[ab]$).*",
 }
 
+ADAM_SHARE = 0.1  # of Muon's rate, for the weights that it does not move
+
 VISUAL = ("encoders", "fusion", "qformers", "linears", "adapter")
 # Variant -> stage -> groups that train; the others are frozen.
 TRAINS = {
@@ -93,28 +95,50 @@ def make_optimizer(optimizer: Any, steps: int) -> optax.GradientTransformation:
 
     `adamw` is VideoChat2's; weight decay spares one-dimensional weights (biases and norm scales). `muon`
     (github: KellerJordan/Muon) moves kernels by orthogonalised momentum, all other weights by AdamW at a tenth of the
-    rate: the embedded preset's, which learns twice as much a step with it.
+    rate: the embedded preset's, which learns twice as much a step with it. The encoders are moved by AdamW in any case,
+    at `encoder_rate` of the rate.
 
     Raises:
         UserError: another name.
     """
     rate = schedule(optimizer, steps)
-    adam = {"b1": optimizer.b1, "b2": optimizer.b2}
-    if optimizer.name == "adamw":
-        update = optax.adamw(rate, **adam, weight_decay=optimizer.weight_decay, mask=_decay_mask)
-    elif optimizer.name == "muon":
-        update = muon(
-            rate,
-            weight_decay=optimizer.weight_decay,
-            weight_decay_mask=_decay_mask,
-            adam_learning_rate=lambda step: ADAM_SHARE * rate(step),
-            adam_weight_decay=optimizer.weight_decay,
-            muon_weight_dimension_numbers=_matrices,
-            **{f"adam_{name}": value for name, value in adam.items()},
-        )
-    else:
+    if optimizer.name not in ("adamw", "muon"):
         raise UserError(f"optimizer.name={optimizer.name} is unknown: choose adamw or muon")
-    return optax.chain(optax.clip_by_global_norm(optimizer.clip_norm), update)
+    return optax.chain(
+        optax.clip_by_global_norm(optimizer.clip_norm),
+        optax.partition(
+            {
+                "encoders": _adamw(optimizer, lambda step: optimizer.encoder_rate * rate(step)),
+                "others": _adamw(optimizer, rate) if optimizer.name == "adamw" else _muon(optimizer, rate),
+            },
+            _encoders_and_others,
+        ),
+    )
+
+
+def _encoders_and_others(weights: Any) -> Any:
+    def label(path, _):
+        path = "/".join(str(key.key) for key in path)
+        return "encoders" if re.fullmatch(GROUPS["encoders"], path) else "others"
+
+    return jax.tree_util.tree_map_with_path(label, weights)
+
+
+def _adamw(optimizer: Any, rate: optax.Schedule) -> optax.GradientTransformation:
+    return optax.adamw(rate, b1=optimizer.b1, b2=optimizer.b2, weight_decay=optimizer.weight_decay, mask=_decay_mask)
+
+
+def _muon(optimizer: Any, rate: optax.Schedule) -> optax.GradientTransformation:
+    return muon(
+        rate,
+        weight_decay=optimizer.weight_decay,
+        weight_decay_mask=_decay_mask,
+        adam_b1=optimizer.b1,
+        adam_b2=optimizer.b2,
+        adam_learning_rate=lambda step: ADAM_SHARE * rate(step),
+        adam_weight_decay=optimizer.weight_decay,
+        muon_weight_dimension_numbers=_matrices,
+    )
 
 
 def _decay_mask(weights: Any) -> Any:

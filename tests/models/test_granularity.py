@@ -1,4 +1,4 @@
-"""Eq. 2: the printed formula, what the residual adds to it, and that frames and places enter only through `add_positions`."""
+"""Eq. 2: the printed formula, what the residual adds, and that frames and places enter by `add_positions` alone."""
 
 import jax
 import jax.numpy as jnp

@@ -3,11 +3,18 @@ import os
 import shutil
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
 import pytest
 
 from favchat_jax.convert import mistral as mistral_folder
-from favchat_jax.data.conversation import load_tokenizer
+from favchat_jax.data import rendered_faces
+from favchat_jax.data.conversation import Conversation, load_tokenizer
+from favchat_jax.data.datasets import open_dataset
 from favchat_jax.errors import UserError
+from favchat_jax.models.facexformer import FaceXFormerEncoder
 from favchat_jax.training import assembly, pretraining
 from favchat_jax.training.checkpoint import load_config, load_weights
 from tests.conftest import DATA
@@ -86,6 +93,73 @@ def test_a_part_at_any_other_place_is_neither_made_nor_replaced(inside, made, sm
     assert sorted((path, path.stat().st_mtime_ns) for path in own.iterdir()) == before
     with pytest.raises(UserError, match="none is not a weights folder"):
         assembly.initial_weights(config, assembly.assemble(config).model)
+
+
+def told(records, tokenizer, visual_tokens=16):
+    """The texts about some clips, with the words of each place of the slot."""
+    rng = np.random.default_rng(0)
+    conversation = Conversation(tokenizer, visual_tokens)
+    for record in records:
+        for tokens, learned, slot in pretraining._texts_about(record, conversation, tokenizer, rng):
+            yield record, tokenizer.decode(tokens[learned]), tokens, [tokenizer.decode(words) for words in slot]
+
+
+def test_the_slot_tells_every_fact_of_the_clip_and_nothing_else(small_world):
+    tokenizer, source = load_tokenizer(small_world.llm), open_dataset(DATA, small_world.packed, "train")
+    for record, _, tokens, slot in told([source[i] for i in range(12)], tokenizer):
+        facts = {
+            f" {label.replace('_', ' ')} {rendered_faces.answer(label, rendered_faces.LABELS[label][value])}"
+            for label, value in record.labels.items()
+            if value >= 0
+        }
+        assert set(slot) == facts and len(slot) == np.sum(tokens < 0) == 16
+
+
+def test_texts_about_a_clip_ask_for_its_facts_or_for_its_summary(small_world):
+    tokenizer, source = load_tokenizer(small_world.llm), open_dataset(DATA, small_world.packed, "train")
+    described = 0
+    for record, learned, _, _ in told([source[i] for i in range(36)], tokenizer):
+        if "." in learned:
+            described += 1
+            assert learned == f" {record.summary}</s>"
+        else:
+            true = {rendered_faces.answer(n, rendered_faces.LABELS[n][v]) for n, v in record.labels.items() if v >= 0}
+            assert {answer.strip() for answer in learned.split("</s>") if answer} <= true
+    assert 0.1 < described / (36 * 6) < 0.3
+
+
+def test_a_mirrored_picture_has_its_lefts_and_rights_swapped():
+    pixels = np.arange(40 * 2 * 3 * 3, dtype=np.uint8).reshape(40, 2, 3, 3)[:, None]
+    sides = rendered_faces.SIDES
+    classes = {"mole": np.arange(40) % 3, "direction": np.full(40, -1), "hat": np.arange(40) % 2}
+    mirrored, swapped = pretraining._mirror_half(pixels, classes, np.random.default_rng(0))
+    turned = np.array([not np.array_equal(a, b) for a, b in zip(pixels, mirrored, strict=True)])
+    assert 8 < turned.sum() < 32
+    assert np.array_equal(mirrored[turned], pixels[turned][..., ::-1, :])
+    other = {"left": "right", "right": "left", "none": "none"}
+    for i in range(40):
+        before, after = sides[classes["mole"][i]], sides[swapped["mole"][i]]
+        assert after == (other[before] if turned[i] else before)
+    assert np.array_equal(swapped["hat"], classes["hat"]) and np.all(swapped["direction"] == -1)
+
+
+def test_heads_stay_as_they_were_drawn_while_the_encoder_learns():
+    model = pretraining.FrameClassifier(
+        FaceXFormerEncoder(width=8, depths=(1, 1), heads=(1, 1), window=2), {"hat": 2, "mole": 3}
+    )
+    rng = np.random.default_rng(0)
+    batch = (
+        rng.integers(256, size=(4, 16, 16, 3), dtype=np.uint8),
+        {"hat": np.array([0, 1, 1, -1]), "mole": np.arange(4) % 3},
+    )
+    config = ml_collections.ConfigDict({"seed": 0, "pretrain": {"learning_rate": 0.01}})
+    before = model.init(jax.random.key(0), batch[0][:1].astype(np.float32))["params"]
+    after = pretraining._fit_classifier(model, iter([batch] * 4), 3, config, "test", {})
+    for label in ("hat", "mole"):
+        np.testing.assert_array_equal(after[label]["bias"], before[label]["bias"])
+        np.testing.assert_allclose(after[label]["kernel"], before[label]["kernel"], rtol=1e-6)
+    moved = jax.tree.map(lambda a, b: bool(jnp.any(a != b)), after["encoder"], before["encoder"])
+    assert sum(jax.tree.leaves(moved)) > 10
 
 
 def test_the_tokenizer_marks_the_template_and_spells_any_text(small_world):

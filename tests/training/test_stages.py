@@ -86,7 +86,8 @@ def test_weight_decay_spares_every_one_dimensional_weight_and_no_matrix(ablation
 
 
 def optimizer_section(**changes) -> ml_collections.ConfigDict:
-    settings = dict(learning_rate=1e-2, b1=0.9, b2=0.999, weight_decay=0.5, clip_norm=1.0, warmup=0.2, floor=0.25)
+    settings = dict(name="adamw", learning_rate=1e-2, encoder_rate=1.0, b1=0.9, b2=0.999)
+    settings |= dict(weight_decay=0.5, clip_norm=1.0, warmup=0.2, floor=0.25)
     return ml_collections.ConfigDict({**settings, **changes})
 
 
@@ -107,6 +108,46 @@ def test_gradients_are_clipped_by_their_norm_over_all_weights():
     optimizer = stages.make_optimizer(optimizer_section(), steps=10)
     clipped, wanted = (optimizer.update(g, optimizer.init(weights), weights)[1] for g in (huge, unit))
     assert jax.tree.all(jax.tree.map(lambda a, b: jnp.allclose(a, b, rtol=1e-5), clipped, wanted))
+
+
+def test_muon_turns_kernels_by_orthogonal_steps_and_moves_all_else_as_adam():
+    keys = jax.random.split(jax.random.key(0), 3)
+    weights = {
+        "layers/a/kernel": jax.random.normal(keys[0], (3, 8, 4)),  # of three scanned layers
+        "words/embedding": jax.random.normal(keys[1], (8, 4)),
+        "a/bias": jax.random.normal(keys[2], (4,)),
+    }
+    section = optimizer_section(name="muon", weight_decay=0.0)
+    optimizer, rate = stages.make_optimizer(section, steps=10), float(stages.schedule(section, 10)(1))
+    moments = optimizer.init(weights)
+    _, moments = optimizer.update(weights, moments, weights)  # the first step of the warm-up has rate 0
+    updates, _ = optimizer.update(weights, moments, weights)
+    for layer in range(3):
+        stretch = np.linalg.svd(updates["layers/a/kernel"][layer], compute_uv=False) / rate
+        assert np.all((stretch > 0.6) & (stretch < 1.3)), "Newton and Schulz's five steps bring all of them near 1"
+        assert jnp.vdot(updates["layers/a/kernel"][layer], weights["layers/a/kernel"][layer]) < 0
+    for path in ("words/embedding", "a/bias"):
+        # Adam's step under an unchanging gradient has one size everywhere, with Nesterov's look ahead 1.16 of the rate.
+        steps = updates[path] / (stages.ADAM_SHARE * rate)
+        np.testing.assert_allclose(steps, -1.157 * jnp.sign(weights[path]), rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_encoders_learn_by_adam_at_their_share_of_the_rate(name):
+    section = optimizer_section(name=name, encoder_rate=0.1, weight_decay=0.0)
+    weights = {path: jnp.full((2, 2), 3.0) for path in ("umt/a/kernel", "facexformer/a/kernel", "fusion/a/kernel")}
+    optimizer, rate = stages.make_optimizer(section, steps=10), float(stages.schedule(section, 10)(1))
+    moments = optimizer.init(weights)
+    _, moments = optimizer.update(weights, moments, weights)
+    updates, _ = optimizer.update(weights, moments, weights)
+    for path in ("umt/a/kernel", "facexformer/a/kernel"):
+        np.testing.assert_allclose(updates[path], -0.1 * rate, rtol=1e-4)
+    assert jnp.linalg.norm(updates["fusion/a/kernel"]) > 0.5 * rate
+
+
+def test_an_unknown_optimizer_is_refused():
+    with pytest.raises(UserError, match="optimizer.name=lion is unknown: choose adamw or muon"):
+        stages.make_optimizer(optimizer_section(name="lion"), steps=10)
 
 
 def test_the_rate_rises_in_a_line_to_its_peak_and_falls_along_a_cosine_to_its_floor():

@@ -56,7 +56,9 @@ def draw_stills(
     draw = partial(_still, seed, size)
     with _pool() as pool:
         drawn = pool.map(draw, range(count), chunksize=32)
-        frames, classes = zip(*tqdm(drawn, total=count, desc="drawing stills", unit="still", mininterval=1), strict=True)
+        frames, classes = zip(
+            *tqdm(drawn, total=count, desc="drawing stills", unit="still", mininterval=1), strict=True
+        )
     labels = {label: np.array([c[label] for c in classes], np.int32) for label in rendered_faces.FACE_LABELS}
     return np.stack(frames), labels
 
