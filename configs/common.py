@@ -171,7 +171,8 @@ def _embedded(config: ConfigDict) -> None:
             "llm_steps": 350,
             "facial_steps": 240,
             "general_steps": 500,
-            "stills": 8000,  # single frames that are drawn for the facial encoder beside those of the clips
+            "stills": 8000,  # faces that are drawn for the facial encoder beside those of the clips
+            "general_clips": 1500,  # clips without a face that are drawn for the general encoder
             "learning_rate": 0.02,  # Muon's
         }
     )

@@ -74,6 +74,7 @@ SHRUNKEN = {
     "pretrain.facial_steps": 2,
     "pretrain.general_steps": 2,
     "pretrain.stills": 8,
+    "pretrain.general_clips": 4,
     "optimizer.name": "adamw",
     "optimizer.learning_rate": 1e-3,
     "steps": 20,  # the same everywhere, since the schedule is part of the compiled step

@@ -109,7 +109,7 @@ def render(seed: int, split: str, index: int) -> Record:
     )
 
 
-def render_still(seed: int, split: str, index: int) -> tuple[UInt8[np.ndarray, "h w 3"], dict[str, int]]:
+def render_still(seed: int, split: str, index: int) -> tuple[UInt8[np.ndarray, "1 h w 3"], dict[str, int]]:
     """One moment of a face clip that is in no split, all classes by lot, and the class of each of `FACE_LABELS`.
 
     Four times cheaper than a clip: what pretrains a facial encoder.
@@ -117,8 +117,16 @@ def render_still(seed: int, split: str, index: int) -> tuple[UInt8[np.ndarray, "
     rng = generator(seed, split, "still", index)
     classes = {label: LABELS[label][rng.integers(len(LABELS[label]))] for label in FACE_LABELS}
     look, motion = sample_look(classes, rng), sample_motion(classes, rng)
-    frame = features.draw_face(look, motion.at(int(rng.integers(drawing.FRAMES))))[0]
-    return frame, {label: LABELS[label].index(value) for label, value in classes.items()}
+    frames = features.draw_face(look, motion.at(int(rng.integers(drawing.FRAMES))))
+    return frames, {label: LABELS[label].index(value) for label, value in classes.items()}
+
+
+def render_shapes(seed: int, split: str, index: int) -> tuple[UInt8[np.ndarray, "T h w 3"], dict[str, int]]:
+    """A general clip that is in no split, not encoded, and the class of each of `GENERAL_LABELS`: pretraining's too."""
+    rng = generator(seed, split, "shapes", index)
+    classes = {label: LABELS[label][rng.integers(len(LABELS[label]))] for label in GENERAL_LABELS}
+    frames = drawing.draw_shapes(sample_shapes(classes, rng))
+    return frames, {label: LABELS[label].index(value) for label, value in classes.items()}
 
 
 def sample_classes(
@@ -192,7 +200,7 @@ def sample_look(classes: dict[str, str], rng: np.random.Generator) -> drawing.Lo
         mole=classes["mole"],
         earring=classes["earring"],
         scar=classes["scar"],
-        earring_color=pick((255, 214, 40), (236, 240, 250), (40, 220, 230)),
+        earring_color=pick((30, 225, 235), (60, 240, 200)),  # turquoise, which nothing near an ear is
         mole_at=(rng.uniform(0.44, 0.58), rng.uniform(0.3, 0.42)),
         scar_at=(rng.uniform(0.56, 0.62), rng.uniform(0.66, 0.72)),
         face_width=rng.uniform(0.93, 1.04),

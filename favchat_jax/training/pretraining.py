@@ -32,7 +32,7 @@ from favchat_jax.convert import mistral as mistral_folder
 from favchat_jax.data import rendered_faces
 from favchat_jax.data.conversation import Conversation, load_tokenizer
 from favchat_jax.data.datasets import Record, open_dataset, prepare
-from favchat_jax.data.datasets.rendered_faces import draw_stills
+from favchat_jax.data.datasets.rendered_faces import draw_general_clips, draw_stills
 from favchat_jax.data.loader import INSTRUCTIONS
 from favchat_jax.data.video import decode, frame_indices
 from favchat_jax.models import favchat
@@ -43,7 +43,7 @@ from favchat_jax.models.mistral import Mistral
 from favchat_jax.models.umt import UMT
 from favchat_jax.training.checkpoint import save_weights
 from favchat_jax.training.stages import make_optimizer
-from favchat_jax.training.step import chunked_cross_entropy, next_token_targets
+from favchat_jax.training.step import chunked_cross_entropy, compiler_options, next_token_targets
 
 log = logging.getLogger("favchat_jax")
 
@@ -107,7 +107,7 @@ def _fit(
     settings |= {"encoder_rate": 1.0, "b1": 0.9, "b2": 0.999, "weight_decay": 0.02, "clip_norm": 1.0}
     optimizer = make_optimizer(ml_collections.ConfigDict(settings), steps)
 
-    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    @functools.partial(jax.jit, donate_argnums=(0, 1), compiler_options=compiler_options())
     def update(weights, moments, *batch):
         value, gradient = jax.value_and_grad(loss)(weights, *batch)
         updates, moments = optimizer.update(gradient, moments, weights)
@@ -303,43 +303,56 @@ class ClipClassifier(nn.Module):
 
 def _make_facial_encoder(config, records: Sequence[Record], frames, folder: Path) -> None:
     labels = (*rendered_faces.APPEARANCE, *rendered_faces.DETAILS, "emotion")
-    faces = np.array([record.has_face for record in records])
-    clips, clip_classes = frames()[faces], _classes([r for r in records if r.has_face], labels)
+    faces = np.flatnonzero([record.has_face for record in records])
+    clips, clip_classes = frames(), _classes(records, labels)
     stills, still_classes = draw_stills(config.pretrain.stills, config.seed, config.model.image_size)
     rng = np.random.default_rng(config.seed + 1)
 
     def batches(size: int = 128):
         """A quarter from clips, as they look after compression; the rest stills, each of another person."""
         while True:
-            clip, still = rng.integers(len(clips), size=size // 4), rng.integers(len(stills), size=size - size // 4)
-            pixels = np.concatenate([clips[clip, rng.integers(CLIP_FRAMES, size=len(clip))], stills[still]])
+            clip, still = rng.choice(faces, size // 4), rng.integers(len(stills), size=size - size // 4)
+            pixels = np.concatenate([clips[clip, rng.integers(CLIP_FRAMES, size=len(clip))], stills[still, 0]])
             classes = {k: np.concatenate([clip_classes[k][clip], still_classes[k][still]]) for k in labels}
             yield _mirror_half(pixels, classes, rng)
 
     model = FrameClassifier(FaceXFormerEncoder(**config.model.facexformer), _counts(labels))
-    weights = _fit_classifier(model, batches(), config.pretrain.facial_steps, config, "facial encoder", {})
+    weights = _fit_classifier(
+        model,
+        batches(),
+        config.pretrain.facial_steps,
+        config,
+        "facial encoder",
+        dict.fromkeys(rendered_faces.DETAILS, 2.0),
+    )
     save_weights(folder, _flat({"facexformer": weights["encoder"]}), {"kind": "facexformer"})
 
 
 def _make_general_encoder(config, records: Sequence[Record], frames, folder: Path) -> None:
     labels = ("motion", *rendered_faces.GENERAL_LABELS, "emotion", "hat")
-    pixels, classes = frames(), _classes(records, labels)
-    general = np.array([not record.has_face for record in records])
+    faces = np.flatnonzero([record.has_face for record in records])
+    clips, clip_classes = frames(), _classes(records, labels)
+    general, general_classes = draw_general_clips(config.pretrain.general_clips, config.seed, config.model.image_size)
+    unknown = np.full(len(general), -1, np.int32)
     rng = np.random.default_rng(config.seed + 2)
 
     def batches(size: int = 16):
-        """A third without a face, twice their share of the data."""
+        """Two thirds faces, which alone show motion; the rest drawn general clips, of which a data set has few."""
         while True:
-            clip = np.concatenate(
-                [rng.choice(np.flatnonzero(general == g), n) for g, n in ((True, size // 3), (False, size - size // 3))]
+            face, other = rng.choice(faces, size - size // 3), rng.integers(len(general), size=size // 3)
+            times = np.stack([frame_indices(CLIP_FRAMES, config.model.frames, "rand", rng) for _ in range(size)])
+            pixels = np.concatenate(
+                [clips[face[:, None], times[: len(face)]], general[other[:, None], times[len(face) :]]]
             )
-            times = np.stack([frame_indices(CLIP_FRAMES, config.model.frames, "rand", rng) for _ in clip])
-            yield _mirror_half(pixels[clip[:, None], times], {k: v[clip] for k, v in classes.items()}, rng)
+            classes = {
+                k: np.concatenate([clip_classes[k][face], general_classes.get(k, unknown)[other]]) for k in labels
+            }
+            yield _mirror_half(pixels, classes, rng)
 
     model = ClipClassifier(UMT(**config.model.umt), _counts(labels))
     # Motion is what only this stream can see, and what takes longest to learn.
     weights = _fit_classifier(
-        model, batches(), config.pretrain.general_steps, config, "general encoder", {"motion": 3.0}
+        model, batches(), config.pretrain.general_steps, config, "general encoder", {"motion": 2.0}
     )
     tree = {"umt": weights["encoder"], "vision_layernorm": weights["vision_layernorm"]}
     save_weights(folder, _flat(tree), {"kind": "umt"})

@@ -109,6 +109,11 @@ def batch_loss(
     return loss, {"hits": hits, "streams": streams, "questions": jnp.sum(asked)}
 
 
+def compiler_options() -> dict[str, bool] | None:
+    """What compiled training steps ask of XLA: on a CPU its older code generator, whose fusions run a third faster."""
+    return {"xla_cpu_use_fusion_emitters": False} if jax.default_backend() == "cpu" else None
+
+
 def make_step(
     model: FaVChat, optimizer: optax.GradientTransformation, rate: optax.Schedule, *, accumulate: int, chunk: int
 ) -> Callable[[TrainState, Weights, Mapping[str, Array]], tuple[TrainState, dict[str, Array]]]:
@@ -158,4 +163,4 @@ def make_step(
         }
         return TrainState(state.step + 1, trainable, moments, state.key), metrics
 
-    return jax.jit(step, donate_argnums=0)
+    return jax.jit(step, donate_argnums=0, compiler_options=compiler_options())

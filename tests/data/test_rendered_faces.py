@@ -144,15 +144,22 @@ def test_the_contact_sheet_shows_16_clips():
     assert rendered_faces.contact_sheet().shape == (4 * 128, 4 * 128, 3)
 
 
-def test_stills_are_drawn_alike_by_any_number_of_workers_and_show_their_classes(monkeypatch):
+@pytest.mark.parametrize(
+    ("draw", "render", "name", "labels", "frames"),
+    [
+        (builder.draw_stills, rendered_faces.render_still, "stills", rendered_faces.FACE_LABELS, 1),
+        (builder.draw_general_clips, rendered_faces.render_shapes, "general clips", rendered_faces.GENERAL_LABELS, 16),
+    ],
+)
+def test_what_is_drawn_for_pretraining_is_the_same_for_any_number_of_workers(
+    draw, render, name, labels, frames, monkeypatch
+):
     monkeypatch.setattr(builder.os, "cpu_count", lambda: 1)
-    frames, classes = builder.draw_stills(6, seed=3, size=32)
+    drawn, classes = draw(6, seed=3, size=32)
     monkeypatch.setattr(builder.os, "cpu_count", lambda: 2)
-    again, _ = builder.draw_stills(6, seed=3, size=32)
-    np.testing.assert_array_equal(frames, again)
-    assert frames.shape == (6, 32, 32, 3) and frames.dtype == np.uint8
-    assert len({frame.tobytes() for frame in frames}) == 6, "each of another person"
-    assert set(classes) == set(rendered_faces.FACE_LABELS)
+    np.testing.assert_array_equal(drawn, draw(6, seed=3, size=32)[0])
+    assert drawn.shape == (6, frames, 32, 32, 3) and drawn.dtype == np.uint8
+    assert len({clip.tobytes() for clip in drawn}) == 6
+    assert set(classes) == set(labels)
     for index in range(6):
-        _, shown = rendered_faces.render_still(3, "stills", index)
-        assert {label: values[index] for label, values in classes.items()} == shown
+        assert {label: values[index] for label, values in classes.items()} == render(3, name, index)[1]

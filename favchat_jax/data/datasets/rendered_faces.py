@@ -3,7 +3,7 @@
 import multiprocessing
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -51,21 +51,30 @@ class RenderedFaces(RecordBuilder, skip_registration=True):
 
 def draw_stills(
     count: int, seed: int, size: int
-) -> tuple[UInt8[np.ndarray, "N size size 3"], dict[str, Int[np.ndarray, " N"]]]:
+) -> tuple[UInt8[np.ndarray, "N 1 size size 3"], dict[str, Int[np.ndarray, " N"]]]:
     """`count` single frames of faces that no split holds, at `size` pixels a side, and their classes by label."""
-    draw = partial(_still, seed, size)
+    return _draw(rendered_faces.render_still, "stills", count, seed, size)
+
+
+def draw_general_clips(
+    count: int, seed: int, size: int
+) -> tuple[UInt8[np.ndarray, "N T size size 3"], dict[str, Int[np.ndarray, " N"]]]:
+    """`count` clips without a face that no split holds, at `size` pixels a side, and their classes by label."""
+    return _draw(rendered_faces.render_shapes, "general clips", count, seed, size)
+
+
+def _draw(render: Callable[..., tuple], what: str, count: int, seed: int, size: int) -> tuple:
     with _pool() as pool:
-        drawn = pool.map(draw, range(count), chunksize=32)
-        frames, classes = zip(
-            *tqdm(drawn, total=count, desc="drawing stills", unit="still", mininterval=1), strict=True
-        )
-    labels = {label: np.array([c[label] for c in classes], np.int32) for label in rendered_faces.FACE_LABELS}
-    return np.stack(frames), labels
+        drawn = pool.map(partial(_resized, render, what, seed, size), range(count), chunksize=32)
+        drawn = tqdm(drawn, total=count, desc=f"drawing {what}", unit="", mininterval=1)
+        frames, classes = zip(*drawn, strict=True)
+    return np.stack(frames), {label: np.array([c[label] for c in classes], np.int32) for label in classes[0]}
 
 
-def _still(seed: int, size: int, index: int) -> tuple[UInt8[np.ndarray, "size size 3"], dict[str, int]]:
-    frame, classes = rendered_faces.render_still(seed, "stills", index)
-    return Squares(size)(av.VideoFrame.from_ndarray(frame, format="rgb24")), classes
+def _resized(render: Callable[..., tuple], what: str, seed: int, size: int, index: int) -> tuple:
+    frames, classes = render(seed, what, index)
+    square = Squares(size)
+    return np.stack([square(av.VideoFrame.from_ndarray(frame, format="rgb24")) for frame in frames]), classes
 
 
 def _pool() -> ProcessPoolExecutor:
