@@ -380,8 +380,7 @@ def _fit_classifier(model, batches, steps: int, config, name: str, importance: d
 
     def loss(weights, pixels, classes):
         x = (pixels.astype(jnp.float32) / 255 - jnp.array(PIXEL_MEAN)) / jnp.array(PIXEL_STD)
-        fixed = {label: jax.lax.stop_gradient(weights[label]) for label in classes}
-        scores = model.apply({"params": {**weights, **fixed}}, x)
+        scores = model.apply({"params": {**weights, **heads}}, x)
         total = 0.0
         for label, wanted in classes.items():
             known = wanted >= 0
@@ -390,8 +389,9 @@ def _fit_classifier(model, batches, steps: int, config, name: str, importance: d
         return total / len(classes)
 
     example = next(batches)[0][:1].astype(np.float32)
-    weights = jax.jit(model.init)(jax.random.key(config.seed), example)["params"]
-    return _fit(loss, weights, batches, steps, config.pretrain.learning_rate, name)
+    drawn = jax.jit(model.init)(jax.random.key(config.seed), example)["params"]
+    heads = {label: drawn.pop(label) for label in model.classes}
+    return _fit(loss, drawn, batches, steps, config.pretrain.learning_rate, name) | heads
 
 
 def _classes(records: Sequence[Record], labels: Sequence[str]) -> dict[str, Int[np.ndarray, " N"]]:
