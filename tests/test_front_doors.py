@@ -1,6 +1,5 @@
 """The commands as a person runs them: most in this process under the name `__main__`, some as their own."""
 
-import io
 import json
 import logging
 import os
@@ -12,7 +11,6 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import av
 import numpy as np
 import pytest
 from absl import flags
@@ -24,7 +22,7 @@ from favchat_jax.data.video import decode
 from favchat_jax.generation.sampler import Sampler, Sampling
 from favchat_jax.training.assembly import load_run
 from tests.conftest import DATA, ROOT, damage, start_module
-from tests.data.video_files import encode_video
+from tests.data.video_files import audio_only, encode_video
 
 
 @dataclass
@@ -178,23 +176,11 @@ def test_train_ends_with_1_where_the_loss_is_not_a_number(command, small_world, 
     monkeypatch.setattr("favchat_jax.training.loop.train", diverge)
     assert train.train is not diverge, "the command reads its own module anew"
     ended = command("train", *small_world.flags("stage1"), f"--workdir={tmp_path}")
-    assert (ended.code, ended.stdout) == (
-        1,
-        "",
-    ) and ended.stderr == "favchat_jax: the loss of step 7 is nan, clips a, b\n"
+    assert (ended.code, ended.stdout) == (1, "")
+    assert ended.stderr == "favchat_jax: the loss of step 7 is nan, clips a, b\n"
 
 
 # chat
-
-
-def audio_only() -> bytes:
-    file = io.BytesIO()
-    with av.open(file, "w", format="mp4") as output:
-        stream = output.add_stream("aac", rate=16000)
-        frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
-        frame.rate = 16000
-        output.mux([*stream.encode(frame), *stream.encode()])
-    return file.getvalue()
 
 
 def one_pixel() -> bytes:

@@ -122,7 +122,10 @@ def render_still(seed: int, split: str, index: int) -> tuple[UInt8[np.ndarray, "
 
 
 def render_shapes(seed: int, split: str, index: int) -> tuple[UInt8[np.ndarray, "T h w 3"], dict[str, int]]:
-    """A general clip that is in no split, not encoded, and the class of each of `GENERAL_LABELS`: pretraining's too."""
+    """A general clip that is in no split, not encoded, and the class of each of `GENERAL_LABELS`.
+
+    For pretraining, as `render_still`.
+    """
     rng = generator(seed, split, "shapes", index)
     classes = {label: LABELS[label][rng.integers(len(LABELS[label]))] for label in GENERAL_LABELS}
     frames = drawing.draw_shapes(sample_shapes(classes, rng))

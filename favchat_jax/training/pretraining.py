@@ -3,7 +3,7 @@
 Each is written to the same kind of folder as the published part it stands for and loaded by the same code: the language
 model as a Hugging Face folder, the encoders as weights folders. Without them a run of minutes learns no facial detail.
 
-- Language model: reads captions in the place where visual tokens will stand, and answers questions about them.
+- Language model: reads facts in the places where visual tokens will stand, and answers questions about them.
 - General encoder: names what a clip shows and how it moves, from all frames at once.
 - Facial encoder: names the attributes of single frames, about eight times cheaper than clips.
 """

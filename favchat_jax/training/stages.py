@@ -26,8 +26,6 @@ GROUPS = {
     "llm": r"llm/(?!.*lora_[ab]$).*",
 }
 
-ADAM_SHARE = 0.1  # of Muon's rate, for the weights that it does not move
-
 VISUAL = ("encoders", "fusion", "qformers", "linears", "adapter")
 # Variant -> stage -> groups that train; the others are frozen.
 TRAINS = {
@@ -37,6 +35,9 @@ TRAINS = {
         "stage3": ("adapter", "lora"),
     },
 }
+
+
+ADAM_SHARE = 0.1  # of Muon's rate, for the weights that it does not move
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +96,7 @@ def make_optimizer(optimizer: Any, steps: int) -> optax.GradientTransformation:
 
     `adamw` is VideoChat2's; weight decay spares one-dimensional weights (biases and norm scales). `muon`
     (github: KellerJordan/Muon) moves kernels by orthogonalised momentum, all other weights by AdamW at a tenth of the
-    rate: the embedded preset's, which learns twice as much a step with it. The encoders are moved by AdamW in any case,
+    rate: the embedded preset's, which learns more a step with it. The encoders are moved by AdamW in any case,
     at `encoder_rate` of the rate.
 
     Raises:

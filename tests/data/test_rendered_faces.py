@@ -63,7 +63,7 @@ def test_every_kind_has_enough_heldout_questions():
     assert sum(answers.total() for answers in by_kind.values()) >= 1400
 
 
-def test_every_clip_is_24_frames_of_128_pixels(records):
+def test_every_clip_is_16_frames_of_128_pixels(records):
     for record in records:
         assert np.shape(frames_of(record.clip)) == (16, 128, 128, 3)
 

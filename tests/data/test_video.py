@@ -12,7 +12,7 @@ from av.video.reformatter import Interpolation
 from favchat_jax.data import picture, rendered_faces, video
 from favchat_jax.data.video import Augment, VideoError, decode, frame_indices
 from favchat_jax.errors import UserError
-from tests.data.video_files import encode_video, numbered_picture, read_number
+from tests.data.video_files import audio_only, encode_video, numbered_picture, read_number
 
 IRREGULAR = [0, 10, 40, 41, 200, 201, 500, 900, 1000, 1500, 1600, 1700]  # milliseconds
 OPEN_GOP = "open-gop=1:keyint=12:min-keyint=12:bframes=3:scenecut=0"
@@ -228,17 +228,6 @@ def test_the_same_generator_gives_the_same_clip():
     np.testing.assert_array_equal(first.frames, second.frames)
 
 
-def without_video() -> bytes:
-    file = io.BytesIO()
-    with av.open(file, "w", format="mp4") as output:
-        stream = output.add_stream("aac", rate=16000)
-        frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
-        frame.sample_rate = 16000
-        output.mux(stream.encode(frame))
-        output.mux(stream.encode())
-    return file.getvalue()
-
-
 def of_zero_length(container: str, **options: str) -> bytes:
     file = io.BytesIO()
     with av.open(file, "w", format=container, options=options) as output:
@@ -254,7 +243,7 @@ BAD_FILES = {
     "text": (lambda: b"this is not a video\n" * 50, "cannot be read as a video"),
     "truncated before its index": (lambda: encode_video()[:-400], "cannot be read as a video"),
     "only the head of it": (lambda: encode_video()[:40], "cannot be read as a video"),
-    "audio only": (without_video, "no video stream"),
+    "audio only": (audio_only, "no video stream"),
     "mp4 of zero length": (lambda: of_zero_length("mp4"), "no video stream"),
     "fragmented mp4 of zero length": (lambda: of_zero_length("mp4", movflags="empty_moov"), "no video frames"),
     "matroska of zero length": (lambda: of_zero_length("matroska"), "cannot be read as a video"),
