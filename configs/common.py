@@ -167,12 +167,12 @@ def _embedded(config: ConfigDict) -> None:
     config.pretrain = ConfigDict(
         {
             "llm": {"width": 128, "layers": 3, "heads": 4, "kv_heads": 2, "mlp": 256, "vocabulary": 512},
-            # Steps of each part: text in batches of 16, single frames in batches of 128, clips in batches of 16.
+            # Steps of each part: text in batches of 16, single frames in batches of 128, clips in batches of 32.
             "llm_steps": 350,
-            "facial_steps": 240,
+            "facial_steps": 400,
             "general_steps": 500,
             "stills": 8000,  # faces that are drawn for the facial encoder beside those of the clips
-            "general_clips": 1500,  # clips without a face that are drawn for the general encoder
+            "general_clips": 3000,  # clips without a face that are drawn for the general encoder
             "learning_rate": 0.02,  # Muon's
         }
     )

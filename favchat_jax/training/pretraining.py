@@ -336,10 +336,10 @@ def _make_general_encoder(config, records: Sequence[Record], frames, folder: Pat
     unknown = np.full(len(general), -1, np.int32)
     rng = np.random.default_rng(config.seed + 2)
 
-    def batches(size: int = 16):
-        """Two thirds faces, which alone show motion; the rest drawn general clips, of which a data set has few."""
+    def batches(size: int = 32):
+        """One half faces, the other drawn general clips, of which a data set has few."""
         while True:
-            face, other = rng.choice(faces, size - size // 3), rng.integers(len(general), size=size // 3)
+            face, other = rng.choice(faces, size // 2), rng.integers(len(general), size=size // 2)
             times = np.stack([frame_indices(CLIP_FRAMES, config.model.frames, "rand", rng) for _ in range(size)])
             pixels = np.concatenate(
                 [clips[face[:, None], times[: len(face)]], general[other[:, None], times[len(face) :]]]
@@ -350,10 +350,9 @@ def _make_general_encoder(config, records: Sequence[Record], frames, folder: Pat
             yield _mirror_half(pixels, classes, rng)
 
     model = ClipClassifier(UMT(**config.model.umt), _counts(labels))
-    # Motion is what only this stream can see, and what takes longest to learn.
-    weights = _fit_classifier(
-        model, batches(), config.pretrain.general_steps, config, "general encoder", {"motion": 2.0}
-    )
+    # What moves and whither is what only this stream can see, and what takes longest to learn.
+    importance = {"motion": 2.0, "direction": 2.0}
+    weights = _fit_classifier(model, batches(), config.pretrain.general_steps, config, "general encoder", importance)
     tree = {"umt": weights["encoder"], "vision_layernorm": weights["vision_layernorm"]}
     save_weights(folder, _flat(tree), {"kind": "umt"})
 
