@@ -29,9 +29,9 @@ import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
 from favchat_jax.data.datasets import open_dataset, prepare  # noqa: E402
-from favchat_jax.training import pretraining  # noqa: E402
 from favchat_jax.training.checkpoint import Checkpoints  # noqa: E402
 from favchat_jax.training.loop import Outcome, train  # noqa: E402
+from favchat_jax.training.pretraining.language_model import make_language_model  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 DATA = "rendered_faces/smoke"
@@ -120,7 +120,7 @@ def small_world(tmp_path_factory) -> SmallWorld:
     prepare(DATA, None, world.packed)
     source = open_dataset(DATA, world.packed, "train")
     Path(world.llm).mkdir()
-    pretraining._make_language_model(
+    make_language_model(
         world.config("stage1"), [source[i] for i in range(len(source))], frames=None, folder=Path(world.llm)
     )
     return world

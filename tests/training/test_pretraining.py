@@ -17,6 +17,7 @@ from favchat_jax.errors import UserError
 from favchat_jax.models.facexformer import FaceXFormerEncoder
 from favchat_jax.training import assembly, pretraining
 from favchat_jax.training.checkpoint import load_config, load_weights
+from favchat_jax.training.pretraining import encoders, language_model
 from tests.conftest import DATA
 
 PARTS = {"llm.path": "mistral", "init.umt": "umt", "init.facexformer": "facexformer"}
@@ -47,7 +48,7 @@ def inside(place, monkeypatch):
 def made(monkeypatch):
     """Names of the parts that are made from here on, without the work."""
     names = []
-    for maker in ("_make_language_model", "_make_facial_encoder", "_make_general_encoder"):
+    for maker in ("make_language_model", "make_facial_encoder", "make_general_encoder"):
         monkeypatch.setattr(pretraining, maker, lambda config, records, frames, folder: names.append(folder.name))
     return names
 
@@ -100,7 +101,7 @@ def told(records, tokenizer, visual_tokens=16):
     rng = np.random.default_rng(0)
     conversation = Conversation(tokenizer, visual_tokens)
     for record in records:
-        for tokens, learned, slot in pretraining._texts_about(record, conversation, tokenizer, rng):
+        for tokens, learned, slot in language_model.texts_about(record, conversation, tokenizer, rng):
             yield record, tokenizer.decode(tokens[learned]), tokens, [tokenizer.decode(words) for words in slot]
 
 
@@ -132,7 +133,7 @@ def test_a_mirrored_picture_has_its_lefts_and_rights_swapped():
     pixels = np.arange(40 * 2 * 3 * 3, dtype=np.uint8).reshape(40, 2, 3, 3)[:, None]
     sides = rendered_faces.SIDES
     classes = {"mole": np.arange(40) % 3, "direction": np.full(40, -1), "hat": np.arange(40) % 2}
-    mirrored, swapped = pretraining._mirror_half(pixels, classes, np.random.default_rng(0))
+    mirrored, swapped = encoders.mirror_half(pixels, classes, np.random.default_rng(0))
     turned = np.array([not np.array_equal(a, b) for a, b in zip(pixels, mirrored, strict=True)])
     assert 8 < turned.sum() < 32
     assert np.array_equal(mirrored[turned], pixels[turned][..., ::-1, :])
@@ -144,7 +145,7 @@ def test_a_mirrored_picture_has_its_lefts_and_rights_swapped():
 
 
 def test_heads_stay_as_they_were_drawn_while_the_encoder_learns():
-    model = pretraining.FrameClassifier(
+    model = encoders.FrameClassifier(
         FaceXFormerEncoder(width=8, depths=(1, 1), heads=(1, 1), window=2), {"hat": 2, "mole": 3}
     )
     rng = np.random.default_rng(0)
@@ -154,7 +155,7 @@ def test_heads_stay_as_they_were_drawn_while_the_encoder_learns():
     )
     config = ml_collections.ConfigDict({"seed": 0, "pretrain": {"learning_rate": 0.01}})
     before = model.init(jax.random.key(0), batch[0][:1].astype(np.float32))["params"]
-    after = pretraining._fit_classifier(model, iter([batch] * 4), 3, config, "test", {})
+    after = encoders.fit_classifier(model, iter([batch] * 4), 3, config, "test", {})
     for label in ("hat", "mole"):
         assert not after[label]["bias"].any()
         np.testing.assert_allclose(after[label]["kernel"], before[label]["kernel"], rtol=1e-6)
