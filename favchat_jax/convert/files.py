@@ -1,0 +1,149 @@
+"""Published files of tensors: safetensors, in one file or in shards with an index, and PyTorch's `.pth` and `.pt`.
+
+Names and shapes come first and each tensor only when it is asked for, so that a file larger than memory can be read.
+"""
+
+import dataclasses
+import json
+import pickle
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from favchat_jax.errors import UserError
+
+INDEX = "model.safetensors.index.json"
+# Under which a checkpoint keeps its state dict beside the optimiser and the like: FaceXFormer's, VideoChat2's.
+STATE_DICTS = ("state_dict_backbone", "model")
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """A tensor in a file: its shape, and its values once `np.asarray` asks for them."""
+
+    shape: tuple[int, ...]
+    read: Callable[[], np.ndarray]
+
+    def __array__(self, dtype=None, copy=None) -> np.ndarray:
+        return self.read().astype(dtype, copy=False) if dtype is not None else self.read()
+
+
+def open_tensors(path: str | Path) -> dict[str, Tensor]:
+    """Name -> tensor of a `.safetensors` file, a folder of them, or a `.pth` or `.pt` file.
+
+    Raises:
+        UserError: the path is missing, damaged, of another kind, or a pickle that would run code.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return {name: tensor for shard in shards(path) for name, tensor in _safetensors(shard).items()}
+    if not path.is_file():
+        raise UserError(f"{path} is missing: name a file or a folder of weights")
+    if path.suffix == ".safetensors":
+        return _safetensors(path)
+    if path.suffix in (".pth", ".pt"):
+        return _pickled(path)
+    raise UserError(f"{path} is no file of weights: name a folder or a .safetensors, .pth or .pt file")
+
+
+def shards(folder: Path) -> list[Path]:
+    """The files of a folder's weights; raises UserError where one is missing or the index is damaged."""
+    found = [folder / "model.safetensors"]
+    index = folder / INDEX
+    if index.exists():
+        try:
+            found = sorted({folder / name for name in read_json(index)["weight_map"].values()})
+        except (KeyError, AttributeError, TypeError):
+            raise UserError(f"{index} does not map weights to files: fetch the folder again") from None
+    for shard in found:
+        if not shard.is_file():
+            raise UserError(f"{shard} is missing: name a whole folder, or fetch it again")
+    return found
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object; raises UserError for everything else."""
+    try:
+        value = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing: name a whole folder, or fetch it again") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): check that it is a file of a folder") from None
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON ({error}): fetch the folder again") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} is not a JSON object: fetch the folder again")
+    return value
+
+
+def _safetensors(path: Path) -> dict[str, Tensor]:
+    def read(name: str) -> np.ndarray:
+        # Opened each time: pages of a mapped file stay in memory for as long as it is open.
+        with _damage_told(path), safe_open(path, framework="numpy") as file:
+            return file.get_tensor(name)
+
+    with _damage_told(path), safe_open(path, framework="numpy") as file:
+        names = list(file.keys())
+        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in names}
+    return {name: Tensor(shape, lambda name=name: read(name)) for name, shape in shapes.items()}
+
+
+class _damage_told:
+    """Turns what safetensors raises into one line that names the file."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind, error, traceback) -> None:
+        if isinstance(error, (SafetensorError, OSError)):
+            raise UserError(f"{self.path} is damaged ({error}): fetch it again") from None
+
+
+def _pickled(path: Path) -> dict[str, Tensor]:
+    try:
+        import torch
+    except ImportError:
+        raise UserError(f"{path} needs PyTorch to be read: pip install -r requirements-convert.txt") from None
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except pickle.UnpicklingError as error:
+        if "Unsupported" not in str(error) and "Weights only" not in str(error):
+            raise UserError(f"{path} is damaged ({_first_line(error)}): fetch it again") from None
+        raise UserError(
+            f"{path} would run code when read, which is refused: save its tensors alone where you trust it"
+        ) from None
+    except (RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
+        raise UserError(f"{path} is damaged ({_first_line(error)}): fetch it again") from None
+    content = next((content[key] for key in STATE_DICTS if key in content), content) if _is_dict(content) else {}
+    tensors = {}
+    for name, value in content.items() if _is_dict(content) else ():
+        if not isinstance(value, torch.Tensor):
+            raise UserError(f"{path}: {name} is a {type(value).__name__}, not a tensor: save the state dict alone")
+        tensors[str(name)] = Tensor(tuple(value.shape), lambda value=value: _as_numpy(value))
+    if not tensors:
+        raise UserError(f"{path} holds no state dict: name a checkpoint of weights")
+    return tensors
+
+
+def _is_dict(value: Any) -> bool:
+    return isinstance(value, dict)
+
+
+def _as_numpy(tensor) -> np.ndarray:
+    import ml_dtypes
+    import torch
+
+    if tensor.dtype == torch.bfloat16:  # which torch does not hand to NumPy
+        return tensor.detach().contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    return tensor.detach().numpy()
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:160]
