@@ -13,7 +13,7 @@ Weights go through the tables of this package, tensor by tensor; a shard of the 
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from favchat_jax.convert import favchat, lora, mistral
 from favchat_jax.convert.files import INDEX, open_tensors, read_json
+from favchat_jax.convert.folder import copy_tokenizer
 from favchat_jax.convert.table import Account, Slot, account, check, is_finite, read, write
 from favchat_jax.errors import UserError
 from favchat_jax.models.lora import merge
@@ -34,14 +35,6 @@ Weights = Mapping[str, Any]
 SHARD_BYTES = 5 * 10**9
 VARIANTS = ("v1",)  # that the PyTorch model has
 MODEL_FILES = Path(__file__).parent / "pytorch"
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-)
 VISUAL = "visual.safetensors"
 
 
@@ -79,7 +72,9 @@ def write_folder(folder: Path, config: Any, weights: Weights, tokenizer: Any, dt
     for place in (folder, folder / "llm"):
         _write_json(place / "generation_config.json", generation)
     _write_json(folder / INDEX, {"metadata": {}, "weight_map": where})
-    _write_json(folder / "config.json", favchat_config(config, _llm_config(config.llm.path), dtype))  # last: what makes the folder an export
+    _write_json(
+        folder / "config.json", favchat_config(config, _llm_config(config.llm.path), dtype)
+    )  # last: what makes the folder an export
 
 
 def is_exported(folder: Path) -> bool:
@@ -109,14 +104,6 @@ def read_folder(folder: str | Path, shapes: Mapping[str, tuple[int, ...]], dtype
         **read(favchat.TABLE, tensors, shapes, folder / VISUAL, dtype),
         **{f"llm/{path}": leaf for path, leaf in base.items()},
     }
-
-
-def copy_tokenizer(source: str | Path, folder: Path) -> None:
-    """Copies the files of a tokenizer."""
-    folder.mkdir(exist_ok=True)
-    for name in TOKENIZER_FILES:
-        if (Path(source) / name).is_file():
-            shutil.copyfile(Path(source) / name, folder / name)
 
 
 def _write_llm(folder: Path, config: Any, adapters: Weights, dtype: str) -> dict[str, str]:
@@ -220,31 +207,31 @@ def _write_json(path: Path, value: Any) -> None:
 
 
 def _model_card(config: Any, adapters: bool) -> str:
-    adapter = "\n| `adapter/` | the same LoRA for PEFT, on the original language model (not for `llm/`) |" if adapters else ""
+    model, ablation = config.model, "" if config.ablation == "none" else f", ablation {config.ablation}"
+    adapter = "| `adapter/` | the same LoRA for PEFT, on the original language model (not for `llm/`) |\n" * adapters
     return f"""\
 ---
 library_name: transformers
 pipeline_tag: video-text-to-text
 ---
 
-# FaVChat {config.variant}, {config.preset} preset, {config.stage}
+# FaVChat {config.variant}, preset {config.preset}, {config.stage}{ablation}
 
-A video language model for fine-grained questions about faces, trained with favchat_jax
-{"" if config.ablation == "none" else f"(ablation {config.ablation}) "}and exported to PyTorch.
+A video language model for fine-grained questions about faces, trained with favchat_jax and exported to PyTorch.
 
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)
     print(model.answer("clip.mp4", "What color is the hair?"))
 
-`answer` takes the path of a video or frames (uint8, [{config.model.frames}, {config.model.image_size},
-{config.model.image_size}, 3]), earlier turns, and what transformers' `generate` takes. It needs torch, transformers 5 and, for
-video files, PyAV (`pip install av`).
+`answer` takes the path of a video, or frames (uint8 [{model.frames}, {model.image_size}, {model.image_size}, 3], RGB),
+earlier turns, and what transformers' `generate` takes. It needs torch, transformers 5 and, for video files, PyAV
+(`pip install av`).
 
-| file | what it holds |
+| part | what it holds |
 |---|---|
-| `llm/` | the language model with LoRA merged, an ordinary Mistral folder |{adapter}
-| `visual.safetensors` | encoders, fusion, Q-Formers and adapter; published parts under their published names |
+| `llm/` | the language model with LoRA merged, an ordinary Mistral folder |
+{adapter}| `visual.safetensors` | encoders, fusion, Q-Formers, mixture; published parts under their published names |
 | `prompt_tokenizer/` | the tokenizer of the question that the Q-Formers read |
 | `*_favchat.py` | the model |
 """

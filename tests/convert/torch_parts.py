@@ -19,24 +19,30 @@ from tests.models.tiny_parts import config_json
 
 # Names of the language model's base in a PEFT model.
 LLM = ("base_model.model.model.", "base_model.model.lm_head.")
+IN_MEMORY = dataclasses.replace(lora.TABLE, rows=lora.rows("default"))
 
 
 def published(weights: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """Weights by path, or gradients of them, under the names of a PEFT model's parameters."""
-    adapters = {path: leaf for path, leaf in weights.items() if path.endswith(("lora_a", "lora_b"))}
-    llm = {path: leaf for path, leaf in weights.items() if path.startswith("llm/") and path not in adapters}
-    visual = {path: leaf for path, leaf in weights.items() if path not in adapters and path not in llm}
-    llm = {path.removeprefix("llm/"): leaf for path, leaf in llm.items()}
-    tensors = dict(write(dataclasses.replace(lora.TABLE, rows=lora.rows("default")), adapters))
-    for table, part in ((favchat.TABLE, visual), (mistral.TABLE, llm)):
-        tensors |= {f"base_model.model.{name}": tensor for name, tensor in write(table, part)}
-    return {name: torch.from_numpy(tensor) for name, tensor in tensors.items()}
+    """Weights by path, or gradients of them, under the names of a PEFT model's parameters; empties `weights`.
+
+    A large model exists in one of the two forms at a time.
+    """
+    tensors = {}
+    while weights:
+        path, leaf = weights.popitem()
+        if path.endswith(("lora_a", "lora_b")):
+            tensors |= write(IN_MEMORY, {path: leaf})
+        else:
+            table = mistral.TABLE if path.startswith("llm/") else favchat.TABLE
+            written = write(table, {path.removeprefix("llm/"): leaf})
+            tensors |= {f"base_model.model.{name}": tensor for name, tensor in written}
+    return {name: torch.tensor(tensors.pop(name)) for name in list(tensors)}
 
 
 def torch_favchat(config: ConfigDict, llm: MistralConfig, weights: dict[str, Any]) -> peft.PeftModel:
     """The PyTorch model of a config with PEFT's adapters, on exactly the weights given: none is missing or left over.
 
-    All that stage 2 trains has gradients.
+    All that stage 2 trains has gradients; `weights` are used up.
     """
     settings = FaVChatConfig(**exported.favchat_config(config, config_json(llm), "float32"))
     with torch.device("meta"):
@@ -104,7 +110,7 @@ def gradient_error(ours: dict[str, Any], reference: torch.nn.Module, last: int) 
     Args:
         ours: gradients by path, of all that the reference has gradients for and of nothing else.
     """
-    ours = published(ours)
+    ours = published(dict(ours))
     theirs = {n.replace(".base_layer.", "."): p.grad for n, p in reference.named_parameters() if p.requires_grad}
     assert ours.keys() == theirs.keys()
     largest = max(float(gradient.abs().max()) for gradient in theirs.values())
