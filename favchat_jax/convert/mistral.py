@@ -11,8 +11,10 @@ import dataclasses
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -117,10 +119,13 @@ def write_copy(folder: Path, out: Path, progress: Callable[[Iterable], Iterable]
         parts.setdefault(layer, {})[path] = slot.shape
     draft = out.with_name(out.name + ".draft")
     shutil.rmtree(draft, ignore_errors=True)
+
+    def load(wanted: dict[str, Shape]) -> dict[str, np.ndarray]:
+        return read(APART, [(name, tensors[name]) for name in slots(APART, wanted)], wanted, folder, dtype=None)
+
     try:
-        for part, wanted in progress(parts.items()):
-            of_part = [(name, tensors[name]) for name in slots(APART, wanted)]
-            save_weights(draft / PARTS / part, read(APART, of_part, wanted, folder, dtype=None), {})
+        for part, weights in _read_ahead(load, progress(parts.items())):
+            save_weights(draft / PARTS / part, weights, {})
         with full_disk_told(out):
             for file in folder.iterdir():
                 if file.is_file() and file.suffix in (".json", ".model", ".jinja") and "index" not in file.name:
@@ -129,6 +134,19 @@ def write_copy(folder: Path, out: Path, progress: Callable[[Iterable], Iterable]
             draft.rename(out)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
+
+
+def _read_ahead(load: Callable[[Any], Any], parts: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
+    """Each part's name and what `load` makes of it; the next one is read while the caller is busy with this one."""
+    with ThreadPoolExecutor(1) as reader:
+        ready = None
+        for name, wanted in parts:
+            coming = name, reader.submit(load, wanted)
+            if ready:
+                yield ready[0], ready[1].result()
+            ready = coming
+        if ready:
+            yield ready[0], ready[1].result()
 
 
 def _is_copy(folder: str | Path) -> bool:
