@@ -17,7 +17,7 @@ from favchat_jax import command_line
 from favchat_jax.convert.folder import copy_llm, copy_tokenizer, replacing
 from favchat_jax.errors import UserError
 from favchat_jax.training.assembly import is_self_contained, run_config, visual_and_lora
-from favchat_jax.training.checkpoint import save_weights
+from favchat_jax.weights_folder import save_weights
 
 
 def export(checkpoint: str | Path, out: str | Path) -> None:

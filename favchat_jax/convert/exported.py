@@ -25,7 +25,7 @@ from tqdm import tqdm
 from favchat_jax.convert import favchat, lora, mistral
 from favchat_jax.convert.files import INDEX, open_tensors, read_json
 from favchat_jax.convert.folder import copy_tokenizer
-from favchat_jax.convert.table import Account, Slot, account, check, is_finite, read, write
+from favchat_jax.convert.table import Slot, account, check, is_finite, read, slots, write
 from favchat_jax.errors import UserError
 from favchat_jax.models.lora import merge
 from favchat_jax.models.mistral import LoRA
@@ -72,9 +72,8 @@ def write_folder(folder: Path, config: Any, weights: Weights, tokenizer: Any, dt
     for place in (folder, folder / "llm"):
         _write_json(place / "generation_config.json", generation)
     _write_json(folder / INDEX, {"metadata": {}, "weight_map": where})
-    _write_json(
-        folder / "config.json", favchat_config(config, _llm_config(config.llm.path), dtype)
-    )  # last: what makes the folder an export
+    # Last: it makes the folder an export.
+    _write_json(folder / "config.json", favchat_config(config, _llm_config(config.llm.path), dtype))
 
 
 def is_exported(folder: Path) -> bool:
@@ -109,20 +108,26 @@ def read_folder(folder: str | Path, shapes: Mapping[str, tuple[int, ...]], dtype
 def _write_llm(folder: Path, config: Any, adapters: Weights, dtype: str) -> dict[str, str]:
     """Writes the language model with its adapters merged; returns the file of each tensor."""
     folder.mkdir()
-    source = config.llm.path
-    tensors = open_tensors(source)
-    found = account(mistral.TABLE, tensors, mistral.weight_shapes(mistral.read_config(source)))
-    check(mistral.TABLE, found, source)
-    shards = _shards(found, jnp.dtype(dtype).itemsize)
+    source, shapes = config.llm.path, mistral.weight_shapes(mistral.read_config(config.llm.path))
+    table, tensors = mistral.table_of(source), open_tensors(source)
+    # Layer by layer, as a copy of a folder is read.
+    wanted = dict(sorted(slots(mistral.TABLE, shapes).items(), key=lambda item: item[1].place))
+    found = account(table, tensors, shapes)
+    check(table, found, source)
+    lies = {(slot.path, slot.place): (name, slot) for name, slot in found.used.items()}
+    shards = _shards(wanted, jnp.dtype(dtype).itemsize)
     where = {}
-    with tqdm(total=len(found.used), desc="language model", unit="tensor", mininterval=1) as bar:
+    with tqdm(total=len(wanted), desc="language model", unit="tensor", mininterval=1) as bar:
         for file, names in shards:
             shard = {}
             for name in names:
-                tensor = np.asarray(tensors[name])
+                slot = wanted[name]
+                stored, origin = lies[slot.path, slot.place]
+                tensor = np.asarray(tensors[stored])
                 if not is_finite(tensor):
-                    raise UserError(f"{source}: {name} holds NaN or infinity: fetch it again")
-                shard[name] = _merged(tensor, found.used[name], adapters, config.model.lora.alpha, dtype)
+                    raise UserError(f"{source}: {stored} holds NaN or infinity: fetch it again")
+                weight = _merged(origin.transform.ours(tensor), slot, adapters, config.model.lora.alpha)
+                shard[name] = np.ascontiguousarray(slot.transform.published(weight).astype(jnp.dtype(dtype)))
                 bar.update()
             save_file(shard, folder / file, metadata={"format": "pt"})
             where |= dict.fromkeys(names, file)
@@ -132,10 +137,10 @@ def _write_llm(folder: Path, config: Any, adapters: Weights, dtype: str) -> dict
     return where
 
 
-def _shards(found: Account, itemsize: int) -> list[tuple[str, list[str]]]:
+def _shards(wanted: Mapping[str, Slot], itemsize: int) -> list[tuple[str, list[str]]]:
     """File names, and the tensors of each: as many as fit into `SHARD_BYTES`."""
     shards, room = [], 0
-    for name, slot in found.used.items():
+    for name, slot in wanted.items():
         size = itemsize * int(np.prod(slot.shape))
         if size > room or not shards:
             shards.append([])
@@ -147,14 +152,13 @@ def _shards(found: Account, itemsize: int) -> list[tuple[str, list[str]]]:
     return [(f"model-{i:05}-of-{len(shards):05}.safetensors", names) for i, names in enumerate(shards, start=1)]
 
 
-def _merged(tensor: np.ndarray, slot: Slot, adapters: Weights, alpha: float, dtype: str) -> np.ndarray:
-    """A published tensor of the language model with its adapter, if it has one, added in float32."""
-    layer = f"llm/{slot.path.rpartition('/')[0]}"
-    if f"{layer}/lora_a" in adapters and slot.path.endswith("/kernel"):
-        pair = {name: np.asarray(adapters[f"{layer}/{name}"])[slot.place] for name in ("lora_a", "lora_b")}
-        kernel = slot.transform.ours(tensor).astype(np.float32)
-        tensor = slot.transform.published(merge({"kernel": kernel, **pair}, alpha)["kernel"])
-    return np.ascontiguousarray(tensor.astype(jnp.dtype(dtype)))
+def _merged(weight: np.ndarray, slot: Slot, adapters: Weights, alpha: float) -> np.ndarray:
+    """A weight of the language model; with its adapter, if it has one, added in float32."""
+    layer, _, name = slot.path.rpartition("/")
+    if name != "kernel" or f"llm/{layer}/lora_a" not in adapters:
+        return weight
+    pair = {half: np.asarray(adapters[f"llm/{layer}/{half}"])[slot.place] for half in ("lora_a", "lora_b")}
+    return merge({"kernel": weight.astype(np.float32), **pair}, alpha)["kernel"]
 
 
 def _write_adapter(folder: Path, config: Any, adapters: Weights) -> None:

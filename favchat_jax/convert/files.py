@@ -1,9 +1,10 @@
-"""Published files of tensors: safetensors, in one file or in shards with an index, and PyTorch's `.pth` and `.pt`.
+"""Files of tensors: safetensors, in one file or in shards with an index, PyTorch's `.pth` and `.pt`, Orbax copies.
 
 Names and shapes come first and each tensor only when it is asked for, so that a file larger than memory can be read.
 """
 
 import dataclasses
+import functools
 import json
 import pickle
 import zipfile
@@ -15,8 +16,10 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from favchat_jax.errors import UserError
+from favchat_jax.weights_folder import load_weights, weight_shapes
 
 INDEX = "model.safetensors.index.json"
+PARTS = "parts"  # of an Orbax copy: one weights folder a layer
 # Under which a checkpoint keeps its state dict beside the optimiser and the like: FaceXFormer's, VideoChat2's.
 STATE_DICTS = ("state_dict_backbone", "model")
 
@@ -33,12 +36,14 @@ class Tensor:
 
 
 def open_tensors(path: str | Path) -> dict[str, Tensor]:
-    """Name -> tensor of a `.safetensors` file, a folder of them, or a `.pth` or `.pt` file.
+    """Name -> tensor of a `.safetensors` file, a folder of them, a `.pth` or `.pt` file, or an Orbax copy.
 
     Raises:
         UserError: the path is missing, damaged, of another kind, or a pickle that would run code.
     """
     path = Path(path)
+    if (path / PARTS).is_dir():
+        return _parts(path / PARTS)
     if path.is_dir():
         return {name: tensor for shard in shards(path) for name, tensor in _safetensors(shard).items()}
     if not path.is_file():
@@ -90,6 +95,15 @@ def _safetensors(path: Path) -> dict[str, Tensor]:
         names = list(file.keys())
         shapes = {name: tuple(file.get_slice(name).get_shape()) for name in names}
     return {name: Tensor(shape, lambda name=name: read(name)) for name, shape in shapes.items()}
+
+
+def _parts(folder: Path) -> dict[str, Tensor]:
+    load = functools.lru_cache(maxsize=1)(load_weights)  # tensors are read part by part
+    return {
+        path: Tensor(shape, lambda part=part, path=path: np.asarray(load(part)[path]))
+        for part in sorted(folder.iterdir())
+        for path, shape in weight_shapes(part).items()
+    }
 
 
 class _damage_told:

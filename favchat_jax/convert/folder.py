@@ -8,7 +8,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 from tqdm import tqdm
 
-from favchat_jax.convert.files import INDEX, shards
+from favchat_jax.convert.files import INDEX, PARTS, shards
 from favchat_jax.errors import UserError
 
 TOKENIZER_FILES = (
@@ -58,9 +58,12 @@ def copy_tokenizer(source: str | Path, folder: Path) -> None:
 
 
 def copy_llm(source: str | Path, folder: Path) -> None:
-    """Copies a language model's Hugging Face folder: configuration, shards and tokenizer, and nothing else in it."""
+    """Copies a language model's folder: configuration, weights and tokenizer, and nothing else that lies in it."""
     copy_tokenizer(source, folder)
-    files = [Path(source) / name for name in ("config.json", "generation_config.json", INDEX)]
-    files = [file for file in files if file.is_file()] + shards(Path(source))
+    if (Path(source) / PARTS).is_dir():
+        shutil.copytree(Path(source) / PARTS, folder / PARTS)
+    files = [Path(source) / name for name in ("config.json", "generation_config.json", "copy.json", INDEX)]
+    files = [file for file in files if file.is_file()]
+    files += [] if (folder / PARTS).exists() else shards(Path(source))
     for file in tqdm(files, desc="language model", unit="file", mininterval=1):
         shutil.copyfile(file, folder / file.name)

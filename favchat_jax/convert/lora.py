@@ -28,7 +28,12 @@ def rows(adapter: str = "") -> tuple[Row, ...]:
     return prefixed(pairs, published="base_model.model.", path="llm/")
 
 
-TABLE = Table("PEFT's LoRA", rows(), mend="it is of another rank, or of another language model")
+TABLE = Table(
+    "PEFT's LoRA",
+    rows(),
+    ignored=((r"base_model\.model\.lm_head\.base_layer\.weight", "PEFT's copy of the base's output layer"),),
+    mend="it is of another rank, or of another language model",
+)
 
 
 def adapter_config(lora: LoRA, base: str) -> dict[str, Any]:

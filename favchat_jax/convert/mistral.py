@@ -1,25 +1,39 @@
 """Mistral's Hugging Face folder <-> this project's weights, tensor by tensor.
 
 The folder (`config.json`, `*.safetensors` with or without an index, `tokenizer.json`) is the language model's only
-home: training reads it directly, and what the embedded run pretrains is written as the same kind of folder.
+home: training reads it directly, and what the embedded run pretrains is written as the same kind of folder. For many
+hosts there is a copy that reads faster, which takes its place:
+
+    DIR/config.json and tokenizer files   DIR/parts/*/ (a weights folder a layer)   DIR/copy.json (of which folder)
 """
 
 import dataclasses
 import hashlib
-from collections.abc import Mapping
+import json
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors.numpy import save_file
 
-from favchat_jax.convert.files import open_tensors, read_json, shards
-from favchat_jax.convert.table import Row, Shape, Table, linear, prefixed, read, write
+from favchat_jax.convert.files import PARTS, open_tensors, read_json, shards
+from favchat_jax.convert.table import Row, Shape, Table, account, check, linear, prefixed, read, slots, write
 from favchat_jax.errors import UserError
 from favchat_jax.models.mistral import LoRA, Mistral, MistralConfig
+from favchat_jax.weights_folder import full_disk_told, save_weights
 
 PROJECTIONS = {"self_attn": ("q_proj", "k_proj", "v_proj", "o_proj"), "mlp": ("gate_proj", "up_proj", "down_proj")}
+
+
+def _apart(row: Row) -> Row:
+    return dataclasses.replace(row, path=row.path.replace("layers/", "layers_{i}/"))
+
+
 LAYER = (
     Row("input_layernorm.weight", "input_layernorm/scale"),
     Row("post_attention_layernorm.weight", "post_attention_layernorm/scale"),
@@ -41,6 +55,9 @@ TABLE = Table(
     ignored=((r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq", "a buffer of older exports, computed here"),),
     mend="config.json contradicts the weights",
 )
+# The copy's parts hold layers apart: from the published names to them, and from them to stacked layers.
+APART = dataclasses.replace(TABLE, rows=tuple(_apart(row) for row in TABLE.rows))
+COPY = Table("the copy", tuple(Row(_apart(row).path, row.path) for row in TABLE.rows), mend=TABLE.mend)
 
 
 def read_config(folder: str | Path) -> MistralConfig:
@@ -66,20 +83,78 @@ def read_weights(folder: str | Path, dtype=np.float32) -> dict:
     """All weights of the folder as `Mistral`'s tree with stacked layers, read one tensor at a time.
 
     Args:
-        folder: the Hugging Face folder.
+        folder: the Hugging Face folder, or a copy of one.
         dtype: dtype of the result, whatever the file's.
 
     Raises:
         UserError: a shard is missing or damaged, a key is missing or unknown, or a shape contradicts config.json.
     """
     shapes = weight_shapes(read_config(folder))
-    return unflatten_dict(read(TABLE, open_tensors(folder).items(), shapes, folder, dtype), sep="/")
+    return unflatten_dict(read(table_of(folder), open_tensors(folder).items(), shapes, folder, dtype), sep="/")
 
 
 def write_weights(folder: str | Path, tree: Mapping) -> None:
     """Writes `Mistral`'s tree (stacked layers, no adapters) as `folder/model.safetensors` under published names."""
     tensors = dict(write(TABLE, flatten_dict(tree, sep="/")))
     save_file(tensors, Path(folder) / "model.safetensors", metadata={"format": "pt"})
+
+
+def write_copy(folder: Path, out: Path, progress: Callable[[Iterable], Iterable] = iter) -> None:
+    """Writes `out`, a copy of a Hugging Face folder that takes its place, one layer at a time.
+
+    Args:
+        folder: the Hugging Face folder.
+        out: a folder that is not there yet; it is written beside its place first.
+        progress: wraps the parts as they are written, for example `tqdm`.
+
+    Raises:
+        UserError: as `read_weights`; or the disk is full.
+    """
+    shapes, tensors = weight_shapes(read_config(folder)), open_tensors(folder)
+    check(TABLE, account(TABLE, tensors, shapes), folder)
+    parts: dict[str, dict[str, Shape]] = {}
+    for path, slot in slots(COPY, shapes).items():
+        layer = f"layer_{slot.place[0]:03d}" if slot.place else path.split("/")[0]
+        parts.setdefault(layer, {})[path] = slot.shape
+    draft = out.with_name(out.name + ".draft")
+    shutil.rmtree(draft, ignore_errors=True)
+
+    def load(wanted: dict[str, Shape]) -> dict[str, np.ndarray]:
+        return read(APART, [(name, tensors[name]) for name in slots(APART, wanted)], wanted, folder, dtype=None)
+
+    try:
+        for part, weights in _read_ahead(load, progress(parts.items())):
+            save_weights(draft / PARTS / part, weights, {})
+        with full_disk_told(out):
+            for file in folder.iterdir():
+                if file.is_file() and file.suffix in (".json", ".model", ".jinja") and "index" not in file.name:
+                    shutil.copyfile(file, draft / file.name)
+            (draft / "copy.json").write_text(json.dumps({"fingerprint": fingerprint(folder)}))
+            draft.rename(out)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def _read_ahead(load: Callable[[Any], Any], parts: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
+    """Each part's name and what `load` makes of it; the next one is read while the caller is busy with this one."""
+    with ThreadPoolExecutor(1) as reader:
+        ready = None
+        for name, wanted in parts:
+            coming = name, reader.submit(load, wanted)
+            if ready:
+                yield ready[0], ready[1].result()
+            ready = coming
+        if ready:
+            yield ready[0], ready[1].result()
+
+
+def table_of(folder: str | Path) -> Table:
+    """The names under which a folder holds its weights: the published ones, or a copy's."""
+    return COPY if _is_copy(folder) else TABLE
+
+
+def _is_copy(folder: str | Path) -> bool:
+    return (Path(folder) / "copy.json").is_file()
 
 
 def weight_shapes(config: MistralConfig, lora: LoRA | None = None) -> dict[str, Shape]:
@@ -96,8 +171,12 @@ def weight_shapes(config: MistralConfig, lora: LoRA | None = None) -> dict[str, 
 def fingerprint(folder: str | Path) -> str:
     """A short hash that changes with the folder's weights: of config.json and of each shard's size, header and tail.
 
+    A copy has that of the folder that it was made of, since it is the same model.
+
     Hashing 14 GB whole would delay every start; a shard's header holds each tensor's dtype, shape and place.
     """
+    if _is_copy(folder):  # whose parts have checksums of their own
+        return read_json(Path(folder) / "copy.json").get("fingerprint", "")
     digest = hashlib.sha256((Path(folder) / "config.json").read_bytes())
     for shard in shards(Path(folder)):
         size = shard.stat().st_size

@@ -41,9 +41,9 @@ from favchat_jax.models.favchat import PIXEL_MEAN, PIXEL_STD, VISION_LAYERNORM_E
 from favchat_jax.models.linear import Linear
 from favchat_jax.models.mistral import Mistral
 from favchat_jax.models.umt import UMT
-from favchat_jax.training.checkpoint import save_weights
 from favchat_jax.training.stages import make_optimizer
 from favchat_jax.training.step import chunked_cross_entropy, compiler_options, next_token_targets
+from favchat_jax.weights_folder import save_weights
 
 log = logging.getLogger("favchat_jax")
 

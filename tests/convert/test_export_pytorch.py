@@ -18,6 +18,7 @@ from transformers import MistralForCausalLM
 from favchat_jax.chat import ask
 from favchat_jax.convert import exported, lora
 from favchat_jax.convert.files import INDEX, open_tensors
+from favchat_jax.convert.mistral import write_copy
 from favchat_jax.convert.pytorch.modeling_favchat import FaVChatForConditionalGeneration
 from favchat_jax.convert.table import read
 from favchat_jax.data.datasets import open_dataset
@@ -25,6 +26,7 @@ from favchat_jax.errors import UserError
 from favchat_jax.generation.sampler import Sampler, Sampling
 from favchat_jax.training.assembly import load_run
 from tests.conftest import DATA, fill, same_weights, start_module
+from tools import export_orbax
 from tools.export_pytorch import export
 
 QUESTION = "What is the person doing?"
@@ -176,6 +178,19 @@ def test_a_large_language_model_is_written_in_shards_that_load(trained, model, t
     assert all(torch.equal(whole[name], tensor) for name, tensor in model.state_dict().items())
     alone = MistralForCausalLM.from_pretrained(tmp_path / "out" / "llm").state_dict()
     assert all(torch.equal(whole[name], tensor) for name, tensor in alone.items())
+
+
+def test_a_copy_of_the_language_model_is_exported_like_its_folder(trained, small_world, model, tmp_path):
+    workdir = trained.copy("stage3", tmp_path)
+    write_copy(Path(small_world.llm), tmp_path / "copy")
+    settings = json.loads((workdir / "config.json").read_text())
+    (workdir / "config.json").write_text(json.dumps({**settings, "llm": {"path": str(tmp_path / "copy")}}))
+    export(workdir, tmp_path / "out")
+    found = FaVChatForConditionalGeneration.from_pretrained(tmp_path / "out").state_dict()
+    assert all(torch.equal(found[name], tensor) for name, tensor in model.state_dict().items())
+    export_orbax.export(workdir, tmp_path / "whole")
+    shutil.rmtree(tmp_path / "copy")
+    assert same_weights(load_run(tmp_path / "whole").weights, load_run(trained.folder / "stage3").weights)
 
 
 def test_an_earlier_export_is_replaced_and_anything_else_is_refused(trained, folder, tmp_path):

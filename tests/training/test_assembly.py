@@ -8,7 +8,7 @@ import pytest
 from favchat_jax.convert import mistral as mistral_folder
 from favchat_jax.errors import UserError
 from favchat_jax.training import assembly, stages
-from favchat_jax.training.checkpoint import save_weights
+from favchat_jax.weights_folder import save_weights
 from tests.conftest import damage, newest, same_weights
 
 
