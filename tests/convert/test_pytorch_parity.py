@@ -163,8 +163,9 @@ def wide(share: int = 1, mlp: int = 14336):
 # Whole, the gradient takes 9 GiB and minutes: half of every width in each run of the tests, and among the slow ones all
 # of it but for Mistral's MLP (6.4 GiB), and the logits of all of it (4.5 GiB).
 SIZES = [
-    pytest.param({"share": 2}, 0, id="half"),
-    *(pytest.param({"mlp": 2048}, seed, id=f"narrow MLP-{seed}", marks=pytest.mark.slow) for seed in (0, 1, 2)),
+    pytest.param({"share": 2}, 0, id="half-0"),
+    *(pytest.param({"share": 2}, seed, id=f"half-{seed}", marks=pytest.mark.slow) for seed in (1, 2)),
+    pytest.param({"mlp": 2048}, 0, id="narrow MLP-0", marks=pytest.mark.slow),
 ]
 
 

@@ -8,6 +8,8 @@ Modules bear the names of the published weights, and the language model is trans
 state dict is the union of the exported `llm/` and `visual.safetensors`.
 """
 
+import os
+
 import torch
 from torch import nn
 from transformers import MistralForCausalLM, PreTrainedTokenizerFast
@@ -148,7 +150,7 @@ class FaVChatForConditionalGeneration(MistralForCausalLM):
         """The answer to a question about a video, as a text.
 
         Args:
-            video: path of a video file, its bytes, or frames [T, H, W, 3] uint8, RGB.
+            video: path of a video file, its bytes, or an array of frames [T, H, W, 3] uint8, RGB.
             question: what is asked.
             turns: (question, answer) pairs that came before.
             max_new_tokens: an answer ends here at the latest.
@@ -156,10 +158,9 @@ class FaVChatForConditionalGeneration(MistralForCausalLM):
         """
         if not question.strip():
             raise ValueError("the question is empty: ask something")
-        if isinstance(video, torch.Tensor):
-            frames = video
-        else:
-            frames = read_frames(video, self.config.frames, self.config.image_size)
+        if isinstance(video, (str, bytes, os.PathLike)):
+            video = read_frames(video, self.config.frames, self.config.image_size)
+        frames = torch.as_tensor(video)
         tokens = self.prompts.conversation(turns, question, len(frames))
         prompt_ids, prompt_mask = self.prompts.for_qformer(question)
         written = self.generate(
