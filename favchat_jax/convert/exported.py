@@ -1,4 +1,4 @@
-"""What PyTorch users load: a run as a folder of published names, and back.
+"""What PyTorch users load: a run as a folder of published names.
 
     DIR/config.json, generation_config.json     FaVChat's, for `AutoModelForCausalLM.from_pretrained(DIR, ...)`
     DIR/*_favchat.py                            the model, for `trust_remote_code=True`
@@ -25,7 +25,7 @@ from tqdm import tqdm
 from favchat_jax.convert import favchat, lora, mistral
 from favchat_jax.convert.files import INDEX, open_tensors, read_json
 from favchat_jax.convert.folder import copy_tokenizer
-from favchat_jax.convert.table import Slot, account, check, is_finite, read, slots, write
+from favchat_jax.convert.table import Slot, account, check, is_finite, slots, write
 from favchat_jax.errors import UserError
 from favchat_jax.models.lora import merge
 from favchat_jax.models.mistral import LoRA
@@ -82,27 +82,6 @@ def is_exported(folder: Path) -> bool:
         return read_json(folder / "config.json").get("model_type") == "favchat" and (folder / VISUAL).is_file()
     except UserError:
         return False
-
-
-def read_folder(folder: str | Path, shapes: Mapping[str, tuple[int, ...]], dtype=np.float32) -> dict[str, np.ndarray]:
-    """All weights of an exported folder: the inverse of `write_folder` but for the adapters, which are merged.
-
-    Args:
-        folder: the exported folder.
-        shapes: path -> shape of every weight of the run's model without its language model.
-        dtype: of the result.
-
-    Raises:
-        UserError: the folder is not whole.
-    """
-    folder = Path(folder)
-    tensors = open_tensors(folder / VISUAL).items()
-    llm = mistral.weight_shapes(mistral.read_config(folder / "llm"))
-    base = read(mistral.TABLE, open_tensors(folder / "llm").items(), llm, folder / "llm", dtype)
-    return {
-        **read(favchat.TABLE, tensors, shapes, folder / VISUAL, dtype),
-        **{f"llm/{path}": leaf for path, leaf in base.items()},
-    }
 
 
 def _write_llm(folder: Path, config: Any, adapters: Weights, dtype: str) -> dict[str, str]:

@@ -16,11 +16,10 @@ from safetensors import safe_open
 from transformers import MistralForCausalLM
 
 from favchat_jax.chat import ask
-from favchat_jax.convert import exported, lora
+from favchat_jax.convert import exported, favchat, lora, mistral
 from favchat_jax.convert.files import INDEX, open_tensors
-from favchat_jax.convert.mistral import write_copy
 from favchat_jax.convert.pytorch.modeling_favchat import FaVChatForConditionalGeneration
-from favchat_jax.convert.table import read
+from favchat_jax.convert.table import Table, read
 from favchat_jax.data.datasets import open_dataset
 from favchat_jax.errors import UserError
 from favchat_jax.generation.sampler import Sampler, Sampling
@@ -75,6 +74,12 @@ def ours(sampler, clip, folder, question=QUESTION, tokens=12) -> str:
     """What the run itself answers about a clip."""
     (folder / "clip.mp4").write_bytes(clip)
     return ask(sampler, str(folder / "clip.mp4"), question, Sampling(max_new_tokens=tokens))
+
+
+def read_back(table: Table, file: Path, weights: dict[str, np.ndarray], dtype: str) -> dict[str, np.ndarray]:
+    """What a file of published names says of `weights`."""
+    shapes = {path: leaf.shape for path, leaf in weights.items()}
+    return read(table, open_tensors(file).items(), shapes, file, jnp.dtype(dtype))
 
 
 def test_a_process_without_jax_loads_the_folder_where_it_was_moved_and_answers_as_the_run_does(
@@ -139,24 +144,19 @@ def test_stage_1_has_no_adapter_and_its_language_model_is_the_base(trained, smal
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_weights_come_back_bit_for_bit_in_either_dtype(dtype, trained, tmp_path):
-    run = {stage: load_run(trained.folder / stage).weights for stage in ("stage1", "stage3")}
-    weights = {
-        stage: {path: np.asarray(leaf.astype(dtype)) for path, leaf in leaves.items()} for stage, leaves in run.items()
-    }
-    for stage, leaves in weights.items():
+    for stage in ("stage1", "stage3"):
         export(trained.folder / stage, tmp_path / stage, dtype)
-        visual = {path: leaf for path, leaf in leaves.items() if not path.startswith("llm/")}
-        shapes = {path: leaf.shape for path, leaf in visual.items()}
-        back = exported.read_folder(tmp_path / stage, shapes, jnp.dtype(dtype))
-        assert all(leaf.dtype == dtype for leaf in back.values())
-        if stage == "stage1":  # without adapters, so nothing was merged
-            assert same_weights(back, leaves)
-        else:
-            assert all(np.array_equal(back[path], leaf) for path, leaf in visual.items())
-    adapters = {path: leaf for path, leaf in weights["stage3"].items() if "lora" in path}
-    tensors = open_tensors(tmp_path / "stage3" / "adapter" / "adapter_model.safetensors")
-    shapes = {path: leaf.shape for path, leaf in adapters.items()}
-    assert same_weights(read(lora.TABLE, tensors.items(), shapes, "adapter", jnp.dtype(dtype)), adapters)
+        run = load_run(trained.folder / stage).weights
+        weights = {path: np.asarray(leaf.astype(dtype)) for path, leaf in run.items()}
+        adapters = {path: leaf for path, leaf in weights.items() if "lora" in path}
+        visual = {path: leaf for path, leaf in weights.items() if not path.startswith("llm/")}
+        assert same_weights(read_back(favchat.TABLE, tmp_path / stage / "visual.safetensors", visual, dtype), visual)
+        if adapters:
+            file = tmp_path / stage / "adapter" / "adapter_model.safetensors"
+            assert same_weights(read_back(lora.TABLE, file, adapters, dtype), adapters)
+        else:  # with nothing merged, the language model is the base
+            llm = {path.removeprefix("llm/"): leaf for path, leaf in weights.items() if path.startswith("llm/")}
+            assert same_weights(read_back(mistral.TABLE, tmp_path / stage / "llm", llm, dtype), llm)
 
 
 def test_a_bfloat16_export_loads_and_answers_in_bfloat16(trained, clips, tmp_path):
@@ -182,7 +182,7 @@ def test_a_large_language_model_is_written_in_shards_that_load(trained, model, t
 
 def test_a_copy_of_the_language_model_is_exported_like_its_folder(trained, small_world, model, tmp_path):
     workdir = trained.copy("stage3", tmp_path)
-    write_copy(Path(small_world.llm), tmp_path / "copy")
+    mistral.write_copy(Path(small_world.llm), tmp_path / "copy")
     settings = json.loads((workdir / "config.json").read_text())
     (workdir / "config.json").write_text(json.dumps({**settings, "llm": {"path": str(tmp_path / "copy")}}))
     export(workdir, tmp_path / "out")
