@@ -111,6 +111,8 @@ def write_copy(folder: Path, out: Path, progress: Callable[[Iterable], Iterable]
     Raises:
         UserError: as `read_weights`; or the disk is full.
     """
+    if _is_copy(folder):
+        raise UserError(f"{folder} is a copy already: name the Hugging Face folder")
     shapes, tensors = weight_shapes(read_config(folder)), open_tensors(folder)
     check(TABLE, account(TABLE, tensors, shapes), folder)
     parts: dict[str, dict[str, Shape]] = {}
