@@ -209,7 +209,7 @@ def cut(path):
 
 
 def pickled(content):
-    return lambda path: path.write_bytes(pickle.dumps(content))
+    return lambda path: path.write_bytes(pickle.dumps(content, protocol=2))
 
 
 BIAS, KERNEL = "vision_encoder__encoder__blocks__1__attn__q_bias", "vision_encoder__encoder__patch_embed__proj__weight"
@@ -225,8 +225,9 @@ FILES = {
     "no tensors": (saved({"model": {"x": 3}}), r"x is a int, not a tensor"),
     "no state dict": (saved(torch.ones(3)), r"holds no state dict"),
     "pickle with code": (saved({"model": {}, "config": Code()}), r"would run code when read, which is refused"),
-    "old pickle with code": (pickled({"config": Code()}), r"would run code when read, which is refused|is damaged"),
+    "old pickle with code": (pickled({"config": Code()}), r"would run code when read, which is refused"),
     "cut short": (cut, r"is damaged"),
+    "not PyTorch's": (lambda path: path.write_bytes(b"<html>Not found</html>"), r"is damaged"),
     "empty": (lambda path: path.write_bytes(b""), r"is damaged"),
     "no file": (lambda path: None, r"is missing: name a file or a folder"),
 }
