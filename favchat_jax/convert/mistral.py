@@ -22,10 +22,11 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors.numpy import save_file
 
 from favchat_jax.convert.files import PARTS, open_tensors, read_json, shards
+from favchat_jax.convert.folder import copy_tokenizer, replacing
 from favchat_jax.convert.table import Row, Shape, Table, account, check, linear, prefixed, read, slots, write
 from favchat_jax.errors import UserError
 from favchat_jax.models.mistral import LoRA, Mistral, MistralConfig
-from favchat_jax.weights_folder import full_disk_told, save_weights
+from favchat_jax.weights_folder import save_weights
 
 PROJECTIONS = {"self_attn": ("q_proj", "k_proj", "v_proj", "o_proj"), "mlp": ("gate_proj", "up_proj", "down_proj")}
 
@@ -90,8 +91,7 @@ def read_weights(folder: str | Path, dtype=np.float32) -> dict:
         UserError: a shard is missing or damaged, a key is missing or unknown, or a shape contradicts config.json.
     """
     shapes = weight_shapes(read_config(folder))
-    table = COPY if _is_copy(folder) else TABLE
-    return unflatten_dict(read(table, open_tensors(folder).items(), shapes, folder, dtype), sep="/")
+    return unflatten_dict(read(table_of(folder), open_tensors(folder).items(), shapes, folder, dtype), sep="/")
 
 
 def write_weights(folder: str | Path, tree: Mapping) -> None:
@@ -119,23 +119,16 @@ def write_copy(folder: Path, out: Path, progress: Callable[[Iterable], Iterable]
     for path, slot in slots(COPY, shapes).items():
         layer = f"layer_{slot.place[0]:03d}" if slot.place else path.split("/")[0]
         parts.setdefault(layer, {})[path] = slot.shape
-    draft = out.with_name(out.name + ".draft")
-    shutil.rmtree(draft, ignore_errors=True)
 
     def load(wanted: dict[str, Shape]) -> dict[str, np.ndarray]:
         return read(APART, [(name, tensors[name]) for name in slots(APART, wanted)], wanted, folder, dtype=None)
 
-    try:
+    with replacing(out, is_ours=lambda _: False) as draft:
         for part, weights in _read_ahead(load, progress(parts.items())):
             save_weights(draft / PARTS / part, weights, {})
-        with full_disk_told(out):
-            for file in folder.iterdir():
-                if file.is_file() and file.suffix in (".json", ".model", ".jinja") and "index" not in file.name:
-                    shutil.copyfile(file, draft / file.name)
-            (draft / "copy.json").write_text(json.dumps({"fingerprint": fingerprint(folder)}))
-            draft.rename(out)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
+        copy_tokenizer(folder, draft)
+        shutil.copyfile(folder / "config.json", draft / "config.json")
+        (draft / "copy.json").write_text(json.dumps({"fingerprint": fingerprint(folder)}))
 
 
 def _read_ahead(load: Callable[[Any], Any], parts: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
@@ -149,6 +142,11 @@ def _read_ahead(load: Callable[[Any], Any], parts: Iterable[tuple[str, Any]]) ->
             ready = coming
         if ready:
             yield ready[0], ready[1].result()
+
+
+def table_of(folder: str | Path) -> Table:
+    """The names under which a folder holds its weights: the published ones, or a copy's."""
+    return COPY if _is_copy(folder) else TABLE
 
 
 def _is_copy(folder: str | Path) -> bool:

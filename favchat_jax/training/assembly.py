@@ -130,18 +130,35 @@ def load_llm(folder: str) -> dict[str, Any]:
 
 
 def load_run(workdir: str | Path) -> Run:
-    """The newest checkpoint of a workdir with everything that answering needs.
+    """The newest checkpoint of a workdir, or an exported folder, with everything that answering needs.
 
     Raises:
         UserError: not a workdir, no whole checkpoint, or the language model's folder has changed since.
     """
-    workdir = Path(workdir)
-    config = ml_collections.ConfigDict(load_config(workdir))
-    check_llm(workdir, config)
+    config = run_config(workdir)
     weights = {**load_llm(config.llm.path), **visual_and_lora(workdir)}
     parts = assemble(config)
     weights = {path: jnp.asarray(leaf) for path, leaf in weights.items()}
     return Run(config, weights, parts.tokenizer, parts.prompt_tokenizer)
+
+
+def run_config(workdir: str | Path) -> ml_collections.ConfigDict:
+    """The config of a run whose language model is there and unchanged; raises UserError where it is not.
+
+    Paths in an exported folder (tools.export_orbax) are its own parts.
+    """
+    workdir = Path(workdir)
+    config = ml_collections.ConfigDict(load_config(workdir))
+    if is_self_contained(workdir) and "llm" in config:
+        config.llm.path = str(workdir / config.llm.path)
+        config.prompt_tokenizer = config.prompt_tokenizer and str(workdir / config.prompt_tokenizer)
+    check_llm(workdir, config)
+    return config
+
+
+def is_self_contained(workdir: str | Path) -> bool:
+    """Whether a run's weights lie in one weights folder, as tools.export_orbax writes it, and not in checkpoints."""
+    return (Path(workdir) / "leaves.json").exists()
 
 
 def check_llm(workdir: Path, config: ml_collections.ConfigDict) -> None:
@@ -161,6 +178,8 @@ def check_llm(workdir: Path, config: ml_collections.ConfigDict) -> None:
 
 def visual_and_lora(workdir: str | Path) -> Weights:
     """All weights of a run but the language model's base: the frozen ones, and the trained ones of its newest step."""
+    if is_self_contained(workdir):
+        return load_weights(workdir)
     checkpoints = Checkpoints(workdir)
     try:
         return {**frozen_weights(Path(workdir)), **checkpoints.load_trainable()}
