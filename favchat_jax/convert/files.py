@@ -3,6 +3,7 @@
 Names and shapes come first and each tensor only when it is asked for, so that a file larger than memory can be read.
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -106,18 +107,13 @@ def _parts(folder: Path) -> dict[str, Tensor]:
     }
 
 
-class _damage_told:
+@contextlib.contextmanager
+def _damage_told(path: Path):
     """Turns what safetensors raises into one line that names the file."""
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind, error, traceback) -> None:
-        if isinstance(error, (SafetensorError, OSError)):
-            raise UserError(f"{self.path} is damaged ({error}): fetch it again") from None
+    try:
+        yield
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is damaged ({error}): fetch it again") from None
 
 
 def _pickled(path: Path) -> dict[str, Tensor]:
@@ -128,26 +124,23 @@ def _pickled(path: Path) -> dict[str, Tensor]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
-        if "Unsupported" not in str(error) and "Weights only" not in str(error):
-            raise UserError(f"{path} is damaged ({_first_line(error)}): fetch it again") from None
+        if "allowed global" not in str(error):
+            raise UserError(f"{path} is damaged, or no file of PyTorch's: fetch it again") from None
         raise UserError(
             f"{path} would run code when read, which is refused: save its tensors alone where you trust it"
         ) from None
     except (RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
         raise UserError(f"{path} is damaged ({_first_line(error)}): fetch it again") from None
-    content = next((content[key] for key in STATE_DICTS if key in content), content) if _is_dict(content) else {}
+    content = content if isinstance(content, dict) else {}
+    state = next((content[key] for key in STATE_DICTS if isinstance(content.get(key), dict)), content)
     tensors = {}
-    for name, value in content.items() if _is_dict(content) else ():
+    for name, value in state.items():
         if not isinstance(value, torch.Tensor):
             raise UserError(f"{path}: {name} is a {type(value).__name__}, not a tensor: save the state dict alone")
         tensors[str(name)] = Tensor(tuple(value.shape), lambda value=value: _as_numpy(value))
     if not tensors:
         raise UserError(f"{path} holds no state dict: name a checkpoint of weights")
     return tensors
-
-
-def _is_dict(value: Any) -> bool:
-    return isinstance(value, dict)
 
 
 def _as_numpy(tensor) -> np.ndarray:

@@ -22,10 +22,11 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors.numpy import save_file
 
 from favchat_jax.convert.files import PARTS, open_tensors, read_json, shards
+from favchat_jax.convert.folder import copy_tokenizer, replacing
 from favchat_jax.convert.table import Row, Shape, Table, account, check, linear, prefixed, read, slots, write
 from favchat_jax.errors import UserError
 from favchat_jax.models.mistral import LoRA, Mistral, MistralConfig
-from favchat_jax.weights_folder import full_disk_told, save_weights
+from favchat_jax.weights_folder import save_weights
 
 PROJECTIONS = {"self_attn": ("q_proj", "k_proj", "v_proj", "o_proj"), "mlp": ("gate_proj", "up_proj", "down_proj")}
 
@@ -110,29 +111,24 @@ def write_copy(folder: Path, out: Path, progress: Callable[[Iterable], Iterable]
     Raises:
         UserError: as `read_weights`; or the disk is full.
     """
+    if _is_copy(folder):
+        raise UserError(f"{folder} is a copy already: name the Hugging Face folder")
     shapes, tensors = weight_shapes(read_config(folder)), open_tensors(folder)
     check(TABLE, account(TABLE, tensors, shapes), folder)
     parts: dict[str, dict[str, Shape]] = {}
     for path, slot in slots(COPY, shapes).items():
         layer = f"layer_{slot.place[0]:03d}" if slot.place else path.split("/")[0]
         parts.setdefault(layer, {})[path] = slot.shape
-    draft = out.with_name(out.name + ".draft")
-    shutil.rmtree(draft, ignore_errors=True)
 
     def load(wanted: dict[str, Shape]) -> dict[str, np.ndarray]:
         return read(APART, [(name, tensors[name]) for name in slots(APART, wanted)], wanted, folder, dtype=None)
 
-    try:
+    with replacing(out, is_ours=lambda _: False) as draft:
         for part, weights in _read_ahead(load, progress(parts.items())):
             save_weights(draft / PARTS / part, weights, {})
-        with full_disk_told(out):
-            for file in folder.iterdir():
-                if file.is_file() and file.suffix in (".json", ".model", ".jinja") and "index" not in file.name:
-                    shutil.copyfile(file, draft / file.name)
-            (draft / "copy.json").write_text(json.dumps({"fingerprint": fingerprint(folder)}))
-            draft.rename(out)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
+        copy_tokenizer(folder, draft)
+        shutil.copyfile(folder / "config.json", draft / "config.json")
+        (draft / "copy.json").write_text(json.dumps({"fingerprint": fingerprint(folder)}))
 
 
 def _read_ahead(load: Callable[[Any], Any], parts: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
