@@ -25,7 +25,7 @@ from tqdm import tqdm
 from favchat_jax.convert import favchat, lora, mistral
 from favchat_jax.convert.files import INDEX, open_tensors, read_json
 from favchat_jax.convert.folder import copy_tokenizer
-from favchat_jax.convert.table import Slot, account, check, is_finite, slots, write
+from favchat_jax.convert.table import Slot, account, check, finite, slots, write
 from favchat_jax.errors import UserError
 from favchat_jax.models.lora import merge
 from favchat_jax.models.mistral import LoRA
@@ -88,12 +88,10 @@ def _write_llm(folder: Path, config: Any, adapters: Weights, dtype: str) -> dict
     """Writes the language model with its adapters merged; returns the file of each tensor."""
     folder.mkdir()
     source, shapes = config.llm.path, mistral.weight_shapes(mistral.read_config(config.llm.path))
-    table, tensors = mistral.table_of(source), open_tensors(source)
+    tensors = open_tensors(source)
     # Layer by layer, as a copy of a folder is read.
     wanted = dict(sorted(slots(mistral.TABLE, shapes).items(), key=lambda item: item[1].place))
-    found = account(table, tensors, shapes)
-    check(table, found, source)
-    lies = {(slot.path, slot.place): (name, slot) for name, slot in found.used.items()}
+    check(mistral.TABLE, account(mistral.TABLE, tensors, shapes), source)
     shards = _shards(wanted, jnp.dtype(dtype).itemsize)
     where = {}
     with tqdm(total=len(wanted), desc="language model", unit="tensor", mininterval=1) as bar:
@@ -101,11 +99,8 @@ def _write_llm(folder: Path, config: Any, adapters: Weights, dtype: str) -> dict
             shard = {}
             for name in names:
                 slot = wanted[name]
-                stored, origin = lies[slot.path, slot.place]
-                tensor = np.asarray(tensors[stored])
-                if not is_finite(tensor):
-                    raise UserError(f"{source}: {stored} holds NaN or infinity: fetch it again")
-                weight = _merged(origin.transform.ours(tensor), slot, adapters, config.model.lora.alpha)
+                tensor = finite(tensors[name], name, source)
+                weight = _merged(slot.transform.ours(tensor), slot, adapters, config.model.lora.alpha)
                 shard[name] = np.ascontiguousarray(slot.transform.published(weight).astype(jnp.dtype(dtype)))
                 bar.update()
             save_file(shard, folder / file, metadata={"format": "pt"})

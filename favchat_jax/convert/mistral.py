@@ -5,16 +5,16 @@ home: training reads it directly, and what the embedded run pretrains is written
 hosts there is a copy that reads faster, which takes its place:
 
     DIR/config.json and tokenizer files   DIR/parts/*/ (a weights folder a layer)   DIR/copy.json (of which folder)
+
+It holds the published tensors as they are, under their names, in Orbax's form.
 """
 
 import dataclasses
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -23,18 +23,12 @@ from safetensors.numpy import save_file
 
 from favchat_jax.convert.files import PARTS, open_tensors, read_json, shards
 from favchat_jax.convert.folder import copy_tokenizer, replacing
-from favchat_jax.convert.table import Row, Shape, Table, account, check, linear, prefixed, read, slots, write
+from favchat_jax.convert.table import Row, Shape, Table, account, check, finite, linear, prefixed, read, slots, write
 from favchat_jax.errors import UserError
 from favchat_jax.models.mistral import LoRA, Mistral, MistralConfig
 from favchat_jax.weights_folder import save_weights
 
 PROJECTIONS = {"self_attn": ("q_proj", "k_proj", "v_proj", "o_proj"), "mlp": ("gate_proj", "up_proj", "down_proj")}
-
-
-def _apart(row: Row) -> Row:
-    return dataclasses.replace(row, path=row.path.replace("layers/", "layers_{i}/"))
-
-
 LAYER = (
     Row("input_layernorm.weight", "input_layernorm/scale"),
     Row("post_attention_layernorm.weight", "post_attention_layernorm/scale"),
@@ -56,9 +50,6 @@ TABLE = Table(
     ignored=((r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq", "a buffer of older exports, computed here"),),
     mend="config.json contradicts the weights",
 )
-# The copy's parts hold layers apart: from the published names to them, and from them to stacked layers.
-APART = dataclasses.replace(TABLE, rows=tuple(_apart(row) for row in TABLE.rows))
-COPY = Table("the copy", tuple(Row(_apart(row).path, row.path) for row in TABLE.rows), mend=TABLE.mend)
 
 
 def read_config(folder: str | Path) -> MistralConfig:
@@ -91,7 +82,7 @@ def read_weights(folder: str | Path, dtype=np.float32) -> dict:
         UserError: a shard is missing or damaged, a key is missing or unknown, or a shape contradicts config.json.
     """
     shapes = weight_shapes(read_config(folder))
-    return unflatten_dict(read(table_of(folder), open_tensors(folder).items(), shapes, folder, dtype), sep="/")
+    return unflatten_dict(read(TABLE, open_tensors(folder).items(), shapes, folder, dtype), sep="/")
 
 
 def write_weights(folder: str | Path, tree: Mapping) -> None:
@@ -115,38 +106,16 @@ def write_copy(folder: Path, out: Path, progress: Callable[[Iterable], Iterable]
         raise UserError(f"{folder} is a copy already: name the Hugging Face folder")
     shapes, tensors = weight_shapes(read_config(folder)), open_tensors(folder)
     check(TABLE, account(TABLE, tensors, shapes), folder)
-    parts: dict[str, dict[str, Shape]] = {}
-    for path, slot in slots(COPY, shapes).items():
-        layer = f"layer_{slot.place[0]:03d}" if slot.place else path.split("/")[0]
-        parts.setdefault(layer, {})[path] = slot.shape
-
-    def load(wanted: dict[str, Shape]) -> dict[str, np.ndarray]:
-        return read(APART, [(name, tensors[name]) for name in slots(APART, wanted)], wanted, folder, dtype=None)
-
+    parts: dict[str, list[str]] = {}
+    for name, slot in slots(TABLE, shapes).items():
+        part = f"layer_{slot.place[0]:03d}" if slot.place else slot.path.split("/")[0]
+        parts.setdefault(part, []).append(name)
     with replacing(out, is_ours=lambda _: False) as draft:
-        for part, weights in _read_ahead(load, progress(parts.items())):
-            save_weights(draft / PARTS / part, weights, {})
+        for part, names in progress(parts.items()):
+            save_weights(draft / PARTS / part, {name: finite(tensors[name], name, folder) for name in names}, {})
         copy_tokenizer(folder, draft)
         shutil.copyfile(folder / "config.json", draft / "config.json")
         (draft / "copy.json").write_text(json.dumps({"fingerprint": fingerprint(folder)}))
-
-
-def _read_ahead(load: Callable[[Any], Any], parts: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
-    """Each part's name and what `load` makes of it; the next one is read while the caller is busy with this one."""
-    with ThreadPoolExecutor(1) as reader:
-        ready = None
-        for name, wanted in parts:
-            coming = name, reader.submit(load, wanted)
-            if ready:
-                yield ready[0], ready[1].result()
-            ready = coming
-        if ready:
-            yield ready[0], ready[1].result()
-
-
-def table_of(folder: str | Path) -> Table:
-    """The names under which a folder holds its weights: the published ones, or a copy's."""
-    return COPY if _is_copy(folder) else TABLE
 
 
 def _is_copy(folder: str | Path) -> bool:

@@ -190,7 +190,7 @@ def read(
     tensors: Iterable[tuple[str, Any]],
     shapes: Mapping[str, Shape],
     source: object,
-    dtype: Any = np.float32,
+    dtype=np.float32,
     progress: Callable[[Iterable], Iterable] = iter,
 ) -> dict[str, Array]:
     """The weights of `shapes` from published tensors, one tensor at a time into arrays made beforehand.
@@ -201,7 +201,7 @@ def read(
             only then).
         shapes: path -> shape of every weight that is wanted, layers stacked where the paths say so.
         source: what messages name.
-        dtype: of the result, whatever the source's; None for the source's own.
+        dtype: of the result, whatever the source's.
         progress: wraps the tensors as they are read, for example `tqdm`.
 
     Returns:
@@ -215,11 +215,9 @@ def read(
     check(table, found, source)
     weights: dict[str, Array] = {}
     for name, slot in progress(found.used.items()):
-        tensor = np.asarray(tensors[name])
-        if not is_finite(tensor):
-            raise UserError(f"{source}: {name} holds NaN or infinity: fetch it again")
+        tensor = finite(tensors[name], name, source)
         if slot.path not in weights:
-            weights[slot.path] = np.empty(shapes[slot.path], dtype or tensor.dtype)
+            weights[slot.path] = np.empty(shapes[slot.path], dtype)
         _copy(weights[slot.path][(*slot.place, ...)], slot.transform.ours(tensor))
     return weights
 
@@ -238,6 +236,14 @@ def write(table: Table, weights: Mapping[str, Any]) -> Iterator[tuple[str, Array
             tensor = np.empty(published.shape, published.dtype)
             _copy(tensor, published)
             yield name, tensor
+
+
+def finite(tensor: Any, name: str, source: object) -> Array:
+    """The tensor as an array; raises UserError where one of its values is NaN or infinite."""
+    array = np.asarray(tensor)
+    if not is_finite(array):
+        raise UserError(f"{source}: {name} holds NaN or infinity: fetch it again")
+    return array
 
 
 def is_finite(tensor: Array) -> bool:

@@ -168,7 +168,7 @@ def test_a_damaged_copy_is_told(harm, convert, folder, tmp_path):
         says = "layer_001 is damaged"
     elif harm == "missing part":
         (copy / "parts" / "norm").rename(tmp_path / "norm")
-        says = "lacks norm/scale"
+        says = "lacks model.norm.weight"
     else:
         (copy / "config.json").write_text(json.dumps({**config_json(MISTRAL), "vocab_size": 24}))
         says = "config.json contradicts the weights"
