@@ -38,6 +38,7 @@ def get_config(stage: str, argument: str = "") -> ConfigDict:
     config.llm = ConfigDict({"path": ""})  # a Hugging Face folder of Mistral
     config.prompt_tokenizer = ""  # tokenizer folder for the Q-Formers' prompt; empty: the language model's
     config.init = ConfigDict({"umt": "", "facexformer": "", "qformer": ""})
+    config.init.videochat2 = ""  # in place of umt and qformer, with its projection and LoRA
     config.init.from_run = _stage_before(config)  # workdir of the stage before
     # Length of the run: `steps`, or `epochs` over the data where steps is 0.
     config.steps = 0

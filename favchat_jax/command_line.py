@@ -50,9 +50,10 @@ def _set_up_logging() -> None:
     # `force`, since importing some libraries has set up logging their way.
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr, force=True)
     logging.getLogger("favchat_jax").setLevel(logging.INFO)
-    # When a write fails, Orbax logs a traceback from each of its threads and leaves some of them without their event
-    # loop; the same error is raised besides, and told in one line.
+    # When a write fails, Orbax logs a traceback from each of its threads, asyncio one from each task, and some threads
+    # are left without their event loop; the same error is raised besides, and told in one line.
     absl_logging.set_verbosity(absl_logging.FATAL)
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     sys.unraisablehook = _report_unraisable
 
 

@@ -70,7 +70,7 @@ def _stage_config(config: ml_collections.ConfigDict, stage: str) -> ml_collectio
     other = importlib.import_module(f"configs.{stage}").get_config(argument)
     for field in ("seed", "llm", "prompt_tokenizer"):
         other[field] = config[field]
-    for part in ("umt", "facexformer", "qformer"):
+    for part in ("umt", "facexformer", "qformer", "videochat2"):
         other.init[part] = config.init[part]
     other.data.packed = config.data.packed
     return other
@@ -83,7 +83,8 @@ def _require_sources(config: ml_collections.ConfigDict) -> None:
         raise UserError(f"data.root is not set: name the folder of {config.data.name} with --config.data.root=DIR")
     if config.stage == "stage1":
         for part in ("umt", "facexformer"):
-            if not config.init[part] and not (part == "facexformer" and config.ablation == "no_face"):
+            given = config.init[part] or (part == "umt" and config.init.videochat2)
+            if not given and not (part == "facexformer" and config.ablation == "no_face"):
                 raise UserError(
                     f"init.{part} is not set: convert the published weights with python -m tools.convert_weights "
                     f"--kind={part} --src=FILE --out=DIR, then --config.init.{part}=DIR"

@@ -1,49 +1,61 @@
 """Mistral's Hugging Face folder <-> this project's weights, tensor by tensor.
 
 The folder (`config.json`, `*.safetensors` with or without an index, `tokenizer.json`) is the language model's only
-home: training reads it directly, and what the embedded run pretrains is written as the same kind of folder.
+home: training reads it directly, and what the embedded run pretrains is written as the same kind of folder. For many
+hosts there is a copy that reads faster, which takes its place:
+
+    DIR/config.json and tokenizer files   DIR/parts/*/ (a weights folder a layer)   DIR/copy.json (of which folder)
+
+It holds the published tensors as they are, under their names, in Orbax's form.
 """
 
 import dataclasses
 import hashlib
 import json
-import re
-from collections.abc import Mapping
+import shutil
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from favchat_jax.convert.files import PARTS, open_tensors, read_json, shards
+from favchat_jax.convert.folder import copy_tokenizer, replacing
+from favchat_jax.convert.table import Row, Shape, Table, account, check, finite, linear, prefixed, read, slots, write
 from favchat_jax.errors import UserError
-from favchat_jax.models.mistral import Mistral, MistralConfig
+from favchat_jax.models.mistral import LoRA, Mistral, MistralConfig
+from favchat_jax.weights_folder import save_weights
 
-# (published name, path in the Flax tree, transposed). "{i}" is a layer; layers are stacked along a first axis.
-TABLE = (
-    ("model.embed_tokens.weight", "embed_tokens/embedding", False),
-    ("model.layers.{i}.input_layernorm.weight", "layers/input_layernorm/scale", False),
-    ("model.layers.{i}.self_attn.q_proj.weight", "layers/self_attn/q_proj/kernel", True),
-    ("model.layers.{i}.self_attn.k_proj.weight", "layers/self_attn/k_proj/kernel", True),
-    ("model.layers.{i}.self_attn.v_proj.weight", "layers/self_attn/v_proj/kernel", True),
-    ("model.layers.{i}.self_attn.o_proj.weight", "layers/self_attn/o_proj/kernel", True),
-    ("model.layers.{i}.post_attention_layernorm.weight", "layers/post_attention_layernorm/scale", False),
-    ("model.layers.{i}.mlp.gate_proj.weight", "layers/mlp/gate_proj/kernel", True),
-    ("model.layers.{i}.mlp.up_proj.weight", "layers/mlp/up_proj/kernel", True),
-    ("model.layers.{i}.mlp.down_proj.weight", "layers/mlp/down_proj/kernel", True),
-    ("model.norm.weight", "norm/scale", False),
-    ("lm_head.weight", "lm_head/kernel", True),
+PROJECTIONS = {"self_attn": ("q_proj", "k_proj", "v_proj", "o_proj"), "mlp": ("gate_proj", "up_proj", "down_proj")}
+LAYER = (
+    Row("input_layernorm.weight", "input_layernorm/scale"),
+    Row("post_attention_layernorm.weight", "post_attention_layernorm/scale"),
+    *(
+        row
+        for part, names in PROJECTIONS.items()
+        for name in names
+        for row in linear(f"{part}.{name}", f"{part}/{name}", bias=False)
+    ),
 )
-# Buffers that older exports carry; they are computed here.
-IGNORED = (r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",)
+TABLE = Table(
+    "Mistral",
+    (
+        Row("model.embed_tokens.weight", "embed_tokens/embedding"),
+        *prefixed(LAYER, published="model.layers.{i}.", path="layers/"),
+        Row("model.norm.weight", "norm/scale"),
+        *linear("lm_head", "lm_head", bias=False),
+    ),
+    ignored=((r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq", "a buffer of older exports, computed here"),),
+    mend="config.json contradicts the weights",
+)
 
 
 def read_config(folder: str | Path) -> MistralConfig:
     """The sizes in `folder/config.json`; raises UserError where it is missing or not Mistral's."""
     path = Path(folder) / "config.json"
-    fields = _read_json(path)
+    fields = read_json(path)
     try:
         config = MistralConfig.from_json(fields)
     except UserError as error:
@@ -63,51 +75,56 @@ def read_weights(folder: str | Path, dtype=np.float32) -> dict:
     """All weights of the folder as `Mistral`'s tree with stacked layers, read one tensor at a time.
 
     Args:
-        folder: the Hugging Face folder.
+        folder: the Hugging Face folder, or a copy of one.
         dtype: dtype of the result, whatever the file's.
 
     Raises:
         UserError: a shard is missing or damaged, a key is missing or unknown, or a shape contradicts config.json.
     """
     shapes = weight_shapes(read_config(folder))
-    tree = {path: np.empty(shape, dtype) for path, shape in shapes.items()}
-    missing = {(name, layer) for name, path, _ in TABLE for layer in _layers(name, shapes[path])}
-    for name, tensor in _tensors(Path(folder)):
-        row, layer = _row_of(name, folder)
-        if row is None:
-            continue
-        published, path, transposed = row
-        target = tree[path] if layer is None else tree[path][layer : layer + 1][0] if layer < len(tree[path]) else None
-        value = tensor.T if transposed else tensor
-        if target is None or value.shape != target.shape:
-            expected = "no such layer" if target is None else f"expected {target.shape}"
-            raise UserError(
-                f"{folder}: {name} has shape {value.shape}, {expected}: config.json contradicts the weights"
-            )
-        target[...] = value
-        missing.discard((published, layer))
-    if missing:
-        name, layer = min(missing, key=str)
-        others = f" and {len(missing) - 1} more weights" if len(missing) > 1 else ""
-        raise UserError(f"{folder} lacks {name.format(i=layer)}{others}: fetch the folder again")
-    return unflatten_dict(tree, sep="/")
+    return unflatten_dict(read(TABLE, open_tensors(folder).items(), shapes, folder, dtype), sep="/")
 
 
 def write_weights(folder: str | Path, tree: Mapping) -> None:
     """Writes `Mistral`'s tree (stacked layers, no adapters) as `folder/model.safetensors` under published names."""
-    flat = flatten_dict(tree, sep="/")
-    tensors = {}
-    for name, path, transposed in TABLE:
-        value = np.asarray(flat[path])
-        for layer in _layers(name, value.shape):
-            tensor = value if layer is None else value[layer]
-            tensors[name.format(i=layer)] = np.ascontiguousarray(tensor.T if transposed else tensor)
+    tensors = dict(write(TABLE, flatten_dict(tree, sep="/")))
     save_file(tensors, Path(folder) / "model.safetensors", metadata={"format": "pt"})
 
 
-def weight_shapes(config: MistralConfig) -> dict[str, tuple[int, ...]]:
-    """Path -> shape of every weight, layers stacked."""
-    model = Mistral(config)
+def write_copy(folder: Path, out: Path, progress: Callable[[Iterable], Iterable] = iter) -> None:
+    """Writes `out`, a copy of a Hugging Face folder that takes its place, one layer at a time.
+
+    Args:
+        folder: the Hugging Face folder.
+        out: a folder that is not there yet; it is written beside its place first.
+        progress: wraps the parts as they are written, for example `tqdm`.
+
+    Raises:
+        UserError: as `read_weights`; or the disk is full.
+    """
+    if _is_copy(folder):
+        raise UserError(f"{folder} is a copy already: name the Hugging Face folder")
+    shapes, tensors = weight_shapes(read_config(folder)), open_tensors(folder)
+    check(TABLE, account(TABLE, tensors, shapes), folder)
+    parts: dict[str, list[str]] = {}
+    for name, slot in slots(TABLE, shapes).items():
+        part = f"layer_{slot.place[0]:03d}" if slot.place else slot.path.split("/")[0]
+        parts.setdefault(part, []).append(name)
+    with replacing(out, is_ours=lambda _: False) as draft:
+        for part, names in progress(parts.items()):
+            save_weights(draft / PARTS / part, {name: finite(tensors[name], name, folder) for name in names}, {})
+        copy_tokenizer(folder, draft)
+        shutil.copyfile(folder / "config.json", draft / "config.json")
+        (draft / "copy.json").write_text(json.dumps({"fingerprint": fingerprint(folder)}))
+
+
+def _is_copy(folder: str | Path) -> bool:
+    return (Path(folder) / "copy.json").is_file()
+
+
+def weight_shapes(config: MistralConfig, lora: LoRA | None = None) -> dict[str, Shape]:
+    """Path -> shape of every weight, layers stacked; those of adapters too where `lora` has some."""
+    model = Mistral(config, lora or LoRA())
 
     def initialise(key, x):
         return model.init(key, x, method=lambda m, x: m.logits(m(m.embed(x))[0]))
@@ -119,10 +136,14 @@ def weight_shapes(config: MistralConfig) -> dict[str, tuple[int, ...]]:
 def fingerprint(folder: str | Path) -> str:
     """A short hash that changes with the folder's weights: of config.json and of each shard's size, header and tail.
 
+    A copy has that of the folder that it was made of, since it is the same model.
+
     Hashing 14 GB whole would delay every start; a shard's header holds each tensor's dtype, shape and place.
     """
+    if _is_copy(folder):  # whose parts have checksums of their own
+        return read_json(Path(folder) / "copy.json").get("fingerprint", "")
     digest = hashlib.sha256((Path(folder) / "config.json").read_bytes())
-    for shard in _shards(Path(folder)):
+    for shard in shards(Path(folder)):
         size = shard.stat().st_size
         digest.update(f"{shard.name} {size}".encode())
         with shard.open("rb") as file:
@@ -130,56 +151,3 @@ def fingerprint(folder: str | Path) -> str:
             file.seek(max(0, size - (1 << 20)))
             digest.update(file.read())
     return digest.hexdigest()[:16]
-
-
-def _layers(name: str, shape: tuple[int, ...]):
-    return range(shape[0]) if "{i}" in name else (None,)
-
-
-def _row_of(name: str, folder) -> tuple[tuple[str, str, bool] | None, int | None]:
-    """The table's row for a published name and its layer; (None, None) where the name is to be ignored."""
-    for row in TABLE:
-        match = re.fullmatch(re.escape(row[0]).replace(r"\{i\}", r"(\d+)"), name)
-        if match:
-            return row, int(match[1]) if match.groups() else None
-    if any(re.fullmatch(pattern, name) for pattern in IGNORED):
-        return None, None
-    raise UserError(f"{folder}: {name} is not a weight of Mistral")
-
-
-def _shards(folder: Path) -> list[Path]:
-    index = folder / "model.safetensors.index.json"
-    shards = [folder / "model.safetensors"]
-    if index.exists():
-        try:
-            shards = sorted({folder / name for name in _read_json(index)["weight_map"].values()})
-        except (KeyError, AttributeError, TypeError):
-            raise UserError(f"{index} does not map weights to files: fetch the folder again") from None
-    for shard in shards:
-        if not shard.is_file():
-            raise UserError(f"{shard} is missing: llm.path must name a whole Hugging Face folder")
-    return shards
-
-
-def _tensors(folder: Path):
-    for shard in _shards(folder):
-        try:
-            with safe_open(shard, framework="numpy") as file:
-                for name in file.keys():  # noqa: SIM118 (not a dictionary)
-                    yield name, file.get_tensor(name)
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{shard} is damaged ({error}): fetch it again") from None
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing: llm.path must name a Hugging Face folder of Mistral") from None
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}): check llm.path") from None
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON ({error}): fetch the folder again") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path} is not a JSON object: fetch the folder again")
-    return value

@@ -16,8 +16,9 @@ from favchat_jax.convert import mistral as mistral_folder
 from favchat_jax.data.conversation import load_tokenizer
 from favchat_jax.errors import UserError
 from favchat_jax.models import favchat
-from favchat_jax.training.checkpoint import Checkpoints, load_config, load_weights
+from favchat_jax.training.checkpoint import Checkpoints, load_config
 from favchat_jax.training.stages import STAGES
+from favchat_jax.weights_folder import load_weights
 
 log = logging.getLogger("favchat_jax")
 
@@ -72,7 +73,8 @@ def initial_weights(config: ml_collections.ConfigDict, model: favchat.FaVChat) -
     """Every weight that a stage starts from.
 
     The language model's base comes from its folder; the rest from the stage before (`init.from_run`) or, where none is
-    named, from the folders of `init.umt`, `init.facexformer` and `init.qformer`; what no source has is drawn afresh.
+    named, from the folders of `init.umt`, `init.facexformer` and `init.qformer`. What none of them has comes from
+    `init.videochat2` (its LoRA enters in stage 2, which follows a stage without), and the rest is drawn afresh.
 
     Raises:
         UserError: a source is missing, damaged, or holds a weight of another shape.
@@ -89,19 +91,13 @@ def initial_weights(config: ml_collections.ConfigDict, model: favchat.FaVChat) -
             weights[path] = jnp.asarray(leaf, shapes[path].dtype)
 
     take(config.llm.path, load_llm(config.llm.path))
+    for part, prefix in (("videochat2", ""), ("umt", ""), ("facexformer", ""), ("qformer", "qformer/")):
+        source = config.init[part]
+        if source and (part == "videochat2" or not config.init.from_run):
+            loaded = load_weights(source).items()
+            take(source, {place: leaf for path, leaf in loaded for place in _places(prefix + path, config)})
     if config.init.from_run:
         take(config.init.from_run, _previous_stage(config))
-    else:
-        for source, prefixes in (
-            (config.init.umt, ("",)),
-            (config.init.facexformer, ("",)),
-            (config.init.qformer, ("general_qformer/", "facial_qformer/")),
-        ):
-            if source:
-                loaded = load_weights(source)
-                skipped = "facexformer/" if config.ablation == "no_face" else None
-                for prefix in prefixes:
-                    take(source, {prefix + k: v for k, v in loaded.items() if not (skipped and k.startswith(skipped))})
     missing = sorted(set(shapes) - set(weights))
     if missing:
         log.info("%d of %d weight arrays start afresh", len(missing), len(shapes))
@@ -115,24 +111,54 @@ def initial_weights(config: ml_collections.ConfigDict, model: favchat.FaVChat) -
     return weights
 
 
+def _places(path: str, config: ml_collections.ConfigDict) -> list[str]:
+    """Where a converted weight goes: a Q-Former and its projection to both streams, others to their own path, and
+    those of parts that the stage or the ablation has not to none."""
+    if path.startswith(("qformer/", "proj/")):
+        return [f"{stream}_{path}" for stream in ("general", "facial")]
+    absent = {
+        "facexformer/": config.ablation == "no_face",
+        "linear_fuse/": config.ablation != "no_granularity",
+        "llm/": not STAGES[config.stage].lora,
+    }
+    return [] if any(path.startswith(part) and lacks for part, lacks in absent.items()) else [path]
+
+
 def load_llm(folder: str) -> dict[str, Any]:
     """The language model's base weights under their paths in the whole model."""
     return {f"llm/{path}": leaf for path, leaf in flatten_dict(mistral_folder.read_weights(folder), sep="/").items()}
 
 
 def load_run(workdir: str | Path) -> Run:
-    """The newest checkpoint of a workdir with everything that answering needs.
+    """The newest checkpoint of a workdir, or an exported folder, with everything that answering needs.
 
     Raises:
         UserError: not a workdir, no whole checkpoint, or the language model's folder has changed since.
     """
-    workdir = Path(workdir)
-    config = ml_collections.ConfigDict(load_config(workdir))
-    check_llm(workdir, config)
+    config = run_config(workdir)
     weights = {**load_llm(config.llm.path), **visual_and_lora(workdir)}
     parts = assemble(config)
     weights = {path: jnp.asarray(leaf) for path, leaf in weights.items()}
     return Run(config, weights, parts.tokenizer, parts.prompt_tokenizer)
+
+
+def run_config(workdir: str | Path) -> ml_collections.ConfigDict:
+    """The config of a run whose language model is there and unchanged; raises UserError where it is not.
+
+    Paths in an exported folder (tools.export_orbax) are its own parts.
+    """
+    workdir = Path(workdir)
+    config = ml_collections.ConfigDict(load_config(workdir))
+    if is_self_contained(workdir) and "llm" in config:
+        config.llm.path = str(workdir / config.llm.path)
+        config.prompt_tokenizer = config.prompt_tokenizer and str(workdir / config.prompt_tokenizer)
+    check_llm(workdir, config)
+    return config
+
+
+def is_self_contained(workdir: str | Path) -> bool:
+    """Whether a run's weights lie in one weights folder, as tools.export_orbax writes it, and not in checkpoints."""
+    return (Path(workdir) / "leaves.json").exists()
 
 
 def check_llm(workdir: Path, config: ml_collections.ConfigDict) -> None:
@@ -152,6 +178,8 @@ def check_llm(workdir: Path, config: ml_collections.ConfigDict) -> None:
 
 def visual_and_lora(workdir: str | Path) -> Weights:
     """All weights of a run but the language model's base: the frozen ones, and the trained ones of its newest step."""
+    if is_self_contained(workdir):
+        return load_weights(workdir)
     checkpoints = Checkpoints(workdir)
     try:
         return {**frozen_weights(Path(workdir)), **checkpoints.load_trainable()}

@@ -1,87 +1,25 @@
-"""What survives a process: Orbax folders of weights and exactly resumable checkpoints, each leaf with a checksum.
+"""What survives a process that trains: exactly resumable checkpoints, each leaf with a checksum.
 
-A weights folder holds part of a model for good (a converted encoder, a run's frozen weights):
-
-    DIR/weights/ (Orbax)   DIR/leaves.json (shape, dtype, checksum of each leaf)   DIR/config.json
-
-A run's checkpoints lie in WORKDIR/checkpoints/STEP, with the trainable weights apart from the optimiser's moments so
-that answering questions reads the weights alone. Orbax restores flipped bits without an error, hence the checksums.
+They lie in WORKDIR/checkpoints/STEP, with the trainable weights apart from the optimiser's moments so that answering
+questions reads the weights alone. What does not change in a run is in a weights folder (`favchat_jax.weights_folder`).
 """
 
-import contextlib
 import json
 import logging
 import shutil
-import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from favchat_jax.errors import UserError
 from favchat_jax.training.step import TrainState
+from favchat_jax.weights_folder import abstract, check_leaves, describe_leaves, full_disk_told, one_line
 
 log = logging.getLogger("favchat_jax")
-
-Weights = Mapping[str, jax.Array]
-
-
-class DamagedError(Exception):
-    """A checkpoint that does not read back as it was written."""
-
-
-def describe_leaves(tree: Any) -> dict[str, dict]:
-    """Path -> shape, dtype and CRC-32 of each leaf's bytes."""
-    leaves = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        array = np.ascontiguousarray(leaf)
-        crc = zlib.crc32(array.reshape(-1).view(np.uint8))
-        leaves[jax.tree_util.keystr(path)] = {"shape": list(array.shape), "dtype": str(array.dtype), "crc32": crc}
-    return leaves
-
-
-def check_leaves(tree: Any, leaves: Mapping[str, dict]) -> None:
-    """Raises DamagedError where a leaf of `tree` is not what `leaves` says was written."""
-    found = describe_leaves(tree)
-    wrong = [path for path in sorted(found.keys() | leaves.keys()) if found.get(path) != leaves.get(path)]
-    if wrong:
-        raise DamagedError(f"{len(wrong)} of {len(leaves)} arrays changed since they were written, first {wrong[0]}")
-
-
-def save_weights(folder: str | Path, weights: Weights, config: Mapping[str, Any]) -> None:
-    """Writes a weights folder, beside its place first, so that a folder that is there is whole."""
-    folder = Path(folder).absolute()
-    draft = folder.with_name(folder.name + ".draft")
-    shutil.rmtree(draft, ignore_errors=True)
-    draft.mkdir(parents=True)
-    tree = unflatten_dict(dict(weights), sep="/")
-    with _full_disk(folder), contextlib.closing(ocp.StandardCheckpointer()) as checkpointer:
-        checkpointer.save(draft / "weights", tree)
-        checkpointer.wait_until_finished()
-        (draft / "leaves.json").write_text(json.dumps(describe_leaves(dict(weights)), indent=1))
-        (draft / "config.json").write_text(json.dumps(dict(config), indent=1))
-        shutil.rmtree(folder, ignore_errors=True)
-        draft.rename(folder)
-
-
-def load_weights(folder: str | Path) -> dict[str, jax.Array]:
-    """Reads a weights folder as a flat dictionary; raises UserError where it is missing or damaged."""
-    folder = Path(folder).absolute()
-    if not (folder / "leaves.json").exists():
-        raise UserError(f"{folder} is not a weights folder: make it with tools.convert_weights, or name another")
-    try:
-        leaves = json.loads((folder / "leaves.json").read_text())
-        with contextlib.closing(ocp.StandardCheckpointer()) as checkpointer:
-            tree = checkpointer.restore(folder / "weights", _abstract(leaves))
-        weights = flatten_dict(tree, sep="/")
-        check_leaves(weights, leaves)
-    except Exception as error:  # Orbax raises many kinds for a damaged file, none of them its own.
-        raise UserError(f"{folder} is damaged ({_one_line(error)}): make or copy it again") from None
-    return weights
 
 
 def load_config(folder: str | Path) -> dict[str, Any]:
@@ -94,7 +32,7 @@ def load_config(folder: str | Path) -> dict[str, Any]:
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}): check its permissions") from None
     except ValueError as error:  # not JSON, or not even text
-        raise UserError(f"{path} is damaged ({_one_line(error)}): make or copy {folder} again") from None
+        raise UserError(f"{path} is damaged ({one_line(error)}): make or copy {folder} again") from None
 
 
 class Checkpoints:
@@ -126,7 +64,7 @@ class Checkpoints:
         """
         step = int(state.step)
         host = jax.device_get(state)
-        with _full_disk(self._folder):
+        with full_disk_told(self._folder):
             manager = self._open()
             manager.wait_until_finished()
             manager.save(
@@ -147,7 +85,7 @@ class Checkpoints:
     def wait(self) -> None:
         """Waits for a write to end; raises UserError where it failed."""
         if self._manager is not None:
-            with _full_disk(self._folder):
+            with full_disk_told(self._folder):
                 self._manager.wait_until_finished()
 
     def restore(self, like: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
@@ -161,7 +99,7 @@ class Checkpoints:
 
         def read(step: int, leaves: Mapping) -> tuple[TrainState, dict]:
             item = ocp.args.Composite(
-                weights=ocp.args.StandardRestore(_abstract(leaves["weights"])),
+                weights=ocp.args.StandardRestore(abstract(leaves["weights"])),
                 optimizer=ocp.args.StandardRestore(
                     jax.tree.map(ocp.utils.to_shape_dtype_struct, _optimizer_part(like))
                 ),
@@ -184,7 +122,7 @@ class Checkpoints:
         """
 
         def read(step: int, leaves: Mapping) -> dict[str, jax.Array]:
-            item = ocp.args.Composite(weights=ocp.args.StandardRestore(_abstract(leaves["weights"])))
+            item = ocp.args.Composite(weights=ocp.args.StandardRestore(abstract(leaves["weights"])))
             weights = flatten_dict(self._open().restore(step, args=item).weights, sep="/")
             check_leaves(weights, leaves["weights"])
             return weights
@@ -198,7 +136,7 @@ class Checkpoints:
         """Waits for the last write and lets go of the folder."""
         if self._manager is not None:
             manager, self._manager = self._manager, None
-            with _full_disk(self._folder):
+            with full_disk_told(self._folder):
                 manager.close()
 
     def _newest(self, read, move_damaged: bool):
@@ -212,7 +150,7 @@ class Checkpoints:
                     "checkpoint %s of %s is damaged (%s): taking the one before",
                     step,
                     self._folder.parent,
-                    _one_line(error),
+                    one_line(error),
                 )
                 if move_damaged:
                     self._move_away(step)
@@ -236,27 +174,3 @@ class Checkpoints:
 
 def _optimizer_part(state: TrainState) -> dict[str, Any]:
     return {"step": state.step, "moments": state.moments, "key": state.key}
-
-
-def _abstract(leaves: Mapping[str, dict]) -> dict:
-    """The nested tree of shapes that Orbax restores into; keys of `leaves` read like ['umt/norm/scale']."""
-    flat = {path[2:-2]: jax.ShapeDtypeStruct(leaf["shape"], leaf["dtype"]) for path, leaf in leaves.items()}
-    return unflatten_dict(flat, sep="/")
-
-
-@contextlib.contextmanager
-def _full_disk(folder: Path):
-    """Turns the many ways in which a write fails into one line."""
-    try:
-        yield
-    except UserError:
-        raise
-    except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(
-            f"could not write {folder} ({_one_line(error)}): free disk space, then run the same command again"
-        ) from None
-
-
-def _one_line(error: Exception) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) < 160 else text[:157] + "..."

@@ -34,8 +34,9 @@ from favchat_jax.data.video import Augment
 from favchat_jax.errors import RunError, UserError
 from favchat_jax.models.favchat import ABLATIONS, VARIANTS
 from favchat_jax.training import assembly, stages
-from favchat_jax.training.checkpoint import Checkpoints, load_config, save_weights
+from favchat_jax.training.checkpoint import Checkpoints, load_config
 from favchat_jax.training.step import TrainState, make_step, new_state
+from favchat_jax.weights_folder import save_weights
 
 log = logging.getLogger("favchat_jax")
 

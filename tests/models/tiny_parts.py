@@ -79,9 +79,9 @@ def favchat_shapes(model: FaVChat, frames: int, image_size: int) -> dict[str, ja
     return flatten_dict(jax.eval_shape(model.init, jax.random.key(0), clip, ids, ids, mask)["params"], sep="/")
 
 
-def drawn_flat(shapes: dict[str, jax.ShapeDtypeStruct], spread: float) -> dict[str, jax.Array]:
+def drawn_flat(shapes: dict[str, jax.ShapeDtypeStruct], spread: float, seed: int = 0) -> dict[str, jax.Array]:
     """`drawn` for weights by path."""
-    return flatten_dict(drawn(unflatten_dict(shapes, sep="/"), spread), sep="/")
+    return flatten_dict(drawn(unflatten_dict(shapes, sep="/"), spread, seed), sep="/")
 
 
 def tiny_config(argument: str = "") -> ConfigDict:

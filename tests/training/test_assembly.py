@@ -8,7 +8,7 @@ import pytest
 from favchat_jax.convert import mistral as mistral_folder
 from favchat_jax.errors import UserError
 from favchat_jax.training import assembly, stages
-from favchat_jax.training.checkpoint import save_weights
+from favchat_jax.weights_folder import save_weights
 from tests.conftest import damage, newest, same_weights
 
 
@@ -164,3 +164,37 @@ def test_a_prompt_tokenizer_with_more_words_than_the_qformer_is_a_users_error(sm
 def test_a_run_answers_with_the_newest_weights(trained, runs):
     for path, leaf in newest(trained.folder / "stage2").items():
         assert np.array_equal(runs["stage2"][path], leaf)
+
+
+def test_stages_start_from_a_converted_videochat2_with_its_lora_from_stage_2_on(small_world, trained, runs, tmp_path):
+    stage1, stage2 = runs["stage1"], runs["stage2"]
+    converted = {**part(stage1, "umt/"), **part(stage1, "vision_layernorm/")}
+    for name in ("qformer", "proj"):
+        streamed = part(stage1, f"general_{name}/")
+        converted |= {path.removeprefix("general_"): leaf for path, leaf in streamed.items()}
+    adapters = {path: leaf for path, leaf in stage2.items() if path.endswith(("lora_a", "lora_b"))}
+    converted = {path: np.asarray(leaf) + 1 for path, leaf in {**converted, **adapters}.items()}
+    save_weights(tmp_path / "videochat2", converted, {})
+
+    first = initial(small_world.config("stage1", init__videochat2=str(tmp_path / "videochat2")))
+    assert same_weights(part(first, "umt/"), part(converted, "umt/"))
+    for stream in ("general_", "facial_"):
+        for name in ("qformer/", "proj/"):
+            placed = {stream + path: leaf for path, leaf in part(converted, name).items()}
+            assert placed and same_weights(part(first, stream + name), placed)
+    assert not [path for path in first if "lora" in path]
+
+    sources = {"init__videochat2": str(tmp_path / "videochat2"), "init__from_run": str(trained.folder / "stage1")}
+    second = initial(small_world.config("stage2", **sources))
+    assert adapters and all(np.array_equal(second[path], converted[path]) for path in adapters)
+    assert all(np.array_equal(second[path], leaf) for path, leaf in stage1.items())
+
+
+def test_facexformers_own_fusion_is_taken_where_it_stands_in_for_ours_and_left_out_elsewhere(small_world, tmp_path):
+    config = small_world.config("stage1", "ablation=no_granularity")
+    fuse = part(initial(config), "linear_fuse/")
+    save_weights(tmp_path / "facexformer", {path: leaf + 1 for path, leaf in fuse.items()}, {})
+    folder = str(tmp_path / "facexformer")
+    taken = initial(small_world.config("stage1", "ablation=no_granularity", init__facexformer=folder))
+    assert fuse and all(np.array_equal(taken[path], leaf + 1) for path, leaf in fuse.items())
+    assert not part(initial(small_world.config("stage1", init__facexformer=folder)), "linear_fuse/")

@@ -10,8 +10,9 @@ import optax
 import pytest
 
 from favchat_jax.errors import UserError
-from favchat_jax.training.checkpoint import Checkpoints, load_config, load_weights, save_weights
+from favchat_jax.training.checkpoint import Checkpoints, load_config
 from favchat_jax.training.step import TrainState, new_state
+from favchat_jax.weights_folder import load_weights, save_weights
 from tests.conftest import damage, fill
 
 ITERATOR = {

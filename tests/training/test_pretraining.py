@@ -16,8 +16,9 @@ from favchat_jax.data.datasets import open_dataset
 from favchat_jax.errors import UserError
 from favchat_jax.models.facexformer import FaceXFormerEncoder
 from favchat_jax.training import assembly, pretraining
-from favchat_jax.training.checkpoint import load_config, load_weights
+from favchat_jax.training.checkpoint import load_config
 from favchat_jax.training.pretraining import encoders, language_model
+from favchat_jax.weights_folder import load_weights
 from tests.conftest import DATA
 
 PARTS = {"llm.path": "mistral", "init.umt": "umt", "init.facexformer": "facexformer"}

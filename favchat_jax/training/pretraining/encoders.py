@@ -25,8 +25,8 @@ from favchat_jax.models.facexformer import FaceXFormerEncoder
 from favchat_jax.models.favchat import PIXEL_MEAN, PIXEL_STD, VISION_LAYERNORM_EPSILON
 from favchat_jax.models.linear import Linear
 from favchat_jax.models.umt import UMT
-from favchat_jax.training.checkpoint import save_weights
 from favchat_jax.training.pretraining.fitting import fit
+from favchat_jax.weights_folder import save_weights
 
 
 class FrameClassifier(nn.Module):

@@ -1,0 +1,215 @@
+"""What PyTorch users load: a run as a folder of published names.
+
+    DIR/config.json, generation_config.json     FaVChat's, for `AutoModelForCausalLM.from_pretrained(DIR, ...)`
+    DIR/*_favchat.py                            the model, for `trust_remote_code=True`
+    DIR/model.safetensors.index.json            where each weight lies: in the next two
+    DIR/llm/                                    the language model with its adapters merged, a Hugging Face folder
+    DIR/visual.safetensors                      all other weights, named as `convert/favchat.py` says
+    DIR/adapter/                                the same adapters for PEFT, on the original language model
+    DIR/prompt_tokenizer/                       of the Q-Formers
+
+Weights go through the tables of this package, tensor by tensor; a shard of the language model is held at a time.
+"""
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from safetensors.numpy import save_file
+from tqdm import tqdm
+
+from favchat_jax.convert import favchat, lora, mistral
+from favchat_jax.convert.files import INDEX, open_tensors, read_json
+from favchat_jax.convert.folder import copy_tokenizer
+from favchat_jax.convert.table import Slot, account, check, finite, slots, write
+from favchat_jax.errors import UserError
+from favchat_jax.models.lora import merge
+from favchat_jax.models.mistral import LoRA
+
+Weights = Mapping[str, Any]
+
+SHARD_BYTES = 5 * 10**9
+VARIANTS = ("v1",)  # that the PyTorch model has
+MODEL_FILES = Path(__file__).parent / "pytorch"
+VISUAL = "visual.safetensors"
+
+
+def write_folder(folder: Path, config: Any, weights: Weights, tokenizer: Any, dtype: str) -> None:
+    """Fills an empty folder with a run.
+
+    Args:
+        folder: where to write.
+        config: the run's config; the language model's base and the tokenizers are read where it says.
+        weights: all weights but the language model's base, by path.
+        tokenizer: the language model's.
+        dtype: of all weights, float32 or bfloat16.
+
+    Raises:
+        UserError: a variant that the PyTorch model has not, or a language model's folder that is not whole.
+    """
+    if config.variant not in VARIANTS:
+        raise UserError(f"variant {config.variant} cannot be exported: the PyTorch model has {', '.join(VARIANTS)}")
+    adapters = {path: leaf for path, leaf in weights.items() if path.endswith(("lora_a", "lora_b"))}
+    visual = {path: leaf for path, leaf in weights.items() if path not in adapters}
+    where = {name: f"llm/{file}" for name, file in _write_llm(folder / "llm", config, adapters, dtype).items()}
+
+    tensors = dict(write(favchat.TABLE, _cast(visual, dtype)))
+    save_file(tensors, folder / VISUAL, metadata={"format": "pt"})
+    where |= {name: VISUAL for name in tensors}
+    if adapters:
+        _write_adapter(folder / "adapter", config, _cast(adapters, dtype))
+
+    copy_tokenizer(config.llm.path, folder / "llm")
+    copy_tokenizer(config.prompt_tokenizer or config.llm.path, folder / "prompt_tokenizer")
+    for file in MODEL_FILES.glob("*_favchat.py"):
+        shutil.copyfile(file, folder / file.name)
+    (folder / "README.md").write_text(_model_card(config, bool(adapters)))
+    generation = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    for place in (folder, folder / "llm"):
+        _write_json(place / "generation_config.json", generation)
+    _write_json(folder / INDEX, {"metadata": {}, "weight_map": where})
+    # Last: it makes the folder an export.
+    _write_json(folder / "config.json", favchat_config(config, _llm_config(config.llm.path), dtype))
+
+
+def is_exported(folder: Path) -> bool:
+    """Whether `write_folder` made this."""
+    try:
+        return read_json(folder / "config.json").get("model_type") == "favchat" and (folder / VISUAL).is_file()
+    except UserError:
+        return False
+
+
+def _write_llm(folder: Path, config: Any, adapters: Weights, dtype: str) -> dict[str, str]:
+    """Writes the language model with its adapters merged; returns the file of each tensor."""
+    folder.mkdir()
+    source, shapes = config.llm.path, mistral.weight_shapes(mistral.read_config(config.llm.path))
+    tensors = open_tensors(source)
+    # Layer by layer, as a copy of a folder is read.
+    wanted = dict(sorted(slots(mistral.TABLE, shapes).items(), key=lambda item: item[1].place))
+    check(mistral.TABLE, account(mistral.TABLE, tensors, shapes), source)
+    shards = _shards(wanted, jnp.dtype(dtype).itemsize)
+    where = {}
+    with tqdm(total=len(wanted), desc="language model", unit="tensor", mininterval=1) as bar:
+        for file, names in shards:
+            shard = {}
+            for name in names:
+                slot = wanted[name]
+                tensor = finite(tensors[name], name, source)
+                weight = _merged(slot.transform.ours(tensor), slot, adapters, config.model.lora.alpha)
+                shard[name] = np.ascontiguousarray(slot.transform.published(weight).astype(jnp.dtype(dtype)))
+                bar.update()
+            save_file(shard, folder / file, metadata={"format": "pt"})
+            where |= dict.fromkeys(names, file)
+    if len(shards) > 1:
+        _write_json(folder / INDEX, {"metadata": {}, "weight_map": where})
+    _write_json(folder / "config.json", {**_llm_config(source), "dtype": dtype})
+    return where
+
+
+def _shards(wanted: Mapping[str, Slot], itemsize: int) -> list[tuple[str, list[str]]]:
+    """File names, and the tensors of each: as many as fit into `SHARD_BYTES`."""
+    shards, room = [], 0
+    for name, slot in wanted.items():
+        size = itemsize * int(np.prod(slot.shape))
+        if size > room or not shards:
+            shards.append([])
+            room = SHARD_BYTES
+        shards[-1].append(name)
+        room -= size
+    if len(shards) == 1:
+        return [("model.safetensors", shards[0])]
+    return [(f"model-{i:05}-of-{len(shards):05}.safetensors", names) for i, names in enumerate(shards, start=1)]
+
+
+def _merged(weight: np.ndarray, slot: Slot, adapters: Weights, alpha: float) -> np.ndarray:
+    """A weight of the language model; with its adapter, if it has one, added in float32."""
+    layer, _, name = slot.path.rpartition("/")
+    if name != "kernel" or f"llm/{layer}/lora_a" not in adapters:
+        return weight
+    pair = {half: np.asarray(adapters[f"llm/{layer}/{half}"])[slot.place] for half in ("lora_a", "lora_b")}
+    return merge({"kernel": weight.astype(np.float32), **pair}, alpha)["kernel"]
+
+
+def _write_adapter(folder: Path, config: Any, adapters: Weights) -> None:
+    folder.mkdir()
+    section = config.model.lora
+    settings = LoRA(section.rank, section.alpha, section.dropout, tuple(section.targets))
+    save_file(dict(write(lora.TABLE, adapters)), folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    _write_json(folder / "adapter_config.json", lora.adapter_config(settings, config.llm.path))
+
+
+def _llm_config(source: str) -> dict[str, Any]:
+    """The language model's own fields, without those that say how its file was written."""
+    written = ("_name_or_path", "torch_dtype", "dtype", "transformers_version")
+    return {name: value for name, value in read_json(Path(source) / "config.json").items() if name not in written}
+
+
+def favchat_config(config: Any, llm: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+    """What the exported config.json says of a run; `llm` are the fields of its language model's."""
+    model = config.model
+    umt = {name: value for name, value in model.umt.items() if name != "depth"}  # of the published model
+    return {
+        **llm,
+        "architectures": ["FaVChatForConditionalGeneration"],
+        "auto_map": {
+            "AutoConfig": "configuration_favchat.FaVChatConfig",
+            "AutoModelForCausalLM": "modeling_favchat.FaVChatForConditionalGeneration",
+        },
+        "model_type": "favchat",
+        "dtype": dtype,
+        "variant": config.variant,
+        "ablation": config.ablation,
+        "frames": model.frames,
+        "image_size": model.image_size,
+        "prompt_length": config.data.prompt_length,
+        "umt": umt,
+        "no_face_taps": list(model.no_face_taps),
+        "facexformer": model.facexformer.to_dict(),
+        "fusion": model.fusion.to_dict(),
+        "qformer": model.qformer.to_dict(),
+        "adapter": model.adapter.to_dict(),
+    }
+
+
+def _cast(weights: Weights, dtype: str) -> dict[str, np.ndarray]:
+    return {path: np.asarray(leaf).astype(jnp.dtype(dtype)) for path, leaf in weights.items()}
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=1))
+
+
+def _model_card(config: Any, adapters: bool) -> str:
+    model, ablation = config.model, "" if config.ablation == "none" else f", ablation {config.ablation}"
+    adapter = "| `adapter/` | the same LoRA for PEFT, on the original language model (not for `llm/`) |\n" * adapters
+    return f"""\
+---
+library_name: transformers
+pipeline_tag: video-text-to-text
+---
+
+# FaVChat {config.variant}, preset {config.preset}, {config.stage}{ablation}
+
+A video language model for fine-grained questions about faces, trained with favchat_jax and exported to PyTorch.
+
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)
+    print(model.answer("clip.mp4", "What color is the hair?"))
+
+`answer` takes the path of a video, or frames (uint8 [{model.frames}, {model.image_size}, {model.image_size}, 3], RGB),
+earlier turns, and what transformers' `generate` takes. It needs torch, transformers 5 and, for video files, PyAV
+(`pip install av`).
+
+| part | what it holds |
+|---|---|
+| `llm/` | the language model with LoRA merged, an ordinary Mistral folder |
+{adapter}| `visual.safetensors` | encoders, fusion, Q-Formers, mixture; published parts under their published names |
+| `prompt_tokenizer/` | the tokenizer of the question that the Q-Formers read |
+| `*_favchat.py` | the model |
+"""

@@ -1,0 +1,156 @@
+"""Files of tensors: safetensors, in one file or in shards with an index, PyTorch's `.pth` and `.pt`, Orbax copies.
+
+Names and shapes come first and each tensor only when it is asked for, so that a file larger than memory can be read.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import json
+import pickle
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from favchat_jax.errors import UserError
+from favchat_jax.weights_folder import load_weights, weight_shapes
+
+INDEX = "model.safetensors.index.json"
+PARTS = "parts"  # of an Orbax copy: one weights folder a layer
+# Under which a checkpoint keeps its state dict beside the optimiser and the like: FaceXFormer's, VideoChat2's.
+STATE_DICTS = ("state_dict_backbone", "model")
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """A tensor in a file: its shape, and its values once `np.asarray` asks for them."""
+
+    shape: tuple[int, ...]
+    read: Callable[[], np.ndarray]
+
+    def __array__(self, dtype=None, copy=None) -> np.ndarray:
+        return self.read().astype(dtype, copy=False) if dtype is not None else self.read()
+
+
+def open_tensors(path: str | Path) -> dict[str, Tensor]:
+    """Name -> tensor of a `.safetensors` file, a folder of them, a `.pth` or `.pt` file, or an Orbax copy.
+
+    Raises:
+        UserError: the path is missing, damaged, of another kind, or a pickle that would run code.
+    """
+    path = Path(path)
+    if (path / PARTS).is_dir():
+        return _parts(path / PARTS)
+    if path.is_dir():
+        return {name: tensor for shard in shards(path) for name, tensor in _safetensors(shard).items()}
+    if not path.is_file():
+        raise UserError(f"{path} is missing: name a file or a folder of weights")
+    if path.suffix == ".safetensors":
+        return _safetensors(path)
+    if path.suffix in (".pth", ".pt"):
+        return _pickled(path)
+    raise UserError(f"{path} is no file of weights: name a folder or a .safetensors, .pth or .pt file")
+
+
+def shards(folder: Path) -> list[Path]:
+    """The files of a folder's weights; raises UserError where one is missing or the index is damaged."""
+    found = [folder / "model.safetensors"]
+    index = folder / INDEX
+    if index.exists():
+        try:
+            found = sorted({folder / name for name in read_json(index)["weight_map"].values()})
+        except (KeyError, AttributeError, TypeError):
+            raise UserError(f"{index} does not map weights to files: fetch the folder again") from None
+    for shard in found:
+        if not shard.is_file():
+            raise UserError(f"{shard} is missing: name a whole folder, or fetch it again")
+    return found
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object; raises UserError for everything else."""
+    try:
+        value = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing: name a whole folder, or fetch it again") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): check that it is a file of a folder") from None
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON ({error}): fetch the folder again") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} is not a JSON object: fetch the folder again")
+    return value
+
+
+def _safetensors(path: Path) -> dict[str, Tensor]:
+    def read(name: str) -> np.ndarray:
+        # Opened each time: pages of a mapped file stay in memory for as long as it is open.
+        with _damage_told(path), safe_open(path, framework="numpy") as file:
+            return file.get_tensor(name)
+
+    with _damage_told(path), safe_open(path, framework="numpy") as file:
+        names = list(file.keys())
+        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in names}
+    return {name: Tensor(shape, lambda name=name: read(name)) for name, shape in shapes.items()}
+
+
+def _parts(folder: Path) -> dict[str, Tensor]:
+    load = functools.lru_cache(maxsize=1)(load_weights)  # tensors are read part by part
+    return {
+        path: Tensor(shape, lambda part=part, path=path: np.asarray(load(part)[path]))
+        for part in sorted(folder.iterdir())
+        for path, shape in weight_shapes(part).items()
+    }
+
+
+@contextlib.contextmanager
+def _damage_told(path: Path):
+    """Turns what safetensors raises into one line that names the file."""
+    try:
+        yield
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is damaged ({error}): fetch it again") from None
+
+
+def _pickled(path: Path) -> dict[str, Tensor]:
+    try:
+        import torch
+    except ImportError:
+        raise UserError(f"{path} needs PyTorch to be read: pip install -r requirements-convert.txt") from None
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except pickle.UnpicklingError as error:
+        if "allowed global" not in str(error):
+            raise UserError(f"{path} is damaged, or no file of PyTorch's: fetch it again") from None
+        raise UserError(
+            f"{path} would run code when read, which is refused: save its tensors alone where you trust it"
+        ) from None
+    except (RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
+        raise UserError(f"{path} is damaged ({_first_line(error)}): fetch it again") from None
+    content = content if isinstance(content, dict) else {}
+    state = next((content[key] for key in STATE_DICTS if isinstance(content.get(key), dict)), content)
+    tensors = {}
+    for name, value in state.items():
+        if not isinstance(value, torch.Tensor):
+            raise UserError(f"{path}: {name} is a {type(value).__name__}, not a tensor: save the state dict alone")
+        tensors[str(name)] = Tensor(tuple(value.shape), lambda value=value: _as_numpy(value))
+    if not tensors:
+        raise UserError(f"{path} holds no state dict: name a checkpoint of weights")
+    return tensors
+
+
+def _as_numpy(tensor) -> np.ndarray:
+    import ml_dtypes
+    import torch
+
+    if tensor.dtype == torch.bfloat16:  # which torch does not hand to NumPy
+        return tensor.detach().contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    return tensor.detach().numpy()
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:160]

@@ -1,0 +1,178 @@
+"""What goes into FaVChat in PyTorch: a video's sampled frames, the conversation's tokens, the Q-Formers' prompt."""
+
+import io
+import os
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+
+try:
+    import av
+    from av.video.reformatter import Interpolation, VideoReformatter
+except ImportError:  # only reading a video needs it
+    av = None
+
+
+def frame_indices(total, frames):
+    """The middle frame of each of `frames` equal intervals of `total`; a shorter video's last one again and again."""
+    taken = min(total, frames)
+    edges = [int(i * (total / taken)) for i in range(taken)] + [total]
+    indices = [(begin + end - 1) // 2 for begin, end in zip(edges[:-1], edges[1:], strict=True)]
+    return indices + indices[-1:] * (frames - taken)
+
+
+def read_frames(video, frames, size):
+    """Sampled frames of a video (path or bytes), upright, RGB, squashed to squares: uint8 [frames, size, size, 3].
+
+    The first pass counts the frames by their packets, the second one decodes up to the last that is wanted. Where one
+    cannot be decoded, that before it stands in.
+
+    Raises:
+        ValueError: the file holds no frame that can be decoded.
+    """
+    if av is None:
+        raise ImportError("reading a video needs PyAV (pip install av); or give the frames themselves")
+    with _open(video) as container:
+        packets = [packet for packet in _packets(container) if packet.size and not packet.is_discard]
+        times = [packet.pts for packet in packets]
+    if not times:
+        raise ValueError(f"{_name(video)} holds no video frames: give a video file")
+    # Packets come in the order of decoding, their times in that of showing; raw streams have none and are counted.
+    numbers = None if None in times else {time: number for number, time in enumerate(sorted(times))}
+    wanted = frame_indices(len(times), frames)
+    found, resize, reformatter = {}, None, VideoReformatter()
+    with _open(video) as container:
+        for count, frame in enumerate(_decoded(container)):
+            number = count if numbers is None else numbers.get(frame.pts)
+            if number in wanted and number not in found:
+                resize = resize or _upright(frame, size, reformatter)
+                found[number] = resize(frame)
+            if len(found) == len(set(wanted)):
+                break
+    if not found:
+        raise ValueError(f"no frame of {_name(video)} can be decoded: the file is damaged")
+    return torch.from_numpy(np.stack([found[_nearest(found, number)] for number in wanted]))
+
+
+def _nearest(found, number):
+    before = [other for other in found if other <= number]
+    return max(before) if before else min(found)
+
+
+def _name(video):
+    return "the video" if isinstance(video, bytes) else os.fspath(video)
+
+
+def _open(video):
+    try:
+        # "file:" keeps a colon in a name from being taken for a protocol, the white list playlists off the network.
+        source = io.BytesIO(video) if isinstance(video, bytes) else f"file:{os.fspath(video)}"
+        return av.open(source, options={"protocol_whitelist": "file"}, metadata_errors="replace")
+    except (av.error.FFmpegError, OSError) as error:
+        raise ValueError(f"{_name(video)} cannot be read as a video ({error.strerror}): give a video file") from error
+
+
+def _packets(container):
+    for stream in container.streams.video:
+        if not stream.disposition & av.stream.Disposition.attached_pic:  # a cover picture is not a video
+            break
+    else:
+        return
+    try:
+        yield from container.demux(stream)
+    except av.error.InvalidDataError:
+        return  # a file cut short: what comes before the cut is still good
+
+
+def _decoded(container):
+    for packet in _packets(container):
+        try:
+            yield from packet.decode()
+        except av.error.InvalidDataError:  # a damaged stretch: the frames around it may still be good
+            continue
+
+
+def _upright(frame, size, reformatter):
+    """A function from a decoded frame to an upright square, for all frames of the clip of `frame`."""
+    matrix = frame.side_data.get("DISPLAYMATRIX")
+    matrix = [1, 0, 0, 0, 1] if matrix is None else np.frombuffer(matrix, np.int32).tolist()
+    x_axis, y_axis = (matrix[0], matrix[1]), (matrix[3], matrix[4])
+    turned = abs(x_axis[1]) > abs(x_axis[0])
+    if turned:
+        x_axis, y_axis = y_axis, x_axis
+    across, down = (-1 if x_axis[0] < 0 else 1), (-1 if y_axis[1] < 0 else 1)
+
+    def resize(frame):
+        # Full chroma resolution keeps small coloured detail.
+        same = (frame.width, frame.height) == (size, size)
+        how = Interpolation.BICUBIC if same else Interpolation.BICUBIC | Interpolation.FULL_CHR_H_INT
+        picture = reformatter.reformat(frame, size, size, "rgb24", interpolation=how, threads=1).to_ndarray()
+        return (picture.swapaxes(0, 1) if turned else picture)[::down, ::across]
+
+    return resize
+
+
+class Prompts:
+    """VideoChat2-Mistral's conversation as tokens, and the question for the Q-Formers.
+
+        <s> [INST] <Video> (visual tokens) </Video> [/INST] [INST] question [/INST] answer </s> [INST] question ...
+
+    Every part is tokenised by itself; visual tokens have the id -1.
+
+    Args:
+        tokenizer: the language model's, a transformers fast tokenizer with bos and eos tokens.
+        prompt_tokenizer: the Q-Formers'.
+        visual_tokens: how many stand for the clip.
+        prompt_length: tokens of the question that a Q-Former reads.
+    """
+
+    def __init__(self, tokenizer, prompt_tokenizer, visual_tokens, prompt_length):
+        self.tokenizer, self.visual_tokens, self.prompt_length = tokenizer, visual_tokens, prompt_length
+        self._engine, self._prompt_engine = _detached(tokenizer), _detached(prompt_tokenizer)
+        # Some tokenizers put the space in front of the first word themselves.
+        first = self._engine.encode("a", add_special_tokens=False).tokens[0]
+        self._space = "" if first[:1] in ("▁", "Ġ") else " "
+        # The template may use the tokenizer's special tokens ([INST] is one in Mistral v0.3), a person's text may not.
+        words = ("[INST]", "[/INST]", "<Video>", "</Video>", "<Image>", "</Image>")
+        self._words = {word: self._ids(word) for word in words}
+        self._engine.encode_special_tokens = self._prompt_engine.encode_special_tokens = True
+        self._start = [] if prompt_tokenizer.cls_token_id is None else [prompt_tokenizer.cls_token_id]
+        self._end = [] if prompt_tokenizer.sep_token_id is None else [prompt_tokenizer.sep_token_id]
+        self._pad = prompt_tokenizer.pad_token_id or 0
+
+    def conversation(self, turns, question, frames):
+        """Token ids [L] up to where the answer begins; a clip of one frame is an `<Image>`."""
+        begin, end, words = "[INST]", "[/INST]", self._words
+        kind = "Image" if frames == 1 else "Video"
+        ids = [self.tokenizer.bos_token_id, *words[begin], *words[f"<{kind}>"], *[-1] * self.visual_tokens]
+        ids += words[f"</{kind}>"] + words[end]
+        for asked, answered in turns:
+            ids += words[begin] + self._ids(asked) + words[end] + self._ids(answered) + [self.tokenizer.eos_token_id]
+        return torch.tensor(ids + words[begin] + self._ids(question) + words[end])
+
+    def for_qformer(self, question):
+        """Token ids [P] of the question, cut on the left, padded on the right, and the mask of those that it has."""
+        room = self.prompt_length - len(self._start) - len(self._end)
+        ids = self._prompt_engine.encode(question.strip(), add_special_tokens=False).ids
+        ids = [*self._start, *ids[max(len(ids) - room, 0) :], *self._end]
+        padded = torch.tensor(ids + [self._pad] * (self.prompt_length - len(ids)))
+        return padded, torch.arange(self.prompt_length) < len(ids)
+
+    def text(self, tokens):
+        """What written tokens say, up to the first `</s>`."""
+        tokens = tokens.tolist()
+        if self.tokenizer.eos_token_id in tokens:
+            tokens = tokens[: tokens.index(self.tokenizer.eos_token_id)]
+        return self.tokenizer.decode(tokens, skip_special_tokens=True).strip()
+
+    def _ids(self, text):
+        return self._engine.encode(self._space + text.strip(), add_special_tokens=False).ids
+
+
+def _detached(tokenizer):
+    """A copy of the tokenizer's engine, whose settings nobody else changes."""
+    copy = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    copy.no_truncation()
+    copy.no_padding()
+    return copy

@@ -1,0 +1,174 @@
+"""FaVChat in PyTorch, the whole way from a clip and a question to an answer.
+
+    frames --> UMT --------------------------> e_g --> general Q-Former --> linear --+
+          |                                     |                                     +--> mixture --> Mistral
+          +--> FaceXFormer --> e_1..e_N --> fusion --> facial Q-Former --> linear ----+
+
+Modules bear the names of the published weights, and the language model is transformers' Mistral itself, so that the
+state dict is the union of the exported `llm/` and `visual.safetensors`.
+"""
+
+import os
+
+import torch
+from torch import nn
+from transformers import MistralForCausalLM, PreTrainedTokenizerFast
+
+from .configuration_favchat import FaVChatConfig
+from .encoders_favchat import UMT, FaceXFormerEncoder, ProjectedMaps
+from .inputs_favchat import Prompts, read_frames
+from .qformer_favchat import GatedMixture, GranularityFusion, QFormer, ScalarMixture, add_positions
+
+# Published normalisation of both encoders' input (ImageNet's).
+PIXEL_MEAN = (0.485, 0.456, 0.406)
+PIXEL_STD = (0.229, 0.224, 0.225)
+
+
+class FaVChatForConditionalGeneration(MistralForCausalLM):
+    """Mistral that sees: what it is given of a clip stands where `input_ids` are negative.
+
+    Encoders and fusion run once a clip; rows n*Q .. n*Q + Q - 1 of `input_ids` and `prompt_ids` are Q questions about
+    clip n.
+    """
+
+    config_class = FaVChatConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        if config.variant != "v1":
+            raise ValueError(f"variant={config.variant} is unknown: v1 is the only one")
+        width, hidden = config.umt["width"], config.hidden_size
+        face, taps = config.facexformer, []
+        widths = [face["width"] * 2**i for i in range(len(face["depths"]))]
+        if config.ablation == "no_face":
+            taps = config.no_face_taps
+            widths = [width] * len(taps)
+        else:
+            self.backbone = FaceXFormerEncoder(**face)
+        self.vision_encoder = nn.ModuleDict({"encoder": UMT(**config.umt, taps=taps)})
+        self.vision_layernorm = nn.LayerNorm(width, eps=1e-12)
+        if config.ablation == "no_granularity":  # FaceXFormer's own fusion stands in
+            self.linear_c = ProjectedMaps(widths)
+            self.linear_fuse = nn.Conv2d(256 * len(widths), 256, kernel_size=1, bias=False)
+            self.fuse_proj = nn.Linear(256, width)
+        else:
+            self.fusion = GranularityFusion(widths, width, **config.fusion)
+        for stream in ("general", "facial"):
+            self._add_stream(stream, config.qformer, width)
+        self.adapter = ScalarMixture() if config.ablation == "no_moe" else GatedMixture(hidden, **config.adapter)
+        self.post_init()
+
+    def _add_stream(self, stream, sizes, visual_width):
+        for name, count in (("query_tokens", sizes["queries"]), ("extra_query_tokens", sizes["extra_queries"])):
+            if count:
+                self.register_parameter(f"{stream}_{name}", nn.Parameter(torch.zeros(1, count, sizes["width"])))
+        self.add_module(f"{stream}_qformer", QFormer(sizes, visual_width))
+        self.add_module(f"{stream}_mistral_proj", nn.Linear(sizes["width"], self.config.hidden_size))
+
+    def encode(self, frames):
+        """Both encoders and the fusion: uint8 frames [B, T, H, W, 3] to general and facial tokens [B, S or F, D]."""
+        batch, time = frames.shape[:2]
+        mean, std = (torch.tensor(channels, device=frames.device) for channels in (PIXEL_MEAN, PIXEL_STD))
+        x = ((frames.float() / 255 - mean) / std).to(self.vision_layernorm.weight.dtype)
+        general, blocks = self.vision_encoder["encoder"](x)
+        general = self.vision_layernorm(general)
+        if self.config.ablation == "no_face":
+            granularities = [block.unflatten(1, (time, -1)) for block in blocks]
+        else:
+            maps = self.backbone(x.flatten(0, 1))
+            granularities = [m.flatten(1, 2).unflatten(0, (batch, time)) for m in maps]
+        if self.config.ablation == "no_granularity":
+            facial = self.fuse_proj(self.linear_fuse(self.linear_c(maps)).permute(0, 2, 3, 1))
+            facial = facial.flatten(1, 2).unflatten(0, (batch, time))
+        else:
+            facial = self.fusion(general.unflatten(1, (time, -1)), granularities)
+        return general, add_positions(facial)
+
+    def visual_tokens(self, features, prompt_ids, prompt_mask):
+        """What the language model sees for each question [B*Q, N, D], and each stream's weight in it [B*Q, N, 2]."""
+        general, facial = features
+        general = self._read("general", general, prompt_ids, prompt_mask)
+        return self.adapter(general, self._read("facial", facial, prompt_ids, prompt_mask))
+
+    def _read(self, stream, visual, prompt_ids, prompt_mask):
+        queries = [getattr(self, f"{stream}_{name}", None) for name in ("query_tokens", "extra_query_tokens")]
+        queries = torch.cat([tokens[0] for tokens in queries if tokens is not None])
+        tokens = getattr(self, f"{stream}_qformer")(queries, visual, prompt_ids, prompt_mask.bool())
+        return getattr(self, f"{stream}_mistral_proj")(tokens)
+
+    def embed(self, input_ids, visual):
+        """Embedded sequences [B*Q, L, D]; the n-th negative id of a sequence is its n-th visual token."""
+        placeholder = input_ids < 0
+        nth = (placeholder.cumsum(-1) - 1).clamp(0, visual.shape[1] - 1)
+        placed = visual.gather(1, nth[..., None].expand(-1, -1, visual.shape[-1]))
+        words = self.get_input_embeddings()(input_ids.clamp(min=0))
+        return torch.where(placeholder[..., None], placed.to(words.dtype), words)
+
+    def forward(self, input_ids=None, *, frames=None, prompt_ids=None, prompt_mask=None, inputs_embeds=None, **kwargs):
+        """As `MistralForCausalLM.forward`, and with `frames` about clips.
+
+        Args:
+            input_ids: [B*Q, L], negative where visual tokens stand.
+            frames: [B, T, H, W, 3] uint8, RGB.
+            prompt_ids: [B*Q, P], the question for the Q-Formers, padded on the right.
+            prompt_mask: [B*Q, P], True at word pieces.
+            inputs_embeds: instead of `input_ids`.
+            kwargs: Mistral's: attention_mask, labels, past_key_values, ...
+        """
+        if frames is not None:
+            visual, _ = self.visual_tokens(self.encode(frames), prompt_ids, prompt_mask)
+            input_ids, inputs_embeds = None, self.embed(input_ids, visual)
+        return super().forward(input_ids=input_ids, inputs_embeds=inputs_embeds, **kwargs)
+
+    @torch.no_grad()
+    def generate(self, inputs=None, *, frames=None, prompt_ids=None, prompt_mask=None, **kwargs):
+        """transformers' `generate`, and with `frames` about clips (see `forward`): the new tokens alone [B*Q, n].
+
+        Sequences of different lengths are padded on the left, with an `attention_mask`.
+        """
+        if frames is None:
+            return super().generate(inputs, **kwargs)
+        input_ids = kwargs.pop("input_ids", inputs)
+        visual, _ = self.visual_tokens(self.encode(frames), prompt_ids, prompt_mask)
+        return super().generate(inputs_embeds=self.embed(input_ids, visual), **kwargs)
+
+    @property
+    def prompts(self):
+        """The two tokenizers' work; read from the folder that the model came from, when first asked for."""
+        if "_prompts" not in self.__dict__:
+            folder = self.config.name_or_path
+            sizes = self.config.qformer
+            self._prompts = Prompts(
+                PreTrainedTokenizerFast.from_pretrained(folder, subfolder="llm"),
+                PreTrainedTokenizerFast.from_pretrained(folder, subfolder="prompt_tokenizer"),
+                visual_tokens=sizes["queries"] + sizes["extra_queries"],
+                prompt_length=self.config.prompt_length,
+            )
+        return self._prompts
+
+    def answer(self, video, question, turns=(), max_new_tokens=64, **kwargs):
+        """The answer to a question about a video, as a text.
+
+        Args:
+            video: path of a video file, its bytes, or an array of frames [T, H, W, 3] uint8, RGB.
+            question: what is asked.
+            turns: (question, answer) pairs that came before.
+            max_new_tokens: an answer ends here at the latest.
+            kwargs: transformers' for `generate`; greedy without any.
+        """
+        if not question.strip():
+            raise ValueError("the question is empty: ask something")
+        if isinstance(video, (str, bytes, os.PathLike)):
+            video = read_frames(video, self.config.frames, self.config.image_size)
+        frames = torch.as_tensor(video)
+        tokens = self.prompts.conversation(turns, question, len(frames))
+        prompt_ids, prompt_mask = self.prompts.for_qformer(question)
+        written = self.generate(
+            tokens[None].to(self.device),
+            frames=frames[None].to(self.device),
+            prompt_ids=prompt_ids[None].to(self.device),
+            prompt_mask=prompt_mask[None].to(self.device),
+            max_new_tokens=max_new_tokens,
+            **{"do_sample": False, **kwargs},
+        )
+        return self.prompts.text(written[0])

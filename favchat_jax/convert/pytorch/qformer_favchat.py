@@ -1,0 +1,194 @@
+"""What reads the encoders' tokens, in PyTorch: granularity fusion (Eq. 2), the Q-Former and the mixtures (Eq. 3)."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .encoders_favchat import attention, sinusoid_table
+
+
+class CrossAttentionStep(nn.Module):
+    """One line of Eq. 2: facial features [B, L, D] query the fused features so far [B, S, d].
+
+    With `residual` a pre-norm block that adds its projected query stream; without, the equation as printed.
+    """
+
+    def __init__(self, facial_width, width, heads, residual):
+        super().__init__()
+        self.heads, self.residual = heads, residual
+        self.query = nn.Linear(facial_width, width)
+        self.key = nn.Linear(width, width)
+        self.value = nn.Linear(width, width)
+        if residual:
+            self.query_norm = nn.LayerNorm(facial_width, eps=1e-6)
+            self.value_norm = nn.LayerNorm(width, eps=1e-6)
+            self.out = nn.Linear(width, width)
+            self.skip = nn.Linear(facial_width, width)
+
+    def forward(self, facial, fused):
+        if self.residual:
+            facial, fused = self.query_norm(facial), self.value_norm(fused)
+        attended = attention(self.query(facial), self.key(fused), self.value(fused), self.heads)
+        return self.skip(facial) + self.out(attended) if self.residual else attended
+
+
+class GranularityFusion(nn.Module):
+    """Eq. 2 over all granularities, frame by frame: e_g [B, T, S, d] and e_i [B, T, L_i, D_i] to [B, T, L_N, d]."""
+
+    def __init__(self, facial_widths, width, heads, residual):
+        super().__init__()
+        for i, facial_width in enumerate(facial_widths, start=1):
+            self.add_module(f"step_{i}", CrossAttentionStep(facial_width, width, heads, residual))
+
+    def forward(self, general, granularities):
+        fused = general.flatten(0, 1)
+        for step, facial in zip(self.children(), granularities, strict=True):
+            fused = step(facial.flatten(0, 1), fused)
+        return fused.unflatten(0, general.shape[:2])
+
+
+def add_positions(tokens):
+    """[B, T, L, D] to [B, T*L, D]: adds a sinusoid of the frame's number to one half of the channels, one of the place
+    within the frame to the other."""
+    _, frames, places, width = tokens.shape
+    time = sinusoid_table(frames, width // 2)[:, None].expand(frames, places, -1)
+    place = sinusoid_table(places, width - width // 2).expand(frames, places, -1)
+    return (tokens + torch.cat([time, place], dim=-1).to(tokens)).flatten(1, 2)
+
+
+class Residual(nn.Module):
+    """The end of a post-norm branch: linear, dropout, addition and norm."""
+
+    def __init__(self, hidden, width, dropout):
+        super().__init__()
+        self.dense = nn.Linear(hidden, width)
+        self.LayerNorm = nn.LayerNorm(width, eps=1e-12)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, branch, trunk):
+        return self.LayerNorm(self.dropout(self.dense(branch)) + trunk)
+
+
+class QFormerAttention(nn.Module):
+    """Self-attention within each question's tokens, or cross-attention to `context`; without dropout of its weights."""
+
+    def __init__(self, width, context_width, heads, dropout):
+        super().__init__()
+        self.heads = heads
+        self.self = nn.ModuleDict(
+            {
+                "query": nn.Linear(width, width),
+                "key": nn.Linear(context_width, width),
+                "value": nn.Linear(context_width, width),
+            }
+        )
+        self.output = Residual(width, width, dropout)
+
+    def forward(self, tokens, context, mask=None):
+        query, key, value = self.self["query"](tokens), self.self["key"](context), self.self["value"](context)
+        return self.output(attention(query, key, value, self.heads, mask), tokens)
+
+
+class QFormerLayer(nn.Module):
+    """Shared self-attention, cross-attention of the queries, one MLP for queries and one for the prompt."""
+
+    def __init__(self, sizes, visual_width, cross):
+        super().__init__()
+        width, heads, mlp, dropout = (sizes[name] for name in ("width", "heads", "mlp", "dropout"))
+        self.attention = QFormerAttention(width, width, heads, dropout)
+        if cross:
+            self.crossattention = QFormerAttention(width, visual_width, heads, dropout)
+        self.intermediate_query = nn.ModuleDict({"dense": nn.Linear(width, mlp)})
+        self.output_query = Residual(mlp, width, dropout)
+        if sizes["prompt"]:
+            self.intermediate = nn.ModuleDict({"dense": nn.Linear(width, mlp)})
+            self.output = Residual(mlp, width, dropout)
+
+    def forward(self, tokens, count, visual, mask):
+        """`tokens` [B*Q, N+P, D] are `count` = N queries and the prompt; `visual` [B, S, E] are their clips' tokens."""
+        tokens = self.attention(tokens, tokens, mask)
+        queries, text = tokens[:, :count], tokens[:, count:]
+        if hasattr(self, "crossattention"):
+            # All questions of a clip read it in one attention, so that its keys and values exist once.
+            folded = queries.reshape(len(visual), -1, queries.shape[-1])
+            queries = self.crossattention(folded, visual).view_as(queries)
+        queries = self.output_query(F.gelu(self.intermediate_query["dense"](queries)), queries)
+        if text.shape[1]:
+            text = self.output(F.gelu(self.intermediate["dense"](text)), text)
+        return torch.cat([queries, text], dim=1)
+
+
+class QFormer(nn.Module):
+    """BLIP-2's BERT as VideoChat2 runs it; its learned queries belong to the caller."""
+
+    def __init__(self, sizes, visual_width):
+        super().__init__()
+        width = sizes["width"]
+        embeddings = {"LayerNorm": nn.LayerNorm(width, eps=1e-12)}
+        if sizes["prompt"]:
+            embeddings["word_embeddings"] = nn.Embedding(sizes["vocabulary"], width)
+            embeddings["position_embeddings"] = nn.Embedding(512, width)
+        layers = nn.ModuleList(QFormerLayer(sizes, visual_width, i % 2 == 0) for i in range(sizes["depth"]))
+        self.bert = nn.ModuleDict(
+            {"embeddings": nn.ModuleDict(embeddings), "encoder": nn.ModuleDict({"layer": layers})}
+        )
+        self.dropout = nn.Dropout(sizes["dropout"])
+        self.prompt = sizes["prompt"]
+
+    def forward(self, queries, visual, prompt_ids, prompt_mask):
+        """Reads clips with Q questions each.
+
+        Args:
+            queries: [N, D], the learned ones.
+            visual: [B, S, E] tokens of each clip.
+            prompt_ids: [B*Q, P] word pieces of each question, padded on the right.
+            prompt_mask: [B*Q, P], True at word pieces.
+
+        Returns:
+            [B*Q, N, D], what the queries have become.
+        """
+        embeddings, count, questions = self.bert["embeddings"], len(queries), len(prompt_ids)
+        tokens, mask = queries.expand(questions, -1, -1), None
+        if self.prompt:
+            places = torch.arange(prompt_ids.shape[1], device=prompt_ids.device)
+            text = embeddings["word_embeddings"](prompt_ids) + embeddings["position_embeddings"](places)
+            tokens = torch.cat([tokens, text], dim=1)
+            mask = torch.cat([prompt_mask.new_ones(questions, count), prompt_mask], dim=1)[:, None, None]
+        tokens = self.dropout(embeddings["LayerNorm"](tokens))
+        for layer in self.bert["encoder"]["layer"]:
+            tokens = layer(tokens, count, visual, mask)
+        return tokens[:, :count]
+
+
+class GatedMixture(nn.Module):
+    """Eq. 3: each visual token is a weighted sum of two experts, one a stream; the gate that weighs them sees both."""
+
+    def __init__(self, width, hidden):
+        super().__init__()
+        self.gate_in, self.gate_out = nn.Linear(2 * width, hidden), nn.Linear(hidden, 2)
+        for stream in ("general", "facial"):
+            self.add_module(f"{stream}_norm", nn.LayerNorm(width, eps=1e-6))
+            self.add_module(f"{stream}_in", nn.Linear(width, hidden))
+            self.add_module(f"{stream}_out", nn.Linear(hidden, width))
+
+    def forward(self, general, facial):
+        """[..., N, D] of each stream to the mixed tokens and the two streams' weights [..., N, 2]."""
+        general_normed, facial_normed = self.general_norm(general), self.facial_norm(facial)
+        gate = F.gelu(self.gate_in(torch.cat([general_normed, facial_normed], dim=-1)), approximate="tanh")
+        weights = self.gate_out(gate).float().softmax(-1)
+        general = general + self.general_out(F.gelu(self.general_in(general_normed), approximate="tanh"))
+        facial = facial + self.facial_out(F.gelu(self.facial_in(facial_normed), approximate="tanh"))
+        shares = weights.to(general.dtype)
+        return shares[..., :1] * general + shares[..., 1:] * facial, weights
+
+
+class ScalarMixture(nn.Module):
+    """Ablation `no_moe`: a plain sum of the two streams, weighed by two learned scalars."""
+
+    def __init__(self):
+        super().__init__()
+        self.weights = nn.Parameter(torch.full((2,), 0.5))
+
+    def forward(self, general, facial):
+        mixed = self.weights[0] * general + self.weights[1] * facial
+        return mixed, self.weights.expand(*general.shape[:-1], 2)

@@ -1,0 +1,283 @@
+"""Tables of weights: a published name, its path here and what lies between them, read in both directions.
+
+A name is a pattern with fields, as in `model.layers.{i}.mlp.up_proj.weight`. A field that the path lacks is an axis
+along which this project stacks (its layers are scanned): `layers/mlp/up_proj/kernel` holds all of them. Stacking and
+taking apart happen in `convert/` and nowhere else.
+"""
+
+import dataclasses
+import itertools
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+from einops import rearrange
+
+from favchat_jax.errors import UserError
+
+Shape = tuple[int, ...]
+Array = np.ndarray
+COLOURS = 3
+STRIP = 16  # columns that are transposed at a time
+
+
+@dataclasses.dataclass(frozen=True)
+class Transform:
+    """A change of layout and its inverse; both keep every bit of every value."""
+
+    ours: Callable[[Array], Array]
+    published: Callable[[Array], Array]
+
+
+def _patch_kernel(time: str) -> Transform:
+    """A convolution [out, colour, row, column] over whole patches as a matrix [row column colour, out], and back."""
+    published = f"out colour {time}row column"
+
+    def unfold(kernel: Array) -> Array:
+        side = round((kernel.shape[0] / COLOURS) ** 0.5)
+        return rearrange(kernel, f"(row column colour) out -> {published}", row=side, colour=COLOURS)
+
+    return Transform(lambda kernel: rearrange(kernel, f"{published} -> (row column colour) out"), unfold)
+
+
+TRANSFORMS = {
+    "same": Transform(lambda x: x, lambda x: x),
+    "transposed": Transform(lambda x: x.T, lambda x: x.T),  # torch keeps a linear layer as [out, in]
+    "patches": _patch_kernel(""),  # Conv2d
+    "frame patches": _patch_kernel("1 "),  # Conv3d over single frames
+    "pointwise": Transform(lambda x: x[:, :, 0, 0].T, lambda x: x.T[:, :, None, None]),  # 1x1 Conv2d
+    "leading axis": Transform(lambda x: x[0], lambda x: x[None]),  # a batch of one
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One line of a table: published name, path here, name of the transform."""
+
+    published: str
+    path: str
+    transform: str = "same"
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """What a source holds.
+
+    Attributes:
+        holds: what its weights are called in messages: "Mistral".
+        rows: each weight once.
+        ignored: (pattern of published names, why they are not needed).
+        optional: (pattern of paths, why a source may lack them); all weights of a pattern are there, or none.
+        mend: what to check where a shape is not as expected.
+    """
+
+    holds: str
+    rows: tuple[Row, ...]
+    ignored: tuple[tuple[str, str], ...] = ()
+    optional: tuple[tuple[str, str], ...] = ()
+    mend: str = "it is of another size, or of another kind"
+
+
+@dataclasses.dataclass(frozen=True)
+class Slot:
+    """Where a published tensor goes: a path, a place along its stacked axes, and the shape that it is published in."""
+
+    path: str
+    place: tuple[int, ...]
+    transform: Transform
+    shape: Shape
+
+
+@dataclasses.dataclass(frozen=True)
+class Account:
+    """Every key of a source and every weight that is wanted of it, each under one heading.
+
+    Attributes:
+        used: published name -> where it goes.
+        ignored: published name -> why it is not needed.
+        absent: published name -> why the source may lack it.
+        missing: published names that the source should have.
+        unknown: names of the source that no row and no reason covers.
+        misshapen: published name -> (expected shape, found shape).
+    """
+
+    used: dict[str, Slot]
+    ignored: dict[str, str]
+    absent: dict[str, str]
+    missing: list[str]
+    unknown: list[str]
+    misshapen: dict[str, tuple[Shape, Shape]]
+
+
+def linear(published: str, path: str, bias: bool = True) -> tuple[Row, ...]:
+    """The rows of a linear layer."""
+    rows = Row(f"{published}.weight", f"{path}/kernel", "transposed"), Row(f"{published}.bias", f"{path}/bias")
+    return rows if bias else rows[:1]
+
+
+def norm(published: str, path: str) -> tuple[Row, ...]:
+    """The rows of a layer norm."""
+    return Row(f"{published}.weight", f"{path}/scale"), Row(f"{published}.bias", f"{path}/bias")
+
+
+def prefixed(rows: Iterable[Row], *, published: str = "", path: str = "") -> tuple[Row, ...]:
+    """The rows with something before every published name and every path."""
+    return tuple(Row(published + row.published, path + row.path, row.transform) for row in rows)
+
+
+def slots(table: Table, shapes: Mapping[str, Shape]) -> dict[str, Slot]:
+    """Published name -> slot of all weights in `shapes`.
+
+    Raises:
+        ValueError: a path that no row has.
+    """
+    patterns = [(_pattern(row.path), row) for row in table.rows]
+    found = {}
+    for path, shape in shapes.items():
+        matches = [(match, row) for pattern, row in patterns if (match := pattern.fullmatch(path))]
+        if len(matches) != 1:
+            raise ValueError(f"{path} has {len(matches)} rows in the table of {table.holds}, not one")
+        (match, row), bound = matches[0], matches[0][0].groupdict()
+        stacked = [field for field in re.findall(r"{(\w+)}", row.published) if field not in bound]
+        transform = TRANSFORMS[row.transform]
+        published = transform.published(np.broadcast_to(np.float32(0), shape[len(stacked) :])).shape
+        for place in itertools.product(*map(range, shape[: len(stacked)])):
+            fields = {**bound, **dict(zip(stacked, place, strict=True))}
+            found[row.published.format(**fields)] = Slot(path, place, transform, published)
+    return found
+
+
+def account(table: Table, tensors: Mapping[str, Any], shapes: Mapping[str, Shape]) -> Account:
+    """Sorts every key of `tensors` and every weight of `shapes` under a heading; reads shapes alone."""
+    wanted = slots(table, shapes)
+    used, ignored, unknown, misshapen = {}, {}, [], {}
+    for name, tensor in tensors.items():
+        if name not in wanted:
+            reason = _reason(table.ignored, name)
+            ignored.update({name: reason} if reason else {})
+            unknown += [] if reason else [name]
+        elif tuple(tensor.shape) != wanted[name].shape:
+            misshapen[name] = wanted[name].shape, tuple(tensor.shape)
+        else:
+            used[name] = wanted[name]
+    lacking = [name for name in wanted if name not in tensors]
+    begun = {_reason(table.optional, wanted[name].path) for name in used}  # a part of which something is there
+    reasons = {name: _reason(table.optional, wanted[name].path) for name in lacking}
+    absent = {name: reason for name, reason in reasons.items() if reason and reason not in begun}
+    missing = [name for name in lacking if name not in absent]
+    return Account(used, ignored, absent, missing, unknown, misshapen)
+
+
+def check(table: Table, found: Account, source: object) -> None:
+    """Raises UserError where a key is unknown or missing, or a shape is not as expected."""
+    if not found.used and not found.misshapen:
+        first = next(iter((*found.unknown, *found.ignored)), "nothing")
+        raise UserError(f"{source} holds no weight of {table.holds} (its first is {first}): check the kind of the file")
+    if found.unknown:
+        raise UserError(f"{source}: {found.unknown[0]} is not a weight of {table.holds}{_others(found.unknown)}")
+    if found.misshapen:
+        name, (expected, shape) = next(iter(found.misshapen.items()))
+        others = _others(found.misshapen)
+        raise UserError(f"{source}: {name} has shape {shape}, expected {expected}{others}: {table.mend}")
+    if found.missing:
+        missing = sorted(found.missing)
+        raise UserError(f"{source} lacks {missing[0]}{_others(missing)}: fetch it again")
+
+
+def read(
+    table: Table,
+    tensors: Iterable[tuple[str, Any]],
+    shapes: Mapping[str, Shape],
+    source: object,
+    dtype=np.float32,
+    progress: Callable[[Iterable], Iterable] = iter,
+) -> dict[str, Array]:
+    """The weights of `shapes` from published tensors, one tensor at a time into arrays made beforehand.
+
+    Args:
+        table: names and transforms.
+        tensors: published names and arrays, or what has a `shape` and turns into one (`files.open_tensors` reads it
+            only then).
+        shapes: path -> shape of every weight that is wanted, layers stacked where the paths say so.
+        source: what messages name.
+        dtype: of the result, whatever the source's.
+        progress: wraps the tensors as they are read, for example `tqdm`.
+
+    Returns:
+        Path -> array; without the optional weights that the source lacks.
+
+    Raises:
+        UserError: a key is unknown or missing, a shape is not as expected, or a weight is NaN or infinite.
+    """
+    tensors = dict(tensors)
+    found = account(table, tensors, shapes)
+    check(table, found, source)
+    weights: dict[str, Array] = {}
+    for name, slot in progress(found.used.items()):
+        tensor = finite(tensors[name], name, source)
+        if slot.path not in weights:
+            weights[slot.path] = np.empty(shapes[slot.path], dtype)
+        _copy(weights[slot.path][(*slot.place, ...)], slot.transform.ours(tensor))
+    return weights
+
+
+def write(table: Table, weights: Mapping[str, Any]) -> Iterator[tuple[str, Array]]:
+    """Published names and tensors of a flat dictionary of weights; the inverse of `read`, bit for bit.
+
+    Raises:
+        ValueError: a weight that the table has no row for.
+    """
+    wanted = slots(table, {path: tuple(leaf.shape) for path, leaf in weights.items()})
+    for path, group in itertools.groupby(wanted.items(), lambda item: item[1].path):
+        leaf = np.asarray(weights[path])
+        for name, slot in group:
+            published = slot.transform.published(leaf[slot.place])
+            tensor = np.empty(published.shape, published.dtype)
+            _copy(tensor, published)
+            yield name, tensor
+
+
+def finite(tensor: Any, name: str, source: object) -> Array:
+    """The tensor as an array; raises UserError where one of its values is NaN or infinite."""
+    array = np.asarray(tensor)
+    if not is_finite(array):
+        raise UserError(f"{source}: {name} holds NaN or infinity: fetch it again")
+    return array
+
+
+def is_finite(tensor: Array) -> bool:
+    """Whether no value is NaN or infinite.
+
+    Told from the bits: of either sign, infinity is the smallest of the patterns that are no number, and the largest
+    of the finite ones lies below it. Two maxima need no memory and are several times as fast as `np.isfinite`.
+    """
+    if not tensor.size or not np.issubdtype(tensor.dtype, np.inexact) and tensor.dtype.kind != "V":
+        return True
+    bits = np.ascontiguousarray(tensor)
+    for sign, kind in ((1, "i"), (-1, "u")):
+        integer = np.dtype(f"{kind}{tensor.itemsize}")
+        if bits.view(integer).max() >= np.array(sign * np.inf, tensor.dtype).view(integer):
+            return False
+    return True
+
+
+def _copy(target: Array, source: Array) -> None:
+    """target[...] = source; of a transposed matrix, in strips that fit into the cache, several times as fast."""
+    if source.ndim == 2 and source.flags.f_contiguous:
+        for start in range(0, source.shape[1], STRIP):
+            target[:, start : start + STRIP] = source[:, start : start + STRIP]
+    else:
+        target[...] = source
+
+
+def _pattern(template: str) -> re.Pattern:
+    return re.compile(re.sub(r"\\{(\w+)\\}", r"(?P<\1>\\d+)", re.escape(template)))
+
+
+def _reason(reasons: Iterable[tuple[str, str]], name: str) -> str | None:
+    return next((reason for pattern, reason in reasons if re.fullmatch(pattern, name)), None)
+
+
+def _others(names) -> str:
+    return f" and {len(names) - 1} more weights" if len(names) > 1 else ""

@@ -1,0 +1,120 @@
+"""A folder that holds part of a model for good: a converted encoder, a run's frozen weights.
+
+    DIR/weights/ (Orbax)   DIR/leaves.json (shape, dtype, checksum of each leaf)   DIR/config.json
+
+Orbax restores flipped bits without an error, hence the checksums.
+"""
+
+import contextlib
+import json
+import shutil
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from favchat_jax.errors import UserError
+
+Weights = Mapping[str, jax.Array]
+
+
+class DamagedError(Exception):
+    """A checkpoint that does not read back as it was written."""
+
+
+def describe_leaves(tree: Any) -> dict[str, dict]:
+    """Path -> shape, dtype and CRC-32 of each leaf's bytes."""
+    leaves = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        array = np.ascontiguousarray(leaf)
+        crc = zlib.crc32(array.reshape(-1).view(np.uint8))
+        leaves[jax.tree_util.keystr(path)] = {"shape": list(array.shape), "dtype": str(array.dtype), "crc32": crc}
+    return leaves
+
+
+def check_leaves(tree: Any, leaves: Mapping[str, dict]) -> None:
+    """Raises DamagedError where a leaf of `tree` is not what `leaves` says was written."""
+    found = describe_leaves(tree)
+    wrong = [path for path in sorted(found.keys() | leaves.keys()) if found.get(path) != leaves.get(path)]
+    if wrong:
+        raise DamagedError(f"{len(wrong)} of {len(leaves)} arrays changed since they were written, first {wrong[0]}")
+
+
+def save_weights(folder: str | Path, weights: Weights, config: Mapping[str, Any]) -> None:
+    """Writes a weights folder, beside its place first, so that a folder that is there is whole."""
+    folder = Path(folder).absolute()
+    draft = folder.with_name(folder.name + ".draft")
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir(parents=True)
+    tree = unflatten_dict(dict(weights), sep="/")
+    # Uncompressed: random bits hardly shrink, and trying takes twice the time.
+    handler = ocp.PyTreeCheckpointHandler(use_compression=False)
+    try:
+        with full_disk_told(folder), contextlib.closing(ocp.Checkpointer(handler)) as checkpointer:
+            checkpointer.save(draft / "weights", args=ocp.args.PyTreeSave(tree))
+            (draft / "leaves.json").write_text(json.dumps(describe_leaves(dict(weights)), indent=1))
+            (draft / "config.json").write_text(json.dumps(dict(config), indent=1))
+            shutil.rmtree(folder, ignore_errors=True)
+            draft.rename(folder)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def weight_shapes(folder: str | Path) -> dict[str, tuple[int, ...]]:
+    """Path -> shape of what a weights folder holds; raises UserError where it is missing or damaged."""
+    return {path[2:-2]: tuple(leaf["shape"]) for path, leaf in _leaves(Path(folder)).items()}
+
+
+def load_weights(folder: str | Path) -> dict[str, jax.Array]:
+    """Reads a weights folder as a flat dictionary; raises UserError where it is missing or damaged."""
+    folder = Path(folder).absolute()
+    leaves = _leaves(folder)
+    try:
+        with contextlib.closing(ocp.StandardCheckpointer()) as checkpointer:
+            tree = checkpointer.restore(folder / "weights", abstract(leaves))
+        weights = flatten_dict(tree, sep="/")
+        check_leaves(weights, leaves)
+    except Exception as error:  # Orbax raises many kinds for a damaged file, none of them its own.
+        raise UserError(f"{folder} is damaged ({one_line(error)}): make or copy it again") from None
+    return weights
+
+
+def _leaves(folder: Path) -> dict[str, dict]:
+    try:
+        return json.loads((folder / "leaves.json").read_text())
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(
+            f"{folder} is not a weights folder: make it with tools.convert_weights, or name another"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder} is damaged ({one_line(error)}): make or copy it again") from None
+
+
+def abstract(leaves: Mapping[str, dict]) -> dict:
+    """The nested tree of shapes that Orbax restores into; keys of `leaves` read like ['umt/norm/scale']."""
+    flat = {path[2:-2]: jax.ShapeDtypeStruct(leaf["shape"], leaf["dtype"]) for path, leaf in leaves.items()}
+    return unflatten_dict(flat, sep="/")
+
+
+@contextlib.contextmanager
+def full_disk_told(folder: Path):
+    """Turns the many ways in which a write fails into one line."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(
+            f"could not write {folder} ({one_line(error)}): free disk space, then run the same command again"
+        ) from None
+
+
+def one_line(error: Exception) -> str:
+    """What an error says, in one line of bearable length."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) < 160 else text[:157] + "..."

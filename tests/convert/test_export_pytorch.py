@@ -1,0 +1,254 @@
+"""The folder that PyTorch users load: whole, loadable without this package, and bit for bit what was trained."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import peft
+import pytest
+import torch
+from safetensors import safe_open
+from transformers import MistralForCausalLM
+
+from favchat_jax.chat import ask
+from favchat_jax.convert import exported, favchat, lora, mistral
+from favchat_jax.convert.files import INDEX, open_tensors
+from favchat_jax.convert.pytorch.modeling_favchat import FaVChatForConditionalGeneration
+from favchat_jax.convert.table import Table, read
+from favchat_jax.data.datasets import open_dataset
+from favchat_jax.errors import UserError
+from favchat_jax.generation.sampler import Sampler, Sampling
+from favchat_jax.training.assembly import load_run
+from tests.conftest import DATA, fill, same_weights, start_module
+from tests.models.tiny_parts import tiny_config
+from tools import export_orbax
+from tools.export_pytorch import export
+
+QUESTION = "What is the person doing?"
+# A process in which nothing of JAX, and nothing of this package, can be imported.
+ALONE = """
+import sys
+
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("jax", "jaxlib", "flax", "favchat_jax"):
+            raise ImportError(f"{name} is blocked")
+
+sys.meta_path.insert(0, Blocked())
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
+print(model.answer(*sys.argv[2:4], max_new_tokens=12))
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(trained, tmp_path_factory) -> Path:
+    """An export of stage 3, which no test may change."""
+    out = tmp_path_factory.mktemp("exports") / "stage3"
+    export(trained.folder / "stage3", out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def model(folder) -> FaVChatForConditionalGeneration:
+    return FaVChatForConditionalGeneration.from_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def clips(small_world) -> list:
+    source = open_dataset(DATA, small_world.packed, "heldout")
+    return [source[i] for i in range(4)]
+
+
+@pytest.fixture(scope="module")
+def sampler(trained) -> Sampler:
+    return Sampler.of(load_run(trained.folder / "stage3"))
+
+
+def ours(sampler, clip, folder, question=QUESTION, tokens=12) -> str:
+    """What the run itself answers about a clip."""
+    (folder / "clip.mp4").write_bytes(clip)
+    return ask(sampler, str(folder / "clip.mp4"), question, Sampling(max_new_tokens=tokens))
+
+
+def read_back(table: Table, file: Path, weights: dict[str, np.ndarray], dtype: str) -> dict[str, np.ndarray]:
+    """What a file of published names says of `weights`."""
+    shapes = {path: leaf.shape for path, leaf in weights.items()}
+    return read(table, open_tensors(file).items(), shapes, file, jnp.dtype(dtype))
+
+
+def test_a_process_without_jax_loads_the_folder_where_it_was_moved_and_answers_as_the_run_does(
+    folder, sampler, clips, tmp_path
+):
+    moved = shutil.copytree(folder, tmp_path / "elsewhere")
+    expected = ours(sampler, clips[0].clip, tmp_path)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    ended = subprocess.run(
+        [sys.executable, "-c", ALONE, str(moved), str(tmp_path / "clip.mp4"), QUESTION],
+        cwd=tmp_path,
+        env={**environment, "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.removesuffix("\n") == expected
+
+
+def test_answers_are_those_of_the_run_for_every_question_of_some_clips(model, sampler, clips, tmp_path):
+    pairs = [(clip, question.question) for clip in clips for question in clip.questions]
+    assert len(pairs) > 8
+    for clip, question in pairs:
+        assert model.answer(clip.clip, question, max_new_tokens=12) == ours(sampler, clip.clip, tmp_path, question)
+
+
+def test_an_earlier_turn_is_part_of_the_conversation(model, sampler, clips):
+    frames = torch.randint(0, 256, (model.config.frames, 32, 32, 3), dtype=torch.uint8)
+    turns = [("What color is the hair?", "black")]
+    expected = sampler.answer(sampler.encode(frames[None].numpy()), [[[*turns, (QUESTION, None)]]], Sampling(12))
+    assert model.answer(frames, QUESTION, turns, max_new_tokens=12) == expected[0][0]
+    with pytest.raises(ValueError, match="the question is empty"):
+        model.answer(frames, " ")
+
+
+def test_the_models_weights_are_those_of_the_two_files_and_no_others(folder):
+    _, loading = FaVChatForConditionalGeneration.from_pretrained(folder, output_loading_info=True)
+    assert not any(loading.values()), loading
+    names = {*open_tensors(folder / "llm"), *open_tensors(folder / "visual.safetensors")}
+    assert json.loads((folder / INDEX).read_text())["weight_map"].keys() == names
+    assert FaVChatForConditionalGeneration.from_pretrained(folder).state_dict().keys() == names
+
+
+def test_the_adapter_on_its_base_gives_the_logits_of_the_merged_language_model(folder, small_world):
+    tokens = torch.arange(40)[None]
+    base = MistralForCausalLM.from_pretrained(small_world.llm)
+    with torch.no_grad():
+        alone = base(tokens).logits
+        adapted = peft.PeftModel.from_pretrained(base, folder / "adapter")(tokens).logits
+        merged = MistralForCausalLM.from_pretrained(folder / "llm")(tokens).logits
+    assert (adapted - merged).abs().max() <= 1e-5 * merged.abs().max()
+    assert (adapted - alone).abs().max() > 1e-4 * merged.abs().max(), "stage 3 has moved the adapter"
+
+
+def test_stage_1_has_no_adapter_and_its_language_model_is_the_base(trained, small_world, tmp_path):
+    export(trained.folder / "stage1", tmp_path / "out")
+    assert not (tmp_path / "out" / "adapter").exists()
+    base, copy = open_tensors(small_world.llm), open_tensors(tmp_path / "out" / "llm")
+    assert base.keys() == copy.keys()
+    assert all(np.array_equal(np.asarray(base[name]), np.asarray(copy[name])) for name in base)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_weights_come_back_bit_for_bit_in_either_dtype(dtype, trained, tmp_path):
+    for stage in ("stage1", "stage3"):
+        export(trained.folder / stage, tmp_path / stage, dtype)
+        run = load_run(trained.folder / stage).weights
+        weights = {path: np.asarray(leaf.astype(dtype)) for path, leaf in run.items()}
+        adapters = {path: leaf for path, leaf in weights.items() if "lora" in path}
+        visual = {path: leaf for path, leaf in weights.items() if not path.startswith("llm/")}
+        assert same_weights(read_back(favchat.TABLE, tmp_path / stage / "visual.safetensors", visual, dtype), visual)
+        if adapters:
+            file = tmp_path / stage / "adapter" / "adapter_model.safetensors"
+            assert same_weights(read_back(lora.TABLE, file, adapters, dtype), adapters)
+        else:  # with nothing merged, the language model is the base
+            llm = {path.removeprefix("llm/"): leaf for path, leaf in weights.items() if path.startswith("llm/")}
+            assert same_weights(read_back(mistral.TABLE, tmp_path / stage / "llm", llm, dtype), llm)
+
+
+def test_a_bfloat16_export_loads_and_answers_in_bfloat16(trained, clips, tmp_path):
+    export(trained.folder / "stage3", tmp_path / "out", "bfloat16")
+    model = FaVChatForConditionalGeneration.from_pretrained(tmp_path / "out")
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert isinstance(model.answer(clips[0].clip, QUESTION, max_new_tokens=4), str)
+
+
+def test_a_large_language_model_is_written_in_shards_that_load(trained, model, tmp_path, monkeypatch):
+    monkeypatch.setattr(exported, "SHARD_BYTES", 40_000)
+    export(trained.folder / "stage3", tmp_path / "out")
+    shards = sorted((tmp_path / "out" / "llm").glob("*.safetensors"))
+    assert len(shards) > 2 and shards[0].name == f"model-00001-of-{len(shards):05}.safetensors"
+    for shard in shards:
+        with safe_open(shard, framework="numpy") as file:
+            assert len(file.keys()) == 1 or shard.stat().st_size < 45_000
+    whole = FaVChatForConditionalGeneration.from_pretrained(tmp_path / "out").state_dict()
+    assert all(torch.equal(whole[name], tensor) for name, tensor in model.state_dict().items())
+    alone = MistralForCausalLM.from_pretrained(tmp_path / "out" / "llm").state_dict()
+    assert all(torch.equal(whole[name], tensor) for name, tensor in alone.items())
+
+
+def test_a_copy_of_the_language_model_is_exported_like_its_folder(trained, small_world, model, tmp_path):
+    workdir = trained.copy("stage3", tmp_path)
+    mistral.write_copy(Path(small_world.llm), tmp_path / "copy")
+    settings = json.loads((workdir / "config.json").read_text())
+    (workdir / "config.json").write_text(json.dumps({**settings, "llm": {"path": str(tmp_path / "copy")}}))
+    export(workdir, tmp_path / "out")
+    found = FaVChatForConditionalGeneration.from_pretrained(tmp_path / "out").state_dict()
+    assert all(torch.equal(found[name], tensor) for name, tensor in model.state_dict().items())
+    export_orbax.export(workdir, tmp_path / "whole")
+    shutil.rmtree(tmp_path / "copy")
+    assert same_weights(load_run(tmp_path / "whole").weights, load_run(trained.folder / "stage3").weights)
+
+
+def test_an_earlier_export_is_replaced_and_anything_else_is_refused(trained, folder, tmp_path):
+    out = shutil.copytree(folder, tmp_path / "out")
+    (out / "old").touch()
+    export(trained.folder / "stage3", out)
+    assert not (out / "old").exists() and {p.name for p in out.iterdir()} == {p.name for p in folder.iterdir()}
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").touch()
+    for other in (tmp_path / "mine", tmp_path / "mine" / "thesis.txt", trained.folder / "stage3"):
+        with pytest.raises(UserError, match=f"--out={other} exists and is not an earlier export"):
+            export(trained.folder / "stage3", other)
+    assert [entry.name for entry in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
+
+
+def test_a_full_disk_leaves_nothing_behind(trained, small_disk):
+    ballast = fill(small_disk)
+    with ballast.open("rb+") as file:
+        file.truncate(ballast.stat().st_size - 200_000)
+    with pytest.raises(UserError, match="could not write .*/out .*: free disk space"):
+        export(trained.folder / "stage3", small_disk / "out")
+    assert [entry.name for entry in small_disk.iterdir()] == ["ballast"]
+
+
+def test_a_language_model_with_a_missing_shard_leaves_nothing_behind(trained, small_world, tmp_path):
+    workdir = trained.copy("stage3", tmp_path)
+    llm = shutil.copytree(small_world.llm, tmp_path / "mistral")
+    settings = json.loads((workdir / "config.json").read_text())
+    (workdir / "config.json").write_text(json.dumps({**settings, "llm": {"path": str(llm)}}))
+    (llm / "model.safetensors").unlink()
+    with pytest.raises(UserError, match="mistral/model.safetensors is missing"):
+        export(workdir, tmp_path / "out")
+    assert {entry.name for entry in tmp_path.iterdir()} == {"stage3", "mistral"}
+
+
+def test_a_variant_that_the_pytorch_model_has_not_is_a_users_error(tmp_path):
+    config = tiny_config()
+    config.variant = "v2"
+    with pytest.raises(UserError, match="variant v2 cannot be exported: the PyTorch model has v1"):
+        exported.write_folder(tmp_path, config, {}, None, "float32")
+    assert not list(tmp_path.iterdir())
+
+
+def test_bad_usage_and_bad_input_are_one_line_and_exit_2(trained, folder, tmp_path):
+    stage3 = trained.folder / "stage3"
+    (tmp_path / "file").touch()
+    bad = {
+        "needed: --checkpoint=WORKDIR --out=FOLDER": (f"--checkpoint={stage3}",),
+        f"{tmp_path}/config.json is missing": (f"--checkpoint={tmp_path}", f"--out={tmp_path}/out"),
+        f"{folder} holds no checkpoint": (f"--checkpoint={folder}", f"--out={tmp_path}/out"),
+        "exists and is not an earlier export": (f"--checkpoint={stage3}", f"--out={trained.folder}"),
+        "could not write": (f"--checkpoint={stage3}", f"--out={tmp_path}/file/out"),
+        "<float32|bfloat16>": (f"--checkpoint={stage3}", f"--out={tmp_path}/out", "--dtype=int4"),
+    }
+    processes = {expected: start_module("tools.export_pytorch", *flags) for expected, flags in bad.items()}
+    for expected, process in processes.items():
+        stdout, stderr = process.communicate(timeout=200)
+        assert (process.returncode, stdout, stderr.count("\n")) == (2, "", 1), stderr
+        assert expected in stderr
+    assert {entry.name for entry in tmp_path.iterdir()} == {"file"}

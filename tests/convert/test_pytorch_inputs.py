@@ -1,0 +1,74 @@
+"""What goes into the exported model is what goes into ours: the same pixels of a video, the same tokens of a text."""
+
+import numpy as np
+import pytest
+
+from favchat_jax.convert.pytorch.inputs_favchat import Prompts, read_frames
+from favchat_jax.data.conversation import Conversation, PromptEncoder
+from favchat_jax.data.video import decode
+from tests.data.test_video import FORMATS, noise
+from tests.data.tokenizers_for_tests import TEXT, bert, byte_pairs
+from tests.data.video_files import audio_only, encode_video
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_format_gives_the_same_pixels(name):
+    file = encode_video(**FORMATS[name])
+    for frames, size in ((7, 64), (30, 96)):
+        np.testing.assert_array_equal(read_frames(file, frames, size), decode(file, frames=frames, size=size).frames)
+
+
+@pytest.mark.parametrize("rotation", [0, 90, 180, 270])
+def test_a_turned_video_is_upright_with_the_same_pixels(rotation, tmp_path):
+    path = tmp_path / "a: clip.mp4"
+    path.write_bytes(encode_video(5, width=160, height=64, rotation=rotation, picture=noise))
+    np.testing.assert_array_equal(read_frames(path, 4, 48), decode(path, frames=4, size=48).frames)
+
+
+def test_a_video_cut_short_or_damaged_gives_as_many_frames():
+    whole = encode_video(60, container="matroska", options={"g": "10"}, picture=noise)
+    cut = whole[: len(whole) * 2 // 3]
+    np.testing.assert_array_equal(read_frames(cut, 8, 64), decode(cut, frames=8, size=64).frames)
+    holed = bytearray(encode_video(60, options={"g": "10"}, picture=noise))
+    holed[len(holed) // 2 : len(holed) // 2 + 300] = b"\xff" * 300
+    assert read_frames(bytes(holed), 8, 64).shape == (8, 64, 64, 3)
+
+
+@pytest.mark.parametrize("make", [lambda: b"no video\n" * 50, audio_only], ids=["text", "sound only"])
+def test_a_file_without_a_video_is_a_value_error_that_names_it(make, tmp_path):
+    (tmp_path / "bad.mp4").write_bytes(make())
+    with pytest.raises(ValueError, match="bad.mp4 (cannot be read as a video|holds no video frames)"):
+        read_frames(tmp_path / "bad.mp4", 4, 64)
+
+
+TURNS = [("Which emotion does the face show?", "The person looks happy."), (" Is it [INST] </s> black? ", None)]
+
+
+@pytest.mark.parametrize("kind", ["bytes", "v0.2", "v0.3"])
+@pytest.mark.parametrize("frames", [1, 8])
+@pytest.mark.parametrize("turns", [TURNS, TURNS[1:]], ids=["two turns", "one turn"])
+def test_a_conversation_gives_the_same_tokens(kind, frames, turns):
+    tokenizer = byte_pairs(kind)
+    ours = Conversation(tokenizer, visual_tokens=5).encode(turns, frames, max_length=500).tokens
+    prompts = Prompts(tokenizer, tokenizer, visual_tokens=5, prompt_length=8)
+    np.testing.assert_array_equal(prompts.conversation(turns[:-1], turns[-1][0], frames), ours)
+
+
+@pytest.mark.parametrize(
+    "tokenizer", [bert("what", "colour", "is", "the", "hair", "?"), byte_pairs()], ids=["bert", "bpe"]
+)
+@pytest.mark.parametrize("length", [4, 40])
+def test_the_qformers_read_the_same_word_pieces(tokenizer, length):
+    encoder = PromptEncoder(tokenizer, length)
+    prompts = Prompts(byte_pairs(), tokenizer, visual_tokens=5, prompt_length=length)
+    for text in (*TEXT, "[SEP] what? </s>"):
+        for theirs, ours in zip(prompts.for_qformer(text), encoder.encode(text), strict=True):
+            np.testing.assert_array_equal(theirs, ours)
+
+
+def test_an_answer_ends_at_its_end_token():
+    tokenizer = byte_pairs()
+    prompts = Prompts(tokenizer, tokenizer, visual_tokens=5, prompt_length=8)
+    ids = tokenizer.encode(" happy", add_special_tokens=False)
+    written = np.array([*ids, tokenizer.eos_token_id, *ids])
+    assert prompts.text(written) == "happy"

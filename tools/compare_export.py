@@ -1,0 +1,59 @@
+"""Whether an export answers as its run does: python -m tools.compare_export --checkpoint=DIR --export=DIR [--clips=N]
+
+Asks both, ours in JAX and the exported one in PyTorch, the questions of held-out rendered clips, greedily, from the
+encoded clip on, and prints how many answers are the same to the letter.
+"""
+
+import time
+from pathlib import Path
+
+from absl import flags
+
+from configs.eval import rendered
+from favchat_jax import command_line
+from favchat_jax.convert.exported import is_exported
+from favchat_jax.data.datasets import open_dataset
+from favchat_jax.errors import RunError, UserError
+from favchat_jax.evaluation.benchmarks import rendered as benchmark
+from favchat_jax.generation.sampler import Sampler
+from favchat_jax.training.assembly import load_run
+
+
+def compare(checkpoint: str | Path, export: str | Path, clips: int) -> list[dict[str, str]]:
+    """Rows of clip, question, reference, prediction (ours) and exported (PyTorch's)."""
+    if not is_exported(Path(export)):
+        raise UserError(f"--export={export} is not an exported folder: write one with tools.export_pytorch")
+    config = rendered.get_config()
+    config.limit = clips
+    rows = benchmark.run(config, Sampler.of(load_run(checkpoint)))["answers"]
+    source = open_dataset(config.data.name, config.data.packed, config.data.split)
+    encoded = {record.id: record.clip for record in (source[i] for i in range(len(source)))}
+    from transformers import AutoModelForCausalLM  # here, not above: with it comes PyTorch
+
+    model = AutoModelForCausalLM.from_pretrained(export, trust_remote_code=True)
+    started = time.perf_counter()
+    for row in rows:
+        row["exported"] = model.answer(encoded[row["clip"]], row["question"], max_new_tokens=config.max_new_tokens)
+    print(f"PyTorch: {len(rows)} questions in {time.perf_counter() - started:.0f} s")
+    return rows
+
+
+def main() -> None:
+    """Compares what the flags name."""
+    if not _CHECKPOINT.value or not _EXPORT.value:
+        raise UserError("needed: --checkpoint=WORKDIR --export=FOLDER")
+    rows = compare(_CHECKPOINT.value, _EXPORT.value, _CLIPS.value)
+    differing = [row for row in rows if row["prediction"] != row["exported"]]
+    right = {name: sum(row[name] == row["reference"] for row in rows) for name in ("prediction", "exported")}
+    print(f"right answers: JAX {right['prediction']}, PyTorch {right['exported']} of {len(rows)}")
+    print(f"the same answer: {len(rows) - len(differing)} of {len(rows)}")
+    if differing:
+        row = differing[0]
+        raise RunError(f"{row['clip']}, {row['question']!r}: JAX {row['prediction']!r}, PyTorch {row['exported']!r}")
+
+
+if __name__ == "__main__":
+    _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Workdir of a stage")
+    _EXPORT = flags.DEFINE_string("export", None, "What tools.export_pytorch wrote of it")
+    _CLIPS = flags.DEFINE_integer("clips", 50, "How many clips; 0 for all", lower_bound=0)
+    command_line.start(main)

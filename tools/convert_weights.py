@@ -1,0 +1,94 @@
+"""Published weights in: python -m tools.convert_weights --kind=KIND --src=FILE_OR_FOLDER --out=DIR [--check]
+
+    umt          UMT-L and its norm, from umt_l16_qformer.pth            --config.init.umt=DIR
+    qformer      the Q-Former, from the same file                        --config.init.qformer=DIR
+    facexformer  FaceXFormer's encoder, from its checkpoint              --config.init.facexformer=DIR
+    videochat2   all of a stage-2 or stage-3 checkpoint, LoRA included   --config.init.videochat2=DIR
+    mistral      a copy of a Hugging Face folder that loads faster       --config.llm.path=DIR
+
+--check prints where every published key goes; without --out nothing is written.
+"""
+
+import logging
+import re
+from collections import Counter
+from functools import partial
+from pathlib import Path
+
+from absl import flags
+from tqdm import tqdm
+
+from favchat_jax import command_line
+from favchat_jax.convert import facexformer, mistral, qformer, umt, videochat2
+from favchat_jax.convert.files import open_tensors
+from favchat_jax.convert.table import Account, Shape, Table, account, check, read
+from favchat_jax.errors import UserError
+from favchat_jax.weights_folder import save_weights
+
+log = logging.getLogger("favchat_jax")
+
+SOURCES = {"umt": umt, "qformer": qformer, "facexformer": facexformer, "videochat2": videochat2, "mistral": mistral}
+
+
+def expected(kind: str, src: Path) -> tuple[Table, dict[str, Shape]]:
+    """A kind's table, and path -> shape of all that it can hold; the language model's sizes are in its folder."""
+    source = SOURCES[kind]
+    return source.TABLE, source.weight_shapes(*([mistral.read_config(src)] if kind == "mistral" else []))
+
+
+def convert(kind: str, src: Path, out: Path) -> None:
+    """Writes the weights folder of a published file."""
+    table, shapes = expected(kind, src)
+    if kind == "mistral":
+        mistral.write_copy(src, out, partial(tqdm, unit=" parts"))
+    else:
+        weights = read(table, open_tensors(src).items(), shapes, src, progress=partial(tqdm, unit=" tensors"))
+        save_weights(out, weights, {"kind": kind, "source": src.name})
+
+
+def report(found: Account) -> str:
+    """A table that accounts for every published key; the keys of a stack of layers share a line."""
+    lines = [(name, _layers(f"{slot.path}{'[i]' * len(slot.place)}")) for name, slot in found.used.items()]
+    lines += [(name, f"ignored: {reason}") for name, reason in found.ignored.items()]
+    lines += [(name, f"not there: {reason}") for name, reason in found.absent.items()]
+    lines += [(name, "missing") for name in found.missing]
+    lines += [(name, "unknown") for name in found.unknown]
+    lines += [(name, f"has shape {shape}, expected {wanted}") for name, (wanted, shape) in found.misshapen.items()]
+    counted = Counter((_layers(name), outcome) for name, outcome in lines)
+    width = max(len(name) for name, _ in counted)
+    rows = [f"{count:>4}  {name:<{width}}  {outcome}" for (name, outcome), count in counted.items()]
+    keys = len(found.used) + len(found.ignored) + len(found.unknown) + len(found.misshapen)
+    total = (
+        f"{keys} keys: {len(found.used)} used, {len(found.ignored)} ignored, {len(found.unknown)} unknown, "
+        f"{len(found.misshapen)} of another shape; {len(found.absent) + len(found.missing)} weights are not there"
+    )
+    return "\n".join([*rows, total])
+
+
+def _layers(name: str) -> str:
+    return re.sub(r"(?<=[._])\d+(?=[./])", "*", name)
+
+
+def main() -> None:
+    """Checks and converts what the flags name."""
+    kind, src, out = _KIND.value, Path(_SRC.value or ""), Path(_OUT.value or "")
+    if not (_KIND.value and _SRC.value and (_OUT.value or _CHECK.value)):
+        raise UserError(f"needed: --kind={'|'.join(SOURCES)} --src=FILE_OR_FOLDER, and --out=DIR or --check")
+    if _OUT.value and out.exists():
+        raise UserError(f"--out={out} exists already: name a folder that does not, or remove it")
+    if _CHECK.value:
+        table, shapes = expected(kind, src)
+        found = account(table, open_tensors(src), shapes)
+        print(report(found))
+        check(table, found, src)
+    if _OUT.value:
+        convert(kind, src, out)
+        log.info("%s is written", out)
+
+
+if __name__ == "__main__":
+    _KIND = flags.DEFINE_enum("kind", None, [*SOURCES], "What the source is")
+    _SRC = flags.DEFINE_string("src", None, "Published file, or folder of the language model")
+    _OUT = flags.DEFINE_string("out", None, "Weights folder to be written")
+    _CHECK = flags.DEFINE_bool("check", False, "Print where every published key goes")
+    command_line.start(main)

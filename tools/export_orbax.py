@@ -1,0 +1,55 @@
+"""One folder that holds all of a run: python -m tools.export_orbax --checkpoint=DIR --out=DIR
+
+    OUT/weights/, leaves.json    all weights but the language model's base (Orbax)
+    OUT/config.json              the run's config; its paths are relative to OUT
+    OUT/llm/, llm.json           the language model's Hugging Face folder with its tokenizer, and its fingerprint
+    OUT/prompt_tokenizer/        the Q-Formers' tokenizer, where it is another one
+
+Every `--checkpoint=` takes it, wherever it is moved; loading it needs nothing else.
+"""
+
+import shutil
+from pathlib import Path
+
+from absl import flags
+
+from favchat_jax import command_line
+from favchat_jax.convert.folder import copy_llm, copy_tokenizer, replacing
+from favchat_jax.errors import UserError
+from favchat_jax.training.assembly import is_self_contained, run_config, visual_and_lora
+from favchat_jax.weights_folder import save_weights
+
+
+def export(checkpoint: str | Path, out: str | Path) -> None:
+    """Writes the newest weights of a run, its language model, config and tokenizers into one folder.
+
+    Args:
+        checkpoint: workdir of a stage.
+        out: the folder to write; an earlier export there is replaced.
+    """
+    with replacing(out, lambda folder: is_self_contained(folder) and (folder / "llm").is_dir()) as draft:
+        config = run_config(checkpoint)
+        weights = visual_and_lora(checkpoint)
+        parts = {"llm": config.llm.path, "prompt_tokenizer": config.prompt_tokenizer}
+        config.llm.path = "llm"
+        config.prompt_tokenizer = config.prompt_tokenizer and "prompt_tokenizer"
+        save_weights(draft, weights, config.to_dict())
+        copy_llm(parts["llm"], draft / "llm")
+        if parts["prompt_tokenizer"]:
+            copy_tokenizer(parts["prompt_tokenizer"], draft / "prompt_tokenizer")
+        shutil.copyfile(Path(checkpoint) / "llm.json", draft / "llm.json")  # last: load_run refuses a folder without
+
+
+def main() -> None:
+    """Exports what the flags say."""
+    if not _CHECKPOINT.value or not _OUT.value:
+        raise UserError("needed: --checkpoint=WORKDIR --out=FOLDER")
+    export(_CHECKPOINT.value, _OUT.value)
+    size = sum(file.stat().st_size for file in Path(_OUT.value).rglob("*") if file.is_file())
+    print(f"{_OUT.value}: {size / 1e6:.1f} MB; every --checkpoint= takes it")
+
+
+if __name__ == "__main__":
+    _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Workdir of a stage")
+    _OUT = flags.DEFINE_string("out", None, "Folder to write")
+    command_line.start(main)

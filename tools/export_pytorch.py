@@ -1,0 +1,47 @@
+"""Weights out to PyTorch: python -m tools.export_pytorch --checkpoint=DIR --out=DIR [--dtype=float32|bfloat16]
+
+The folder loads with `transformers.AutoModelForCausalLM.from_pretrained(DIR, trust_remote_code=True)`; its README.md
+says what else lies in it.
+"""
+
+from pathlib import Path
+
+from absl import flags
+
+from favchat_jax import command_line
+from favchat_jax.convert import exported
+from favchat_jax.convert.folder import replacing
+from favchat_jax.data.conversation import load_tokenizer
+from favchat_jax.errors import UserError
+from favchat_jax.training.assembly import run_config, visual_and_lora
+
+
+def export(checkpoint: str | Path, out: str | Path, dtype: str | None = None) -> None:
+    """Writes the newest weights of a run for PyTorch.
+
+    Args:
+        checkpoint: workdir of a stage, or what tools.export_orbax wrote.
+        out: the folder to write; an earlier export there is replaced.
+        dtype: of all weights, by default the one that the run computes in.
+    """
+    with replacing(out, exported.is_exported) as draft:
+        config = run_config(checkpoint)
+        tokenizer = load_tokenizer(config.llm.path)
+        exported.write_folder(draft, config, visual_and_lora(checkpoint), tokenizer, dtype or config.model.dtype)
+
+
+def main() -> None:
+    """Exports what the flags say."""
+    if not _CHECKPOINT.value or not _OUT.value:
+        raise UserError("needed: --checkpoint=WORKDIR --out=FOLDER")
+    export(_CHECKPOINT.value, _OUT.value, _DTYPE.value)
+    for part in sorted(Path(_OUT.value).iterdir()):
+        size = sum(file.stat().st_size for file in (part, *part.rglob("*")) if file.is_file())
+        print(f"{part.name + '/' * part.is_dir():<30}{size / 1e6:>12.3f} MB")
+
+
+if __name__ == "__main__":
+    _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Workdir of a stage")
+    _OUT = flags.DEFINE_string("out", None, "Folder to write")
+    _DTYPE = flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "Of all weights; by default the run's own")
+    command_line.start(main)
