@@ -157,18 +157,13 @@ def _balanced(seed: int, split: str, label: str, turn: int) -> str:
 
 
 def _plan(ordinal: int) -> dict[str, int]:
-    """What face clip `ordinal` asks: two of the appearance kinds and two of detail, emotion and motion, in turn.
+    """What face clip `ordinal` asks: two of the appearance kinds, one of detail, and emotion or motion, each in turn.
 
     Returns label -> how many clips before it asked the same.
     """
-    asked = {}
-    for place in (2 * ordinal, 2 * ordinal + 1):
-        asked[APPEARANCE[place % 7]] = place // 7
-        turn, kind = divmod(place, 3)
-        if kind == 0:
-            asked[DETAILS[turn % 3]] = turn // 3
-        else:
-            asked[("emotion", "motion")[kind - 1]] = turn
+    asked = {APPEARANCE[place % 7]: place // 7 for place in (2 * ordinal, 2 * ordinal + 1)}
+    asked[DETAILS[ordinal % 3]] = ordinal // 3
+    asked[("emotion", "motion")[ordinal % 2]] = ordinal // 2
     return asked
 
 
