@@ -100,6 +100,13 @@ def checkpoint(trained) -> Path:
             "init.umt is not set: .*tools.convert_weights --kind=umt",
         ),
         (
+            [
+                "--config=configs/stage1.py:preset=paper,variant=v2",
+                *("--config.llm.path=x", "--config.data.root=y", "--config.init.umt=z", "--config.init.facexformer=z"),
+            ],
+            "init.qformer is not set, but v2 freezes its Q-Formers in stage 1: .*--kind=qformer",
+        ),
+        (
             ["--config=configs/stage2.py:preset=base", "--config.llm.path=x", "--config.data.root=y"],
             "init.from_run=runs/base-v1/stage1 holds no finished stage1: .*configs/stage1.py:preset=base",
         ),

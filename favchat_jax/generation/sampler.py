@@ -100,6 +100,7 @@ class Sampler:
         self._buckets = sorted(config.data.buckets)
         self._dtype = jnp.dtype(config.model.dtype)
         self._encode = jax.jit(lambda params, frames: self._model.apply(params, frames, method="encode"))
+        self._weigh = jax.jit(lambda params, *x: self._model.apply(params, *x, method="visual_tokens")[1].mean(axis=2))
         self._begin = jax.jit(self._prefill, static_argnames="room")
         self._advance = jax.jit(self._decode, static_argnames="count", donate_argnums=1)
 
@@ -111,6 +112,12 @@ class Sampler:
     def encode(self, frames: UInt8[np.ndarray, "B T H W 3"]) -> ClipFeatures:
         """Runs the encoders once; the result serves any number of questions about these clips."""
         return self._encode(self._params, frames)
+
+    def stream_weights(self, features: ClipFeatures, questions: Sequence[Sequence[str]]) -> Float[np.ndarray, "B Q 2"]:
+        """Average weights of the general and the facial stream in the visual tokens of Q questions about each clip."""
+        prompts = [[self._prompt.encode(question) for question in asked] for asked in questions]
+        ids, masks = (np.array([[prompt[part] for prompt in asked] for asked in prompts]) for part in (0, 1))
+        return np.asarray(self._weigh(self._params, features, ids, masks))
 
     def answer(
         self, features: ClipFeatures, conversations: Sequence[Sequence[Sequence[Turn]]], sampling: Sampling

@@ -17,7 +17,7 @@ from favchat_jax.data.conversation import load_tokenizer
 from favchat_jax.errors import UserError
 from favchat_jax.models import favchat
 from favchat_jax.training.checkpoint import Checkpoints, load_config, load_weights
-from favchat_jax.training.stages import STAGES
+from favchat_jax.training.stages import STAGES, group_of
 
 log = logging.getLogger("favchat_jax")
 
@@ -92,16 +92,11 @@ def initial_weights(config: ml_collections.ConfigDict, model: favchat.FaVChat) -
     if config.init.from_run:
         take(config.init.from_run, _previous_stage(config))
     else:
-        for source, prefixes in (
-            (config.init.umt, ("",)),
-            (config.init.facexformer, ("",)),
-            (config.init.qformer, ("general_qformer/", "facial_qformer/")),
-        ):
-            if source:
-                loaded = load_weights(source)
-                skipped = "facexformer/" if config.ablation == "no_face" else None
-                for prefix in prefixes:
-                    take(source, {prefix + k: v for k, v in loaded.items() if not (skipped and k.startswith(skipped))})
+        skipped = ("facexformer/",) if config.ablation == "no_face" else ()
+        for source in filter(None, (config.init.umt, config.init.facexformer)):
+            take(source, {path: leaf for path, leaf in load_weights(source).items() if not path.startswith(skipped)})
+        if config.init.qformer:
+            take(config.init.qformer, _qformers(config.init.qformer))
     missing = sorted(set(shapes) - set(weights))
     if missing:
         log.info("%d of %d weight arrays start afresh", len(missing), len(shapes))
@@ -162,6 +157,15 @@ def visual_and_lora(workdir: str | Path) -> Weights:
 def frozen_weights(workdir: Path) -> Weights:
     """The weights that a run saved at its start since they never change; stage 1 has none but the language model's."""
     return load_weights(workdir / "frozen") if (workdir / "frozen").exists() else {}
+
+
+def _qformers(source: str) -> Weights:
+    """Both Q-Formers: twice the one of a converted folder, or those of a run with the linear layers after them."""
+    if (Path(source) / "llm.json").exists():
+        weights = visual_and_lora(source)
+        return {path: leaf for path, leaf in weights.items() if group_of(path) in ("qformers", "linears")}
+    one = load_weights(source)
+    return {f"{stream}_qformer/{path}": leaf for stream in ("general", "facial") for path, leaf in one.items()}
 
 
 def _previous_stage(config: ml_collections.ConfigDict) -> Weights:

@@ -41,15 +41,16 @@ def train_tokenizer():
 class Setting:
     """A tiny model in its training form, with adapters that matter, and answers drawn from it the slow way."""
 
-    def __init__(self, folder):
+    def __init__(self, folder, variant="v1"):
         self.tokenizer = train_tokenizer()
         llm = {**config_json(MISTRAL), "vocab_size": len(self.tokenizer)}
         (folder / "config.json").write_text(json.dumps(llm))
-        self.config = tiny_config()
+        self.config = tiny_config(f"variant={variant}")
         self.config.llm.path = str(folder)
         self.config.data.buckets = (BUCKET,)
         self.config.model.qformer.vocabulary = len(self.tokenizer)
-        self.model = favchat.build(self.config.model, read_config(folder), lora_rank=self.config.model.lora.rank)
+        rank = self.config.model.lora.rank
+        self.model = favchat.build(self.config.model, read_config(folder), variant=variant, lora_rank=rank)
         weights = drawn_flat(favchat_shapes(self.model, 2, 32), spread=0.4)
         base = {path: leaf for path, leaf in weights.items() if path.startswith("llm/") and "lora" not in path}
         write_weights(folder, unflatten_dict(base, sep="/")["llm"])
@@ -142,6 +143,32 @@ def of_clip(features, clip):
 def test_greedy_answers_are_the_likeliest_tokens_of_full_forward_passes_in_the_training_form(answers, written, text):
     assert answers == [[text(ids) for ids in rows] for rows in written]
     assert len({answer for rows in answers for answer in rows}) > 2
+
+
+def test_greedy_answers_of_v2_are_those_of_full_forward_passes_too(tmp_path):
+    setting = Setting(tmp_path, "v2")
+    sampler = Sampler(setting.config, setting.weights, setting.tokenizer, setting.tokenizer)
+    expected = []
+    for question in QUESTIONS[:2]:
+        ids = setting.written(1, asked(question), setting.tokenizer)
+        end = ids.index(setting.tokenizer.eos_token_id) if setting.tokenizer.eos_token_id in ids else LONGEST
+        expected.append(setting.tokenizer.decode(ids[:end]).strip())
+    conversations = [[asked(question) for question in QUESTIONS[:2]]] * 2
+    assert sampler.answer(sampler.encode(setting.frames), conversations, GREEDY)[1] == expected
+
+
+def test_stream_weights_are_those_of_the_whole_model(setting, sampler, features):
+    weights = sampler.stream_weights(features, [QUESTIONS[:2]] * 2)
+    prompts, masks = zip(*(setting.prompt.encode(question) for question in QUESTIONS[:2]), strict=True)
+    ids = np.zeros((2, 2, 8), np.int32)
+    expected = setting.model.apply(
+        {"params": unflatten_dict(setting.weights, sep="/")},
+        setting.frames,
+        ids,
+        np.array([prompts] * 2),
+        np.array([masks] * 2),
+    ).stream_weights.mean(2)
+    np.testing.assert_allclose(weights, expected, atol=1e-5)
 
 
 def test_an_answer_ends_before_the_end_of_text_and_leaves_others_their_length(setting, answers, written, tokenizer):
