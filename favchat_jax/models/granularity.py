@@ -93,7 +93,10 @@ class GranularityFusion(nn.Module):
 
 
 class BlockMLP(nn.Module):
-    """The MLP after a block of the facial encoder, behind a norm: a block's features have a size of their own."""
+    """The MLP after a block of the facial encoder: pre-norm, two layers, with a linear layer around it (a choice).
+
+    It starts as the linear layer alone, so that what an encoder was trained to hold is not garbled on its way.
+    """
 
     width: int
     dtype: jnp.dtype = jnp.float32
@@ -101,9 +104,9 @@ class BlockMLP(nn.Module):
     @nn.compact
     def __call__(self, features: Float[Array, "... D"]) -> Float[Array, "... d"]:
         normed = nn.LayerNorm(dtype=self.dtype, name="norm")(features)
-        return Linear(self.width, dtype=self.dtype, name="out")(
-            nn.gelu(Linear(self.width, dtype=self.dtype, name="in")(normed))
-        )
+        hidden = nn.gelu(Linear(self.width, dtype=self.dtype, name="in")(normed))
+        out = Linear(self.width, dtype=self.dtype, name="out", kernel_init=nn.initializers.zeros)
+        return Linear(self.width, dtype=self.dtype, name="skip")(normed) + out(hidden)
 
 
 class CA2(nn.Module):

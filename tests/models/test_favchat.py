@@ -192,7 +192,7 @@ def test_the_paper_presets_ca2_has_an_mlp_and_two_attentions_a_stage_of_swin():
     def attention(queries):
         return 2 * queries + 2 * d + 2 * (queries * d + d) + 3 * (d * d + d)
 
-    mlps = sum(2 * width + width * d + d + d * d + d for width in (128, 256, 512, 1024))
+    mlps = sum(2 * width + 2 * (width * d + d) + d * d + d for width in (128, 256, 512, 1024))
     assert count(shapes, "fusion/") == mlps + attention(words) + 3 * attention(d) + 4 * (d * d + d + attention(words))
 
 

@@ -147,8 +147,9 @@ def test_w_i_is_a_blocks_mlp_with_the_positions_of_all_frames(inputs, guided):
     assert [block.shape for block in blocks] == [(2, 15, 6), (2, 6, 6)]
     for i, (features, block) in enumerate(zip(inputs[1], blocks, strict=True)):
         params = weights["residual"]["params"][f"mlp_{i}"]
-        hidden = jax.nn.gelu(linear(layer_norm(features, params["norm"]), params["in"]))
-        np.testing.assert_allclose(block, add_positions(linear(hidden, params["out"])), atol=1e-4)
+        normed = layer_norm(features, params["norm"])
+        mlp = linear(jax.nn.gelu(linear(normed, params["in"])), params["out"]) + linear(normed, params["skip"])
+        np.testing.assert_allclose(block, add_positions(mlp), atol=1e-4)
 
 
 @pytest.mark.parametrize("form", GUIDED)
