@@ -16,7 +16,7 @@ def get_config(stage: str, argument: str = "") -> ConfigDict:
     """The config of a stage.
 
     Args:
-        stage: stage1, stage2 or stage3.
+        stage: stage1, stage2, stage3, coldstart or grpo.
         argument: comma-separated `preset=`, `variant=`, `ablation=`.
     """
     chosen = {"preset": "tiny", "variant": "v1", "ablation": "none"}
@@ -55,7 +55,7 @@ def get_config(stage: str, argument: str = "") -> ConfigDict:
 
 
 def _stage_before(config: ConfigDict) -> str:
-    before = {"stage1": "", "stage2": "stage1", "stage3": "stage2"}[config.stage]
+    before = {"stage2": "stage1", "stage3": "stage2", "coldstart": "stage3", "grpo": "coldstart"}.get(config.stage, "")
     ablation = "" if config.ablation == "none" else f"-{config.ablation}"
     return before and f"runs/{config.preset}-{config.variant}{ablation}/{before}"
 

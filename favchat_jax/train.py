@@ -15,6 +15,7 @@ from ml_collections import config_flags
 
 from favchat_jax import command_line
 from favchat_jax.errors import UserError
+from favchat_jax.rl import de_grpo
 from favchat_jax.training import pretraining, stages
 from favchat_jax.training.loop import Outcome, check, is_finished, train
 
@@ -52,7 +53,7 @@ def train_stage(config: ml_collections.ConfigDict, workdir: Path) -> Outcome:
         if Path(config.init.qformer) == default_workdir(stand_in) and not is_finished(config.init.qformer):
             _train_first(stand_in, config)
     started = time.perf_counter()
-    outcome = train(config, workdir)
+    outcome = (de_grpo.train if config.stage == "grpo" else train)(config, workdir)
     if outcome.resumed_at == outcome.steps:
         log.info("%s in %s is already finished at step %d", config.stage, workdir, outcome.steps)
     elif outcome.finished:

@@ -9,9 +9,7 @@ As published, each target is compared with all words of an answer, so that an an
 have too many words for each: the best possible is worth about 0.4. Here words that another target explains are not held
 against an answer; the best possible is worth 1. `published_facial` is the published form.
 
-A config names rewards by import path with a weight each, one's own among them:
-
-    config.rewards = {"favchat_jax.rl.rewards:facial": 1.0, "favchat_jax.rl.rewards:form": 1.0, "my.module:mine": 0.5}
+A config names rewards by import path with a weight each, one's own among them (`rl.rewards` in `configs/grpo.py`).
 """
 
 import dataclasses

@@ -33,12 +33,16 @@ TRAINS = {
         "stage1": VISUAL,
         "stage2": (*VISUAL, "lora"),
         "stage3": ("adapter", "lora"),
+        "coldstart": ("adapter", "lora"),
+        "grpo": ("adapter", "lora"),
     },
     # CA2 belongs to the facial encoder, what follows a Q-Former to the Q-Former (figure of the training paradigm).
     "v2": {
         "stage1": ("encoders", "fusion", "adapter"),
         "stage2": ("encoders", "fusion", "qformers", "linears", "lora"),
         "stage3": ("qformers", "linears", "adapter", "lora"),
+        "coldstart": ("adapter", "lora"),
+        "grpo": ("adapter", "lora"),
     },
 }
 
@@ -50,12 +54,12 @@ class Stage:
     """What a stage reads and what comes before it.
 
     Attributes:
-        text: which text it trains on (`summary`, `qa` or `face_qa`).
+        text: which text it trains on (`summary`, `qa`, `face_qa` or `reasoning`); the reinforcement stage has none.
         lora: whether its language model has adapters.
         before: the stage whose weights it starts from.
     """
 
-    text: str
+    text: str | None
     lora: bool
     before: str | None
 
@@ -64,6 +68,9 @@ STAGES = {
     "stage1": Stage(text="summary", lora=False, before=None),
     "stage2": Stage(text="qa", lora=True, before="stage1"),
     "stage3": Stage(text="face_qa", lora=True, before="stage2"),
+    # Data-Efficient GRPO, and the fine-tuning before it from which its policy knows the form of a response.
+    "coldstart": Stage(text="reasoning", lora=True, before="stage3"),
+    "grpo": Stage(text=None, lora=True, before="coldstart"),
 }
 
 
