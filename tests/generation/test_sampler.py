@@ -225,6 +225,35 @@ def test_sampled_answers_follow_the_seed(sampler, features):
     assert texts[0] == texts[1] != texts[2]
 
 
+def test_greedy_responses_of_a_group_are_all_the_answer_with_the_end_repeated(tokenizer, sampler, features, answers):
+    ids = sampler.responses(features, [QUESTIONS[0], QUESTIONS[1]], 3, GREEDY)
+    assert ids.shape == (2, 3, LONGEST)
+    for clip in range(2):
+        assert [sampler.text(row) for row in ids[clip]] == [answers[clip][clip]] * 3
+    for row in ids.reshape(6, -1):
+        ended = np.flatnonzero(row == tokenizer.eos_token_id)
+        assert not len(ended) or (row[ended[0] :] == tokenizer.eos_token_id).all()
+
+
+def test_drawn_responses_of_a_group_differ_and_follow_the_seed(sampler, features):
+    groups = [
+        sampler.responses(features, QUESTIONS[:2], 4, Sampling(LONGEST, temperature=2.0, seed=seed))
+        for seed in (0, 0, 1)
+    ]
+    assert len({tuple(row) for row in groups[0].reshape(8, -1)}) > 4
+    np.testing.assert_array_equal(groups[0], groups[1])
+    assert (groups[0] != groups[2]).any()
+
+
+def test_other_weights_are_answered_with_once_they_are_loaded(setting, tokenizer, features, answers):
+    sampler = Sampler(setting.config, setting.weights, tokenizer, setting.tokenizer)
+    ask = [[asked(question) for question in QUESTIONS[:2]]] * 2
+    sampler.load({path: -leaf if "lora_b" in path else leaf for path, leaf in setting.weights.items()})
+    assert sampler.answer(features, ask, GREEDY) != answers
+    sampler.load(setting.weights)
+    assert sampler.answer(features, ask, GREEDY) == answers
+
+
 def test_nothing_compiles_for_another_clip_question_or_way_of_drawing(setting, sampler, features, answers, caplog):
     with jax.log_compiles(), caplog.at_level(logging.WARNING):
         jax.jit(lambda x: x + 1)(1.0)
