@@ -31,6 +31,7 @@ def get_config(argument: str = ""):
                 "facial": {"path": "favchat_jax.rl.rewards:facial", "weight": 1.0},
                 "form": {"path": "favchat_jax.rl.rewards:form", "weight": 1.0},
             },
+            "shuffled_frames": False,  # respond also to frames in another order, as the temporal reward needs
             "data_efficient": True,  # False: plain GRPO over shuffled epochs
             "utility": "scale_free",  # or published
             "pool": {

@@ -245,7 +245,8 @@ class _Run:
         short = self.config.batch - len(records)  # the pool may hold fewer than a batch, whose shape stays the same
         padded = [*records, *[records[0]] * short]
         self._sampler.load({**self.state.trainable, **self._frozen})
-        features = self._sampler.encode(self._frames(padded))
+        frames = self._frames(padded)
+        features = self._sampler.encode(frames)
         sampling = Sampling(
             self.settings.max_new_tokens,
             self.settings.temperature,
@@ -253,6 +254,11 @@ class _Run:
             seed=self.config.seed * 1_000_003 + self._pool.iteration,
         )
         responses = self._respond(features, len(padded), self.settings.group, sampling)
+        shuffled = None
+        if self.settings.shuffled_frames:
+            order = np.random.default_rng(sampling.seed).permutation(frames.shape[1])
+            other = self._sampler.encode(frames[:, order])
+            shuffled = self._respond(other, len(padded), self.settings.group, sampling)
         batch = self._batch(responses)
         batch["old"] = self._score(self.state.trainable, self._frozen, features, batch)
         batch["reference"] = self._score(self._reference, self._frozen, features, batch)
@@ -260,7 +266,7 @@ class _Run:
         counted = batch["counted"]
         tokens = counted.sum(-1)
         old = np.where(counted, np.asarray(batch["old"]), 0).sum(-1) / np.maximum(tokens, 1)
-        parts = self._reward(records, responses, tokens)
+        parts = self._reward(records, responses, tokens, shuffled)
         total = parts["total"]
         weights, utility = self._pool.update(samples, total, old[: len(records)])
         advantages = weights[:, None] * objective.group_advantages(total)
@@ -314,10 +320,11 @@ class _Run:
             "prompt_mask": np.broadcast_to(mask, (clips, 1, len(mask))),
         }
 
-    def _reward(self, records, responses, tokens) -> dict[str, Float[np.ndarray, "B G"]]:
+    def _reward(self, records, responses, tokens, shuffled=None) -> dict[str, Float[np.ndarray, "B G"]]:
         end = self._sampler.conversation.eos
         rows = []
-        for record, ids, lengths in zip(records, responses, tokens, strict=False):
+        for i, record in enumerate(records):
+            ids, lengths = responses[i], tokens[i]
             group = rewards.Group(
                 id=record.id,
                 question=reasoning.QUESTION,
@@ -325,6 +332,7 @@ class _Run:
                 responses=tuple(self._sampler.text(row) for row in ids),
                 lengths=tuple(int(length) for length in lengths),
                 complete=tuple(bool((row == end).any()) for row in ids),
+                shuffled=() if shuffled is None else tuple(self._sampler.text(row) for row in shuffled[i]),
             )
             rows.append(rewards.evaluate(self._functions, group))
         return {name: np.stack([row[name] for row in rows]) for name in rows[0]}

@@ -35,6 +35,11 @@ def favour_short_words(group):
     return [text.count("e") / (1 + len(text)) for text in group.responses]
 
 
+def count_shuffled(group):
+    """How many responses there are about shuffled frames."""
+    return [len(group.shuffled)] * len(group.responses)
+
+
 @pytest.fixture(scope="module")
 def config_of(small_world, trained, tmp_path_factory):
     """The config of a small run from a cold start that took stage 3's place; `changes` as in `SmallWorld.config`."""
@@ -131,6 +136,16 @@ def test_a_pool_that_runs_empty_ends_the_run_cleanly_and_says_so(config_of, tmp_
 def test_settings_that_suit_no_run_are_refused(changes, says, config_of, tmp_path):
     with pytest.raises(UserError, match=says):
         de_grpo.train(config_of(**changes), tmp_path / "grpo")
+
+
+def test_the_temporal_reward_gets_responses_about_shuffled_frames_where_they_are_asked_for(config_of, tmp_path):
+    settings = {"steps": 1, "rl__rewards__facial__path": "favchat_jax.rl.rewards:temporal"}
+    with pytest.raises(UserError, match="needs responses about shuffled frames"):
+        de_grpo.train(config_of(**settings), tmp_path / "without")
+    config = config_of(**settings, rl__shuffled_frames=True, rl__measure_every=5)
+    config.rl.rewards.facial.path = "tests.rl.test_de_grpo:count_shuffled"
+    de_grpo.train(config, tmp_path / "with")
+    assert read_lines(tmp_path / "with" / "metrics.jsonl")[0]["reward_facial"] == config.rl.group
 
 
 def test_a_start_of_another_variant_is_refused(small_world, config_of, tmp_path):
