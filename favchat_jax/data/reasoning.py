@@ -8,7 +8,8 @@ import numpy as np
 
 from favchat_jax.data.datasets import Record
 
-QUESTION = "What can be seen of the person, the emotion and the action?"
+# One of stage 1's requests (`loader.INSTRUCTIONS`): the Q-Formers know from it that all that is seen is asked for.
+QUESTION = "What can be seen in this video? Describe it."
 ANSWERS = (
     "{attributes}, {emotion}, {action}",
     "The person looks {emotion} and is {action}.",

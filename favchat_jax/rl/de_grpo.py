@@ -6,13 +6,11 @@ that the run started from, over the one base; encoders and Q-Formers do not trai
 iteration. Everything that decides the next iteration is in the checkpoint, so that a resumed run is exact.
 """
 
-import contextlib
 import json
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +19,7 @@ import numpy as np
 import optax
 from einops import rearrange
 from flax.traverse_util import unflatten_dict
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, UInt8
 from tqdm import tqdm
 
 from favchat_jax.data import reasoning
@@ -31,8 +29,8 @@ from favchat_jax.errors import RunError, UserError
 from favchat_jax.generation.sampler import Sampler, Sampling
 from favchat_jax.models.favchat import ClipFeatures, FaVChat
 from favchat_jax.rl import objective, rewards
-from favchat_jax.rl.curves import draw_curves
-from favchat_jax.rl.pool import STATES, Pool, Settings
+from favchat_jax.rl.curves import draw_curves, read_lines
+from favchat_jax.rl.pool import Pool, Settings
 from favchat_jax.training import assembly, loop, stages
 from favchat_jax.training.checkpoint import Checkpoints, load_weights, save_weights
 from favchat_jax.training.step import TrainState, Weights, compiler_options, next_token_targets
@@ -242,37 +240,22 @@ class _Run:
 
     def _iterate(self, samples: Int[np.ndarray, " b"], records: Sequence[Record]) -> dict[str, float]:
         """Responses, rewards, judgement and updates for one batch of samples."""
-        short = self.config.batch - len(records)  # the pool may hold fewer than a batch, whose shape stays the same
-        padded = [*records, *[records[0]] * short]
-        self._sampler.load({**self.state.trainable, **self._frozen})
-        frames = self._frames(padded)
-        features = self._sampler.encode(frames)
-        sampling = Sampling(
-            self.settings.max_new_tokens,
-            self.settings.temperature,
-            self.settings.top_p,
-            seed=self.config.seed * 1_000_003 + self._pool.iteration,
-        )
-        responses = self._respond(features, len(padded), self.settings.group, sampling)
-        shuffled = None
-        if self.settings.shuffled_frames:
-            order = np.random.default_rng(sampling.seed).permutation(frames.shape[1])
-            other = self._sampler.encode(frames[:, order])
-            shuffled = self._respond(other, len(padded), self.settings.group, sampling)
+        count = len(records)
+        # The pool may hold fewer than a batch, whose shape stays the same.
+        padded = [*records, *[records[0]] * (self.config.batch - count)]
+        features, responses, shuffled = self._roll_out(padded)
         batch = self._batch(responses)
         batch["old"] = self._score(self.state.trainable, self._frozen, features, batch)
         batch["reference"] = self._score(self._reference, self._frozen, features, batch)
 
-        counted = batch["counted"]
-        tokens = counted.sum(-1)
-        old = np.where(counted, np.asarray(batch["old"]), 0).sum(-1) / np.maximum(tokens, 1)
-        parts = self._reward(records, responses, tokens, shuffled)
-        total = parts["total"]
-        weights, utility = self._pool.update(samples, total, old[: len(records)])
-        advantages = weights[:, None] * objective.group_advantages(total)
-        batch["advantages"] = np.pad(advantages, [(0, short), (0, 0)]).astype(np.float32)
-        batch["counted"] = counted & (np.arange(len(padded)) < len(records))[:, None, None]
-
+        lengths = batch["counted"].sum(-1)
+        certainty = np.where(batch["counted"], np.asarray(batch["old"]), 0).sum(-1) / lengths
+        parts = self._reward(records, responses, lengths, shuffled)
+        weights, utility = self._pool.update(samples, parts["total"], certainty[:count])
+        advantages = np.zeros(lengths.shape, np.float32)
+        advantages[:count] = weights[:, None] * objective.group_advantages(parts["total"])
+        batch["advantages"] = advantages
+        batch["counted"] = batch["counted"] & (np.arange(len(padded)) < count)[:, None, None]
         for _ in range(self.settings.updates):
             self.state, values = self._update(self.state, self._frozen, features, batch)
         values = {name: float(value) for name, value in jax.device_get(values).items()}
@@ -281,26 +264,42 @@ class _Run:
                 f"the gradient of step {int(self.state.step) + 1} is not finite, clips "
                 f"{', '.join(record.id for record in records)}: lower optimizer.learning_rate"
             )
-        named = {f"reward_{name}": float(part.mean()) for name, part in parts.items()}
-        values |= {"reward": named.pop("reward_total"), **named}
-        values |= {"rollouts": float(total.size), "tokens": float(tokens[: len(records)].sum())}
-        values["response_tokens"] = float(tokens[: len(records)].mean())
-        values["tied_groups"] = float(np.mean(np.ptp(total, axis=1) == 0))
-        counts = self._pool.counts()
-        values |= {f"share_{state}": counts[state] / self._pool.size for state in STATES}
+        return values | self._summary(parts, lengths[:count], utility)
+
+    def _roll_out(self, records: Sequence[Record]):
+        """Features of the clips, G responses to each, and as many about shuffled frames where they are asked for."""
+        self._sampler.load({**self.state.trainable, **self._frozen})
+        frames, group = self._frames(records), self.settings.group
+        features = self._sampler.encode(frames)
+        sampling = Sampling(
+            self.settings.max_new_tokens,
+            self.settings.temperature,
+            self.settings.top_p,
+            seed=self.config.seed * 1_000_003 + self._pool.iteration,
+        )
+        responses = self._respond(features, len(records), group, sampling)
+        if not self.settings.shuffled_frames:
+            return features, responses, None
+        order = np.random.default_rng(sampling.seed).permutation(frames.shape[1])
+        return features, responses, self._respond(self._sampler.encode(frames[:, order]), len(records), group, sampling)
+
+    def _summary(self, parts, lengths: Int[np.ndarray, "b G"], utility: Float[np.ndarray, " b"]) -> dict[str, float]:
+        """What is logged of an iteration beside the update's own metrics."""
+        values = {f"reward_{name}": float(part.mean()) for name, part in parts.items()}
+        values["reward"] = values.pop("reward_total")
+        values |= {"rollouts": float(lengths.size), "tokens": float(lengths.sum())}
+        values["response_tokens"] = float(lengths.mean())
+        values["tied_groups"] = float(np.mean(np.ptp(parts["total"], axis=1) == 0))
+        values |= {f"share_{state}": count / self._pool.size for state, count in self._pool.counts().items()}
         bins = np.histogram(np.clip(utility, 0, 1), UTILITY_BINS, (0, 1))[0] / len(utility)
         return values | {f"utility_{i}": float(share) for i, share in enumerate(bins)}
 
     def _respond(self, features, clips: int, group: int, sampling: Sampling) -> Int[np.ndarray, "B G n"]:
         return self._sampler.responses(features, [reasoning.QUESTION] * clips, group, sampling)
 
-    def _frames(self, records: Sequence[Record]):
-        return np.stack(
-            [
-                decode(r.clip, frames=self._sampler.frames, size=self._sampler.image_size, name=r.id).frames
-                for r in records
-            ]
-        )
+    def _frames(self, records: Sequence[Record]) -> UInt8[np.ndarray, "B T H W 3"]:
+        frames, size = self._sampler.frames, self._sampler.image_size
+        return np.stack([decode(r.clip, frames=frames, size=size, name=r.id).frames for r in records])
 
     def _batch(self, responses: Int[np.ndarray, "B G n"]) -> dict[str, np.ndarray]:
         """Prompt and response of each sequence, shaped alike in every iteration."""
@@ -355,9 +354,6 @@ class _Run:
 
 
 def _keep_until(path: Path, step: int) -> None:
-    """Cuts off what was measured after the step that a run goes on from."""
-    lines: list[dict[str, Any]] = []
-    with contextlib.suppress(FileNotFoundError):
-        lines = [json.loads(line) for line in path.read_text().splitlines()]
-    kept = [line for line in lines if 0 < line["step"] <= step or step > 0 == line["step"]]
+    """Cuts off what was measured after the step that a run goes on from; a run from the start measures all anew."""
+    kept = [line for line in read_lines(path) if step and line["step"] <= step]
     loop.write(path, "".join(json.dumps(line) + "\n" for line in kept))

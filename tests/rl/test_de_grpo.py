@@ -13,6 +13,7 @@ from favchat_jax.generation.sampler import Sampler, Sampling
 from favchat_jax.models import favchat
 from favchat_jax.rl import de_grpo
 from favchat_jax.rl.curves import read_lines
+from favchat_jax.rl.pool import STATES
 from favchat_jax.training import assembly, loop
 from favchat_jax.training.checkpoint import load_weights
 from tests.conftest import newest, same_weights
@@ -69,7 +70,7 @@ def test_a_run_writes_rewards_by_part_states_and_curves(whole):
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
     for line in lines:
         assert line["reward"] == pytest.approx(line["reward_facial"] + line["reward_form"])
-        assert sum(line[f"share_{state}"] for state in de_grpo.STATES) == pytest.approx(1)
+        assert sum(line[f"share_{state}"] for state in STATES) == pytest.approx(1)
         assert sum(line[f"utility_{i}"] for i in range(de_grpo.UTILITY_BINS)) == pytest.approx(1)
         assert 1 <= line["response_tokens"] <= 6 and line["rollouts"] == 6
     assert lines[0]["kl"] == pytest.approx(0, abs=1e-6) and lines[-1]["kl"] > 0
