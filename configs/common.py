@@ -16,7 +16,7 @@ def get_config(stage: str, argument: str = "") -> ConfigDict:
     """The config of a stage.
 
     Args:
-        stage: stage1, stage2 or stage3.
+        stage: stage1, stage2, stage3, coldstart or grpo.
         argument: comma-separated `preset=`, `variant=`, `ablation=`.
     """
     chosen = {"preset": "tiny", "variant": "v1", "ablation": "none"}
@@ -31,12 +31,13 @@ def get_config(stage: str, argument: str = "") -> ConfigDict:
     config = ConfigDict(chosen)
     config.stage = stage
     config.seed = 0
-    config.model = _model(config.preset)
+    config.model = _model(config.preset, config.variant)
     config.data = _data(config.preset)
     config.optimizer = _optimizer()
     # Where weights come from. An empty entry starts afresh.
     config.llm = ConfigDict({"path": ""})  # a Hugging Face folder of Mistral
     config.prompt_tokenizer = ""  # tokenizer folder for the Q-Formers' prompt; empty: the language model's
+    # `qformer`: a converted Q-Former, from which both streams' start, or the workdir of a run, both of whose are taken.
     config.init = ConfigDict({"umt": "", "facexformer": "", "qformer": ""})
     config.init.videochat2 = ""  # in place of umt and qformer, with its projection and LoRA
     config.init.from_run = _stage_before(config)  # workdir of the stage before
@@ -55,12 +56,12 @@ def get_config(stage: str, argument: str = "") -> ConfigDict:
 
 
 def _stage_before(config: ConfigDict) -> str:
-    before = {"stage1": "", "stage2": "stage1", "stage3": "stage2"}[config.stage]
+    before = {"stage2": "stage1", "stage3": "stage2", "coldstart": "stage3", "grpo": "coldstart"}.get(config.stage, "")
     ablation = "" if config.ablation == "none" else f"-{config.ablation}"
     return before and f"runs/{config.preset}-{config.variant}{ablation}/{before}"
 
 
-def _model(preset: str) -> ConfigDict:
+def _model(preset: str, variant: str) -> ConfigDict:
     """Sizes. The language model's are read from its folder."""
     model = ConfigDict()
     model.image_size = 224
@@ -72,7 +73,8 @@ def _model(preset: str) -> ConfigDict:
     model.facexformer = ConfigDict(
         {"patch": 4, "width": 128, "depths": (2, 2, 18, 2), "heads": (4, 8, 16, 32), "window": 7}
     )
-    # The paper gives Eq. 2 alone; heads and residual are choices (residual=False is the printed form).
+    # The paper gives Eq. 2 (v1) and the drawing of CA2 (v2) alone; heads and residual, with the norms that come with
+    # it, are choices (residual=False is the printed form).
     model.fusion = ConfigDict({"heads": 16, "residual": True})
     model.qformer = ConfigDict(
         {
@@ -87,7 +89,8 @@ def _model(preset: str) -> ConfigDict:
             "prompt": True,  # a choice: both Q-Formers read the question, in v1 too
         }
     )
-    model.adapter = ConfigDict({"hidden": 1024})  # a choice: width inside the gate and the experts
+    # A choice: width inside v1's gate and experts, and v2's weight adapters and MLPs after the Q-Formers.
+    model.adapter = ConfigDict({"hidden": 1024})
     model.lora = ConfigDict(
         {
             "rank": 16,
@@ -113,7 +116,7 @@ def _model(preset: str) -> ConfigDict:
         model.umt.update({"width": 64, "depth": 5, "layers_run": 4, "heads": 4, "checkpoint_size": 64})
         model.no_face_taps = (1, 2, 3, 4)
         model.facexformer.update({"width": 24, "depths": (1, 1, 2, 1), "heads": (2, 2, 4, 4), "window": 4})
-        model.fusion.heads = 1
+        model.fusion.heads = 1 if variant == "v1" else 4
         model.qformer.update(
             {"width": 64, "depth": 2, "heads": 4, "mlp": 256, "queries": 8, "extra_queries": 8, "vocabulary": 512}
         )
@@ -165,6 +168,8 @@ def _embedded(config: ConfigDict) -> None:
     config.llm.path = f"{parts}/mistral"
     config.init.umt = f"{parts}/umt"
     config.init.facexformer = f"{parts}/facexformer"
+    # v2 freezes its Q-Formers in stage 1, where published ones have learned from much text: v1's first stage stands in.
+    config.init.qformer = "runs/tiny-v1/stage1" if config.variant == "v2" else ""
     config.pretrain = ConfigDict(
         {
             "llm": {"width": 128, "layers": 3, "heads": 4, "kv_heads": 2, "mlp": 256, "vocabulary": 512},

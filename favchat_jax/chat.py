@@ -11,6 +11,7 @@ from favchat_jax import command_line
 from favchat_jax.data.video import decode
 from favchat_jax.errors import UserError
 from favchat_jax.generation.sampler import Sampler, Sampling, Turn
+from favchat_jax.rl.rewards import answer_of
 from favchat_jax.training.assembly import load_run
 
 
@@ -51,13 +52,16 @@ def main() -> None:
     if _QUESTION.value is not None and not _QUESTION.value.strip():
         raise UserError("--question is empty: ask something, or leave it out for a conversation")
     sampling = Sampling(_MAX_NEW_TOKENS.value, _TEMPERATURE.value, _TOP_P.value, _SEED.value)
+    if _ANSWER_ONLY.value and _QUESTION.value is None:
+        raise UserError("--answer_only leaves out the thought before a single answer: give --question=TEXT with it")
     # The video is opened first: a bad file should not cost the time of loading a checkpoint.
     decode(_VIDEO.value, frames=1, size=16)
     sampler = Sampler.of(load_run(_CHECKPOINT.value))
     if _QUESTION.value is None:
         converse(sampler, _VIDEO.value, sampling)
     else:
-        print(ask(sampler, _VIDEO.value, _QUESTION.value, sampling))
+        answer = ask(sampler, _VIDEO.value, _QUESTION.value, sampling)
+        print(answer_of(answer) if _ANSWER_ONLY.value else answer)
 
 
 if __name__ == "__main__":
@@ -67,5 +71,6 @@ if __name__ == "__main__":
     _MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 64, "Longest answer", lower_bound=1)
     _TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 is greedy", lower_bound=0.0)
     _TOP_P = flags.DEFINE_float("top_p", 1.0, "Nucleus", lower_bound=0.0, upper_bound=1.0)
+    _ANSWER_ONLY = flags.DEFINE_bool("answer_only", False, "Print what stands in <answer>, without the thought")
     _SEED = flags.DEFINE_integer("seed", 0, "Of the draws at temperatures above 0")
     command_line.start(main)

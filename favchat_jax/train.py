@@ -15,6 +15,7 @@ from ml_collections import config_flags
 
 from favchat_jax import command_line
 from favchat_jax.errors import UserError
+from favchat_jax.rl import de_grpo
 from favchat_jax.training import pretraining, stages
 from favchat_jax.training.loop import Outcome, check, is_finished, train
 
@@ -46,12 +47,13 @@ def train_stage(config: ml_collections.ConfigDict, workdir: Path) -> Outcome:
                 f"init.from_run={config.init.from_run} holds no finished {previous}: name the workdir of one, "
                 f"made with python -m favchat_jax.train --config=configs/{previous}.py:{chosen} --workdir=DIR"
             )
-        log.info("%s needs %s, which is trained first", config.stage, previous)
-        before = _stage_config(config, previous)
-        if not train_stage(before, default_workdir(before)).finished:
-            raise SystemExit(0)  # SIGTERM: what was done is saved
+        _train_first(_stage_config(config, previous), config)
+    if config.preset == "tiny" and not previous:
+        stand_in = _stage_config(config, "stage1", variant="v1", ablation="none")
+        if Path(config.init.qformer) == default_workdir(stand_in) and not is_finished(config.init.qformer):
+            _train_first(stand_in, config)
     started = time.perf_counter()
-    outcome = train(config, workdir)
+    outcome = (de_grpo.train if config.stage == "grpo" else train)(config, workdir)
     if outcome.resumed_at == outcome.steps:
         log.info("%s in %s is already finished at step %d", config.stage, workdir, outcome.steps)
     elif outcome.finished:
@@ -64,13 +66,20 @@ def train_stage(config: ml_collections.ConfigDict, workdir: Path) -> Outcome:
     return outcome
 
 
-def _stage_config(config: ml_collections.ConfigDict, stage: str) -> ml_collections.ConfigDict:
+def _train_first(before: ml_collections.ConfigDict, config: ml_collections.ConfigDict) -> None:
+    log.info("%s of %s needs %s, which is trained first", config.stage, config.variant, default_workdir(before))
+    if not train_stage(before, default_workdir(before)).finished:
+        raise SystemExit(0)  # SIGTERM: what was done is saved
+
+
+def _stage_config(config: ml_collections.ConfigDict, stage: str, **other_choice: str) -> ml_collections.ConfigDict:
     """The default config of another stage of the same preset, variant, ablation and seed, made from the same parts."""
-    argument = f"preset={config.preset},variant={config.variant},ablation={config.ablation}"
+    chosen = {name: other_choice.get(name, config[name]) for name in ("preset", "variant", "ablation")}
+    argument = ",".join(f"{name}={value}" for name, value in chosen.items())
     other = importlib.import_module(f"configs.{stage}").get_config(argument)
     for field in ("seed", "llm", "prompt_tokenizer"):
         other[field] = config[field]
-    for part in ("umt", "facexformer", "qformer", "videochat2"):
+    for part in ("umt", "facexformer", "videochat2") + (() if "variant" in other_choice else ("qformer",)):
         other.init[part] = config.init[part]
     other.data.packed = config.data.packed
     return other
@@ -89,6 +98,12 @@ def _require_sources(config: ml_collections.ConfigDict) -> None:
                     f"init.{part} is not set: convert the published weights with python -m tools.convert_weights "
                     f"--kind={part} --src=FILE --out=DIR, then --config.init.{part}=DIR"
                 )
+        if config.variant == "v2" and not config.init.qformer:
+            raise UserError(
+                "init.qformer is not set, but v2 freezes its Q-Formers in stage 1: convert published ones with "
+                "python -m tools.convert_weights --kind=qformer --src=FILE --out=DIR, or name a finished run of v1, "
+                "then --config.init.qformer=DIR"
+            )
 
 
 def main() -> None:

@@ -44,6 +44,7 @@ SHRUNKEN = {
     "data.buckets": (160,),
     "init.umt": "",
     "init.facexformer": "",
+    "init.qformer": "",
     "init.from_run": "",
     "model.image_size": 32,
     "model.frames": 2,

@@ -21,6 +21,7 @@ from favchat_jax.data.datasets import open_dataset
 from favchat_jax.data.video import decode
 from favchat_jax.generation.sampler import Sampler, Sampling
 from favchat_jax.training.assembly import load_run
+from favchat_jax.training.loop import Outcome
 from tests.conftest import DATA, ROOT, damage, start_module
 from tests.data.video_files import audio_only, encode_video
 
@@ -100,6 +101,13 @@ def checkpoint(trained) -> Path:
             "init.umt is not set: .*tools.convert_weights --kind=umt",
         ),
         (
+            [
+                "--config=configs/stage1.py:preset=paper,variant=v2",
+                *("--config.llm.path=x", "--config.data.root=y", "--config.init.umt=z", "--config.init.facexformer=z"),
+            ],
+            "init.qformer is not set, but v2 freezes its Q-Formers in stage 1: .*--kind=qformer",
+        ),
+        (
             ["--config=configs/stage2.py:preset=base", "--config.llm.path=x", "--config.data.root=y"],
             "init.from_run=runs/base-v1/stage1 holds no finished stage1: .*configs/stage1.py:preset=base",
         ),
@@ -166,6 +174,23 @@ def test_train_refuses_a_workdir_whose_checkpoints_are_all_damaged(command, smal
     assert ended.is_refusal(f"every checkpoint in {copy}/checkpoints is damaged: delete the workdir and train again")
 
 
+def test_in_the_embedded_preset_what_a_stage_needs_is_trained_first(command, monkeypatch):
+    made = []
+
+    def train(config, workdir):
+        made.append(str(workdir))
+        return Outcome(step=1, steps=1, resumed_at=0)
+
+    monkeypatch.setattr("favchat_jax.training.pretraining.make_missing_parts", lambda config: None)
+    monkeypatch.setattr("favchat_jax.training.loop.is_finished", lambda workdir: str(workdir) in made)
+    monkeypatch.setattr("favchat_jax.training.loop.train", train)
+    monkeypatch.setattr("favchat_jax.rl.de_grpo.train", train)
+    assert command("train", "--config=configs/grpo.py:variant=v2,ablation=no_moe").code == 0
+    stages = ("stage1", "stage2", "stage3", "coldstart", "grpo")
+    # The Q-Formers that v2 freezes in its first stage come from v1's.
+    assert made == ["runs/tiny-v1/stage1", *(f"runs/tiny-v2-no_moe/{stage}" for stage in stages)]
+
+
 def test_train_ends_with_1_where_the_loss_is_not_a_number(command, small_world, tmp_path, monkeypatch):
     from favchat_jax import train
     from favchat_jax.errors import RunError
@@ -225,6 +250,7 @@ def test_chat_refuses_a_video_that_is_missing_or_a_folder(command, tmp_path):
         (["--temperature=-1"], "temperature"),
         (["--top_p=1.5"], "top_p"),
         (["--seed=x"], "seed"),
+        (["--answer_only"], "--answer_only .* give --question=TEXT with it"),
         (["What", "is", "this?"], "unexpected argument 'What'"),
     ],
 )
@@ -268,6 +294,14 @@ def test_chat_prints_the_answer_alone(video, checkpoint):
     answer = ask(sampler, str(video), "What colour is the hair?", Sampling(max_new_tokens=6))
     assert stdout == f"{answer}\n"
     assert (process.returncode, stderr) == (0, "")
+
+
+def test_chat_can_leave_out_the_thought(video, checkpoint, command, monkeypatch):
+    said = "<think> brown hair </think> <answer> brown </answer>"
+    monkeypatch.setattr("favchat_jax.generation.sampler.Sampler.answer", lambda *_: [[said]])
+    arguments = [f"--checkpoint={checkpoint}", f"--video={video}", "--question=Which hair?"]
+    assert command("chat", *arguments).stdout == f"{said}\n"
+    assert command("chat", *arguments, "--answer_only").stdout == "brown\n"
 
 
 def test_a_conversation_answers_each_line_with_the_turns_before_it_in_mind(video, checkpoint):

@@ -23,6 +23,7 @@ import grain
 import numpy as np
 from absl import flags
 
+from favchat_jax.data import reasoning
 from favchat_jax.data.conversation import Conversation, PromptEncoder
 from favchat_jax.data.datasets import Record
 from favchat_jax.data.video import Augment, decode
@@ -39,7 +40,7 @@ INSTRUCTIONS = (
     "Summarize what you see in the video.",
     "Write a description of this video.",
 )
-TEXTS = ("summary", "qa", "face_qa")
+TEXTS = ("summary", "qa", "face_qa", "reasoning")
 BAD_SHARE = 0.01  # a data set with a larger share of bad records is broken, and a run on it stops ...
 BAD_AFTER = 100  # ... but not before so many records were read, so that one bad clip among the first is forgiven
 
@@ -76,7 +77,7 @@ class Example(grain.transforms.RandomMap):
 
     Attributes:
       text: `summary`, one instruction and the record's summary; `qa`, up to Q of its questions, drawn at random;
-        `face_qa`, the same of records that show a face.
+        `face_qa`, the same of records that show a face; `reasoning`, one question and a thought before the answer.
       questions: Q. A clip with fewer questions leaves rows empty.
       max_length: the longest sequence, visual tokens included.
     """
@@ -104,6 +105,8 @@ class Example(grain.transforms.RandomMap):
     def _turns(self, record: Record, rng: np.random.Generator) -> list[tuple[str, str]]:
         if self.text == "summary":
             return [(str(rng.choice(INSTRUCTIONS)), record.summary)] if record.summary else []
+        if self.text == "reasoning":
+            return [(reasoning.QUESTION, reasoning.response(record, rng))] if reasoning.can_be_told(record) else []
         if self.text == "face_qa" and not record.has_face:
             return []
         chosen = rng.permutation(len(record.questions))[: self.questions]
@@ -162,12 +165,12 @@ def training_batches(
       source: all records; this host reads every `process_count`-th, from `process_index` on.
       conversation: tokenises for the language model.
       prompt: tokenises for the Q-Formers.
-      text: `summary`, `qa` or `face_qa`: what is asked about a clip, see `Example`.
+      text: `summary`, `qa`, `face_qa` or `reasoning`: what is asked about a clip, see `Example`.
       frames: T. size: H = W in pixels. sampling, augment: see `video.decode`.
       batch: B, clips a batch on this host.
       buckets: sequence lengths L that a batch may have; text is padded to the smallest that holds it, and a text over
         the largest is a bad record. Where there are several hosts, always the largest, since their shapes must agree.
-      questions: Q of `qa` and `face_qa`; `summary` has one.
+      questions: Q of `qa` and `face_qa`; the others have one.
       workers: processes that decode; 0 decodes on a thread of this one.
       seed: of the order and of every random draw.
 
@@ -187,7 +190,7 @@ def training_batches(
         size=size,
         sampling=sampling,
         augment=augment,
-        questions=1 if text == "summary" else questions,
+        questions=1 if text in ("summary", "reasoning") else questions,
         max_length=buckets[-1],
     )
     if not flags.FLAGS.is_parsed():

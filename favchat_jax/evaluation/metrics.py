@@ -4,6 +4,8 @@ import collections
 import re
 from collections.abc import Sequence
 
+import numpy as np
+
 
 def normalise(text: str) -> str:
     """Lower case, without punctuation, articles and superfluous blanks, so that wording of equal content is equal."""
@@ -30,3 +32,11 @@ def majority_baseline(references: Sequence[str], kinds: Sequence[str]) -> dict[s
     for reference, kind in zip(references, kinds, strict=True):
         groups[kind][normalise(reference)] += 1
     return {kind: max(counts.values()) / counts.total() for kind, counts in sorted(groups.items())}
+
+
+def cohens_d(one: Sequence[float], other: Sequence[float]) -> float:
+    """Difference of the means of two samples over their pooled standard deviation; infinite where neither varies."""
+    one, other = np.asarray(one, np.float64), np.asarray(other, np.float64)
+    squares = np.sum((one - one.mean()) ** 2) + np.sum((other - other.mean()) ** 2)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return float((one.mean() - other.mean()) / np.sqrt(squares / (len(one) + len(other) - 2)))

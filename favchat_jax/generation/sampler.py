@@ -91,16 +91,16 @@ class Sampler:
         self._model = favchat.build(
             config.model, self._llm, variant=config.variant, ablation=config.ablation, lora_rank=0, scan=False
         )
-        tree = unflatten_dict(dict(weights), sep="/")
-        tree["llm"] = unstack_layers(lora.merge(tree["llm"], config.model.lora.alpha))
-        self._params = {"params": tree}
+        self._alpha = config.model.lora.alpha
+        self.load(weights)
         qformer = config.model.qformer
-        self._conversation = Conversation(tokenizer, qformer.queries + qformer.extra_queries)
-        self._prompt = PromptEncoder(prompt_tokenizer, config.data.prompt_length)
+        self.conversation = Conversation(tokenizer, qformer.queries + qformer.extra_queries)
+        self.prompt = PromptEncoder(prompt_tokenizer, config.data.prompt_length)
         self._buckets = sorted(config.data.buckets)
         self._dtype = jnp.dtype(config.model.dtype)
         self._encode = jax.jit(lambda params, frames: self._model.apply(params, frames, method="encode"))
-        self._begin = jax.jit(self._prefill, static_argnames="room")
+        self._weigh = jax.jit(lambda params, *x: self._model.apply(params, *x, method="visual_tokens")[1].mean(axis=2))
+        self._begin = jax.jit(self._prefill, static_argnames=("room", "copies"))
         self._advance = jax.jit(self._decode, static_argnames="count", donate_argnums=1)
 
     @classmethod
@@ -108,9 +108,21 @@ class Sampler:
         """The sampler of a loaded run (`training.assembly.load_run`)."""
         return cls(run.config, run.weights, run.tokenizer, run.prompt_tokenizer)
 
+    def load(self, weights: dict[str, Array]) -> None:
+        """Answers with other weights of the same model from now on; nothing compiles again."""
+        tree = unflatten_dict(dict(weights), sep="/")
+        tree["llm"] = unstack_layers(lora.merge(tree["llm"], self._alpha))
+        self._params = {"params": tree}
+
     def encode(self, frames: UInt8[np.ndarray, "B T H W 3"]) -> ClipFeatures:
         """Runs the encoders once; the result serves any number of questions about these clips."""
         return self._encode(self._params, frames)
+
+    def stream_weights(self, features: ClipFeatures, questions: Sequence[Sequence[str]]) -> Float[np.ndarray, "B Q 2"]:
+        """Average weights of the general and the facial stream in the visual tokens of Q questions about each clip."""
+        prompts = [[self.prompt.encode(question) for question in asked] for asked in questions]
+        ids, masks = (np.array([[prompt[part] for prompt in asked] for asked in prompts]) for part in (0, 1))
+        return np.asarray(self._weigh(self._params, features, ids, masks))
 
     def answer(
         self, features: ClipFeatures, conversations: Sequence[Sequence[Sequence[Turn]]], sampling: Sampling
@@ -128,9 +140,23 @@ class Sampler:
         tokens = np.concatenate(
             list(self._blocks(features, conversations, sampling, sampling.max_new_tokens - 1)), axis=1
         )
-        texts = [self._text(row) for row in tokens]
+        texts = [self.text(row) for row in tokens]
         questions = max(len(asked) for asked in conversations)
         return [texts[i * questions : i * questions + len(asked)] for i, asked in enumerate(conversations)]
+
+    def responses(
+        self, features: ClipFeatures, questions: Sequence[str], group: int, sampling: Sampling
+    ) -> Int[np.ndarray, "B G n"]:
+        """G responses to one question about each of B clips, as token ids; after its end, a response repeats it.
+
+        Each prompt is read once, and all tokens are drawn in one compiled loop. n is `sampling.max_new_tokens`.
+        """
+        conversations = [[[(question, None)]] for question in questions]
+        count = sampling.max_new_tokens - 1
+        blocks = list(self._blocks(features, conversations, sampling, count, copies=group))
+        tokens = np.concatenate(blocks, axis=1).reshape(len(questions), group, -1)
+        ended = sampling.max_new_tokens - tokens.shape[-1]
+        return np.pad(tokens, [(0, 0), (0, 0), (0, ended)], constant_values=self.conversation.eos)
 
     def stream(self, features: ClipFeatures, turns: Sequence[Turn], sampling: Sampling) -> Iterator[str]:
         """The answer to one conversation about one clip, piece by piece as it is written."""
@@ -138,18 +164,21 @@ class Sampler:
         shown = ""
         for block in self._blocks(features, [[turns]], sampling, 1):
             written.extend(block[0])
-            text = self._text(np.array(written))
+            text = self.text(np.array(written))
             if not text.endswith("\ufffd"):  # a character whose bytes are not all there yet
                 yield text[len(shown) :]
                 shown = text
-        yield self._text(np.array(written))[len(shown) :]
+        yield self.text(np.array(written))[len(shown) :]
 
-    def _blocks(self, features, conversations, sampling: Sampling, count: int) -> Iterator[Int[np.ndarray, "B n"]]:
+    def _blocks(
+        self, features, conversations, sampling: Sampling, count: int, copies: int = 1
+    ) -> Iterator[Int[np.ndarray, "B n"]]:
         """Token ids as they are drawn: the first of each sequence, then `count` at a time until all have ended."""
         arrays = self._arrays(conversations)
         draw_how = (jnp.float32(sampling.temperature), jnp.float32(sampling.top_p))
         key = jax.random.key_data(jax.random.key(sampling.seed))
-        state = self._begin(self._params, features, arrays, key, *draw_how, room=sampling.max_new_tokens)
+        room = sampling.max_new_tokens
+        state = self._begin(self._params, features, arrays, key, *draw_how, room=room, copies=copies)
         yield np.asarray(state.token)[:, None]
         left = sampling.max_new_tokens - 1
         while left > 0 and not bool(jnp.all(state.done)):
@@ -161,24 +190,25 @@ class Sampler:
         clips, questions = len(conversations), max(len(asked) for asked in conversations)
         rows = [list(asked) + [asked[0]] * (questions - len(asked)) for asked in conversations]
         encoded = [
-            [self._conversation.encode(turns, self.frames, self._buckets[-1]).tokens for turns in asked]
+            [self.conversation.encode(turns, self.frames, self._buckets[-1]).tokens for turns in asked]
             for asked in rows
         ]
         lengths = np.array([[len(tokens) for tokens in asked] for asked in encoded], np.int32)
         bucket = next(size for size in self._buckets if size >= lengths.max())
         arrays = {
-            "tokens": np.full((clips, questions, bucket), self._conversation.pad, np.int32),
+            "tokens": np.full((clips, questions, bucket), self.conversation.pad, np.int32),
             "last": lengths.reshape(-1) - 1,
-            "prompt": np.zeros((clips, questions, self._prompt.length), np.int32),
-            "prompt_mask": np.zeros((clips, questions, self._prompt.length), bool),
+            "prompt": np.zeros((clips, questions, self.prompt.length), np.int32),
+            "prompt_mask": np.zeros((clips, questions, self.prompt.length), bool),
         }
         for i, asked in enumerate(encoded):
             for j, tokens in enumerate(asked):
                 arrays["tokens"][i, j, : len(tokens)] = tokens
-                arrays["prompt"][i, j], arrays["prompt_mask"][i, j] = self._prompt.encode(rows[i][j][-1][0])
+                arrays["prompt"][i, j], arrays["prompt_mask"][i, j] = self.prompt.encode(rows[i][j][-1][0])
         return arrays
 
-    def _prefill(self, params, features, arrays, key, temperature, top_p, *, room: int) -> Decoding:
+    def _prefill(self, params, features, arrays, key, temperature, top_p, *, room: int, copies: int) -> Decoding:
+        """Reads each conversation once and begins `copies` answers to it."""
         clips, questions, length = arrays["tokens"].shape
         cache = empty_cache(self._llm, clips * questions, length + room, self._dtype)
         logits, cache = self._model.apply(
@@ -191,13 +221,15 @@ class Sampler:
             cache,
             method="prefill",
         )
+        repeated = (logits, cache, jnp.asarray(arrays["last"]))
+        logits, cache, last = jax.tree.map(lambda leaf: jnp.repeat(leaf, copies, axis=0), repeated)
         draw_key, key = jax.random.split(jax.random.wrap_key_data(key))
         token = draw(logits, draw_key, temperature, top_p)
-        return Decoding(token, arrays["last"] + 1, token == self._conversation.eos, jax.random.key_data(key), cache)
+        return Decoding(token, last + 1, token == self.conversation.eos, jax.random.key_data(key), cache)
 
     def _decode(self, params, state: Decoding, temperature, top_p, *, count: int):
         """Up to `count` more tokens a sequence; ends early where all are done. Ended sequences repeat their end."""
-        eos = self._conversation.eos
+        eos = self.conversation.eos
 
         def go_on(carry):
             n, state, _ = carry
@@ -216,7 +248,8 @@ class Sampler:
         _, state, tokens = jax.lax.while_loop(go_on, one, (0, state, tokens))
         return state, tokens
 
-    def _text(self, tokens: Int[np.ndarray, " n"]) -> str:
-        ended = np.flatnonzero(tokens == self._conversation.eos)
+    def text(self, tokens: Int[np.ndarray, " n"]) -> str:
+        """What token ids say up to the first end among them."""
+        ended = np.flatnonzero(tokens == self.conversation.eos)
         kept = tokens[: ended[0]] if len(ended) else tokens
         return self.tokenizer.decode(kept.tolist(), skip_special_tokens=True).strip()

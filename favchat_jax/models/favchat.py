@@ -4,7 +4,13 @@
           |                                     |                                     +--> mixture --> Mistral
           +--> FaceXFormer --> e_1..e_N --> fusion --> facial Q-Former --> linear ----+
 
-Encoders and fusion run once a clip; everything that reads the question runs once a question.
+v2, prompt-guided at three levels (low: CA2, medium: Q-Formers, high: weight adapters):
+
+    frames --> UMT --------------------------> e_g --> general Q-Former --> MLP --+
+          |                                                                        +--> weighted sum --> Mistral
+          +--> FaceXFormer --> W_1..W_N --> CA2 --> facial Q-Former --> MLP -------+
+
+Encoders and v1's fusion run once a clip; everything that reads the question runs once a question.
 """
 
 from typing import Any
@@ -16,9 +22,9 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from favchat_jax.errors import UserError
-from favchat_jax.models.adapters import GatedMixture, ScalarMixture
+from favchat_jax.models.adapters import GatedMixture, ScalarMixture, TokenMLP, WeightAdapters
 from favchat_jax.models.facexformer import FaceXFormerEncoder, LinearFuse
-from favchat_jax.models.granularity import GranularityFusion, add_positions
+from favchat_jax.models.granularity import GranularityFusion, PromptGuidedFusion, add_positions
 from favchat_jax.models.linear import Linear
 from favchat_jax.models.mistral import LayerCache, LoRA, Mistral, MistralConfig
 from favchat_jax.models.qformer import QFormer
@@ -30,16 +36,19 @@ PIXEL_STD = (0.229, 0.224, 0.225)
 # Of the norm after the general encoder.
 VISION_LAYERNORM_EPSILON = 1e-12
 
-VARIANTS = ("v1",)
+VARIANTS = ("v1", "v2")
 ABLATIONS = ("none", "no_face", "no_granularity", "no_moe")
 
 
 @struct.dataclass
 class ClipFeatures:
-    """What the encoders make of a clip: all that later parts need of it, whatever the question."""
+    """What the encoders make of a clip: all that later parts need of it, whatever the question.
+
+    `facial` is what the facial Q-Former reads or, before CA2, each block's W_i.
+    """
 
     general: Float[Array, "B S D"]
-    facial: Float[Array, "B F D"]
+    facial: Float[Array, "B F D"] | tuple[Float[Array, "B F_i D"], ...]
 
 
 @struct.dataclass
@@ -56,23 +65,26 @@ class FaVChat(nn.Module):
     Attributes:
         umt: general encoder.
         facexformer: facial encoder, None in the ablation `no_face`.
-        fusion: granularity fusion of Eq. 2, or None in `no_granularity`, where FaceXFormer's own fusion stands in.
+        fusion: Eq. 2 (v1) or CA2 (v2), or None in `no_granularity`, where FaceXFormer's own fusion stands in; in
+            `no_face` it runs over blocks of the general encoder.
         general_qformer, facial_qformer: one Q-Former a stream.
         general_proj, facial_proj: one linear layer a stream, to the language model's width.
+        general_mlp, facial_mlp: what v2 has after them.
         adapter: mixture of the two streams.
         llm: language model.
-        face_taps: in `no_face`, the general encoder's blocks (1-based) that Eq. 2 runs over.
         dtype: dtype of the computation.
     """
 
     umt: UMT
     facexformer: FaceXFormerEncoder | None
-    fusion: GranularityFusion | None
+    fusion: GranularityFusion | PromptGuidedFusion | None
     general_qformer: QFormer
     facial_qformer: QFormer
     general_proj: Linear
     facial_proj: Linear
-    adapter: GatedMixture | ScalarMixture
+    general_mlp: TokenMLP | None
+    facial_mlp: TokenMLP | None
+    adapter: GatedMixture | WeightAdapters | ScalarMixture
     llm: Mistral
     dtype: jnp.dtype = jnp.float32
 
@@ -83,7 +95,7 @@ class FaVChat(nn.Module):
             self.fuse_proj = Linear(self.umt.width, dtype=self.dtype)
 
     def encode(self, frames: UInt8[Array, "B T H W 3"]) -> ClipFeatures:
-        """Both encoders and the fusion, once a clip."""
+        """Both encoders and v1's fusion, once a clip."""
         batch, time = frames.shape[:2]
         x = (frames.astype(jnp.float32) / 255 - jnp.array(PIXEL_MEAN)) / jnp.array(PIXEL_STD)
         x = x.astype(self.dtype)
@@ -94,6 +106,8 @@ class FaVChat(nn.Module):
         else:
             maps = self.facexformer(rearrange(x, "B T H W C -> (B T) H W C"))
             granularities = [rearrange(m, "(B T) H W D -> B T (H W) D", B=batch) for m in maps]
+        if isinstance(self.fusion, PromptGuidedFusion):
+            return ClipFeatures(general, self.fusion.read_blocks(granularities))
         if self.fusion is None:
             facial = self.fuse_proj(self.linear_fuse(maps))
             facial = rearrange(facial, "(B T) H W D -> B T (H W) D", B=batch)
@@ -109,9 +123,19 @@ class FaVChat(nn.Module):
         deterministic: bool = True,
     ) -> tuple[Float[Array, "B Q N D"], Float[Array, "B Q N 2"]]:
         """The tokens that the language model sees for each question, and each stream's weight in them."""
+        facial, facial_mask = features.facial, None
+        if isinstance(self.fusion, PromptGuidedFusion):
+            words = self.facial_qformer.embed_prompt(prompt)
+            facial, facial_mask = self.fusion(facial, words, prompt_mask), prompt_mask
         general = self.general_qformer(features.general, prompt, prompt_mask, deterministic=deterministic)
-        facial = self.facial_qformer(features.facial, prompt, prompt_mask, deterministic=deterministic)
-        return self.adapter(self.general_proj(general), self.facial_proj(facial))
+        facial = self.facial_qformer(facial, prompt, prompt_mask, visual_mask=facial_mask, deterministic=deterministic)
+        general, facial = self.general_proj(general), self.facial_proj(facial)
+        if self.general_mlp is not None:
+            general, facial = self.general_mlp(general), self.facial_mlp(facial)
+        if not isinstance(self.adapter, WeightAdapters):
+            return self.adapter(general, facial)
+        prompts = self.general_qformer.embed_prompt(prompt), self.facial_qformer.embed_prompt(prompt)
+        return self.adapter(general, facial, prompts, prompt_mask)
 
     def embed(self, tokens: Int[Array, "B Q L"], visual: Float[Array, "B Q N D"]) -> Float[Array, "B Q L D"]:
         """Embedded sequences; the n-th placeholder (a negative id) of a sequence is its n-th visual token."""
@@ -174,18 +198,21 @@ def build(
     Args:
         model: the section (`configs/common.py` says what each field means).
         llm: sizes of the language model, from its folder.
-        variant: v1.
-        ablation: none, no_face, no_granularity or no_moe (Table 6).
+        variant: v1 or v2.
+        ablation: none, no_face, no_granularity or no_moe (Table 6); for v2 the last two are without CA2 and without
+            weight adapters.
         lora_rank: 0 in stage 1, which has no adapters.
         scan: False for decoding.
 
     Raises:
-        UserError: unknown variant or ablation.
+        UserError: unknown variant or ablation, or a v2 whose Q-Formers have no words for CA2 and the adapters.
     """
     if variant not in VARIANTS:
         raise UserError(f"variant={variant} is unknown: choose one of {', '.join(VARIANTS)}")
     if ablation not in ABLATIONS:
         raise UserError(f"ablation={ablation} is unknown: choose one of {', '.join(ABLATIONS)}")
+    if variant == "v2" and not model.qformer.prompt:
+        raise UserError("model.qformer.prompt=False leaves v2 without the question that guides it: choose variant=v1")
     dtype = jnp.dtype(model.dtype)
     taps = tuple(model.no_face_taps) if ablation == "no_face" else ()
     qformer = dict(model.qformer, dtype=dtype)
@@ -195,14 +222,14 @@ def build(
     return FaVChat(
         umt=UMT(**model.umt, taps=taps, remat=model.remat, dtype=dtype),
         facexformer=None if ablation == "no_face" else FaceXFormerEncoder(**model.facexformer, dtype=dtype),
-        fusion=None
-        if ablation == "no_granularity"
-        else GranularityFusion(model.umt.width, dtype=dtype, **model.fusion),
+        fusion=_fusion(model, variant, ablation, dtype),
         general_qformer=QFormer(**qformer),
         facial_qformer=QFormer(**qformer),
         general_proj=Linear(llm.hidden_size, dtype=dtype, kernel_init=word_scale),
         facial_proj=Linear(llm.hidden_size, dtype=dtype, kernel_init=word_scale),
-        adapter=ScalarMixture() if ablation == "no_moe" else GatedMixture(model.adapter.hidden, dtype=dtype),
+        general_mlp=TokenMLP(model.adapter.hidden, dtype) if variant == "v2" else None,
+        facial_mlp=TokenMLP(model.adapter.hidden, dtype) if variant == "v2" else None,
+        adapter=_adapter(model, variant, ablation, dtype),
         llm=Mistral(
             llm,
             LoRA(lora_rank, model.lora.alpha, model.lora.dropout, tuple(model.lora.targets)),
@@ -212,3 +239,18 @@ def build(
         ),
         dtype=dtype,
     )
+
+
+def _fusion(model: Any, variant: str, ablation: str, dtype: jnp.dtype):
+    if ablation == "no_granularity":
+        return None
+    if variant == "v1":
+        return GranularityFusion(model.umt.width, dtype=dtype, **model.fusion)
+    blocks = len(model.no_face_taps) if ablation == "no_face" else len(model.facexformer.depths)
+    return PromptGuidedFusion(blocks, model.umt.width, dtype=dtype, **model.fusion)
+
+
+def _adapter(model: Any, variant: str, ablation: str, dtype: jnp.dtype):
+    if ablation == "no_moe":
+        return ScalarMixture()
+    return (GatedMixture if variant == "v1" else WeightAdapters)(model.adapter.hidden, dtype=dtype)

@@ -64,14 +64,15 @@ class Attention(Residual):
         self,
         tokens: Float[Array, "B Q L D"],
         *,
-        visual: Float[Array, "B S E"] | None = None,
+        visual: Float[Array, "B #Q S E"] | None = None,
         mask: Bool[Array, "B Q L"] | None = None,
         deterministic: bool,
     ) -> Float[Array, "B Q L D"]:
         batch, questions, _, width = tokens.shape
-        # All questions of a clip read it in one attention, so that its keys and values exist once.
-        fold = "b q l (h d) -> (b q) l h d" if visual is None else "b q l (h d) -> b (q l) h d"
-        context = tokens if visual is None else visual[:, None]
+        context = tokens if visual is None else visual
+        # Questions that share what they read do so in one attention, so that its keys and values exist once.
+        shared = context.shape[1] < questions
+        fold = "b q l (h d) -> b (q l) h d" if shared else "b q l (h d) -> (b q) l h d"
         query, key, value = (
             rearrange(Linear(width, dtype=self.dtype, name=name)(source), fold, h=self.heads)
             for name, source in (("query", tokens), ("key", context), ("value", context))
@@ -108,8 +109,9 @@ class Layer(nn.Module):
         self,
         queries: Float[Array, "B Q N D"],
         text: Float[Array, "B Q L D"] | None,
-        visual: Float[Array, "B S E"],
+        visual: Float[Array, "B #Q S E"],
         mask: Bool[Array, "B Q N+L"] | None,
+        visual_mask: Bool[Array, "B Q S"] | None,
         deterministic: bool,
     ) -> tuple[Float[Array, "B Q N D"], Float[Array, "B Q L D"] | None]:
         rates = {"dropout": self.dropout, "drop_path": self.drop_path, "dtype": self.dtype}
@@ -119,7 +121,7 @@ class Layer(nn.Module):
         queries = tokens[:, :, :count]
         if self.cross:
             cross = Attention(**rates, heads=self.heads, name="crossattention")
-            queries = cross(queries, visual=visual, deterministic=deterministic)
+            queries = cross(queries, visual=visual, mask=visual_mask, deterministic=deterministic)
         queries = MLP(**rates, hidden=self.mlp, name="mlp_query")(queries, deterministic=deterministic)
         if text is not None:
             text = MLP(**rates, hidden=self.mlp, name="mlp")(tokens[:, :, count:], deterministic=deterministic)
@@ -176,7 +178,7 @@ class QFormer(nn.Module):
                 self.positions, self.width, dtype=self.dtype, embedding_init=_EMBEDDING_INIT
             )
         self.embeddings_dropout = nn.Dropout(self.dropout)
-        layer = nn.remat(Layer, static_argnums=(5,)) if self.remat else Layer
+        layer = nn.remat(Layer, static_argnums=(6,)) if self.remat else Layer
         self.layer = [
             layer(
                 self.heads,
@@ -198,20 +200,22 @@ class QFormer(nn.Module):
 
     def __call__(
         self,
-        visual: Float[Array, "B S E"],
+        visual: Float[Array, "B S E"] | Float[Array, "B Q S E"],
         prompt: Int[Array, "B Q L"] | None = None,
         prompt_mask: Bool[Array, "B Q L"] | None = None,
         *,
+        visual_mask: Bool[Array, "B Q S"] | None = None,
         deterministic: bool = True,
     ) -> Float[Array, "B Q N D"]:
         """Reads clips, with Q questions each.
 
         Args:
-            visual: visual tokens of each clip.
+            visual: visual tokens of each clip, or of each question about it.
             prompt: word pieces of each question, padded on the right: positions count from the left. Where
                 `self.prompt` is False its words are not read and a clip's questions share their tokens. None: Q is 1
                 and nothing is read but the clip.
             prompt_mask: True at word pieces, False at padding; required with a prompt.
+            visual_mask: True at visual tokens that are read; for those of each question only.
             deterministic: no dropout; otherwise the random stream `dropout` is needed.
 
         Returns:
@@ -231,8 +235,10 @@ class QFormer(nn.Module):
         tokens = jnp.broadcast_to(tokens, (visual.shape[0], questions, *tokens.shape))
         tokens = self.embeddings_dropout(self.embeddings_norm(tokens), deterministic=deterministic)
         visual = visual.astype(self.dtype)
+        if visual.ndim == 3:
+            visual = visual[:, None]
         for layer in self.layer:
-            tokens, text = layer(tokens, text, visual, mask, deterministic)
+            tokens, text = layer(tokens, text, visual, mask, visual_mask, deterministic)
         if prompt is not None:
             tokens = jnp.broadcast_to(tokens, (*prompt.shape[:2], *tokens.shape[2:]))
         return tokens

@@ -17,7 +17,7 @@ from favchat_jax.data.conversation import load_tokenizer
 from favchat_jax.errors import UserError
 from favchat_jax.models import favchat
 from favchat_jax.training.checkpoint import Checkpoints, load_config
-from favchat_jax.training.stages import STAGES
+from favchat_jax.training.stages import STAGES, group_of
 from favchat_jax.weights_folder import load_weights
 
 log = logging.getLogger("favchat_jax")
@@ -91,11 +91,11 @@ def initial_weights(config: ml_collections.ConfigDict, model: favchat.FaVChat) -
             weights[path] = jnp.asarray(leaf, shapes[path].dtype)
 
     take(config.llm.path, load_llm(config.llm.path))
-    for part, prefix in (("videochat2", ""), ("umt", ""), ("facexformer", ""), ("qformer", "qformer/")):
+    for part in ("videochat2", "umt", "facexformer", "qformer"):
         source = config.init[part]
         if source and (part == "videochat2" or not config.init.from_run):
-            loaded = load_weights(source).items()
-            take(source, {place: leaf for path, leaf in loaded for place in _places(prefix + path, config)})
+            loaded = _converted(part, source).items()
+            take(source, {place: leaf for path, leaf in loaded for place in _places(path, config)})
     if config.init.from_run:
         take(config.init.from_run, _previous_stage(config))
     missing = sorted(set(shapes) - set(weights))
@@ -109,6 +109,16 @@ def initial_weights(config: ml_collections.ConfigDict, model: favchat.FaVChat) -
 
         weights |= fresh()
     return weights
+
+
+def _converted(part: str, source: str) -> Weights:
+    """Weights of a converted folder; of a run that `init.qformer` names, both its Q-Formers and their linear layers."""
+    if part != "qformer":
+        return load_weights(source)
+    if (Path(source) / "llm.json").exists():
+        weights = visual_and_lora(source)
+        return {path: leaf for path, leaf in weights.items() if group_of(path) in ("qformers", "linears")}
+    return {f"qformer/{path}": leaf for path, leaf in load_weights(source).items()}
 
 
 def _places(path: str, config: ml_collections.ConfigDict) -> list[str]:

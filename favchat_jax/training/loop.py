@@ -80,7 +80,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> Outcome:
         optimizer = stages.make_optimizer(config.optimizer, steps)
         checkpoints = Checkpoints(workdir, config.checkpoints_kept)
         try:
-            state, frozen = _start(config, workdir, parts, optimizer, checkpoints, batches)
+            state, frozen = start(config, workdir, parts, optimizer, checkpoints, batches)
             resumed_at = int(state.step)
             if resumed_at < steps:
                 rate = stages.schedule(config.optimizer, steps)
@@ -172,7 +172,7 @@ class Metrics:
         self._path, self._every = workdir / "metrics.jsonl", every
         lines = self._path.read_text().splitlines() if self._path.exists() else []
         kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= resumed_at]
-        _write(self._path, "".join(line + "\n" for line in kept))
+        write(self._path, "".join(line + "\n" for line in kept))
         (workdir / "tensorboard").mkdir(exist_ok=True)
         # Not tensorboardX's SummaryWriter, whose thread dies on a full disk and leaves the run waiting for it.
         self._board = EventsWriter(str(workdir / "tensorboard" / "events"))
@@ -215,8 +215,8 @@ class Metrics:
         self.latest, self._window, self._since = line, [], time.perf_counter()
 
 
-def _start(config, workdir, parts, optimizer, checkpoints, batches) -> tuple[TrainState, dict[str, jax.Array]]:
-    """The state and frozen weights to go on from; the data iterator is moved to where the state was saved."""
+def start(config, workdir, parts, optimizer, checkpoints, batches) -> tuple[TrainState, dict[str, jax.Array]]:
+    """The state and frozen weights to go on from; `batches.set_state` gets what was saved beside the state."""
     shapes = assembly.weight_shapes(parts.model, config)
     trainable, frozen_shapes = stages.split(shapes, config.variant, config.stage)
     like = jax.eval_shape(
@@ -236,9 +236,9 @@ def _start(config, workdir, parts, optimizer, checkpoints, batches) -> tuple[Tra
         if kept:
             save_weights(workdir / "frozen", kept, {"of": "frozen weights of a run"})
         llm = {"path": config.llm.path, "fingerprint": fingerprint(config.llm.path)}
-        _write(workdir / "llm.json", json.dumps(llm))
+        write(workdir / "llm.json", json.dumps(llm))
         # Last, so that a start that failed over a wrong path does not bind the workdir to that path.
-        _write(workdir / "config.json", json.dumps(json.loads(config.to_json()), indent=1))
+        write(workdir / "config.json", json.dumps(json.loads(config.to_json()), indent=1))
         state = new_state(trainable, optimizer, config.seed)
     if set(frozen) != set(frozen_shapes):
         raise UserError(f"{workdir}/frozen is not of this config: delete the workdir and train again")
@@ -251,7 +251,7 @@ def _start(config, workdir, parts, optimizer, checkpoints, batches) -> tuple[Tra
 def _run(config, steps, state, frozen, update, batches, checkpoints, metrics) -> TrainState:
     """Steps until the end or until SIGTERM, which saves first."""
     step = int(state.step)
-    with _termination() as stop, tqdm(total=steps, initial=step, desc=config.stage, unit="step", mininterval=1) as bar:
+    with termination() as stop, tqdm(total=steps, initial=step, desc=config.stage, unit="step", mininterval=1) as bar:
         pending: _Pending | None = None
         while step < steps and not stop.is_set():
             batch, waited = _next(batches, pending)
@@ -313,7 +313,7 @@ def _next(batches: Iterator[Batch], pending: _Pending | None) -> tuple[Batch, fl
 
 
 @contextlib.contextmanager
-def _termination() -> Iterator[threading.Event]:
+def termination() -> Iterator[threading.Event]:
     """An event that SIGTERM sets, in place of ending the process."""
     event = threading.Event()
     if threading.current_thread() is not threading.main_thread():
@@ -326,7 +326,7 @@ def _termination() -> Iterator[threading.Event]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _write(path: Path, text: str) -> None:
+def write(path: Path, text: str) -> None:
     """Replaces a file at once, so that no kill and no full disk leaves half of it."""
     draft = path.with_name(path.name + ".draft")
     draft.write_text(text)

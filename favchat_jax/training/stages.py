@@ -1,4 +1,4 @@
-"""Which weights learn in which stage, and the optimiser that moves them (FaVChat v1, Sections 4.2 and 5.1).
+"""Which weights learn in which stage, and the optimiser that moves them (FaVChat v1, Sections 4.2 and 5.1; v2).
 
 The freeze table is data: groups of weights by path, and for each variant and stage the groups that train. Weights live
 in two flat dictionaries, `trainable` and `frozen`; gradients and moments exist for the first only.
@@ -20,7 +20,7 @@ GROUPS = {
     "encoders": r"(umt|vision_layernorm|facexformer)/.*",
     "fusion": r"(fusion|linear_fuse|fuse_proj)/.*",
     "qformers": r"(general|facial)_qformer/.*",
-    "linears": r"(general|facial)_proj/.*",
+    "linears": r"(general|facial)_(proj|mlp)/.*",
     "adapter": r"adapter/.*",
     "lora": r"llm/.*/?lora_[ab]",
     "llm": r"llm/(?!.*lora_[ab]$).*",
@@ -33,9 +33,18 @@ TRAINS = {
         "stage1": VISUAL,
         "stage2": (*VISUAL, "lora"),
         "stage3": ("adapter", "lora"),
+        "coldstart": ("adapter", "lora"),
+        "grpo": ("adapter", "lora"),
+    },
+    # CA2 belongs to the facial encoder, what follows a Q-Former to the Q-Former (figure of the training paradigm).
+    "v2": {
+        "stage1": ("encoders", "fusion", "adapter"),
+        "stage2": ("encoders", "fusion", "qformers", "linears", "lora"),
+        "stage3": ("qformers", "linears", "adapter", "lora"),
+        "coldstart": ("adapter", "lora"),
+        "grpo": ("adapter", "lora"),
     },
 }
-
 
 ADAM_SHARE = 0.1  # of Muon's rate, for the weights that it does not move
 
@@ -45,12 +54,12 @@ class Stage:
     """What a stage reads and what comes before it.
 
     Attributes:
-        text: which text it trains on (`summary`, `qa` or `face_qa`).
+        text: which text it trains on (`summary`, `qa`, `face_qa` or `reasoning`); the reinforcement stage has none.
         lora: whether its language model has adapters.
         before: the stage whose weights it starts from.
     """
 
-    text: str
+    text: str | None
     lora: bool
     before: str | None
 
@@ -59,6 +68,9 @@ STAGES = {
     "stage1": Stage(text="summary", lora=False, before=None),
     "stage2": Stage(text="qa", lora=True, before="stage1"),
     "stage3": Stage(text="face_qa", lora=True, before="stage2"),
+    # Data-Efficient GRPO, and the fine-tuning before it from which its policy knows the form of a response.
+    "coldstart": Stage(text="reasoning", lora=True, before="stage3"),
+    "grpo": Stage(text=None, lora=True, before="coldstart"),
 }
 
 

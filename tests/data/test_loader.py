@@ -1,3 +1,4 @@
+import dataclasses
 import os
 import signal
 import subprocess
@@ -11,7 +12,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from favchat_jax.data import loader
+from favchat_jax.data import loader, reasoning
 from favchat_jax.data.conversation import VISUAL_PLACEHOLDER, Conversation, PromptEncoder
 from favchat_jax.data.datasets import Question, Record
 from favchat_jax.data.loader import INSTRUCTIONS, Batch, training_batches
@@ -131,6 +132,17 @@ def test_a_data_set_without_any_face_is_a_users_error(clip, open_stream):
     stream = open_stream([record(number, clip=clip, face=False) for number in range(6)], text="face_qa")
     with pytest.raises(UserError, match="none of the 6 records is usable: no text for face_qa"):
         next(stream)
+
+
+def test_reasoning_asks_one_question_about_each_clip_of_which_something_can_be_told(records, open_stream):
+    targets = {"attributes": "long black hair", "emotion": "happy", "action": "nodding"}
+    told = [dataclasses.replace(one, targets=targets if number % 2 else {}) for number, one in enumerate(records)]
+    stream = open_stream(told, text="reasoning", questions=2)
+    for batch in (next(stream), next(stream)):
+        assert batch.arrays["tokens"].shape[:2] == (4, 1)
+        assert all(int(name.split("-")[1]) % 2 and int(name.split("-")[1]) % 5 for name in batch.ids)
+        for rows in texts(batch):
+            assert reasoning.QUESTION in rows[0] and "<think> long black" in rows[0] and "</answer>" in rows[0]
 
 
 def test_text_is_padded_to_the_smallest_bucket_that_holds_the_batch(records, open_stream):

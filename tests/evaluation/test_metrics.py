@@ -2,7 +2,7 @@
 
 import pytest
 
-from favchat_jax.evaluation.metrics import accuracy_by_kind, exact_matches, majority_baseline, normalise
+from favchat_jax.evaluation.metrics import accuracy_by_kind, cohens_d, exact_matches, majority_baseline, normalise
 
 
 @pytest.mark.parametrize(
@@ -48,3 +48,10 @@ def test_the_majority_baseline_is_the_share_of_each_kinds_commonest_answer_once_
     references = ["Yes.", "yes", "no", "black", "the black", "blonde", "gray"]
     kinds = ["mole", "mole", "mole", "hair", "hair", "hair", "hair"]
     assert majority_baseline(references, kinds) == {"hair": 0.5, "mole": pytest.approx(2 / 3)}
+
+
+def test_cohens_d_is_the_distance_of_means_in_pooled_standard_deviations():
+    # Means 3 and 1; squares around them 2 and 8 over 2 + 3 - 2 degrees of freedom: a variance of 10/3.
+    assert cohens_d([2, 4], [-1, 1, 3]) == pytest.approx(2 / (10 / 3) ** 0.5)
+    assert cohens_d([1, 2], [2, 1]) == 0
+    assert cohens_d([1, 1], [0, 0]) == float("inf")

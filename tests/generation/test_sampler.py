@@ -41,15 +41,16 @@ def train_tokenizer():
 class Setting:
     """A tiny model in its training form, with adapters that matter, and answers drawn from it the slow way."""
 
-    def __init__(self, folder):
+    def __init__(self, folder, variant="v1"):
         self.tokenizer = train_tokenizer()
         llm = {**config_json(MISTRAL), "vocab_size": len(self.tokenizer)}
         (folder / "config.json").write_text(json.dumps(llm))
-        self.config = tiny_config()
+        self.config = tiny_config(f"variant={variant}")
         self.config.llm.path = str(folder)
         self.config.data.buckets = (BUCKET,)
         self.config.model.qformer.vocabulary = len(self.tokenizer)
-        self.model = favchat.build(self.config.model, read_config(folder), lora_rank=self.config.model.lora.rank)
+        rank = self.config.model.lora.rank
+        self.model = favchat.build(self.config.model, read_config(folder), variant=variant, lora_rank=rank)
         weights = drawn_flat(favchat_shapes(self.model, 2, 32), spread=0.4)
         base = {path: leaf for path, leaf in weights.items() if path.startswith("llm/") and "lora" not in path}
         write_weights(folder, unflatten_dict(base, sep="/")["llm"])
@@ -144,6 +145,32 @@ def test_greedy_answers_are_the_likeliest_tokens_of_full_forward_passes_in_the_t
     assert len({answer for rows in answers for answer in rows}) > 2
 
 
+def test_greedy_answers_of_v2_are_those_of_full_forward_passes_too(tmp_path):
+    setting = Setting(tmp_path, "v2")
+    sampler = Sampler(setting.config, setting.weights, setting.tokenizer, setting.tokenizer)
+    expected = []
+    for question in QUESTIONS[:2]:
+        ids = setting.written(1, asked(question), setting.tokenizer)
+        end = ids.index(setting.tokenizer.eos_token_id) if setting.tokenizer.eos_token_id in ids else LONGEST
+        expected.append(setting.tokenizer.decode(ids[:end]).strip())
+    conversations = [[asked(question) for question in QUESTIONS[:2]]] * 2
+    assert sampler.answer(sampler.encode(setting.frames), conversations, GREEDY)[1] == expected
+
+
+def test_stream_weights_are_those_of_the_whole_model(setting, sampler, features):
+    weights = sampler.stream_weights(features, [QUESTIONS[:2]] * 2)
+    prompts, masks = zip(*(setting.prompt.encode(question) for question in QUESTIONS[:2]), strict=True)
+    ids = np.zeros((2, 2, 8), np.int32)
+    expected = setting.model.apply(
+        {"params": unflatten_dict(setting.weights, sep="/")},
+        setting.frames,
+        ids,
+        np.array([prompts] * 2),
+        np.array([masks] * 2),
+    ).stream_weights.mean(2)
+    np.testing.assert_allclose(weights, expected, atol=1e-5)
+
+
 def test_an_answer_ends_before_the_end_of_text_and_leaves_others_their_length(setting, answers, written, tokenizer):
     lengths = set()
     for rows, texts in zip(written, answers, strict=True):
@@ -196,6 +223,35 @@ def test_sampled_answers_follow_the_seed(sampler, features):
         for seed in (0, 0, 1)
     ]
     assert texts[0] == texts[1] != texts[2]
+
+
+def test_greedy_responses_of_a_group_are_all_the_answer_with_the_end_repeated(tokenizer, sampler, features, answers):
+    ids = sampler.responses(features, [QUESTIONS[0], QUESTIONS[1]], 3, GREEDY)
+    assert ids.shape == (2, 3, LONGEST)
+    for clip in range(2):
+        assert [sampler.text(row) for row in ids[clip]] == [answers[clip][clip]] * 3
+    for row in ids.reshape(6, -1):
+        ended = np.flatnonzero(row == tokenizer.eos_token_id)
+        assert not len(ended) or (row[ended[0] :] == tokenizer.eos_token_id).all()
+
+
+def test_drawn_responses_of_a_group_differ_and_follow_the_seed(sampler, features):
+    groups = [
+        sampler.responses(features, QUESTIONS[:2], 4, Sampling(LONGEST, temperature=2.0, seed=seed))
+        for seed in (0, 0, 1)
+    ]
+    assert len({tuple(row) for row in groups[0].reshape(8, -1)}) > 4
+    np.testing.assert_array_equal(groups[0], groups[1])
+    assert (groups[0] != groups[2]).any()
+
+
+def test_other_weights_are_answered_with_once_they_are_loaded(setting, tokenizer, features, answers):
+    sampler = Sampler(setting.config, setting.weights, tokenizer, setting.tokenizer)
+    ask = [[asked(question) for question in QUESTIONS[:2]]] * 2
+    sampler.load({path: -leaf if "lora_b" in path else leaf for path, leaf in setting.weights.items()})
+    assert sampler.answer(features, ask, GREEDY) != answers
+    sampler.load(setting.weights)
+    assert sampler.answer(features, ask, GREEDY) == answers
 
 
 def test_nothing_compiles_for_another_clip_question_or_way_of_drawing(setting, sampler, features, answers, caplog):

@@ -12,7 +12,7 @@ from flax.traverse_util import unflatten_dict
 from configs import common, stage2
 from favchat_jax.errors import UserError
 from favchat_jax.models import favchat
-from favchat_jax.models.favchat import ABLATIONS
+from favchat_jax.models.favchat import ABLATIONS, VARIANTS
 from favchat_jax.models.mistral import MistralConfig
 from favchat_jax.models.umt import sinusoid_table
 from favchat_jax.training.stages import STAGES, TRAINS, group_of, split
@@ -28,9 +28,9 @@ def paper_shapes():
 
 
 @functools.cache
-def shallow_shapes(preset, ablation):
+def shallow_shapes(preset, ablation, variant="v1"):
     """Those of a preset with few layers: further ones differ from these in nothing but their number."""
-    config = stage2.get_config(f"preset={preset},ablation={ablation}")
+    config = stage2.get_config(f"preset={preset},variant={variant},ablation={ablation}")
     config.model.facexformer.depths = (1, 1, 1, 1)
     config.model.qformer.depth = 2
     return shapes_of(config)
@@ -38,7 +38,7 @@ def shallow_shapes(preset, ablation):
 
 def shapes_of(config):
     rank = config.model.lora.rank
-    model = favchat.build(config.model, PAPER_LLM, ablation=config.ablation, lora_rank=rank)
+    model = favchat.build(config.model, PAPER_LLM, variant=config.variant, ablation=config.ablation, lora_rank=rank)
     return favchat_shapes(model, config.model.frames, config.model.image_size)
 
 
@@ -54,8 +54,8 @@ def count(shapes, start, adapters=False):
 class Tiny:
     """A model that compiles fast, with weights, inputs and its compiled forward pass."""
 
-    def __init__(self):
-        self.model = favchat.build(tiny_config().model, MISTRAL, lora_rank=2)
+    def __init__(self, variant):
+        self.model = favchat.build(tiny_config().model, MISTRAL, variant=variant, lora_rank=2)
         self.shapes = favchat_shapes(self.model, 2, 32)
         self.params = {"params": unflatten_dict(drawn_flat(self.shapes, spread=0.3), sep="/")}
         rng = np.random.default_rng(0)
@@ -73,9 +73,20 @@ class Tiny:
         return self.compiled(self.params, **{**self.inputs, **changed})
 
 
+@functools.cache
+def tiny_model(variant):
+    return Tiny(variant)
+
+
+@pytest.fixture(scope="module", params=VARIANTS)
+def either(request):
+    """The model of each variant."""
+    return tiny_model(request.param)
+
+
 @pytest.fixture(scope="module")
 def tiny():
-    return Tiny()
+    return tiny_model("v1")
 
 
 PUBLISHED = {
@@ -111,31 +122,34 @@ def test_the_paper_presets_fusion_reads_swins_four_widths_into_the_general_encod
     assert count(paper_shapes(), "fusion/") == norms + query_and_skip + key_value_out
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("ablation", ABLATIONS)
 @pytest.mark.parametrize("preset", common.PRESETS)
-def test_every_weight_in_every_stage_is_in_exactly_one_group_and_every_group_that_trains_has_weights(preset, ablation):
+def test_every_weight_in_every_stage_is_in_exactly_one_group_and_every_group_that_trains_has_weights(
+    preset, ablation, variant
+):
+    shapes_with_adapters = shallow_shapes(preset, ablation, variant)
     for stage, settings in STAGES.items():
-        shapes = {
-            path: leaf for path, leaf in shallow_shapes(preset, ablation).items() if settings.lora or "lora" not in path
-        }
+        shapes = {path: leaf for path, leaf in shapes_with_adapters.items() if settings.lora or "lora" not in path}
         groups = {group_of(path) for path in shapes}  # which refuses a path of no group or of two
-        for variant, stages in TRAINS.items():
-            missing = set(stages[stage]) - groups
-            assert not missing, f"{variant} {stage} trains {missing}"
-            trainable, frozen = split(shapes, variant, stage)
-            assert trainable.keys() | frozen.keys() == shapes.keys()
-            assert not trainable.keys() & frozen.keys()
+        missing = set(TRAINS[variant][stage]) - groups
+        assert not missing, f"{variant} {stage} trains {missing}"
+        trainable, frozen = split(shapes, variant, stage)
+        assert trainable.keys() | frozen.keys() == shapes.keys()
+        assert not trainable.keys() & frozen.keys()
 
 
-def test_the_groups_hold_what_their_names_say():
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_groups_hold_what_their_names_say(variant):
     groups = {}
-    for path in shallow_shapes("tiny", "none"):
+    for path in shallow_shapes("tiny", "none", variant):
         groups.setdefault(group_of(path), set()).add(path.split("/")[0])
+    mlps = {"general_mlp", "facial_mlp"} if variant == "v2" else set()
     assert groups == {
         "encoders": {"umt", "vision_layernorm", "facexformer"},
         "fusion": {"fusion"},
         "qformers": {"general_qformer", "facial_qformer"},
-        "linears": {"general_proj", "facial_proj"},
+        "linears": {"general_proj", "facial_proj"} | mlps,
         "adapter": {"adapter"},
         "lora": {"llm"},
         "llm": {"llm"},
@@ -172,9 +186,45 @@ def test_no_moe_has_two_scalars_for_an_adapter():
     assert adapter == {"adapter/weights": (2,)}
 
 
+def test_the_paper_presets_ca2_has_an_mlp_and_two_attentions_a_stage_of_swin():
+    shapes, d, words = shallow_shapes("paper", "none", "v2"), 1024, 768
+
+    def attention(queries):
+        return 2 * queries + 2 * d + 2 * (queries * d + d) + 3 * (d * d + d)
+
+    mlps = sum(2 * width + 2 * (width * d + d) + d * d + d for width in (128, 256, 512, 1024))
+    assert count(shapes, "fusion/") == mlps + attention(words) + 3 * attention(d) + 4 * (d * d + d + attention(words))
+
+
+def test_v2_has_an_mlp_a_q_former_and_a_weight_adapter_a_stream():
+    shapes, d, hidden = shallow_shapes("paper", "none", "v2"), 4096, 1024
+    norm = 2 * d
+    assert count(shapes, "facial_mlp/") == norm + d * hidden + hidden + hidden * d + d
+    assert count(shapes, "adapter/general/") == norm + d * hidden + hidden + 768 * hidden + hidden + hidden + 1
+    assert count(shapes, "adapter/facial/") == count(shapes, "adapter/general/") == count(shapes, "adapter/") / 2
+
+
+def test_ablations_of_v2_take_away_what_their_names_say():
+    whole = shallow_shapes("tiny", "none", "v2")
+    parts = {name: set(shallow_shapes("tiny", name, "v2")) for name in ABLATIONS}
+    assert not [path for path in parts["no_face"] if path.startswith("facexformer")]
+    assert "fusion/ca2_3/text/query/kernel" in parts["no_face"]
+    assert not [path for path in parts["no_granularity"] if path.startswith("fusion/")]
+    assert {path for path in parts["no_moe"] if path.startswith("adapter/")} == {"adapter/weights"}
+    assert parts["none"] - parts["no_moe"] == {path for path in whole if path.startswith("adapter/")}
+
+
+def test_v2_without_a_question_in_its_q_formers_is_refused():
+    config = tiny_config("variant=v2")
+    config.model.qformer.prompt = False
+    with pytest.raises(UserError, match="prompt=False leaves v2 without the question that guides it"):
+        favchat.build(config.model, MISTRAL, variant="v2", lora_rank=0)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("ablation", ABLATIONS)
-def test_every_ablation_runs_and_gives_the_same_shapes(ablation, tiny):
-    model = favchat.build(tiny_config().model, MISTRAL, ablation=ablation, lora_rank=2)
+def test_every_ablation_runs_and_gives_the_same_shapes(ablation, variant, tiny):
+    model = favchat.build(tiny_config().model, MISTRAL, variant=variant, ablation=ablation, lora_rank=2)
     output, _ = jax.eval_shape(model.init_with_output, jax.random.key(0), **tiny.inputs)
     assert output.hidden.shape == (2, 3, 9, MISTRAL.hidden_size)
     assert output.stream_weights.shape == (2, 3, 3, 2)
@@ -196,36 +246,64 @@ def test_placeholders_become_the_visual_tokens_in_order_and_nothing_else_changes
     np.testing.assert_array_equal(embedded, [[first, second]])
 
 
-def test_three_questions_at_once_give_what_each_gives_alone(tiny):
-    together = tiny.forward()
+def test_three_questions_at_once_give_what_each_gives_alone(either):
+    together = either.forward()
     for question in range(3):
         own = {
             name: value if name == "frames" else value[:, question : question + 1]
-            for name, value in tiny.inputs.items()
+            for name, value in either.inputs.items()
         }
-        output = tiny.forward(**own)
+        output = either.forward(**own)
         np.testing.assert_allclose(together.hidden[:, question], output.hidden[:, 0], atol=1e-4)
         np.testing.assert_allclose(together.stream_weights[:, question], output.stream_weights[:, 0], atol=1e-5)
 
 
-def test_a_clips_frames_reach_its_own_answers_and_no_other_clips(tiny):
-    frames = tiny.inputs["frames"].copy()
+def test_a_clips_frames_reach_its_own_answers_and_no_other_clips(either):
+    frames = either.inputs["frames"].copy()
     frames[1, 0, 8:24, 8:24] = 255
-    before, after = tiny.forward(), tiny.forward(frames=frames)
+    before, after = either.forward(), either.forward(frames=frames)
     moved = np.abs(before.hidden - after.hidden).max((1, 3))
     np.testing.assert_array_equal(moved[0], 0)
     np.testing.assert_array_equal(moved[1, :2], 0)  # text before the visual tokens
     assert (moved[1, 2:] > 1e-4).all()
 
 
-def test_a_question_reaches_its_own_visual_tokens(tiny):
-    prompt = tiny.inputs["prompt"].copy()
+def test_a_question_reaches_its_own_visual_tokens(either):
+    prompt = either.inputs["prompt"].copy()
     prompt[0, 1, 0] = (prompt[0, 1, 0] + 1) % 512
-    before, after = tiny.forward(), tiny.forward(prompt=prompt)
+    before, after = either.forward(), either.forward(prompt=prompt)
     moved = np.abs(before.stream_weights - after.stream_weights).max((2, 3))
     assert moved[0, 1] > 1e-5
     moved[0, 1] = 0
     np.testing.assert_array_equal(moved, 0)
+
+
+def test_what_stands_at_a_prompts_padding_changes_nothing(either):
+    mask = either.inputs["prompt_mask"]
+    assert not mask.all()
+    before = either.forward()
+    other = either.forward(prompt=np.where(mask, either.inputs["prompt"], 7).astype(np.int32))
+    np.testing.assert_allclose(before.hidden, other.hidden, atol=1e-5)
+    longer = {name: np.pad(either.inputs[name], [(0, 0), (0, 0), (0, 2)]) for name in ("prompt", "prompt_mask")}
+    np.testing.assert_allclose(before.hidden, either.forward(**longer).hidden, atol=1e-4)
+
+
+def test_v2_weighs_the_streams_once_a_question():
+    weights = tiny_model("v2").forward().stream_weights
+    np.testing.assert_array_equal(weights, np.broadcast_to(weights[:, :, :1], weights.shape))
+    assert np.ptp(np.asarray(weights[:, :, 0, 1])) > 1e-4
+
+
+def test_the_frames_of_a_still_clip_differ_in_their_blocks_by_their_time_alone_in_v2():
+    model = tiny_model("v2")
+    frames = np.repeat(model.inputs["frames"][:, :1], 2, axis=1)
+    encode = jax.jit(lambda frames: model.model.apply(model.params, frames, method="encode").facial)
+    for block in encode(frames):
+        first, second = jnp.split(block, 2, axis=1)
+        half = first.shape[-1] // 2  # of the channels; the other holds the place, which is the same
+        table = sinusoid_table(2, half)
+        apart = np.concatenate([table[1] - table[0], np.zeros(half)])
+        np.testing.assert_allclose(second - first, np.broadcast_to(apart, first.shape), atol=1e-5)
 
 
 def test_the_frames_of_a_still_clip_differ_in_their_facial_tokens_by_their_time_alone(tiny):

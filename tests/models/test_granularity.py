@@ -1,11 +1,11 @@
-"""Eq. 2: the printed formula, what the residual adds, and that frames and places enter by `add_positions` alone."""
+"""Eq. 2 and CA2: the formulas, what the residual adds, who reads whom, and that `add_positions` tells frames apart."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from favchat_jax.models.granularity import GranularityFusion, add_positions
+from favchat_jax.models.granularity import CA2, GranularityFusion, PromptGuidedFusion, add_positions
 from favchat_jax.models.umt import sinusoid_table
 from tests.models.tiny_parts import drawn
 
@@ -39,7 +39,8 @@ def linear(x, params):
 
 
 def naive_step(params, facial, fused, heads):
-    """One line of Eq. 2 for one frame in float64, each head on its own columns; a residual where it has weights."""
+    """One line of Eq. 2 for one frame, or half a module of CA2 for one question, in float64, each head on its own
+    columns; a residual where it has weights."""
     values = fused
     if "skip" in params:
         facial, values = layer_norm(facial, params["query_norm"]), layer_norm(fused, params["value_norm"])
@@ -113,3 +114,116 @@ def test_add_positions_tells_equal_frames_and_places_apart_and_lays_frames_one_a
             np.testing.assert_allclose(laid[:, frame, place], tokens[:, frame, place] + added, atol=1e-6)
     distances = np.abs(laid[0].reshape(12, 1, 6) - laid[0].reshape(1, 12, 6)).max(-1)
     assert distances[~np.eye(12, dtype=bool)].min() > 0.1
+
+
+GUIDED = {"drawn": PromptGuidedFusion(2, 6, heads=3, residual=False), "residual": PromptGuidedFusion(2, 6, heads=3)}
+guide = {form: jax.jit(lambda w, b, p, m, model=model: model.apply(w, b, p, m)) for form, model in GUIDED.items()}
+
+
+@pytest.fixture(scope="module")
+def asked():
+    """Words of three questions about each of two clips, of which some are padding."""
+    words = jax.random.normal(jax.random.key(1), (2, 3, 4, 5))
+    return words, np.arange(4) < np.array([[4, 2, 1], [3, 4, 2]])[..., None]
+
+
+@pytest.fixture(scope="module")
+def guided(inputs, asked):
+    """Weights of both forms of v2's fusion, and the W_i of the second."""
+
+    def whole(model, facial, words, mask):
+        return model(model.read_blocks(facial), words, mask)
+
+    def start(model):
+        return jax.eval_shape(lambda *x: model.init(jax.random.key(0), *x, method=whole), inputs[1], *asked)
+
+    weights = {form: drawn(start(model), spread=0.7) for form, model in GUIDED.items()}
+    blocks = GUIDED["residual"].apply(weights["residual"], inputs[1], method="read_blocks")
+    return weights, blocks
+
+
+def test_w_i_is_a_blocks_mlp_with_the_positions_of_all_frames(inputs, guided):
+    weights, blocks = guided
+    assert [block.shape for block in blocks] == [(2, 15, 6), (2, 6, 6)]
+    for i, (features, block) in enumerate(zip(inputs[1], blocks, strict=True)):
+        params = weights["residual"]["params"][f"mlp_{i}"]
+        normed = layer_norm(features, params["norm"])
+        mlp = linear(jax.nn.gelu(linear(normed, params["in"])), params["out"]) + linear(normed, params["skip"])
+        np.testing.assert_allclose(block, add_positions(mlp), atol=1e-4)
+
+
+@pytest.mark.parametrize("form", GUIDED)
+def test_the_guided_fusion_is_two_modules_of_ca2_as_drawn(form, asked, guided):
+    weights, blocks = guided
+    words, mask = asked
+    found = guide[form](weights[form], blocks, words, mask)
+    assert found.shape == (2, 3, 4, 6)
+    params = jax.tree.map(lambda x: np.asarray(x, np.float64), weights[form])["params"]
+    for clip, question in np.ndindex(2, 3):
+        known = mask[clip, question]
+        text = np.float64(words[clip, question])[known]
+        expected = text  # the first module's query is the prompt
+        for i, block in enumerate(blocks):
+            module = params[f"ca2_{i}"]
+            read = linear(naive_step(module["visual"], expected, np.float64(block[clip]), heads=3), module["linear"])
+            expected = naive_step(module["text"], text, read, heads=3)
+        np.testing.assert_allclose(found[clip, question][known], expected, atol=2e-4)
+
+
+def test_padding_of_a_prompt_changes_nothing_for_its_words(asked, guided):
+    weights, blocks = guided
+    words, mask = asked
+    found = guide["residual"](weights["residual"], blocks, words, mask)
+    other = guide["residual"](weights["residual"], blocks, jnp.where(mask[..., None], words, 9.0), mask)
+    np.testing.assert_allclose(found[mask], other[mask], atol=1e-6)
+    longer = jnp.pad(words, [(0, 0), (0, 0), (0, 3), (0, 0)]), jnp.pad(mask, [(0, 0), (0, 0), (0, 3)])
+    longest = guide["residual"](weights["residual"], blocks, *longer)
+    np.testing.assert_allclose(longest[:, :, :4][mask], found[mask], atol=1e-5)
+
+
+def test_a_question_finds_what_it_finds_alone_and_another_question_finds_another(asked, guided):
+    weights, blocks = guided
+    words, mask = asked
+    found = guide["residual"](weights["residual"], blocks, words, mask)
+    for question in range(3):
+        one = slice(question, question + 1)
+        alone = guide["residual"](weights["residual"], blocks, words[:, one], mask[:, one])
+        np.testing.assert_allclose(found[:, one], alone, atol=1e-5)
+    other = guide["residual"](weights["residual"], blocks, words.at[1, 2, 0].multiply(-2), mask)
+    moved = np.abs(found - other).max((2, 3))
+    assert moved[1, 2] > 1e-3
+    moved[1, 2] = 0
+    np.testing.assert_array_equal(moved, 0)
+
+
+def test_only_with_the_residual_does_the_first_block_pass_where_the_last_blocks_tokens_are_all_alike(asked, guided):
+    weights, blocks = guided
+    alike = jnp.broadcast_to(blocks[1][:, :1], blocks[1].shape)
+    change = {
+        form: np.abs(run(weights[form], (blocks[0], alike), *asked) - run(weights[form], (-blocks[0], alike), *asked))
+        for form, run in guide.items()
+    }
+    assert change["drawn"].max() < 1e-5
+    assert change["residual"].max() > 0.1
+
+
+def test_the_guided_fusion_tells_the_order_of_a_clips_frames(inputs, asked, guided):
+    weights, _ = guided
+
+    def find(facial):
+        model = GUIDED["residual"]
+        return model.apply(weights["residual"], facial, *asked, method=lambda m, f, *a: m(m.read_blocks(f), *a))
+
+    backwards = tuple(features[:, ::-1] for features in inputs[1])
+    assert np.abs(find(inputs[1]) - find(backwards)).max() > 1e-2
+
+
+def test_a_module_as_drawn_has_two_attentions_and_a_linear_layer_and_no_more(asked):
+    model = CA2(width=6, heads=3, residual=False)
+    words, mask = asked
+    shapes = jax.eval_shape(model.init, jax.random.key(0), words, jnp.ones((2, 7, 6)), words, mask)["params"]
+    assert {name: set(part) for name, part in shapes.items()} == {
+        "visual": {"query", "key", "value"},
+        "linear": {"kernel", "bias"},
+        "text": {"query", "key", "value"},
+    }

@@ -184,3 +184,21 @@ def test_a_prompt_longer_than_the_position_table_is_refused(inputs, weights):
 def test_a_q_former_that_reads_prompts_cannot_be_initialised_without_one(inputs):
     with pytest.raises(ValueError, match="prompt"):
         jax.eval_shape(TINY.init, jax.random.key(0), inputs[0])
+
+
+def test_each_question_can_read_visual_tokens_of_its_own_without_those_that_are_masked(inputs, weights):
+    visual, prompt, mask = inputs
+    own = jnp.stack([visual, -visual, 2 * visual], axis=1)
+    seen = np.arange(7) < np.array([[3, 7, 5], [1, 6, 4]])[..., None]
+    together = apply(weights, own, prompt, mask, visual_mask=seen)
+    for clip, question in np.ndindex(2, 3):
+        one = slice(question, question + 1)
+        read = own[clip, question, : seen[clip, question].sum()]
+        alone = TINY.apply(weights, read[None], prompt[clip : clip + 1, one], mask[clip : clip + 1, one])
+        np.testing.assert_allclose(together[clip, question], alone[0, 0], atol=1e-5)
+
+
+def test_visual_tokens_of_their_own_that_are_all_the_clips_are_the_clips(inputs, weights):
+    visual, prompt, mask = inputs
+    repeated = jnp.repeat(visual[:, None], 3, axis=1)
+    np.testing.assert_allclose(apply(weights, repeated, prompt, mask), apply(weights, *inputs), atol=1e-5)

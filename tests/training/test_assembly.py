@@ -87,6 +87,13 @@ def test_encoders_and_qformers_come_from_their_folders(small_world, runs, start,
         assert same_weights(part(weights, fresh), part(start, fresh))
 
 
+def test_v2_can_start_from_the_q_formers_of_a_run_of_v1_with_their_linear_layers(small_world, trained, runs):
+    weights = initial(small_world.config("stage1", "variant=v2", init__qformer=str(trained.folder / "stage1")))
+    for taken in ("general_qformer/", "facial_qformer/", "general_proj/", "facial_proj/"):
+        assert same_weights(part(weights, taken), part(runs["stage1"], taken))
+    assert not same_weights(part(weights, "umt/"), part(runs["stage1"], "umt/")), "encoders have sources of their own"
+
+
 def test_without_a_face_stream_its_weights_in_a_folder_are_left_out(small_world, runs, tmp_path):
     save_weights(tmp_path / "facexformer", part(runs["stage1"], "facexformer/"), {})
     config = small_world.config("stage1", "ablation=no_face", init__facexformer=str(tmp_path / "facexformer"))

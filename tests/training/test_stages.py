@@ -5,60 +5,71 @@ import numpy as np
 import pytest
 
 from favchat_jax.errors import UserError
-from favchat_jax.models.favchat import ABLATIONS
+from favchat_jax.models.favchat import ABLATIONS, VARIANTS
 from favchat_jax.training import assembly, stages
 
-# The paper's table (Section 4.2): what trains in each stage of v1.
+# The papers' tables: what trains in each stage of v1 (Section 4.2) and of v2 (its figure of the training paradigm).
 EVERYTHING_VISUAL = {"encoders", "fusion", "qformers", "linears", "adapter"}
 TRAINS = {
-    "stage1": EVERYTHING_VISUAL,
-    "stage2": EVERYTHING_VISUAL | {"lora"},
-    "stage3": {"adapter", "lora"},
+    ("v1", "stage1"): EVERYTHING_VISUAL,
+    ("v1", "stage2"): EVERYTHING_VISUAL | {"lora"},
+    ("v1", "stage3"): {"adapter", "lora"},
+    ("v2", "stage1"): {"encoders", "fusion", "adapter"},
+    ("v2", "stage2"): {"encoders", "fusion", "qformers", "linears", "lora"},
+    ("v2", "stage3"): {"qformers", "linears", "adapter", "lora"},
 }
 # One weight of each part of the model, and the group that the table puts it in.
-EXAMPLES = {
+SHARED = {
     "umt/blocks/attn/qkv/kernel": "encoders",
     "vision_layernorm/scale": "encoders",
     "facexformer/stages_0/blocks_0/norm1/scale": "encoders",
-    "fusion/step_1/query/kernel": "fusion",
     "general_qformer/query_tokens": "qformers",
     "facial_qformer/query_tokens": "qformers",
     "general_proj/kernel": "linears",
     "facial_proj/bias": "linears",
-    "adapter/gate_in/kernel": "adapter",
     "llm/layers/self_attn/q_proj/lora_a": "lora",
     "llm/lm_head/lora_b": "lora",
     "llm/layers/self_attn/q_proj/kernel": "llm",
     "llm/embed_tokens/embedding": "llm",
     "llm/norm/scale": "llm",
 }
+EXAMPLES = {
+    "v1": SHARED | {"fusion/step_1/query/kernel": "fusion", "adapter/gate_in/kernel": "adapter"},
+    "v2": SHARED
+    | {
+        "fusion/mlp_0/in/kernel": "fusion",
+        "fusion/ca2_3/text/query/kernel": "fusion",
+        "facial_mlp/in/kernel": "linears",
+        "adapter/facial/words/kernel": "adapter",
+    },
+}
 
 
 @pytest.fixture(scope="module")
 def shapes(small_world):
-    """Shapes of all weights by stage and ablation, computed once each."""
+    """Shapes of all weights by stage, ablation and variant, computed once each."""
     known = {}
 
-    def of(stage: str, ablation: str = "none") -> dict[str, jax.ShapeDtypeStruct]:
-        if (stage, ablation) not in known:
-            config = small_world.config(stage, f"ablation={ablation}")
-            known[stage, ablation] = assembly.weight_shapes(assembly.assemble(config).model, config)
-        return known[stage, ablation]
+    def of(stage: str, ablation: str = "none", variant: str = "v1") -> dict[str, jax.ShapeDtypeStruct]:
+        if (stage, ablation, variant) not in known:
+            config = small_world.config(stage, f"variant={variant},ablation={ablation}")
+            known[stage, ablation, variant] = assembly.weight_shapes(assembly.assemble(config).model, config)
+        return known[stage, ablation, variant]
 
     return of
 
 
-@pytest.mark.parametrize("stage", TRAINS)
-def test_exactly_the_groups_of_the_papers_table_train(stage, shapes):
-    weights = shapes(stage)
-    trainable, frozen = stages.split(weights, "v1", stage)
+@pytest.mark.parametrize(("variant", "stage"), TRAINS)
+def test_exactly_the_groups_of_the_papers_table_train(variant, stage, shapes):
+    weights, trains = shapes(stage, variant=variant), TRAINS[variant, stage]
+    trainable, frozen = stages.split(weights, variant, stage)
     assert trainable.keys() | frozen.keys() == weights.keys() and not trainable.keys() & frozen.keys()
-    assert {stages.group_of(path) for path in trainable} == TRAINS[stage]
-    for path, group in EXAMPLES.items():
+    assert {stages.group_of(path) for path in trainable} == trains
+    for path, group in EXAMPLES[variant].items():
         if stage == "stage1" and group == "lora":
             assert path not in weights, "stage 1 has no adapters in its language model"
         else:
-            assert path in (trainable if group in TRAINS[stage] else frozen)
+            assert path in (trainable if group in trains else frozen)
 
 
 @pytest.mark.parametrize("ablation", ABLATIONS)
@@ -78,9 +89,10 @@ def test_an_unknown_stage_or_variant_is_a_users_error_that_lists_the_known_ones(
         stages.split({}, variant, stage)
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("ablation", ABLATIONS)
-def test_weight_decay_spares_every_one_dimensional_weight_and_no_matrix(ablation, shapes):
-    for path, leaf in shapes("stage2", ablation).items():
+def test_weight_decay_spares_every_one_dimensional_weight_and_no_matrix(ablation, variant, shapes):
+    for path, leaf in shapes("stage2", ablation, variant).items():
         layers = path.startswith(("umt/blocks/", "llm/layers/"))  # stacked by the scan over layers
         assert stages.decays(path) == (len(leaf.shape) - layers > 1), path
 

@@ -1,0 +1,58 @@
+"""Data-Efficient GRPO from the cold start's weights (FaVChat v2): LoRA and the adapters learn from rewards.
+
+python -m favchat_jax.train --config=configs/grpo.py
+python -m favchat_jax.train --config=configs/grpo.py --config.rl.data_efficient=False --workdir=runs/tiny-v1/grpo-plain
+"""
+
+from ml_collections import ConfigDict
+
+from configs import common
+
+
+def get_config(argument: str = ""):
+    config = common.get_config("grpo", argument)
+    # The paper's: AdamW, 1e-6 with a cosine, weight decay 0.01, clipping at 5.
+    config.optimizer.update({"learning_rate": 1e-6, "weight_decay": 0.01, "clip_norm": 5.0, "warmup": 0.03})
+    config.optimizer.floor = 0.0
+    config.batch = 1  # samples an iteration
+    config.steps = 10_000  # iterations
+    config.checkpoint_every = 100
+    config.rl = ConfigDict(
+        {
+            "group": 8,  # G, responses to a sample
+            "beta": 0.04,  # of the KL penalty
+            "clip": 0.2,  # a choice: the usual one
+            "updates": 1,  # of a batch of responses
+            "max_new_tokens": 768,
+            "temperature": 1.0,
+            "top_p": 1.0,
+            # Import path of each reward, which may be one's own, and its weight.
+            "rewards": {
+                "facial": {"path": "favchat_jax.rl.rewards:facial", "weight": 1.0},
+                "form": {"path": "favchat_jax.rl.rewards:form", "weight": 1.0},
+            },
+            "shuffled_frames": False,  # respond also to frames in another order, as the temporal reward needs
+            "data_efficient": True,  # False: plain GRPO over shuffled epochs
+            "utility": "scale_free",  # or published
+            "pool": {
+                "smoothing": 0.8,
+                "tau_remove": 0.2,
+                "tau_keep": 0.8,
+                "discovery": 2,  # a choice: visits before a sample is judged
+                "rest": 5,  # a choice: iterations for which a sample that cools down is left alone
+                "published_baseline": 0.0,  # of the published utility, whose value head no loss trains
+            },
+            "split": "train",
+            "samples": 10_000,  # the first of the split that show a face with all targets
+            "heldout_split": "heldout",
+            "heldout_samples": 64,
+            "measure_every": 100,  # iterations
+        }
+    )
+    if config.preset == "tiny":
+        config.optimizer.update({"name": "adamw", "learning_rate": 2e-3})
+        config.batch = 8
+        config.steps = 100
+        config.checkpoint_every = 25
+        config.rl.update({"max_new_tokens": 72, "samples": 400, "measure_every": 10})
+    return config

@@ -1,0 +1,36 @@
+"""Responses with a thought before the answer, for the cold start of the reinforcement stage.
+
+They are made from a clip's target strings. On purpose they differ in wording and in how much they tell, so that the
+reinforcement stage finds better and worse ones among a policy's responses.
+"""
+
+import numpy as np
+
+from favchat_jax.data.datasets import Record
+
+# One of stage 1's requests (`loader.INSTRUCTIONS`): the Q-Formers know from it that all that is seen is asked for.
+QUESTION = "What can be seen in this video? Describe it."
+ANSWERS = (
+    "{attributes}, {emotion}, {action}",
+    "The person looks {emotion} and is {action}.",
+    "The person has {attributes} and looks {emotion}.",
+    "{attributes}",
+)
+
+
+def can_be_told(record: Record) -> bool:
+    """Whether a clip shows a face of which all three targets are known."""
+    return record.has_face and all(record.targets.get(name) for name in ("attributes", "emotion", "action"))
+
+
+def response(record: Record, rng: np.random.Generator) -> str:
+    """`<think>` what is seen `</think> <answer>` all or a part of it `</answer>`."""
+    words = record.targets["attributes"].split()
+    told = {"emotion": record.targets["emotion"], "action": record.targets["action"]}
+    answer = ANSWERS[rng.integers(len(ANSWERS))].format(attributes=_some(words, rng), **told)
+    return f"<think> {_some(words, rng)}, {told['action']} </think> <answer> {answer} </answer>"
+
+
+def _some(words: list[str], rng: np.random.Generator) -> str:
+    """The first few words, or all."""
+    return " ".join(words[: rng.integers(2, len(words) + 1)] if len(words) > 2 else words)

@@ -1,0 +1,71 @@
+"""What GRPO optimises: advantages within a group, a clipped ratio to the policy that answered, and a KL penalty.
+
+For response j of G to sample i, with rewards r, token t and the policy pi that is trained, pi_old that answered, pi_ref
+that the run started from:
+
+    A_ij = (r_ij - mean_j r_ij) / (std_j r_ij + eps)
+    rho  = pi(t) / pi_old(t)
+    k3   = pi_ref(t) / pi(t) - log(pi_ref(t) / pi(t)) - 1          (an estimate of KL(pi || pi_ref), never negative)
+    loss = -mean_ij mean_t [ min(rho w_i A_ij, clip(rho, 1 - c, 1 + c) w_i A_ij) - beta k3 ]
+
+w_i is the weight that `rl/pool.py` gives a sample; it is 1 in plain GRPO.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float
+
+STD_FLOOR = 1e-4
+
+
+def group_advantages(rewards: Float[np.ndarray, "B G"]) -> Float[np.ndarray, "B G"]:
+    """Rewards less their group's mean, over its standard deviation; 0 in a group whose rewards are all the same."""
+    deviation = rewards - rewards.mean(axis=1, keepdims=True)
+    return deviation / (rewards.std(axis=1, keepdims=True) + STD_FLOOR)
+
+
+def k3(policy: Float[Array, "*B"], reference: Float[Array, "*B"]) -> Float[Array, "*B"]:
+    """Schulman's k3 estimate of KL(policy || reference) from log-probabilities of tokens that the policy drew."""
+    ratio = reference - policy
+    return jnp.exp(ratio) - ratio - 1
+
+
+def clipped_gain(
+    policy: Float[Array, "*B"], old: Float[Array, "*B"], advantages: Float[Array, "*B"], clip: float
+) -> Float[Array, "*B"]:
+    """min(rho A, clip(rho) A): what moves away from the old policy gains nothing beyond a ratio of 1 +- `clip`."""
+    ratio = jnp.exp(policy - old)
+    return jnp.minimum(ratio * advantages, jnp.clip(ratio, 1 - clip, 1 + clip) * advantages)
+
+
+def loss(
+    policy: Float[Array, "B G L"],
+    old: Float[Array, "B G L"],
+    reference: Float[Array, "B G L"],
+    advantages: Float[Array, "B G"],
+    counted: Bool[Array, "B G L"],
+    *,
+    beta: float,
+    clip: float,
+) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+    """The loss of the module's docstring and its parts: `kl`, and `clipped`, the share of tokens beyond the clip.
+
+    Args:
+        policy, old, reference: log-probabilities of the responses' tokens.
+        advantages: w_i A_ij.
+        counted: True at a response's tokens, its end included; a response without any adds nothing.
+        beta: weight of the KL penalty.
+        clip: c.
+    """
+
+    def average(values):
+        tokens = jnp.maximum(jnp.sum(counted, axis=-1), 1)
+        return jnp.mean(jnp.sum(jnp.where(counted, values, 0.0), axis=-1) / tokens)
+
+    # Not `values * counted` above: padding may hold -inf.
+    policy, old, reference = (jnp.where(counted, x, 0.0) for x in (policy, old, reference))
+    gain = average(clipped_gain(policy, jax.lax.stop_gradient(old), advantages[..., None], clip))
+    kl = average(k3(policy, reference))
+    clipped = average((jnp.abs(jnp.exp(policy - old) - 1) > clip).astype(jnp.float32))
+    return beta * kl - gain, {"kl": kl, "clipped": clipped}

@@ -1,0 +1,54 @@
+"""The cold start's responses: their form, what they tell, and that they differ."""
+
+import numpy as np
+import pytest
+
+from favchat_jax.data import reasoning
+from favchat_jax.data.datasets import Record
+from favchat_jax.rl.rewards import FORM, facial_score
+
+TARGETS = {"attributes": "long black hair glasses pale skin", "emotion": "happy", "action": "nodding"}
+
+
+def record(targets=TARGETS, has_face=True):
+    return Record("clip", b"", np.zeros(83, np.uint8), "", (), targets, "source", has_face)
+
+
+def responses(count=60, **of):
+    rng = np.random.default_rng(0)
+    return [reasoning.response(record(**of), rng) for _ in range(count)]
+
+
+def test_every_response_is_a_thought_and_an_answer():
+    assert all(FORM.fullmatch(text) for text in responses())
+
+
+def test_responses_tell_nothing_but_what_the_targets_say_and_some_tell_all():
+    known = set(" ".join(TARGETS.values()).split()) | {"The", "person", "looks", "is", "has", "and"}
+    answers = [FORM.fullmatch(text).group(2) for text in responses()]
+    assert all(set(answer.replace(",", "").replace(".", "").split()) <= known for answer in answers)
+    scores = [facial_score(answer, TARGETS) for answer in answers]
+    assert max(scores) == pytest.approx(1) and min(scores) < 0.4, "there is something to be reinforced"
+
+
+def test_responses_follow_the_random_numbers():
+    assert responses() == responses()
+    assert len(set(responses())) > 20
+
+
+def test_a_single_word_of_attributes_is_told_whole():
+    texts = responses(8, targets={**TARGETS, "attributes": "hat"})
+    assert all("<think> hat, nodding </think>" in text for text in texts)
+
+
+@pytest.mark.parametrize(
+    ("of", "told"),
+    [
+        ({}, True),
+        ({"has_face": False}, False),
+        ({"targets": {**TARGETS, "emotion": ""}}, False),
+        ({"targets": {"attributes": "hat"}}, False),
+    ],
+)
+def test_only_faces_with_all_three_targets_can_be_told(of, told):
+    assert reasoning.can_be_told(record(**of)) is told

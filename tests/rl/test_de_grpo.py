@@ -1,0 +1,193 @@
+"""The reinforcement stage: what it scores, who trains, and that a run resumes to the bit; on the small world."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from flax.traverse_util import unflatten_dict
+
+from favchat_jax.errors import UserError
+from favchat_jax.generation.sampler import Sampler, Sampling
+from favchat_jax.models import favchat
+from favchat_jax.rl import de_grpo
+from favchat_jax.rl.curves import read_lines
+from favchat_jax.rl.pool import STATES
+from favchat_jax.training import assembly, loop
+from favchat_jax.weights_folder import load_weights
+from tests.conftest import newest, same_weights
+from tests.models.tiny_parts import MISTRAL, drawn_flat, favchat_shapes, tiny_config
+
+SMALL = {
+    "steps": 4,
+    "batch": 2,
+    "checkpoint_every": 2,
+    "rl__group": 3,
+    "rl__max_new_tokens": 6,
+    "rl__samples": 5,
+    "rl__heldout_samples": 3,
+    "rl__measure_every": 2,
+}
+
+
+def favour_short_words(group):
+    """A reward under which responses of a policy that has learned next to nothing differ."""
+    return [text.count("e") / (1 + len(text)) for text in group.responses]
+
+
+def count_shuffled(group):
+    """How many responses there are about shuffled frames."""
+    return [len(group.shuffled)] * len(group.responses)
+
+
+@pytest.fixture(scope="module")
+def config_of(small_world, trained, tmp_path_factory):
+    """The config of a small run from a cold start that took stage 3's place; `changes` as in `SmallWorld.config`."""
+    start = tmp_path_factory.mktemp("start") / "coldstart"
+    shutil.copytree(trained.folder / "stage3", start)
+    settings = json.loads((start / "config.json").read_text())
+    (start / "config.json").write_text(json.dumps({**settings, "stage": "coldstart"}))
+
+    def config(**changes):
+        config = small_world.config("grpo", init__from_run=str(start), **{**SMALL, **changes})
+        config.rl.rewards.form.path = "tests.rl.test_de_grpo:favour_short_words"
+        return config
+
+    return config
+
+
+@pytest.fixture(scope="module")
+def whole(config_of, tmp_path_factory):
+    """A run that nothing disturbed."""
+    workdir = tmp_path_factory.mktemp("whole") / "grpo"
+    assert de_grpo.train(config_of(), workdir) == loop.Outcome(step=4, steps=4, resumed_at=0)
+    return workdir
+
+
+def test_a_run_writes_rewards_by_part_states_and_curves(whole):
+    lines = read_lines(whole / "metrics.jsonl")
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    for line in lines:
+        assert line["reward"] == pytest.approx(line["reward_facial"] + line["reward_form"])
+        assert sum(line[f"share_{state}"] for state in STATES) == pytest.approx(1)
+        assert sum(line[f"utility_{i}"] for i in range(de_grpo.UTILITY_BINS)) == pytest.approx(1)
+        assert 1 <= line["response_tokens"] <= 6 and line["rollouts"] == 6
+    assert lines[0]["kl"] == pytest.approx(0, abs=1e-6) and lines[-1]["kl"] > 0
+    assert [line["step"] for line in read_lines(whole / "heldout.jsonl")] == [0, 2, 4]
+    assert (whole / "curves.png").stat().st_size > 10_000
+
+
+def test_only_adapters_and_lora_move_away_from_a_reference_that_stays(whole, config_of):
+    start = assembly.visual_and_lora(config_of().init.from_run)
+    trained, reference = newest(whole), load_weights(whole / "reference")
+    assert all(path.startswith("adapter/") or "lora_" in path for path in trained)
+    assert same_weights(reference, {path: start[path] for path in reference})
+    assert not same_weights(trained, reference)
+
+
+def test_a_resumed_run_ends_with_the_bits_of_one_that_was_never_interrupted(whole, config_of, tmp_path, monkeypatch):
+    workdir, original, seen = tmp_path / "grpo", de_grpo._Run._iterate, []
+
+    def end_after_three(self, samples, records):
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+        seen.append(samples)
+        return original(self, samples, records)
+
+    monkeypatch.setattr(de_grpo._Run, "_iterate", end_after_three)
+    with pytest.raises(KeyboardInterrupt):
+        de_grpo.train(config_of(), workdir)
+    monkeypatch.undo()
+    assert de_grpo.train(config_of(), workdir) == loop.Outcome(step=4, steps=4, resumed_at=2)
+    assert same_weights(newest(workdir), newest(whole))
+    kept = [
+        [{k: v for k, v in line.items() if "second" not in k} for line in read_lines(folder / "metrics.jsonl")]
+        for folder in (workdir, whole)
+    ]
+    assert kept[0] == kept[1]
+    assert read_lines(workdir / "heldout.jsonl") == read_lines(whole / "heldout.jsonl")
+
+
+def test_a_finished_run_answers(whole, small_world):
+    sampler = Sampler.of(assembly.load_run(whole))
+    frames = np.zeros((1, sampler.frames, sampler.image_size, sampler.image_size, 3), np.uint8)
+    assert isinstance(sampler.answer(sampler.encode(frames), [[[("Which hat?", None)]]], Sampling(4))[0][0], str)
+
+
+def test_a_pool_that_runs_empty_ends_the_run_cleanly_and_says_so(config_of, tmp_path, caplog):
+    config = config_of(steps=9, rl__pool__tau_remove=1.0, rl__pool__discovery=1)
+    with caplog.at_level("INFO", logger="favchat_jax"):
+        outcome = de_grpo.train(config, tmp_path / "grpo")
+    assert outcome.finished and outcome.step == 3, "five samples in batches of two"
+    assert "the pool ran empty at step 3" in caplog.text
+    assert read_lines(tmp_path / "grpo" / "metrics.jsonl")[-1]["rollouts"] == 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"rl__group": 1}, "rl.group=1 is too small"),
+        ({"rl__temperature": 0.0}, "rl.temperature=0 makes all responses"),
+        ({"rl__utility": "best"}, "rl.utility=best is unknown: choose scale_free or published"),
+        ({"rl__updates": 0}, "rl.updates=0: give at least 1"),
+        ({"rl__rewards__facial__path": "nowhere:facial"}, "reward 'nowhere:facial' cannot be imported"),
+    ],
+)
+def test_settings_that_suit_no_run_are_refused(changes, says, config_of, tmp_path):
+    with pytest.raises(UserError, match=says):
+        de_grpo.train(config_of(**changes), tmp_path / "grpo")
+
+
+def test_the_temporal_reward_gets_responses_about_shuffled_frames_where_they_are_asked_for(config_of, tmp_path):
+    settings = {"steps": 1, "rl__rewards__facial__path": "favchat_jax.rl.rewards:temporal"}
+    with pytest.raises(UserError, match="needs responses about shuffled frames"):
+        de_grpo.train(config_of(**settings), tmp_path / "without")
+    config = config_of(**settings, rl__shuffled_frames=True, rl__measure_every=5)
+    config.rl.rewards.facial.path = "tests.rl.test_de_grpo:count_shuffled"
+    de_grpo.train(config, tmp_path / "with")
+    assert read_lines(tmp_path / "with" / "metrics.jsonl")[0]["reward_facial"] == config.rl.group
+
+
+def test_a_start_of_another_variant_is_refused(small_world, config_of, tmp_path):
+    config = small_world.config("grpo", "variant=v2", init__from_run=config_of().init.from_run, **SMALL)
+    with pytest.raises(UserError, match="is of variant=v1, this run of variant=v2"):
+        de_grpo.train(config, tmp_path / "grpo")
+
+
+def test_a_response_counts_up_to_its_first_end():
+    mask = de_grpo.response_mask(np.array([[5, 2, 7, 2, 2], [5, 6, 7, 8, 9], [2, 2, 2, 2, 2]]), end=2)
+    assert mask.astype(int).tolist() == [[1, 1, 0, 0, 0], [1, 1, 1, 1, 1], [1, 0, 0, 0, 0]]
+
+
+@pytest.mark.parametrize("variant", favchat.VARIANTS)
+def test_log_probabilities_are_those_of_the_whole_model_one_sequence_at_a_time(variant):
+    model = favchat.build(tiny_config().model, MISTRAL, variant=variant, lora_rank=2)
+    weights = drawn_flat(favchat_shapes(model, 2, 32), spread=0.3)
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, MISTRAL.vocab_size, (2, 3, 9)).astype(np.int32)
+    tokens[:, :, 1:4] = -1
+    frames = rng.integers(0, 256, (2, 2, 32, 32, 3), np.uint8)
+    prompt = rng.integers(0, 512, (2, 1, 4)).astype(np.int32)
+    mask = np.arange(4) < np.array([[[3]], [[4]]])
+    params = {"params": unflatten_dict(weights, sep="/")}
+    batch = {"tokens": tokens, "prompt": prompt, "prompt_mask": mask}
+
+    @jax.jit
+    def whole(params, *inputs):
+        logits = model.apply(params, *inputs, method=lambda m, *x: m.llm.logits(m(*x).hidden[0]))
+        return jax.nn.log_softmax(logits / 0.7)
+
+    @jax.jit
+    def both_ways(weights):
+        features = model.apply({"params": unflatten_dict(weights, sep="/")}, frames, method="encode")
+        score = de_grpo.token_log_probabilities
+        return [score(model, weights, features, batch, temperature=0.7, chunk=chunk) for chunk in (4, 256)]
+
+    expected = np.zeros((2, 3, 5))
+    for clip, response in np.ndindex(2, 3):
+        one = (slice(clip, clip + 1), slice(response, response + 1))
+        alone = whole(params, frames[clip : clip + 1], tokens[one], prompt[clip : clip + 1], mask[clip : clip + 1])
+        expected[clip, response] = alone[0, np.arange(3, 8), tokens[clip, response, 4:]]
+    for scored in both_ways(weights):
+        np.testing.assert_allclose(scored[:, :, 3:-1], expected, atol=1e-4)

@@ -1,0 +1,92 @@
+"""How much a checkpoint weighs the facial stream on clips with and without a face (the paper's figure of its adapters).
+
+python -m tools.adapter_weights --checkpoint=runs/tiny-v2/stage3 --figure=docs/figures/adapter_weights.png
+
+Every held-out clip counts once, with the same request to describe it, so that the words do not tell what is shown.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from absl import flags
+
+from favchat_jax import command_line
+from favchat_jax.data.datasets import open_dataset
+from favchat_jax.data.loader import INSTRUCTIONS
+from favchat_jax.data.video import decode
+from favchat_jax.errors import UserError
+from favchat_jax.evaluation.metrics import cohens_d
+from favchat_jax.generation.sampler import Sampler
+from favchat_jax.training.assembly import load_run
+
+BATCH = 32
+
+
+def facial_weights(sampler: Sampler, records: Sequence, question: str) -> list[float]:
+    """The facial stream's weight for one question about each clip."""
+    weights: list[float] = []
+    for start in range(0, len(records), BATCH):
+        batch = records[start : start + BATCH]
+        padded = [*batch, *[batch[0]] * (BATCH - len(batch))]
+        frames = [decode(r.clip, frames=sampler.frames, size=sampler.image_size, name=r.id).frames for r in padded]
+        shares = sampler.stream_weights(sampler.encode(np.stack(frames)), [[question]] * BATCH)
+        weights += [float(share) for share in shares[: len(batch), 0, 1]]
+    return weights
+
+
+def summarise(groups: dict[str, list[float]]) -> dict:
+    """Number, mean and standard deviation of each group, and the distance between the two."""
+    rows = {name: {"n": len(w), "mean": np.mean(w), "std": np.std(w, ddof=1)} for name, w in groups.items()}
+    return {**rows, "cohens_d": cohens_d(*groups.values())}
+
+
+def draw(groups: dict[str, list[float]], result: dict, path: str) -> None:
+    """Both distributions as violins with the single clips."""
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(6, 3.2), constrained_layout=True)
+    rng = np.random.default_rng(0)
+    for place, ((name, weights), color) in enumerate(zip(groups.items(), ("#d9635f", "#5b84b1"), strict=True)):
+        violin = axes.violinplot(weights, [place], orientation="horizontal", widths=0.7, showextrema=False)
+        violin["bodies"][0].set(facecolor=color, alpha=0.6)
+        axes.scatter(weights, place + rng.uniform(-0.06, 0.06, len(weights)), s=4, color=color)
+        row = result[name]
+        axes.text(0.02, place + 0.25, f"mean {row['mean']:.3f}, std {row['std']:.3f}, n {row['n']}", fontsize=8)
+    axes.axvline(0.5, color="gray", linestyle="--", linewidth=1)
+    axes.set(xlim=(0, 1), yticks=[0, 1], xlabel="weight of the facial stream")
+    axes.set_yticklabels(groups)
+    axes.set_title(f"Cohen's d = {result['cohens_d']:.2f}", fontsize=10)
+    figure.savefig(path, dpi=150)
+
+
+def main() -> None:
+    """Weighs every held-out clip of the data set that the checkpoint was trained on."""
+    if not _CHECKPOINT.value:
+        raise UserError("needed: --checkpoint=WORKDIR")
+    run = load_run(_CHECKPOINT.value)
+    sampler = Sampler.of(run)
+    source = open_dataset(run.config.data.name, run.config.data.packed, "heldout")
+    records = [source[i] for i in range(len(source))]
+    groups = {
+        name: facial_weights(sampler, [r for r in records if r.has_face == has_face], INSTRUCTIONS[0])
+        for name, has_face in (("face clips", True), ("general clips", False))
+    }
+    result = summarise(groups)
+    if _FIGURE.value:
+        draw(groups, result, _FIGURE.value)
+    if _JSON.value:
+        Path(_JSON.value).write_text(json.dumps(result, indent=1))
+    for name in groups:
+        print("{:<14} n {n:>4}  mean {mean:.3f}  std {std:.3f}".format(name, **result[name]))
+    print(f"Cohen's d {result['cohens_d']:.2f}")
+
+
+if __name__ == "__main__":
+    _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Workdir of a stage")
+    _FIGURE = flags.DEFINE_string("figure", None, "PNG file to write")
+    _JSON = flags.DEFINE_string("json", None, "JSON file to write")
+    command_line.start(main)
