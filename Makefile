@@ -8,18 +8,23 @@ RUN := $(VENV)/bin/python
 demo: $(VENV)/ready
 	$(RUN) -m tools.demo
 
-test: $(VENV)/ready
+test: $(VENV)/ready-dev
 	$(RUN) -m pytest
 
-test-slow: $(VENV)/ready
+test-slow: $(VENV)/ready-dev
 	$(RUN) -m pytest -m "slow or not slow"
 
-lint: $(VENV)/ready
+lint: $(VENV)/ready-dev
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 
-$(VENV)/ready: requirements.txt requirements-convert.txt requirements-dev.txt
+# What runs the model; the tests need the reference implementations, PyTorch's among them, besides.
+$(VENV)/ready: requirements.txt
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed: make PYTHON=python3.11" if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+$(VENV)/ready-dev: $(VENV)/ready requirements-convert.txt requirements-dev.txt
 	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	touch $@
