@@ -37,6 +37,7 @@ def main() -> None:
     """Trains, evaluates, asks, reports."""
     started = time.perf_counter()
     config = stage3.get_config(_ARGUMENT.value)
+    config.seed = _SEED.value
     workdir = default_workdir(config)
     if not train_stage(config, workdir).finished:
         return  # stopped by SIGTERM and saved; the same command goes on
@@ -67,4 +68,5 @@ def main() -> None:
 
 if __name__ == "__main__":
     _ARGUMENT = flags.DEFINE_string("config_argument", "", "As after configs/stage3.py: for example ablation=no_face")
+    _SEED = flags.DEFINE_integer("seed", 0, "Of all draws but the clips; a folder to run in for each")
     command_line.start(main)
