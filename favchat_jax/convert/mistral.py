@@ -14,6 +14,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -28,6 +29,7 @@ from favchat_jax.errors import UserError
 from favchat_jax.models.mistral import LoRA, Mistral, MistralConfig
 from favchat_jax.weights_folder import save_weights
 
+WRITERS = 2  # parts of a copy that are read, checked and written at a time
 PROJECTIONS = {"self_attn": ("q_proj", "k_proj", "v_proj", "o_proj"), "mlp": ("gate_proj", "up_proj", "down_proj")}
 LAYER = (
     Row("input_layernorm.weight", "input_layernorm/scale"),
@@ -92,7 +94,7 @@ def write_weights(folder: str | Path, tree: Mapping) -> None:
 
 
 def write_copy(folder: Path, out: Path, progress: Callable[[Iterable], Iterable] = iter) -> None:
-    """Writes `out`, a copy of a Hugging Face folder that takes its place, one layer at a time.
+    """Writes `out`, a copy of a Hugging Face folder that takes its place, a layer or two at a time.
 
     Args:
         folder: the Hugging Face folder.
@@ -111,8 +113,18 @@ def write_copy(folder: Path, out: Path, progress: Callable[[Iterable], Iterable]
         part = f"layer_{slot.place[0]:03d}" if slot.place else slot.path.split("/")[0]
         parts.setdefault(part, []).append(name)
     with replacing(out, is_ours=lambda _: False) as draft:
-        for part, names in progress(parts.items()):
-            save_weights(draft / PARTS / part, {name: finite(tensors[name], name, folder) for name in names}, {})
+
+        def write_part(part: str) -> None:
+            save_weights(draft / PARTS / part, {name: finite(tensors[name], name, folder) for name in parts[part]}, {})
+
+        with ThreadPoolExecutor(WRITERS) as pool:
+            pending = [pool.submit(write_part, part) for part in parts]
+            try:
+                for written in progress(pending):
+                    written.result()
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
         copy_tokenizer(folder, draft)
         shutil.copyfile(folder / "config.json", draft / "config.json")
         (draft / "copy.json").write_text(json.dumps({"fingerprint": fingerprint(folder)}))
