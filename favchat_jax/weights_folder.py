@@ -6,6 +6,7 @@ Orbax restores flipped bits without an error, hence the checksums.
 """
 
 import contextlib
+import errno
 import json
 import shutil
 import zlib
@@ -45,17 +46,22 @@ def check_leaves(tree: Any, leaves: Mapping[str, dict]) -> None:
         raise DamagedError(f"{len(wrong)} of {len(leaves)} arrays changed since they were written, first {wrong[0]}")
 
 
+def draft_of(folder: Path) -> Path:
+    """Where a folder is filled before it takes its place: hidden beside it, under a name that no person gives."""
+    return folder.with_name(f".{folder.name}.draft-favchat")
+
+
 def save_weights(folder: str | Path, weights: Weights, config: Mapping[str, Any]) -> None:
     """Writes a weights folder, beside its place first, so that a folder that is there is whole."""
     folder = Path(folder).absolute()
-    draft = folder.with_name(folder.name + ".draft")
-    shutil.rmtree(draft, ignore_errors=True)
-    draft.mkdir(parents=True)
+    draft = draft_of(folder)
     tree = unflatten_dict(dict(weights), sep="/")
     # Uncompressed: random bits hardly shrink, and trying takes twice the time.
     handler = ocp.PyTreeCheckpointHandler(use_compression=False)
     try:
         with full_disk_told(folder), contextlib.closing(ocp.Checkpointer(handler)) as checkpointer:
+            shutil.rmtree(draft, ignore_errors=True)  # of a run that was killed
+            draft.mkdir(parents=True)
             checkpointer.save(draft / "weights", args=ocp.args.PyTreeSave(tree))
             (draft / "leaves.json").write_text(json.dumps(describe_leaves(dict(weights)), indent=1))
             (draft / "config.json").write_text(json.dumps(dict(config), indent=1))
@@ -109,9 +115,21 @@ def full_disk_told(folder: Path):
     except UserError:
         raise
     except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(
-            f"could not write {folder} ({one_line(error)}): free disk space, then run the same command again"
-        ) from None
+        mend = place_mend(error) or "free disk space, then run the same command again"
+        raise UserError(f"could not write {folder} ({one_line(error)}): {mend}") from None
+
+
+def place_mend(error: Exception) -> str:
+    """What mends a write that failed because of its place; nothing where it can have failed for another reason."""
+    mends = {
+        errno.ENOENT: "no folder can be made there, name another place",
+        errno.ENOTDIR: "a file is in the way, name another place",
+        errno.EACCES: "check the permissions, or name another place",
+        errno.EPERM: "check the permissions, or name another place",
+        errno.EROFS: "nothing can be written there, name another place",
+        errno.ENAMETOOLONG: "name a shorter one",
+    }
+    return mends.get(getattr(error, "errno", None), "")
 
 
 def one_line(error: Exception) -> str:

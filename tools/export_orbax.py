@@ -16,7 +16,7 @@ from absl import flags
 from favchat_jax import command_line
 from favchat_jax.convert.folder import copy_llm, copy_tokenizer, replacing
 from favchat_jax.errors import UserError
-from favchat_jax.training.assembly import is_self_contained, run_config, visual_and_lora
+from favchat_jax.training.assembly import assemble, is_self_contained, run_config, whole_visual_and_lora
 from favchat_jax.weights_folder import save_weights
 
 
@@ -29,7 +29,7 @@ def export(checkpoint: str | Path, out: str | Path) -> None:
     """
     with replacing(out, lambda folder: is_self_contained(folder) and (folder / "llm").is_dir()) as draft:
         config = run_config(checkpoint)
-        weights = visual_and_lora(checkpoint)
+        weights = whole_visual_and_lora(checkpoint, config, assemble(config).model)
         parts = {"llm": config.llm.path, "prompt_tokenizer": config.prompt_tokenizer}
         config.llm.path = "llm"
         config.prompt_tokenizer = config.prompt_tokenizer and "prompt_tokenizer"

@@ -11,9 +11,8 @@ from absl import flags
 from favchat_jax import command_line
 from favchat_jax.convert import exported
 from favchat_jax.convert.folder import replacing
-from favchat_jax.data.conversation import load_tokenizer
 from favchat_jax.errors import UserError
-from favchat_jax.training.assembly import run_config, visual_and_lora
+from favchat_jax.training.assembly import assemble, run_config, whole_visual_and_lora
 
 
 def export(checkpoint: str | Path, out: str | Path, dtype: str | None = None) -> None:
@@ -26,8 +25,9 @@ def export(checkpoint: str | Path, out: str | Path, dtype: str | None = None) ->
     """
     with replacing(out, exported.is_exported) as draft:
         config = run_config(checkpoint)
-        tokenizer = load_tokenizer(config.llm.path)
-        exported.write_folder(draft, config, visual_and_lora(checkpoint), tokenizer, dtype or config.model.dtype)
+        parts = assemble(config)
+        weights = whole_visual_and_lora(checkpoint, config, parts.model)
+        exported.write_folder(draft, config, weights, parts.tokenizer, dtype or config.model.dtype)
 
 
 def main() -> None:

@@ -7,7 +7,9 @@ import contextlib
 import dataclasses
 import functools
 import json
-import pickle
+import pickletools
+import re
+import warnings
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -122,15 +124,17 @@ def _pickled(path: Path) -> dict[str, Tensor]:
     except ImportError:
         raise UserError(f"{path} needs PyTorch to be read: pip install -r requirements-convert.txt") from None
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except pickle.UnpicklingError as error:
-        if "allowed global" not in str(error):
-            raise UserError(f"{path} is damaged, or no file of PyTorch's: fetch it again") from None
-        raise UserError(
-            f"{path} would run code when read, which is refused: save its tensors alone where you trust it"
-        ) from None
-    except (RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
-        raise UserError(f"{path} is damaged ({_first_line(error)}): fetch it again") from None
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a pickle's protocol, before it is refused
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except Exception as error:  # The unpickler raises many kinds for a damaged file.
+        if re.search("unsupported global|allowed global", str(error), re.IGNORECASE):
+            refused = "would run code when read, which is refused"
+        elif _is_plain_pickle(path):
+            refused = "is a plain pickle, which can run code when read and is refused"
+        else:
+            raise UserError(f"{path} is damaged, or no file of PyTorch's{_reason(error)}: fetch it again") from None
+        raise UserError(f"{path} {refused}: save its tensors alone with torch.save where you trust it") from None
     content = content if isinstance(content, dict) else {}
     state = next((content[key] for key in STATE_DICTS if isinstance(content.get(key), dict)), content)
     tensors = {}
@@ -152,5 +156,19 @@ def _as_numpy(tensor) -> np.ndarray:
     return tensor.detach().numpy()
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:160]
+def _is_plain_pickle(path: Path) -> bool:
+    """Whether a file is one whole pickle and nothing else, as `pickle.dump` writes it; torch.save writes several."""
+    try:
+        with path.open("rb") as file:
+            for _ in pickletools.genops(file):  # names each operation, runs none
+                pass
+            return not file.read(1)
+    except Exception:  # not a pickle: pickletools raises many kinds
+        return False
+
+
+def _reason(error: Exception) -> str:
+    """The first sentence of an error in brackets; nothing where it is not one, or is torch's advice to run code."""
+    sentence = str(error).strip().splitlines()[0].split(". ")[0] if str(error).strip() else ""
+    tells = " " in sentence and len(sentence) <= 160 and not sentence.startswith("Weights only load failed")
+    return f" ({sentence.rstrip('.')})" if tells else ""

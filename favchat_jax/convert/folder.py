@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from favchat_jax.convert.files import INDEX, PARTS, shards
 from favchat_jax.errors import UserError
+from favchat_jax.weights_folder import draft_of, place_mend
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -35,16 +36,17 @@ def replacing(out: str | Path, is_ours: Callable[[Path], bool]) -> Iterator[Path
     out = Path(out).absolute()
     if out.exists() and not (out.is_dir() and (is_ours(out) or not any(out.iterdir()))):
         raise UserError(f"--out={out} exists and is not an earlier export: name a new folder")
-    draft = out.with_name(out.name + ".draft")
-    shutil.rmtree(draft, ignore_errors=True)
+    draft = draft_of(out)
     try:
+        shutil.rmtree(draft, ignore_errors=True)  # of a run that was killed
         draft.mkdir(parents=True)
         yield draft
         shutil.rmtree(out, ignore_errors=True)
         draft.rename(out)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        raise UserError(f"could not write {out} ({reason}): free disk space or name another --out") from None
+        mend = place_mend(error) or "free disk space or name another --out"
+        raise UserError(f"could not write {out} ({reason}): {mend}") from None
     finally:
         shutil.rmtree(draft, ignore_errors=True)
 

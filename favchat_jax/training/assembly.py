@@ -24,6 +24,9 @@ log = logging.getLogger("favchat_jax")
 
 Weights = dict[str, jax.Array]
 
+RESTORE = "copy the whole workdir again, or train again"
+FIELDS = ("variant", "ablation", "stage", "model", "data", "prompt_tokenizer", "llm")  # of config.json, to answer
+
 
 @dataclasses.dataclass(frozen=True)
 class Assembly:
@@ -97,7 +100,7 @@ def initial_weights(config: ml_collections.ConfigDict, model: favchat.FaVChat) -
             loaded = _converted(part, source).items()
             take(source, {place: leaf for path, leaf in loaded for place in _places(path, config)})
     if config.init.from_run:
-        take(config.init.from_run, _previous_stage(config))
+        take(config.init.from_run, _previous_stage(config, shapes))
     missing = sorted(set(shapes) - set(weights))
     if missing:
         log.info("%d of %d weight arrays start afresh", len(missing), len(shapes))
@@ -143,11 +146,12 @@ def load_run(workdir: str | Path) -> Run:
     """The newest checkpoint of a workdir, or an exported folder, with everything that answering needs.
 
     Raises:
-        UserError: not a workdir, no whole checkpoint, or the language model's folder has changed since.
+        UserError: not a workdir, no whole checkpoint, weights are missing, or the language model's folder has changed
+            since.
     """
     config = run_config(workdir)
-    weights = {**load_llm(config.llm.path), **visual_and_lora(workdir)}
     parts = assemble(config)
+    weights = {**load_llm(config.llm.path), **whole_visual_and_lora(workdir, config, parts.model)}
     weights = {path: jnp.asarray(leaf) for path, leaf in weights.items()}
     return Run(config, weights, parts.tokenizer, parts.prompt_tokenizer)
 
@@ -158,12 +162,27 @@ def run_config(workdir: str | Path) -> ml_collections.ConfigDict:
     Paths in an exported folder (tools.export_orbax) are its own parts.
     """
     workdir = Path(workdir)
-    config = ml_collections.ConfigDict(load_config(workdir))
-    if is_self_contained(workdir) and "llm" in config:
+    fields = load_config(workdir)
+    _refuse_other_folders(workdir, fields)
+    lacking = [name for name in FIELDS if name not in fields]
+    if lacking or not isinstance(fields["llm"], dict) or "path" not in fields["llm"]:
+        raise UserError(f"{workdir}/config.json is damaged (it lacks {(lacking or ['llm.path'])[0]}): {RESTORE}")
+    config = ml_collections.ConfigDict(fields)
+    if is_self_contained(workdir):
         config.llm.path = str(workdir / config.llm.path)
         config.prompt_tokenizer = config.prompt_tokenizer and str(workdir / config.prompt_tokenizer)
     check_llm(workdir, config)
     return config
+
+
+def _refuse_other_folders(folder: Path, fields: dict[str, Any]) -> None:
+    """Raises UserError for folders with a config.json that are no run, saying what they are."""
+    kinds = {"favchat": "an export for PyTorch", "mistral": "a language model's folder"}
+    what = kinds.get(str(fields.get("model_type")))
+    if is_self_contained(folder) and "stage" not in fields and fields:
+        what = f"a weights folder ({fields.get('kind') or fields.get('of') or 'of one part'})"
+    if what:
+        raise UserError(f"{folder} is {what}, not a run: name a stage's workdir, or what tools.export_orbax wrote")
 
 
 def is_self_contained(workdir: str | Path) -> bool:
@@ -177,7 +196,7 @@ def check_llm(workdir: Path, config: ml_collections.ConfigDict) -> None:
         expected = json.loads((workdir / "llm.json").read_text())["fingerprint"]
     except FileNotFoundError:
         raise UserError(f"{workdir} holds no checkpoint: train it first") from None
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, TypeError):
         raise UserError(f"{workdir}/llm.json is damaged: delete the workdir and train again") from None
     mistral_folder.read_config(config.llm.path)
     if mistral_folder.fingerprint(config.llm.path) != expected:
@@ -197,12 +216,38 @@ def visual_and_lora(workdir: str | Path) -> Weights:
         checkpoints.close()
 
 
+def whole_visual_and_lora(workdir: str | Path, config: ml_collections.ConfigDict, model: favchat.FaVChat) -> Weights:
+    """`visual_and_lora` of a run, all that the model of its config needs; raises UserError where some are missing."""
+    weights, shapes = visual_and_lora(workdir), weight_shapes(model, config)
+    for path, leaf in weights.items():
+        if path not in shapes:
+            raise UserError(f"{workdir} holds {path}, which the model of its config.json has not: {RESTORE}")
+        if leaf.shape != shapes[path].shape:
+            expected = shapes[path].shape
+            raise UserError(f"{workdir}: {path} has shape {leaf.shape}, its config.json says {expected}: {RESTORE}")
+    _check_none_missing(workdir, weights, shapes)
+    return weights
+
+
+def _check_none_missing(workdir: str | Path, weights: Weights, shapes: dict[str, jax.ShapeDtypeStruct]) -> None:
+    """Raises UserError where a run's weights are not all of `shapes`, the language model's base aside."""
+    missing = sorted(path for path in shapes if path not in weights and group_of(path) != "llm")
+    if missing:
+        gone = not is_self_contained(workdir) and not (Path(workdir) / "frozen").exists()
+        where = " since its frozen/ is gone" if gone else ""
+        count = f" and {len(missing) - 1} more weights" if len(missing) > 1 else ""
+        raise UserError(f"{workdir} lacks {missing[0]}{count}{where}: {RESTORE}")
+
+
 def frozen_weights(workdir: Path) -> Weights:
     """The weights that a run saved at its start since they never change; stage 1 has none but the language model's."""
-    return load_weights(workdir / "frozen") if (workdir / "frozen").exists() else {}
+    folder = workdir / "frozen"
+    if folder.exists() and not (folder / "leaves.json").exists():
+        raise UserError(f"{folder}/leaves.json is missing: {RESTORE}")
+    return load_weights(folder) if folder.exists() else {}
 
 
-def _previous_stage(config: ml_collections.ConfigDict) -> Weights:
+def _previous_stage(config: ml_collections.ConfigDict, shapes: dict[str, jax.ShapeDtypeStruct]) -> Weights:
     source = config.init.from_run
     before = load_config(source)
     for field in ("preset", "variant", "ablation"):
@@ -210,11 +255,13 @@ def _previous_stage(config: ml_collections.ConfigDict) -> Weights:
             raise UserError(
                 f"init.from_run={source} is of {field}={before.get(field)}, this run of {field}={config[field]}"
             )
-    if before["stage"] != STAGES[config.stage].before:
-        raise UserError(
-            f"init.from_run={source} is {before['stage']}, but {config.stage} starts from {STAGES[config.stage].before}"
-        )
-    return visual_and_lora(source)
+    stage, expected = before.get("stage"), STAGES[config.stage].before
+    if stage != expected:
+        raise UserError(f"init.from_run={source} is {stage}, but {config.stage} starts from {expected}")
+    weights = visual_and_lora(source)
+    adapters = STAGES[stage].lora
+    _check_none_missing(source, weights, {p: s for p, s in shapes.items() if adapters or group_of(p) != "lora"})
+    return weights
 
 
 def _initialise(model: favchat.FaVChat, section: ml_collections.ConfigDict, seed: int) -> dict:

@@ -26,13 +26,16 @@ def load_config(folder: str | Path) -> dict[str, Any]:
     """The config.json beside weights or checkpoints; raises UserError where there is none."""
     path = Path(folder) / "config.json"
     try:
-        return json.loads(path.read_text())
+        config = json.loads(path.read_text())
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{path} is missing: {folder} is not a workdir or a weights folder") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}): check its permissions") from None
     except ValueError as error:  # not JSON, or not even text
         raise UserError(f"{path} is damaged ({one_line(error)}): make or copy {folder} again") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{path} is damaged (not a JSON object): make or copy {folder} again")
+    return config
 
 
 class Checkpoints:
@@ -147,10 +150,11 @@ class Checkpoints:
                 return read(step, leaves)
             except Exception as error:  # Orbax raises many kinds for a damaged file, none of them its own.
                 log.warning(
-                    "checkpoint %s of %s is damaged (%s): taking the one before",
+                    "checkpoint %s of %s is damaged (%s)%s",
                     step,
                     self._folder.parent,
                     one_line(error),
+                    ": taking the one before" if step != steps[0] else "",
                 )
                 if move_damaged:
                     self._move_away(step)

@@ -90,8 +90,9 @@ def test_damage_in_it_is_a_users_error(folder, tmp_path):
 def test_an_earlier_export_is_replaced_and_a_workdir_is_not(folder, trained, tmp_path):
     out = shutil.copytree(folder, tmp_path / "out")
     (out / "old").touch()
+    (tmp_path / "out.draft").mkdir()  # a person's
     export(trained.folder / "stage3", out)
-    assert not (out / "old").exists() and not list(tmp_path.glob("*.draft"))
+    assert not (out / "old").exists() and {path.name for path in tmp_path.iterdir()} == {"out", "out.draft"}
     workdir = trained.copy("stage2", tmp_path)
     with pytest.raises(UserError, match=f"--out={workdir} exists and is not an earlier export"):
         export(trained.folder / "stage3", workdir)

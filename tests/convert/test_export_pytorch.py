@@ -241,7 +241,7 @@ def test_bad_usage_and_bad_input_are_one_line_and_exit_2(trained, folder, tmp_pa
     bad = {
         "needed: --checkpoint=WORKDIR --out=FOLDER": (f"--checkpoint={stage3}",),
         f"{tmp_path}/config.json is missing": (f"--checkpoint={tmp_path}", f"--out={tmp_path}/out"),
-        f"{folder} holds no checkpoint": (f"--checkpoint={folder}", f"--out={tmp_path}/out"),
+        f"{folder} is an export for PyTorch, not a run": (f"--checkpoint={folder}", f"--out={tmp_path}/out"),
         "exists and is not an earlier export": (f"--checkpoint={stage3}", f"--out={trained.folder}"),
         "could not write": (f"--checkpoint={stage3}", f"--out={tmp_path}/file/out"),
         "<float32|bfloat16>": (f"--checkpoint={stage3}", f"--out={tmp_path}/out", "--dtype=int4"),

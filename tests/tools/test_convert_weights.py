@@ -1,6 +1,7 @@
 """tools.convert_weights as a person runs it: every kind converts, and each bad input is one line and exit code 2."""
 
 import json
+import os
 import pickle
 import re
 import runpy
@@ -189,6 +190,13 @@ class Code:
         return print, ("code of a pickle ran",)
 
 
+class Blocked:
+    """What torch blocks by its module's name."""
+
+    def __reduce__(self):
+        return os.system, ("echo code of a pickle ran",)
+
+
 def saved(content):
     return lambda path: torch.save(content, path)
 
@@ -208,8 +216,8 @@ def cut(path):
     path.write_bytes(path.read_bytes()[:-200])
 
 
-def pickled(content):
-    return lambda path: path.write_bytes(pickle.dumps(content, protocol=2))
+def pickled(content, protocol=2):
+    return lambda path: path.write_bytes(pickle.dumps(content, protocol=protocol))
 
 
 BIAS, KERNEL = "vision_encoder__encoder__blocks__1__attn__q_bias", "vision_encoder__encoder__patch_embed__proj__weight"
@@ -226,7 +234,11 @@ FILES = {
     "no state dict": (saved(torch.ones(3)), r"holds no state dict"),
     "pickle with code": (saved({"model": {}, "config": Code()}), r"would run code when read, which is refused"),
     "old pickle with code": (pickled({"config": Code()}), r"would run code when read, which is refused"),
-    "cut short": (cut, r"is damaged"),
+    "zip with a blocked function": (saved({"config": Blocked()}), r"would run code when read, which is refused"),
+    "plain pickle of protocol 4": (pickled({"a": 1}, protocol=4), r"is a plain pickle, which can run code"),
+    "plain pickle of protocol 2": (pickled({"a": 1}), r"is a plain pickle, which can run code"),
+    "letters": (lambda path: path.write_bytes(b"e" * 300), r"is damaged, or no file of PyTorch's.*: fetch it again$"),
+    "cut short": (cut, r"PyTorch's \(PytorchStreamReader failed [^)]*central directory\): fetch it again$"),
     "not PyTorch's": (lambda path: path.write_bytes(b"<html>Not found</html>"), r"is damaged"),
     "empty": (lambda path: path.write_bytes(b""), r"is damaged"),
     "no file": (lambda path: None, r"is missing: name a file or a folder"),
@@ -239,6 +251,7 @@ def test_what_is_wrong_with_a_pickled_file_is_one_line_and_nothing_is_written(pr
     write_to(tmp_path / "umt.pth")
     ended = convert("--kind=umt", f"--src={tmp_path}/umt.pth", f"--out={tmp_path}/out")
     line = ended.stderr.splitlines()[-1]
+    assert "UserWarning" not in ended.stderr
     assert ended.code == 2 and re.search(says, line), ended.stderr
     assert "umt.pth" in line and "Traceback" not in ended.stderr and "code of a pickle ran" not in ended.stdout
     assert [path.name for path in tmp_path.iterdir()] in ([], ["umt.pth"])

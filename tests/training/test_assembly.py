@@ -10,6 +10,7 @@ from favchat_jax.errors import UserError
 from favchat_jax.training import assembly, stages
 from favchat_jax.weights_folder import save_weights
 from tests.conftest import damage, newest, same_weights
+from tools import export_orbax, export_pytorch
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +62,48 @@ def test_a_workdir_is_whole_without_the_one_it_started_from(trained, runs, tmp_p
     copy = trained.copy("stage3", tmp_path)
     assert "encoders" in {stages.group_of(path) for path in assembly.frozen_weights(copy)}
     assert same_weights(assembly.load_run(copy).weights, runs["stage3"])
+
+
+@pytest.mark.parametrize("lost", ["frozen", "frozen/leaves.json"])
+def test_a_workdir_that_was_half_copied_answers_exports_and_starts_nothing(lost, small_world, trained, tmp_path):
+    copy = trained.copy("stage2", tmp_path)
+    shutil.rmtree(copy / lost) if lost == "frozen" else (copy / lost).unlink()
+    says = {
+        "frozen": "stage2 lacks .* and .* more weights since its frozen/ is gone: copy the whole workdir again",
+        "frozen/leaves.json": "frozen/leaves.json is missing: copy the whole workdir again",
+    }[lost]
+    for use in (
+        assembly.load_run,
+        lambda run: export_pytorch.export(run, tmp_path / "out"),
+        lambda run: export_orbax.export(run, tmp_path / "out"),
+        lambda run: initial(small_world.config("stage3", init__from_run=str(run))),
+    ):
+        with pytest.raises(UserError, match=says):
+            use(copy)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["stage2"]
+
+
+def test_a_run_whose_config_is_of_another_size_is_a_users_error(trained, tmp_path):
+    copy = trained.copy("stage1", tmp_path)
+    settings = json.loads((copy / "config.json").read_text())
+    settings["model"]["adapter"]["hidden"] = 24
+    (copy / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(UserError, match="stage1: adapter/.* has shape .*, its config.json says"):
+        assembly.load_run(copy)
+
+
+def test_a_folder_that_is_no_run_is_named_for_what_it_is(small_world, tmp_path):
+    save_weights(tmp_path / "umt", {"a": np.ones(3, np.float32)}, {"kind": "umt"})
+    (tmp_path / "pytorch").mkdir()
+    (tmp_path / "pytorch" / "config.json").write_text('{"model_type": "favchat"}')
+    folders = {
+        tmp_path / "umt": r"a weights folder \(umt\)",
+        tmp_path / "pytorch": "an export for PyTorch",
+        small_world.llm: "a language model's folder",
+    }
+    for folder, what in folders.items():
+        with pytest.raises(UserError, match=f"{folder} is {what}, not a run: name a stage's workdir"):
+            assembly.load_run(folder)
 
 
 def test_flipped_bits_in_the_frozen_weights_are_a_users_error(trained, tmp_path):
@@ -155,10 +198,11 @@ def test_answering_refuses_a_language_model_that_has_changed_since(trained, smal
         assembly.load_run(copy)
 
 
+@pytest.mark.parametrize("content", [b"{\xff", b"{}", b"[]"])
 @pytest.mark.parametrize("name", ["config.json", "llm.json"])
-def test_a_workdir_with_a_damaged_file_is_a_users_error_that_names_it(name, trained, tmp_path):
+def test_a_workdir_with_a_damaged_file_is_a_users_error_that_names_it(name, content, trained, tmp_path):
     copy = trained.copy("stage1", tmp_path)
-    (copy / name).write_bytes(b"{\xff")
+    (copy / name).write_bytes(content)
     with pytest.raises(UserError, match=f"{name} is damaged"):
         assembly.load_run(copy)
 

@@ -9,10 +9,11 @@ import numpy as np
 import optax
 import pytest
 
+from favchat_jax.convert.folder import replacing
 from favchat_jax.errors import UserError
 from favchat_jax.training.checkpoint import Checkpoints, load_config
 from favchat_jax.training.step import TrainState, new_state
-from favchat_jax.weights_folder import load_weights, save_weights
+from favchat_jax.weights_folder import draft_of, load_weights, save_weights
 from tests.conftest import damage, fill
 
 ITERATOR = {
@@ -161,6 +162,16 @@ def test_with_every_checkpoint_damaged_the_way_out_is_named(saved):
         restore(saved)
 
 
+def test_a_damaged_checkpoint_without_one_before_promises_none(tmp_path, warnings):
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(state(2), ITERATOR)
+    checkpoints.close()
+    damage(tmp_path / "checkpoints" / "2" / "weights")
+    with pytest.raises(UserError, match="every checkpoint in .* is damaged"):
+        load(tmp_path)
+    assert "checkpoint 2" in warnings.text and "the one before" not in warnings.text
+
+
 def test_a_step_can_be_saved_again_after_its_damaged_checkpoint_was_passed_over(saved):
     damage(saved / "checkpoints" / "6" / "weights")
     checkpoints = Checkpoints(saved, keep=3)
@@ -207,6 +218,25 @@ def test_writing_a_weights_folder_again_replaces_it_whole(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["frozen"]
 
 
+def test_writing_a_weights_folder_leaves_a_persons_draft_alone_and_clears_away_that_of_a_killed_run(tmp_path):
+    (tmp_path / "frozen.draft").mkdir()
+    draft_of(tmp_path / "frozen").mkdir()
+    save_weights(tmp_path / "frozen", {"a/kernel": jnp.ones(3)}, {})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["frozen", "frozen.draft"]
+
+
+def test_a_place_where_nothing_can_be_written_is_told_from_a_full_disk(tmp_path):
+    (tmp_path / "file").touch()
+    for place, mend in (
+        (tmp_path / "file" / "out", "a file is in the way"),
+        ("/proc/x", "no folder can be made there"),
+    ):
+        with pytest.raises(UserError, match=f"could not write {place} .*: {mend}"):
+            save_weights(place, {"a/kernel": jnp.ones(3)}, {})
+        with pytest.raises(UserError, match=f"could not write {place} .*: {mend}"), replacing(place, lambda _: False):
+            pass
+
+
 @pytest.mark.parametrize("harm", [damage, cut, empty, delete, delete_all])
 def test_a_damaged_weights_folder_is_a_users_error_that_names_it(harm, tmp_path):
     save_weights(tmp_path / "frozen", state(3).trainable, {})
@@ -228,7 +258,7 @@ def test_a_weights_folder_on_a_full_disk_leaves_the_one_before(small_disk):
     assert load_weights(small_disk / "frozen")["a/kernel"].tolist() == [1, 1, 1]
 
 
-@pytest.mark.parametrize("content", [b"{", b"\xff\xfe", b""])
+@pytest.mark.parametrize("content", [b"{", b"\xff\xfe", b"", b"[]"])
 def test_a_damaged_config_is_a_users_error(content, tmp_path):
     (tmp_path / "config.json").write_bytes(content)
     with pytest.raises(UserError, match="config.json is damaged"):
