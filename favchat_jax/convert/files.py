@@ -5,6 +5,7 @@ Names and shapes come first and each tensor only when it is asked for, so that a
 
 import contextlib
 import dataclasses
+import errno
 import functools
 import json
 import pickletools
@@ -169,6 +170,8 @@ def _is_plain_pickle(path: Path) -> bool:
 
 def _reason(error: Exception) -> str:
     """The first sentence of an error in brackets; nothing where it is not one, or is torch's advice to run code."""
+    if isinstance(error, OSError):  # EINVAL: a seek in a file that was cut short, of which it says nothing
+        return "" if error.errno in (None, errno.EINVAL) else f" ({error.strerror})"
     sentence = str(error).strip().splitlines()[0].split(". ")[0] if str(error).strip() else ""
     tells = " " in sentence and len(sentence) <= 160 and not sentence.startswith("Weights only load failed")
     return f" ({sentence.rstrip('.')})" if tells else ""

@@ -16,6 +16,8 @@ import shutil
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import UnionType
+from typing import Any
 
 import jax
 import numpy as np
@@ -29,6 +31,7 @@ from favchat_jax.errors import UserError
 from favchat_jax.models.mistral import LoRA, Mistral, MistralConfig
 from favchat_jax.weights_folder import save_weights
 
+MEND = "fetch the folder again"
 WRITERS = 2  # parts of a copy that are read, checked and written at a time
 PROJECTIONS = {"self_attn": ("q_proj", "k_proj", "v_proj", "o_proj"), "mlp": ("gate_proj", "up_proj", "down_proj")}
 LAYER = (
@@ -65,12 +68,37 @@ def read_config(folder: str | Path) -> MistralConfig:
     except KeyError as error:
         raise UserError(f"{path} lacks {error}: it is not Mistral's configuration") from None
     except TypeError as error:
-        raise UserError(f"{path} has a field of the wrong kind ({error}): fetch the folder again") from None
+        raise UserError(f"{path} has a field of the wrong kind ({error}): {MEND}") from None
+    except ZeroDivisionError:
+        raise UserError(f"{path}: num_attention_heads is 0, not a positive whole number: {MEND}") from None
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
-        if field.type is int and not (isinstance(value, int) and value > 0):
-            raise UserError(f"{path}: {field.name} is {value!r}, not a positive whole number: fetch the folder again")
+        if field.type is int and not (_is_number(value, int) and value > 0):
+            raise UserError(f"{path}: {field.name} is {value!r}, not a positive whole number: {MEND}")
+        if field.type is float and not (_is_number(value, int | float) and 0 < value < float("inf")):
+            raise UserError(f"{path}: {field.name} is {value!r}, not a positive number: {MEND}")
+    _check_fit(config, fields, path)
     return config
+
+
+def _is_number(value: object, kind: type | UnionType) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)
+
+
+def _check_fit(config: MistralConfig, fields: Mapping[str, Any], path: Path) -> None:
+    """Raises UserError for fields that are numbers but fit no Mistral."""
+    heads, window, activation = config.num_attention_heads, config.sliding_window, fields.get("hidden_act", "silu")
+    if not fields.get("head_dim") and config.hidden_size % heads:
+        raise UserError(f"{path}: num_attention_heads is {heads}, which does not divide hidden_size: {MEND}")
+    if heads % config.num_key_value_heads:
+        groups = config.num_key_value_heads
+        raise UserError(f"{path}: num_key_value_heads is {groups}, which does not divide num_attention_heads: {MEND}")
+    if config.head_dim % 2:
+        raise UserError(f"{path}: head_dim is {config.head_dim}, an odd number that cannot be rotated: {MEND}")
+    if window is not None and not (_is_number(window, int) and window > 0):
+        raise UserError(f"{path}: sliding_window is {window!r}, neither null nor a positive whole number: {MEND}")
+    if activation != "silu":
+        raise UserError(f"{path}: hidden_act is {activation!r}, but Mistral's is 'silu': {MEND}")
 
 
 def read_weights(folder: str | Path, dtype=np.float32) -> dict:
@@ -102,10 +130,12 @@ def write_copy(folder: Path, out: Path, progress: Callable[[Iterable], Iterable]
         progress: wraps the parts as they are written, for example `tqdm`.
 
     Raises:
-        UserError: as `read_weights`; or the disk is full.
+        UserError: as `read_weights`; there is no tokenizer; or the disk is full.
     """
     if _is_copy(folder):
         raise UserError(f"{folder} is a copy already: name the Hugging Face folder")
+    if not (Path(folder) / "tokenizer.json").is_file():
+        raise UserError(f"{folder} holds no tokenizer.json, without which its copy serves nobody: fetch it again")
     shapes, tensors = weight_shapes(read_config(folder)), open_tensors(folder)
     check(TABLE, account(TABLE, tensors, shapes), folder)
     parts: dict[str, list[str]] = {}

@@ -234,7 +234,7 @@ def _check_none_missing(workdir: str | Path, weights: Weights, shapes: dict[str,
     missing = sorted(path for path in shapes if path not in weights and group_of(path) != "llm")
     if missing:
         gone = not is_self_contained(workdir) and not (Path(workdir) / "frozen").exists()
-        where = " since its frozen/ is gone" if gone else ""
+        where = ", for it has no frozen/" if gone else ""
         count = f" and {len(missing) - 1} more weights" if len(missing) > 1 else ""
         raise UserError(f"{workdir} lacks {missing[0]}{count}{where}: {RESTORE}")
 

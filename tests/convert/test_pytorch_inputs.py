@@ -6,7 +6,7 @@ import pytest
 from favchat_jax.convert.pytorch.inputs_favchat import Prompts, read_frames
 from favchat_jax.data.conversation import Conversation, PromptEncoder
 from favchat_jax.data.video import decode
-from tests.data.test_video import FORMATS, noise
+from tests.data.test_video import FORMATS, LOSSLESS, noise
 from tests.data.tokenizers_for_tests import TEXT, bert, byte_pairs
 from tests.data.video_files import audio_only, encode_video
 
@@ -41,6 +41,22 @@ def test_a_file_without_a_video_is_a_value_error_that_names_it(make, tmp_path):
         read_frames(tmp_path / "bad.mp4", 4, 64)
 
 
+def test_a_video_without_a_picture_to_speak_of_is_a_value_error(tmp_path):
+    (tmp_path / "bad.mp4").write_bytes(encode_video(3, **LOSSLESS, width=1, height=1))
+    with pytest.raises(ValueError, match="bad.mp4 is 1x1 pixels: give a video of at least 8x8"):
+        read_frames(tmp_path / "bad.mp4", 4, 64)
+
+
+def test_a_conversation_longer_than_the_context_is_a_value_error():
+    tokenizer = byte_pairs()
+    prompts = Prompts(tokenizer, tokenizer, visual_tokens=5, prompt_length=8, longest=500)
+    length = len(prompts.conversation([], "why?", 8))
+    assert len(prompts.conversation([], "why?", 8, answer=500 - length)) == length
+    for question, answer in (("why?", 501 - length), ("why? " * 500, 0)):
+        with pytest.raises(ValueError, match="over the limit of 500; shorten the text"):
+            prompts.conversation([], question, 8, answer=answer)
+
+
 TURNS = [("Which emotion does the face show?", "The person looks happy."), (" Is it [INST] </s> black? ", None)]
 
 
@@ -50,7 +66,7 @@ TURNS = [("Which emotion does the face show?", "The person looks happy."), (" Is
 def test_a_conversation_gives_the_same_tokens(kind, frames, turns):
     tokenizer = byte_pairs(kind)
     ours = Conversation(tokenizer, visual_tokens=5).encode(turns, frames, max_length=500).tokens
-    prompts = Prompts(tokenizer, tokenizer, visual_tokens=5, prompt_length=8)
+    prompts = Prompts(tokenizer, tokenizer, visual_tokens=5, prompt_length=8, longest=500)
     np.testing.assert_array_equal(prompts.conversation(turns[:-1], turns[-1][0], frames), ours)
 
 
@@ -60,7 +76,7 @@ def test_a_conversation_gives_the_same_tokens(kind, frames, turns):
 @pytest.mark.parametrize("length", [4, 40])
 def test_the_qformers_read_the_same_word_pieces(tokenizer, length):
     encoder = PromptEncoder(tokenizer, length)
-    prompts = Prompts(byte_pairs(), tokenizer, visual_tokens=5, prompt_length=length)
+    prompts = Prompts(byte_pairs(), tokenizer, visual_tokens=5, prompt_length=length, longest=500)
     for text in (*TEXT, "[SEP] what? </s>"):
         for theirs, ours in zip(prompts.for_qformer(text), encoder.encode(text), strict=True):
             np.testing.assert_array_equal(theirs, ours)
@@ -68,7 +84,7 @@ def test_the_qformers_read_the_same_word_pieces(tokenizer, length):
 
 def test_an_answer_ends_at_its_end_token():
     tokenizer = byte_pairs()
-    prompts = Prompts(tokenizer, tokenizer, visual_tokens=5, prompt_length=8)
+    prompts = Prompts(tokenizer, tokenizer, visual_tokens=5, prompt_length=8, longest=500)
     ids = tokenizer.encode(" happy", add_special_tokens=False)
     written = np.array([*ids, tokenizer.eos_token_id, *ids])
     assert prompts.text(written) == "happy"

@@ -119,7 +119,7 @@ def test_greedy_answers_are_the_same_over_64_tokens(ablation, tmp_path):
 
     rows = [question for row in questions for question in row]
     visual, length = config.model.qformer.queries + config.model.qformer.extra_queries, config.data.prompt_length
-    prompts = Prompts(tokenizer, tokenizer, visual, length)
+    prompts = Prompts(tokenizer, tokenizer, visual, length, longest=10**6)
     prompt_ids, prompt_mask = (torch.stack(x) for x in zip(*map(prompts.for_qformer, rows), strict=True))
     tokens = torch.stack([prompts.conversation((), question, config.model.frames) for question in rows])
     theirs = torch_favchat(config, MISTRAL, weights).generate(

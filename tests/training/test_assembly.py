@@ -65,22 +65,29 @@ def test_a_workdir_is_whole_without_the_one_it_started_from(trained, runs, tmp_p
 
 
 @pytest.mark.parametrize("lost", ["frozen", "frozen/leaves.json"])
-def test_a_workdir_that_was_half_copied_answers_exports_and_starts_nothing(lost, small_world, trained, tmp_path):
-    copy = trained.copy("stage2", tmp_path)
+def test_a_workdir_that_was_half_copied_neither_answers_nor_is_exported(lost, trained, tmp_path):
+    copy = trained.copy("stage3", tmp_path)
     shutil.rmtree(copy / lost) if lost == "frozen" else (copy / lost).unlink()
     says = {
-        "frozen": "stage2 lacks .* and .* more weights since its frozen/ is gone: copy the whole workdir again",
+        "frozen": "stage3 lacks .* and .* more weights, for it has no frozen/: copy the whole workdir again",
         "frozen/leaves.json": "frozen/leaves.json is missing: copy the whole workdir again",
     }[lost]
     for use in (
         assembly.load_run,
         lambda run: export_pytorch.export(run, tmp_path / "out"),
         lambda run: export_orbax.export(run, tmp_path / "out"),
-        lambda run: initial(small_world.config("stage3", init__from_run=str(run))),
     ):
         with pytest.raises(UserError, match=says):
             use(copy)
-    assert [entry.name for entry in tmp_path.iterdir()] == ["stage2"]
+    assert [entry.name for entry in tmp_path.iterdir()] == ["stage3"]
+
+
+def test_a_stage_does_not_draw_afresh_what_the_stage_before_has_lost(small_world, trained, monkeypatch):
+    whole = assembly.visual_and_lora(trained.folder / "stage2")
+    lost = next(path for path in whole if path.startswith("umt/"))
+    monkeypatch.setattr(assembly, "visual_and_lora", lambda _: {p: leaf for p, leaf in whole.items() if p != lost})
+    with pytest.raises(UserError, match=f"stage2 lacks {lost}.*: copy the whole workdir again"):
+        initial(small_world.config("stage3", init__from_run=str(trained.folder / "stage2")))
 
 
 def test_a_run_whose_config_is_of_another_size_is_a_users_error(trained, tmp_path):

@@ -14,6 +14,9 @@ except ImportError:  # only reading a video needs it
     av = None
 
 
+SMALLEST_SIDE = 8  # pixels; below this there is no picture to speak of, and swscale's chroma filters fail
+
+
 def frame_indices(total, frames):
     """The middle frame of each of `frames` equal intervals of `total`; a shorter video's last one again and again."""
     taken = min(total, frames)
@@ -29,7 +32,7 @@ def read_frames(video, frames, size):
     cannot be decoded, that before it stands in.
 
     Raises:
-        ValueError: the file holds no frame that can be decoded.
+        ValueError: the file holds no frame that can be decoded, or is too small.
     """
     if av is None:
         raise ImportError("reading a video needs PyAV (pip install av); or give the frames themselves")
@@ -37,7 +40,7 @@ def read_frames(video, frames, size):
         packets = [packet for packet in _packets(container) if packet.size and not packet.is_discard]
         times = [packet.pts for packet in packets]
     if not times:
-        raise ValueError(f"{_name(video)} holds no video frames: give a video file")
+        raise ValueError(f"{_name(video)} holds no video frames, it holds sound only or nothing: give a video file")
     # Packets come in the order of decoding, their times in that of showing; raw streams have none and are counted.
     numbers = None if None in times else {time: number for number, time in enumerate(sorted(times))}
     wanted = frame_indices(len(times), frames)
@@ -45,6 +48,9 @@ def read_frames(video, frames, size):
     with _open(video) as container:
         for count, frame in enumerate(_decoded(container)):
             number = count if numbers is None else numbers.get(frame.pts)
+            if min(frame.width, frame.height) < SMALLEST_SIDE:
+                small, limit = f"{frame.width}x{frame.height}", f"{SMALLEST_SIDE}x{SMALLEST_SIDE}"
+                raise ValueError(f"{_name(video)} is {small} pixels: give a video of at least {limit}")
             if number in wanted and number not in found:
                 resize = resize or _upright(frame, size, reformatter)
                 found[number] = resize(frame)
@@ -125,10 +131,11 @@ class Prompts:
         prompt_tokenizer: the Q-Formers'.
         visual_tokens: how many stand for the clip.
         prompt_length: tokens of the question that a Q-Former reads.
+        longest: tokens of a conversation that the language model reads, its answer included.
     """
 
-    def __init__(self, tokenizer, prompt_tokenizer, visual_tokens, prompt_length):
-        self.tokenizer, self.visual_tokens, self.prompt_length = tokenizer, visual_tokens, prompt_length
+    def __init__(self, tokenizer, prompt_tokenizer, visual_tokens, prompt_length, longest):
+        self.longest, self.tokenizer, self.visual_tokens, self.prompt_length = tokenizer, visual_tokens, prompt_length
         self._engine, self._prompt_engine = _detached(tokenizer), _detached(prompt_tokenizer)
         # Some tokenizers put the space in front of the first word themselves.
         first = self._engine.encode("a", add_special_tokens=False).tokens[0]
@@ -141,15 +148,23 @@ class Prompts:
         self._end = [] if prompt_tokenizer.sep_token_id is None else [prompt_tokenizer.sep_token_id]
         self._pad = prompt_tokenizer.pad_token_id or 0
 
-    def conversation(self, turns, question, frames):
-        """Token ids [L] up to where the answer begins; a clip of one frame is an `<Image>`."""
+    def conversation(self, turns, question, frames, answer=0):
+        """Token ids [L] up to where the answer begins; a clip of one frame is an `<Image>`.
+
+        Raises:
+            ValueError: they and `answer` more are longer than the language model reads.
+        """
         begin, end, words = "[INST]", "[/INST]", self._words
         kind = "Image" if frames == 1 else "Video"
         ids = [self.tokenizer.bos_token_id, *words[begin], *words[f"<{kind}>"], *[-1] * self.visual_tokens]
         ids += words[f"</{kind}>"] + words[end]
         for asked, answered in turns:
             ids += words[begin] + self._ids(asked) + words[end] + self._ids(answered) + [self.tokenizer.eos_token_id]
-        return torch.tensor(ids + words[begin] + self._ids(question) + words[end])
+        ids += words[begin] + self._ids(question) + words[end]
+        if len(ids) + answer > self.longest:
+            needed = f"{len(ids)} tokens and the answer's {answer}"
+            raise ValueError(f"the conversation needs {needed}, over the limit of {self.longest}; shorten the text")
+        return torch.tensor(ids)
 
     def for_qformer(self, question):
         """Token ids [P] of the question, cut on the left, padded on the right, and the mask of those that it has."""

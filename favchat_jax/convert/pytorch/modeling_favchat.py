@@ -143,6 +143,7 @@ class FaVChatForConditionalGeneration(MistralForCausalLM):
                 PreTrainedTokenizerFast.from_pretrained(folder, subfolder="prompt_tokenizer"),
                 visual_tokens=sizes["queries"] + sizes["extra_queries"],
                 prompt_length=self.config.prompt_length,
+                longest=self.config.max_position_embeddings,
             )
         return self._prompts
 
@@ -161,7 +162,7 @@ class FaVChatForConditionalGeneration(MistralForCausalLM):
         if isinstance(video, (str, bytes, os.PathLike)):
             video = read_frames(video, self.config.frames, self.config.image_size)
         frames = torch.as_tensor(video)
-        tokens = self.prompts.conversation(turns, question, len(frames))
+        tokens = self.prompts.conversation(turns, question, len(frames), answer=max_new_tokens)
         prompt_ids, prompt_mask = self.prompts.for_qformer(question)
         written = self.generate(
             tokens[None].to(self.device),
