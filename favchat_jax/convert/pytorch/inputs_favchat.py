@@ -135,7 +135,8 @@ class Prompts:
     """
 
     def __init__(self, tokenizer, prompt_tokenizer, visual_tokens, prompt_length, longest):
-        self.longest, self.tokenizer, self.visual_tokens, self.prompt_length = tokenizer, visual_tokens, prompt_length
+        self.tokenizer, self.visual_tokens = tokenizer, visual_tokens
+        self.prompt_length, self.longest = prompt_length, longest
         self._engine, self._prompt_engine = _detached(tokenizer), _detached(prompt_tokenizer)
         # Some tokenizers put the space in front of the first word themselves.
         first = self._engine.encode("a", add_special_tokens=False).tokens[0]
