@@ -7,14 +7,19 @@ import logging
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 from absl import flags
 from absl import logging as absl_logging
+from ml_collections import config_flags
 
 from favchat_jax.errors import RunError, UserError
 
 # Read when transformers is imported, which tells everyone that PyTorch is missing.
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+
+
+HELP = {f"{dashes}{name}" for name in ("help", "helpfull", "helpshort", "h") for dashes in ("-", "--")}
 
 
 def start(main: Callable[[], None], argv: list[str] | None = None) -> None:
@@ -24,9 +29,9 @@ def start(main: Callable[[], None], argv: list[str] | None = None) -> None:
     """
     _keep_freed_memory()
     _set_up_logging()
-    name = os.path.basename(os.path.dirname(sys.argv[0])) if argv is None else "favchat_jax"
     argv = sys.argv if argv is None else argv
-    if "--help" in argv[1:]:
+    name = Path(argv[0]).stem
+    if HELP & set(argv[1:]):
         print(f"{sys.modules['__main__'].__doc__}\n{flags.FLAGS.main_module_help()}")
         sys.exit(0)
     try:
@@ -77,27 +82,50 @@ def _keep_freed_memory() -> None:
 
 def parse(argv: list[str]) -> None:
     """Fills the flags; every mistake becomes a UserError of one line."""
-    for argument in argv[1:]:
-        option, _, value = argument.partition("=")
-        path = value.partition(":")[0]  # arguments of the config follow a colon
-        if option == "--config" and not os.path.isfile(path):
-            raise UserError(f"--config={path}: there is no such file; configs/ holds those to choose from")
+    config = _config_named(argv)
+    if config is not None:
+        _check_config_file(config)
     try:
         rest = flags.FLAGS(argv)
     except flags.Error as error:
-        raise _user_error_behind(error) or UserError(f"{_first_line(error)} (see --help)") from None
+        raise _user_error_behind(error) or UserError(_flag_mistake(error)) from None
     except UserError:
         raise
     except (AttributeError, KeyError) as error:  # an override of a field that the config does not have
+        if getattr(error, "name", None) == "get_config":
+            raise UserError(f"--config={config} has no get_config(); configs/ holds those to choose from") from None
         raise UserError(f"unknown config option: {_first_line(error)}") from None
     except (TypeError, ValueError) as error:
         raise UserError(f"config option of the wrong type: {_first_line(error)}") from None
     except SyntaxError as error:
         raise UserError(f"{error.filename}, line {error.lineno}: not a config in Python ({error.msg})") from None
-    except (OSError, ImportError) as error:
-        raise UserError(f"the config cannot be read: {_first_line(error)}") from None
+    except Exception as error:  # the config is a program, which may fail in any way
+        raise UserError(f"--config={config} cannot be read: {type(error).__name__}: {_first_line(error)}") from None
     if rest[1:]:
         raise UserError(f"unexpected argument {rest[1]!r}: options are written --name=value (see --help)")
+
+
+def check_kind(holder: flags.FlagHolder, field: str, choices: str) -> None:
+    """Raises UserError where the config of a flag lacks the field that every config of the right kind has."""
+    if not hasattr(holder.value, "keys") or field not in holder.value:
+        name = config_flags.get_config_filename(flags.FLAGS[holder.name])
+        raise UserError(f"--config={name} has no {field}, so it is of another kind: choose one of {choices}")
+
+
+def _config_named(argv: list[str]) -> str | None:
+    """The file after --config, without the config's own arguments, which follow a colon."""
+    for argument, following in zip(argv[1:], [*argv[2:], ""], strict=False):
+        option, equals, value = argument.partition("=")
+        if option in ("--config", "-config"):
+            return (value if equals else following).partition(":")[0]
+    return None
+
+
+def _check_config_file(path: str) -> None:
+    if not os.path.isfile(path):
+        raise UserError(f"--config={path}: there is no such file; configs/ holds those to choose from")
+    if not path.endswith(".py"):
+        raise UserError(f"--config={path} is not a config in Python; configs/ holds those to choose from")
 
 
 def _user_error_behind(error: BaseException | None) -> UserError | None:
@@ -109,11 +137,17 @@ def _user_error_behind(error: BaseException | None) -> UserError | None:
     return found
 
 
+def _flag_mistake(error: flags.Error) -> str:
+    lines = str(error).strip().splitlines()
+    if "parsing config file" in lines[0]:  # what follows is a traceback
+        return f"{lines[0]} {lines[-1]}; expected is a get_config() like those of the files in configs/"
+    return f"{_first_line(error)} (see --help)"
+
+
 def _first_line(error: BaseException) -> str:
-    text = str(error).strip() or type(error).__name__
-    while len(text) > 2 and text[0] == text[-1] and text[0] in "'\"":  # of a KeyError's message
-        text = text[1:-1]
-    return text.splitlines()[0]
+    line = str(error).strip().replace("\\n", "\n").splitlines()[0] if str(error).strip() else type(error).__name__
+    # The message of a KeyError is quoted, at times twice.
+    return line.replace("\\", "").strip("'\"") if isinstance(error, KeyError | AttributeError) else line
 
 
 def _end(name: str, message: object, code: int) -> None:

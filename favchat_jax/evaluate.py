@@ -44,8 +44,13 @@ def main() -> None:
     """Evaluates what the flags say."""
     if _CONFIG.value is None or not _CHECKPOINT.value or not _OUT.value:
         raise UserError("needed: --config=configs/eval/rendered.py --checkpoint=WORKDIR --out=FILE.json")
+    command_line.check_kind(_CONFIG, "benchmark", "configs/eval")
+    for field, least in (("batch", 1), ("questions", 1), ("max_new_tokens", 1), ("limit", 0)):
+        if _CONFIG.value[field] < least:
+            raise UserError(f"{field}={_CONFIG.value[field]} is too small: give at least {least}")
     out = Path(_OUT.value)
-    if out.is_dir() or not os.access(out.absolute().parent, os.W_OK):  # told now, not after all the work
+    parent = out.absolute().parent
+    if out.is_dir() or not (parent.is_dir() and os.access(parent, os.W_OK)):  # told now, not after all the work
         raise UserError(f"--out={out} cannot be written: name a file in a folder that exists")
     result = evaluate(_CONFIG.value, _CHECKPOINT.value)
     out.write_text(json.dumps(result, indent=1))

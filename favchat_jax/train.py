@@ -111,6 +111,7 @@ def main() -> None:
     config = _CONFIG.value
     if config is None:
         raise UserError("--config is missing: for example --config=configs/stage3.py")
+    command_line.check_kind(_CONFIG, "stage", "configs/stage1.py, stage2.py, stage3.py, coldstart.py, grpo.py")
     train_stage(config, Path(_WORKDIR.value or default_workdir(config)))
 
 

@@ -26,6 +26,7 @@ def options(monkeypatch):
     """Flags as the front doors have them, in a flag set of their own."""
     mine = flags.FlagValues()
     monkeypatch.setattr(flags, "FLAGS", mine)
+    monkeypatch.delitem(sys.modules, "config_config", raising=False)  # a second config is read into the first's module
     config = config_flags.DEFINE_config_file("config", None, "A config.", flag_values=mine)
     flags.DEFINE_integer("port", 1, "A number.", lower_bound=0, flag_values=mine)
     return config
@@ -64,7 +65,7 @@ def test_a_failure_that_is_not_the_softwares_is_one_line_and_its_exit_code(error
         raise error
 
     ended, stderr = ending(capsys, fail)
-    assert ended == code and stderr.startswith(f"favchat_jax: {line}") and stderr.count("\n") == 1
+    assert ended == code and stderr.startswith(f"command: {line}") and stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize("error", [KeyError("weights"), OSError("a mistake"), ValueError("shape")])
@@ -94,17 +95,44 @@ def test_a_mistake_of_the_software_keeps_its_traceback(error, options):
         (["--config=configs"], "--config=configs: there is no such file"),
         (["--config=configs/stage1.py:preset=huge"], "preset=huge is unknown: choose one of tiny, base, paper"),
         (["--config=configs/stage1.py:flavour=sweet"], "'flavour=sweet' is unknown: use preset=, variant= or"),
-        (["--config=README.md"], "README.md, line .*: not a config in Python"),
+        (["--config=README.md"], "README.md is not a config in Python; configs/ holds"),
+        (["--config=configs/common.py"], "configs/common.py: .* missing .* 'stage'; expected is a get_config"),
+        (["--config=configs/eval/rendered.py:preset=tiny"], "rendered.py.*get_config.. takes 0 .*; expected is"),
+        (["--config=configs/__init__.py"], "--config=configs/__init__.py has no get_config..; configs/ holds"),
+        (["--config", "configs/stage9.py"], "--config=configs/stage9.py: there is no such file"),
+        (["--config.stepss=3"], "unknown config option: [^\\\\]*stepss[^\\\\]*$"),
     ],
 )
 def test_a_mistake_on_the_command_line_is_one_line_that_names_it(arguments, line, capsys, options):
-    if not any(argument.startswith("--config=") for argument in arguments):
+    if not any(argument.startswith("--config=") or argument == "--config" for argument in arguments):
         arguments = [CONFIG, *arguments]
     seen = []
     code, stderr = ending(capsys, lambda: seen.append(options.value), *arguments)
-    assert code == 2 and stderr.count("\n") == 1 and stderr.startswith("favchat_jax: "), stderr
+    assert code == 2 and stderr.count("\n") == 1 and stderr.startswith("command: "), stderr
     assert re.search(line, stderr), stderr
     assert not seen, "no work begins"
+
+
+def test_a_config_may_follow_its_option_after_a_space(capsys, options):
+    seen = []
+    code, stderr = ending(
+        capsys, lambda: seen.append(options.value), "--config", "configs/stage3.py", "--config.batch=3"
+    )
+    assert (code, stderr, seen[0].stage, seen[0].batch) == (0, "", "stage3", 3)
+
+
+def test_a_file_of_python_that_is_no_config_is_named(capsys, options, tmp_path):
+    for text, line in (("def get_config(", "line 1: not a config in Python"), ("1 / 0", "cannot be read: .*division")):
+        (tmp_path / "own.py").write_text(text)
+        code, stderr = ending(capsys, lambda: None, f"--config={tmp_path}/own.py")
+        assert code == 2 and re.search(f"own.py.*{line}", stderr) and stderr.count("\n") == 1, stderr
+
+
+@pytest.mark.parametrize("option", ["--help", "-help", "-h", "--helpshort", "--helpfull"])
+def test_every_spelling_of_help_prints_the_options(option, capsys):
+    with pytest.raises(SystemExit) as ended:
+        command_line.start(lambda: None, ["command.py", option])
+    assert ended.value.code == 0 and capsys.readouterr().err == ""
 
 
 def test_messages_go_to_stderr_as_plain_lines_even_where_a_library_has_set_up_logging():

@@ -36,7 +36,7 @@ class Ended:
 
     def is_refusal(self, pattern: str) -> bool:
         """Whether it was one line on stderr that says this, nothing on stdout, and exit code 2."""
-        one_line = self.stderr.startswith("favchat_jax: ") and self.stderr.count("\n") == 1
+        one_line = re.match(r"(train|evaluate|chat): ", self.stderr) and self.stderr.count("\n") == 1
         found = re.search(pattern, self.stderr)
         return self.code == 2 and self.stdout == "" and one_line and found is not None
 
@@ -202,7 +202,7 @@ def test_train_ends_with_1_where_the_loss_is_not_a_number(command, small_world, 
     assert train.train is not diverge, "the command reads its own module anew"
     ended = command("train", *small_world.flags("stage1"), f"--workdir={tmp_path}")
     assert (ended.code, ended.stdout) == (1, "")
-    assert ended.stderr == "favchat_jax: the loss of step 7 is nan, clips a, b\n"
+    assert ended.stderr == "train: the loss of step 7 is nan, clips a, b\n"
 
 
 # chat
@@ -360,7 +360,18 @@ def test_evaluate_refuses_mistakes(command, small_world, checkpoint, tmp_path):
     assert evaluate(out, good, "--config.benchmark=dfew2").is_refusal("benchmark 'dfew2' is unknown")
     assert evaluate(out, good, "--config.data.split=test").is_refusal("has no split 'test'")
     assert evaluate(out, good, "--config.nothing=1").is_refusal("unknown config option: nothing")
+    (tmp_path / "file").write_text("in the way")
+    assert evaluate(good, f"--out={tmp_path / 'file' / 'r.json'}").is_refusal("--out=.*/file/r.json cannot be written")
+    assert evaluate(out, good, "--config.batch=0").is_refusal("batch=0 is too small: give at least 1")
+    assert evaluate(out, good, "--config.limit=-5000").is_refusal("limit=-5000 is too small: give at least 0")
+    stage = command("evaluate", "--config=configs/stage3.py", out, good)
+    assert stage.is_refusal("--config=configs/stage3.py has no benchmark, .*: choose one of configs/eval")
     assert not (tmp_path / "result.json").exists()
+
+
+def test_train_refuses_a_config_of_another_kind(command):
+    ended = command("train", "--config=configs/eval/rendered.py")
+    assert ended.is_refusal("--config=configs/eval/rendered.py has no stage, .*: choose one of configs/stage1.py")
 
 
 # As processes, where what importing libraries prints would show.

@@ -206,7 +206,7 @@ class _Run:
         self._update = make_update(parts.model, optimizer, config.rl, chunk)
 
     def go_on(self, records, heldout, checkpoints, metrics) -> int:
-        """Iterates until the end, SIGTERM or an empty pool; returns the step at which the run is finished."""
+        """Iterates until the end, SIGTERM, Ctrl-C or an empty pool; returns the step at which the run is finished."""
         step, steps = int(self.state.step), self.config.steps
         _keep_until(self.workdir / "heldout.jsonl", step)
         with (

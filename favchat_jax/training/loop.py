@@ -40,7 +40,18 @@ from favchat_jax.weights_folder import save_weights
 
 log = logging.getLogger("favchat_jax")
 
-POSITIVE = ("batch", "accumulate", "loss_chunk", "log_every", "checkpoint_every", "checkpoints_kept", "data.questions")
+AT_LEAST = {
+    1: ("batch", "accumulate", "loss_chunk", "log_every", "checkpoint_every", "checkpoints_kept")
+    + ("data.questions", "data.prompt_length", "model.frames", "model.image_size"),
+    0: ("steps", "seed", "data.workers"),
+}
+ONE_OF = {
+    "variant": VARIANTS,
+    "ablation": ABLATIONS,
+    "stage": tuple(stages.STAGES),
+    "model.dtype": ("float32", "bfloat16"),
+    "data.sampling": ("rand", "middle"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,15 +105,22 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> Outcome:
 
 def check(config: ml_collections.ConfigDict) -> None:
     """Raises UserError where a value of the config suits no run, before any work is done for it."""
-    for field, known in (("variant", VARIANTS), ("ablation", ABLATIONS), ("stage", stages.STAGES)):
-        if config[field] not in known:
-            raise UserError(f"{field}={config[field]} is unknown: choose one of {', '.join(known)}")
     flat = flatten_dict(config.to_dict(), sep=".")
-    for field in POSITIVE:
-        if flat[field] < 1:
-            raise UserError(f"{field}={flat[field]} is too small: give at least 1")
-    if config.steps < 0 or (config.steps == 0 and config.epochs <= 0):
-        raise UserError(f"steps={config.steps} and epochs={config.epochs}: one of them must be more than 0")
+    for field, known in ONE_OF.items():
+        if flat[field] not in known:
+            raise UserError(f"{field}={flat[field]} is unknown: choose one of {', '.join(known)}")
+    for least, fields in AT_LEAST.items():
+        for field in fields:
+            if flat[field] < least:
+                raise UserError(f"{field}={flat[field]} is too small: give at least {least}")
+    if config.steps == 0 and not 0 < config.epochs < math.inf:
+        raise UserError(f"steps=0 and epochs={config.epochs}: one of them must be a number above 0")
+    if not 0 < config.optimizer.learning_rate < math.inf:
+        raise UserError(f"optimizer.learning_rate={config.optimizer.learning_rate}: give a number above 0")
+    buckets = config.data.buckets
+    whole = all(isinstance(length, int) and length > 0 for length in buckets)
+    if not buckets or not whole or list(buckets) != sorted(set(buckets)):
+        raise UserError(f"data.buckets={buckets}: give whole numbers above 0 in ascending order, as in (48,128)")
 
 
 def claim(workdir: Path, config: ml_collections.ConfigDict) -> None:
@@ -114,10 +132,10 @@ def claim(workdir: Path, config: ml_collections.ConfigDict) -> None:
         raise UserError(f"workdir {workdir} cannot be written ({error.strerror}): choose another --workdir") from None
     if not (workdir / "config.json").exists():
         return
-    differing = sorted(_differing(load_config(workdir), json.loads(config.to_json())))
-    if differing:
+    fields = sorted(differing(load_config(workdir), json.loads(config.to_json())))
+    if fields:
         raise UserError(
-            f"{workdir} was made with another config; these fields differ: {', '.join(differing)}. "
+            f"{workdir} was made with another config; these fields differ: {', '.join(fields)}. "
             "Choose another --workdir or the same values"
         )
 
@@ -249,7 +267,7 @@ def start(config, workdir, parts, optimizer, checkpoints, batches) -> tuple[Trai
 
 
 def _run(config, steps, state, frozen, update, batches, checkpoints, metrics) -> TrainState:
-    """Steps until the end or until SIGTERM, which saves first."""
+    """Steps until the end, SIGTERM or Ctrl-C, which save first."""
     step = int(state.step)
     with termination() as stop, tqdm(total=steps, initial=step, desc=config.stage, unit="step", mininterval=1) as bar:
         pending: _Pending | None = None
@@ -270,7 +288,7 @@ def _run(config, steps, state, frozen, update, batches, checkpoints, metrics) ->
                 bar.set_postfix(
                     loss=f"{metrics.latest['loss']:.3f}", clips=f"{metrics.latest['clips_per_second']:.0f}/s"
                 )
-        if pending:  # SIGTERM arrived while a batch was awaited
+        if pending:  # the signal arrived while a batch was awaited
             pending.read(metrics)
             checkpoints.save(state, batches.get_state())
         metrics.flush(step)
@@ -314,16 +332,35 @@ def _next(batches: Iterator[Batch], pending: _Pending | None) -> tuple[Batch, fl
 
 @contextlib.contextmanager
 def termination() -> Iterator[threading.Event]:
-    """An event that SIGTERM sets, in place of ending the process."""
-    event = threading.Event()
+    """An event that SIGTERM and the first Ctrl-C set, in place of ending the process.
+
+    Raises:
+        KeyboardInterrupt: after the body, which has saved, if there was a Ctrl-C; at once for a second one.
+    """
+    event, interrupted = threading.Event(), threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield event
         return
-    before = signal.signal(signal.SIGTERM, lambda *_: event.set())
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def interrupt(*_) -> None:
+        signal.signal(signal.SIGINT, before[signal.SIGINT])
+        interrupted.set()
+        event.set()
+        log.info(
+            "interrupted: this step is finished and saved, and the same command goes on; Ctrl-C again ends at once"
+        )
+
+    signal.signal(signal.SIGTERM, lambda *_: event.set())
+    if before[signal.SIGINT] is not signal.SIG_IGN:  # as a shell's background jobs have it
+        signal.signal(signal.SIGINT, interrupt)
     try:
         yield event
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if interrupted.is_set():
+        raise KeyboardInterrupt
 
 
 def write(path: Path, text: str) -> None:
@@ -333,9 +370,10 @@ def write(path: Path, text: str) -> None:
     draft.replace(path)
 
 
-def _differing(one: Any, other: Any, path: str = "") -> Iterator[str]:
+def differing(one: Any, other: Any, path: str = "") -> Iterator[str]:
+    """The fields in which two configs differ, with both values."""
     if isinstance(one, dict) and isinstance(other, dict):
         for key in one.keys() | other.keys():
-            yield from _differing(one.get(key), other.get(key), f"{path}.{key}" if path else key)
+            yield from differing(one.get(key), other.get(key), f"{path}.{key}" if path else key)
     elif one != other:
         yield f"{path} ({one} there, {other} here)"

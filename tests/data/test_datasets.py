@@ -160,6 +160,12 @@ def test_celebvhq_reads_labels_text_and_clips(miniature, tmp_path):
     assert Question("What emotion does the person show?", "neutral", "emotion") in undescribed.questions
 
 
+def test_celebvhq_takes_a_number_for_the_name_of_a_source_video(miniature):
+    edit(miniature, lambda info: info["clips"]["video0_0"].__setitem__("ytb_id", 12))
+    path = miniature / "celebvhq_info.json"
+    assert celebvhq.read_info(path.read_text(), path)["video0_0"]["source"] == "12"
+
+
 def test_celebvhq_keeps_a_source_video_in_one_split_and_train_filled():
     sources = {f"{video}_{part}": f"v{video}" for video in range(400) for part in range(2)}
     sides = celebvhq.splits(sources)
@@ -196,6 +202,26 @@ def test_celebvhq_keeps_a_source_video_in_one_split_and_train_filled():
             lambda root: edit(root, lambda i: i["meta_info"].__setitem__("action_mapping", ["nod"])),
             "action_mapping is not CelebV-HQ's",
         ),
+        (
+            lambda root: edit(root, lambda i: i["meta_info"].__setitem__("action_mapping", [1, 2])),
+            "celebvhq_info.json: action_mapping is not CelebV-HQ's",
+        ),
+        (
+            lambda root: edit(root, lambda i: i.__setitem__("meta_info", [1])),
+            "celebvhq_info.json: not CelebV-HQ's annotation file",
+        ),
+        (
+            lambda root: edit(root, lambda i: i["clips"]["video0_0"]["attributes"].__setitem__("emotion", 5)),
+            "celebvhq_info.json: clip video0_0: emotion must be a name or a list of names, not 5",
+        ),
+        (
+            lambda root: edit(
+                root, lambda i: i["clips"]["video0_0"]["attributes"].__setitem__("emotion", {"labels": None})
+            ),
+            "celebvhq_info.json: clip video0_0: emotion must be a name",
+        ),
+        (lambda root: edit(root, lambda i: i["clips"].clear()), "celebvhq_info.json: 'clips' is empty"),
+        (lambda root: edit(root, lambda i: i["clips"].__setitem__("video0_0", 3)), "clip video0_0 has no attributes"),
     ],
 )
 def test_bad_celebvhq_folders_are_named_in_one_line(miniature, tmp_path, spoil, named):

@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import random
+import re
 import shutil
 import signal
 import time
@@ -180,6 +181,38 @@ def test_sigterm_saves_where_the_run_stands_and_the_rest_goes_on_to_the_same_bit
     assert ended_as(tmp_path, whole)
 
 
+@pytest.fixture
+def heeded():
+    """Ctrl-C as a process in the foreground has it, however the tests were started."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("heeded")
+def test_ctrl_c_saves_where_the_run_stands_before_it_ends_the_command(settings, whole, before_step, tmp_path, caplog):
+    caplog.set_level(logging.INFO, "favchat_jax")
+    before_step(8, lambda: os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        train_stage(settings, tmp_path)
+    assert Checkpoints(tmp_path).latest() == 8
+    assert "Ctrl-C again ends at once" in caplog.text
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert loop.train(settings, tmp_path).resumed_at == 8
+    assert ended_as(tmp_path, whole)
+
+
+@pytest.mark.usefixtures("heeded")
+def test_a_second_ctrl_c_ends_at_once():
+    after = []
+    with pytest.raises(KeyboardInterrupt), loop.termination() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.is_set()
+        os.kill(os.getpid(), signal.SIGINT)
+        after.append("the rest of the work")
+    assert after == [] and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
 def test_nothing_compiles_after_the_first_step_not_even_in_a_resumed_run(settings, whole, compiled_steps, tmp_path):
     shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
     shutil.rmtree(tmp_path / "checkpoints" / "20")
@@ -240,14 +273,28 @@ def test_a_workdir_that_cannot_be_written_is_a_users_error(settings, tmp_path):
         ({"ablation": "no_hair"}, "ablation=no_hair is unknown: choose one of none, no_face"),
         ({"stage": "stage9"}, "stage=stage9 is unknown: choose one of stage1, stage2, stage3"),
         ({"batch": 0}, "batch=0 is too small"),
+        ({"model__frames": 0}, "model.frames=0 is too small: give at least 1"),
+        ({"model__image_size": 0}, "model.image_size=0 is too small"),
+        ({"data__prompt_length": 0}, "data.prompt_length=0 is too small"),
+        ({"seed": -1}, "seed=-1 is too small: give at least 0"),
+        ({"steps": -3}, "steps=-3 is too small"),
+        ({"data__workers": -1}, "data.workers=-1 is too small"),
+        ({"model__dtype": "float15"}, "model.dtype=float15 is unknown: choose one of float32, bfloat16"),
+        ({"data__sampling": "all"}, "data.sampling=all is unknown: choose one of rand, middle"),
+        ({"data__buckets": ()}, "data.buckets=(): give whole numbers"),
+        ({"data__buckets": (128, 48)}, "data.buckets=(128, 48): give whole numbers"),
+        ({"data__buckets": (0.5, 48)}, "data.buckets=(0.5, 48): give whole numbers"),
+        ({"steps": 0, "epochs": float("inf")}, "steps=0 and epochs=inf"),
+        ({"optimizer__learning_rate": 0.0}, "optimizer.learning_rate=0.0: give a number above 0"),
+        ({"optimizer__learning_rate": float("nan")}, "optimizer.learning_rate=nan"),
         ({"data__questions": -1}, "data.questions=-1 is too small"),
         ({"log_every": 0}, "log_every=0 is too small"),
-        ({"steps": 0, "epochs": 0.0}, "steps=0 and epochs=0.0: one of them must be more than 0"),
+        ({"steps": 0, "epochs": 0.0}, "steps=0 and epochs=0.0: one of them must be a number above 0"),
         ({"accumulate": 3}, "batch=4 does not divide into 1 hosts x accumulate=3 parts"),
     ],
 )
 def test_a_value_that_suits_no_run_is_a_users_error_that_names_it(changes, message, small_world, tmp_path):
-    with pytest.raises(UserError, match=message.replace("(", "\\(")):
+    with pytest.raises(UserError, match=re.escape(message)):
         loop.train(small_world.config("stage1", **changes), tmp_path)
 
 
@@ -405,7 +452,7 @@ def test_a_disk_that_fills_up_ends_the_run_with_one_line_and_leaves_the_last_goo
     lines = [line for line in stderr.replace("\r", "\n").splitlines() if line and not line.startswith("stage1: ")]
     assert len(lines) == 2 and lines[0].endswith("weight arrays start afresh"), stderr
     line = lines[1]
-    assert line.startswith("favchat_jax: ") and str(workdir) in line and "space" in line
+    assert line.startswith("train: ") and str(workdir) in line and "space" in line
     ballast.unlink()
     last = Checkpoints(workdir).latest()
     assert last >= 2 and newest(workdir) and assembly.load_run(workdir)

@@ -75,14 +75,36 @@ def test_parts_that_are_there_are_not_made_again(inside, made):
     assert made == []
 
 
-def test_parts_of_other_settings_are_made_again(place, inside, made, monkeypatch, tmp_path):
+def test_parts_of_other_settings_are_refused_and_stay_as_they_are(inside, made):
+    before = sorted((path, path.stat().st_mtime_ns) for path in pretraining.PARTS.rglob("*"))
+    other = inside.copy_and_resolve_references()
+    other.pretrain.learning_rate = 0.5
+    differs = (
+        f"tiny-parts/mistral was made with other settings.*: learning_rate .{inside.pretrain.learning_rate} there, 0.5"
+    )
+    with pytest.raises(UserError, match=f"{differs}.*--config.llm.path=runs/tiny-parts/NAME"):
+        pretraining.make_missing_parts(other)
+    assert made == []
+    assert sorted((path, path.stat().st_mtime_ns) for path in pretraining.PARTS.rglob("*")) == before
+
+
+def test_parts_of_other_settings_are_made_under_other_names(place, inside, made, monkeypatch, tmp_path):
     monkeypatch.chdir(shutil.copytree(place[0], tmp_path / "copy"))
     other = inside.copy_and_resolve_references()
     other.pretrain.learning_rate = 0.5
+    other.update_from_flattened_dict({path: f"{pretraining.PARTS}/{name}-2" for path, name in PARTS.items()})
     pretraining.make_missing_parts(other)
-    assert sorted(made) == sorted(f"{name}.draft" for name in PARTS.values()), "written beside their place first"
-    recipes = [pretraining.PARTS / name / "recipe.json" for name in PARTS.values()]
+    assert sorted(made) == sorted(f"{name}-2.draft" for name in PARTS.values()), "written beside their place first"
+    recipes = [pretraining.PARTS / f"{name}-2" / "recipe.json" for name in PARTS.values()]
     assert [json.loads(path.read_text())["learning_rate"] for path in recipes] == [0.5] * 3
+
+
+def test_a_folder_in_a_parts_place_that_no_run_made_is_refused(place, inside, made, monkeypatch, tmp_path):
+    monkeypatch.chdir(shutil.copytree(place[0], tmp_path / "copy"))
+    (pretraining.PARTS / "umt" / "recipe.json").unlink()
+    with pytest.raises(UserError, match="runs/tiny-parts/umt has no recipe.json"):
+        pretraining.make_missing_parts(inside)
+    assert made == []
 
 
 def test_a_part_at_any_other_place_is_neither_made_nor_replaced(inside, made, small_world, tmp_path):

@@ -93,12 +93,14 @@ def read_info(text: str, path: Path) -> dict[str, dict]:
     """
     try:
         published = json.loads(text)
-        clips = published["clips"].items()
+        clips, mappings = published["clips"].items(), dict((published.get("meta_info") or {}).items())
     except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{path}: not CelebV-HQ's annotation file (JSON with 'clips'); download it again") from None
+    if not clips:
+        raise UserError(f"{path}: 'clips' is empty; download it again")
     for name, ours in (("appearance_mapping", vocabulary.APPEARANCE), ("action_mapping", vocabulary.ACTION)):
-        theirs = (published.get("meta_info") or {}).get(name, ours)
-        if tuple(name.lower() for name in theirs) != ours:
+        theirs = mappings.get(name, ours)
+        if not isinstance(theirs, list | tuple) or tuple(str(label).lower() for label in theirs) != ours:
             raise UserError(f"{path}: {name} is not CelebV-HQ's; put its labels in the published order")
     return {clip: _entry(clip, entry, path) for clip, entry in clips}
 
@@ -108,7 +110,7 @@ def _entry(clip: str, entry: dict, path: Path) -> dict:
         labels = entry["attributes"]
         parts = [np.asarray(labels[name]) for name in ("appearance", "action")]
         emotion = labels["emotion"]
-        source = entry.get("ytb_id") or clip
+        source = str(entry.get("ytb_id") or clip)
     except (KeyError, TypeError, AttributeError, ValueError):
         raise UserError(f"{path}: clip {clip} has no attributes appearance, action and emotion; complete it") from None
     for name, part, known in zip(
@@ -116,7 +118,10 @@ def _entry(clip: str, entry: dict, path: Path) -> dict:
     ):
         if part.shape != (len(known),) or not np.isin(part, (0, 1)).all():
             raise UserError(f"{path}: clip {clip}: {name} must be {len(known)} labels 0 or 1; mend or drop the clip")
-    shown = emotions(emotion)
+    try:
+        shown = emotions(emotion)
+    except TypeError:  # neither text nor a list
+        raise UserError(f"{path}: clip {clip}: emotion must be a name or a list of names, not {emotion!r}") from None
     if not shown <= set(vocabulary.EMOTION):
         unknown = ", ".join(sorted(shown - set(vocabulary.EMOTION)))
         raise UserError(f"{path}: clip {clip}: emotion '{unknown}' is none of {', '.join(vocabulary.EMOTION)}")

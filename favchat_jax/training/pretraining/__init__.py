@@ -19,6 +19,8 @@ from tqdm import tqdm
 from favchat_jax.data.datasets import Record, open_dataset, prepare
 from favchat_jax.data.rendered_drawing import FRAMES
 from favchat_jax.data.video import decode
+from favchat_jax.errors import UserError
+from favchat_jax.training.loop import differing
 from favchat_jax.training.pretraining.encoders import make_facial_encoder, make_general_encoder
 from favchat_jax.training.pretraining.language_model import make_language_model
 
@@ -27,23 +29,26 @@ PARTS = Path("runs/tiny-parts")
 
 
 def make_missing_parts(config: ml_collections.ConfigDict) -> None:
-    """Makes whichever of the embedded preset's parts are not in PARTS, or were made with other settings.
+    """Makes whichever of the embedded preset's parts are not in PARTS.
 
-    A part that the config takes from anywhere else is a person's own: it is neither made nor replaced.
+    A part that the config takes from anywhere else is a person's own: it is not made.
+
+    Raises:
+        UserError: a part is there that was made with other settings; finished runs may need it as it is.
     """
     settings = json.loads(config.to_json())
     recipe = {name: settings["pretrain"][name] for name in settings["pretrain"]}
     recipe["model"] = {name: settings["model"][name] for name in ("image_size", "frames", "umt", "facexformer")}
     recipe["visual_tokens"] = settings["model"]["qformer"]["queries"] + settings["model"]["qformer"]["extra_queries"]
     makers = {
-        config.llm.path: make_language_model,
-        config.init.facexformer: make_facial_encoder,
-        config.init.umt: make_general_encoder,
+        "llm.path": (config.llm.path, make_language_model),
+        "init.facexformer": (config.init.facexformer, make_facial_encoder),
+        "init.umt": (config.init.umt, make_general_encoder),
     }
     missing = {
         folder: make
-        for folder, make in makers.items()
-        if Path(folder).parent == PARTS and not _made_with(Path(folder), recipe)
+        for field, (folder, make) in makers.items()
+        if Path(folder).parent == PARTS and not _is_made(Path(folder), field, recipe)
     }
     if not missing:
         return
@@ -61,13 +66,23 @@ def make_missing_parts(config: ml_collections.ConfigDict) -> None:
         draft.mkdir(parents=True)
         make(config, records, frames, draft)
         (draft / "recipe.json").write_text(json.dumps(recipe, indent=1))
-        shutil.rmtree(folder, ignore_errors=True)
         draft.rename(folder)
 
 
-def _made_with(folder: Path, recipe: dict) -> bool:
+def _is_made(folder: Path, field: str, recipe: dict) -> bool:
+    """Whether a part is there; raises UserError where it is another than the recipe's."""
+    if not folder.exists():
+        return False
     path = folder / "recipe.json"
-    return path.exists() and json.loads(path.read_text()) == recipe
+    if not path.is_file():
+        raise UserError(f"{folder} has no recipe.json, so it is no part that a run made: move it elsewhere")
+    fields = sorted(differing(json.loads(path.read_text()), recipe))
+    if fields:
+        raise UserError(
+            f"{folder} was made with other settings, and runs may need it: {', '.join(fields)}. Take its values, "
+            f"have another made with --config.{field}={PARTS}/NAME, or remove the folder"
+        )
+    return True
 
 
 def _decode_all(records: Sequence[Record], size: int) -> UInt8[np.ndarray, "N T H W 3"]:
