@@ -122,7 +122,7 @@ def test_train_refuses_a_mistake_before_any_work(arguments, says, command, tmp_p
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"llm__path": "nowhere"}, "nowhere/config.json is missing: llm.path must name a Hugging Face folder"),
+        ({"llm__path": "nowhere"}, "nowhere/config.json is missing: name a whole folder"),
         ({"init__umt": "nowhere"}, "nowhere is not a weights folder"),
         ({"data__name": "faces"}, "data set 'faces' is not known; there are rendered_faces, celebvhq"),
         ({"data__name": "celebvhq"}, "root|folder"),
