@@ -127,7 +127,7 @@ def test_train_refuses_a_mistake_before_any_work(arguments, says, command, tmp_p
         ({"data__name": "faces"}, "data set 'faces' is not known; there are rendered_faces, celebvhq"),
         ({"data__name": "celebvhq"}, "root|folder"),
         ({"data__name": "celebvhq", "data__root": "nowhere"}, "nowhere"),
-        ({"data__sampling": "first"}, "unknown frame sampling 'first'"),
+        ({"data__sampling": "first"}, "data.sampling=first is unknown: choose one of rand, middle"),
         ({"data__buckets": (40,)}, "over the limit of 40"),
         ({"accumulate": 3}, "batch=4 does not divide"),
         ({"prompt_tokenizer": "nowhere"}, "tokenizer folder nowhere does not exist"),
@@ -267,7 +267,7 @@ def test_chat_refuses_what_is_not_a_workdir_with_a_whole_checkpoint(command, vid
     assert chat("nowhere").is_refusal("nowhere/config.json is missing: nowhere is not a workdir")
     assert chat(video).is_refusal("clip.mp4/config.json is missing")
     assert chat(trained.folder).is_refusal("config.json is missing")
-    assert chat(small_world.llm).is_refusal("mistral holds no checkpoint: train it first")
+    assert chat(small_world.llm).is_refusal("mistral is a language model's folder, not a run")
     copy = trained.copy("stage1", tmp_path)
     shutil.rmtree(copy / "checkpoints")
     assert chat(copy).is_refusal("stage1 holds no checkpoint: train it first")
