@@ -17,7 +17,8 @@ from favchat_jax import command_line
 from favchat_jax.errors import UserError
 from favchat_jax.rl import de_grpo
 from favchat_jax.training import pretraining, stages
-from favchat_jax.training.loop import Outcome, check, is_finished, train
+from favchat_jax.training.checks import check
+from favchat_jax.training.loop import Outcome, is_finished, train
 
 log = logging.getLogger("favchat_jax")
 

@@ -33,6 +33,7 @@ from favchat_jax.rl.curves import draw_curves, read_lines
 from favchat_jax.rl.pool import Pool, Settings
 from favchat_jax.training import assembly, loop, stages
 from favchat_jax.training.checkpoint import Checkpoints
+from favchat_jax.training.checks import claim
 from favchat_jax.training.step import TrainState, Weights, compiler_options, next_token_targets
 from favchat_jax.weights_folder import load_weights, save_weights
 
@@ -50,7 +51,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> loop.Outcom
     """
     workdir, settings = Path(workdir), config.rl
     check(config)
-    loop.claim(workdir, config)
+    claim(workdir, config)
     functions = {name: (rewards.load(reward.path), reward.weight) for name, reward in settings.rewards.items()}
     prepare(config.data.name, config.data.root or None, config.data.packed)
     records = usable_records(config, settings.split, settings.samples)

@@ -20,7 +20,7 @@ from favchat_jax.data.datasets import Record, open_dataset, prepare
 from favchat_jax.data.rendered_drawing import FRAMES
 from favchat_jax.data.video import decode
 from favchat_jax.errors import UserError
-from favchat_jax.training.loop import differing
+from favchat_jax.training.checks import differing
 from favchat_jax.training.pretraining.encoders import make_facial_encoder, make_general_encoder
 from favchat_jax.training.pretraining.language_model import make_language_model
 
