@@ -174,7 +174,7 @@ def _embedded(config: ConfigDict) -> None:
         {
             "llm": {"width": 128, "layers": 3, "heads": 4, "kv_heads": 2, "mlp": 256, "vocabulary": 512},
             # Steps of each part: text in batches of 16, single frames in batches of 128, clips in batches of 32.
-            "llm_steps": 550,
+            "llm_steps": 700,
             "facial_steps": 400,
             "general_steps": 500,
             "stills": 8000,  # faces that are drawn for the facial encoder beside those of the clips
