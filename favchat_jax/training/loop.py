@@ -31,7 +31,7 @@ from favchat_jax.data.loader import Batch, BatchIterator, training_batches
 from favchat_jax.data.video import Augment
 from favchat_jax.errors import RunError, UserError
 from favchat_jax.training import assembly, stages
-from favchat_jax.training.checkpoint import Checkpoints
+from favchat_jax.training.checkpoint import Checkpoints, load_config
 from favchat_jax.training.checks import check, claim
 from favchat_jax.training.step import TrainState, make_step, new_state
 from favchat_jax.weights_folder import save_weights
