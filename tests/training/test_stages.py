@@ -144,6 +144,23 @@ def test_muon_turns_kernels_by_orthogonal_steps_and_moves_all_else_as_adam():
         np.testing.assert_allclose(steps, -1.157 * jnp.sign(weights[path]), rtol=1e-3)
 
 
+def test_muon_moves_kernels_of_one_shape_as_it_moves_each_alone():
+    keys = jax.random.split(jax.random.key(1), 4)
+    shapes = {"a/kernel": (8, 4), "b/kernel": (8, 4), "layers/c/kernel": (3, 8, 4), "d/kernel": (4, 8)}
+    weights = {path: jax.random.normal(key, shape) for key, (path, shape) in zip(keys, shapes.items(), strict=True)}
+    # Without clipping, which looks at all gradients at once.
+    optimizer = stages.make_optimizer(optimizer_section(name="muon", clip_norm=1e9), steps=10)
+
+    def second_update(weights):
+        _, moments = optimizer.update(weights, optimizer.init(weights), weights)
+        return optimizer.update(weights, moments, weights)[0]
+
+    together = second_update(weights)
+    assert together.keys() == weights.keys()
+    for path, leaf in weights.items():
+        np.testing.assert_allclose(together[path], second_update({path: leaf})[path], rtol=1e-4, atol=1e-7)
+
+
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_encoders_learn_by_adam_at_their_share_of_the_rate(name):
     section = optimizer_section(name=name, encoder_rate=0.1, weight_decay=0.0)
