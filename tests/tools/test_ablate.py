@@ -1,0 +1,130 @@
+"""Table 6 in miniature: every arm is trained once, on equal terms, and none again; what the flags refuse."""
+
+import json
+import re
+
+import pytest
+
+from configs import ablations as ablation_configs
+from configs import stage1, stage3
+from favchat_jax.errors import UserError
+from favchat_jax.training.loop import Outcome
+from tests.conftest import SHRUNKEN, STAGES, start_module
+from tools import ablate
+
+
+@pytest.mark.parametrize("name", ["no_face", "no_granularity", "no_moe"])
+@pytest.mark.parametrize("variant", ["v1", "v2"])
+def test_an_ablations_config_is_the_stages_own_but_for_the_part_left_out(name, variant):
+    ours = ablation_configs.get_config(name, f"variant={variant},stage=stage1")
+    theirs = stage1.get_config(f"variant={variant}")
+    assert ours.ablation == name and ours.to_dict() == {**theirs.to_dict(), "ablation": name}
+    later = ablation_configs.get_config(name, f"variant={variant}")
+    assert later.to_dict() == stage3.get_config(f"variant={variant},ablation={name}").to_dict()
+    assert later.init.from_run == f"runs/tiny-{variant}-{name}/stage2"
+
+
+def test_an_ablations_config_refuses_another_ablation_and_unknown_stages():
+    with pytest.raises(UserError, match="ablation= is no_moe here"):
+        ablation_configs.get_config("no_moe", "ablation=none")
+    with pytest.raises(UserError, match="stage=stage9 is unknown: choose one of stage1"):
+        ablation_configs.get_config("no_moe", "stage=stage9")
+
+
+def test_arms_of_a_seed_differ_in_the_ablation_alone_and_start_from_their_own_stages():
+    for stage in STAGES:
+        full, other = (ablate.arm_config(stage, "v1", name, 2, {"batch": 8}).to_dict() for name in ("none", "no_moe"))
+        before, mine = full["init"].pop("from_run"), other["init"].pop("from_run")
+        assert full.pop("ablation") == "none" and other.pop("ablation") == "no_moe" and full == other
+        if stage != "stage1":
+            assert before.startswith("runs/seed2/tiny-v1/") and mine.startswith("runs/seed2/tiny-v1-no_moe/")
+
+
+def test_seed_0_lies_where_training_puts_it_and_other_seeds_in_folders_of_their_own():
+    workdirs = [str(ablate.arm_workdir(ablate.arm_config("stage3", "v2", "no_face", seed, {}))) for seed in (0, 1)]
+    assert workdirs == ["runs/tiny-v2-no_face/stage3", "runs/seed1/tiny-v2-no_face/stage3"]
+    assert ablate.arm_config("stage1", "v2", "none", 1, {}).init.qformer == "runs/seed1/tiny-v1/stage1"
+
+
+def test_an_arm_of_v2_has_the_first_stage_of_v1_trained_before_it_and_nothing_twice(monkeypatch):
+    made = []
+
+    def train_stage(config, workdir):
+        made.append(str(workdir))
+        return Outcome(step=1, steps=1, resumed_at=0)
+
+    monkeypatch.setattr(ablate, "train_stage", train_stage)
+    monkeypatch.setattr(ablate, "is_finished", lambda workdir: str(workdir) in made)
+    monkeypatch.setattr(ablate, "claim", lambda workdir, config: None)
+    for _ in range(2):
+        ablate.train_arm("v2", "no_moe", 0, {})
+    assert made == ["runs/tiny-v1/stage1", *(f"runs/tiny-v2-no_moe/{stage}" for stage in STAGES)]
+
+
+def test_a_stopped_arm_ends_the_command(monkeypatch):
+    monkeypatch.setattr(ablate, "is_finished", lambda workdir: False)
+    monkeypatch.setattr(ablate, "train_stage", lambda config, workdir: Outcome(step=1, steps=2, resumed_at=0))
+    with pytest.raises(SystemExit) as ended:
+        ablate.train_arm("v1", "none", 0, {})
+    assert ended.value.code == 0
+
+
+def test_changes_are_read_as_python_writes_them_or_as_text():
+    items = ["steps=20", "data.buckets=(160,)", "model.fusion.residual=False", "llm.path=a/b=c", "init.umt="]
+    assert ablate.parse_changes(items) == {
+        "steps": 20,
+        "data.buckets": (160,),
+        "model.fusion.residual": False,
+        "llm.path": "a/b=c",
+        "init.umt": "",
+    }
+
+
+@pytest.mark.parametrize(("item", "says"), [("stepz=2", "stepz"), ("steps=many", "steps"), ("steps", "FIELD=VALUE")])
+def test_a_change_that_fits_no_config_is_refused(item, says):
+    with pytest.raises(UserError, match=f"--set.*{says}"):
+        ablate.arm_config("stage1", "v1", "none", 0, ablate.parse_changes([item]))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--preset=paper"], "configs/ablations/NAME.py:preset=paper"),
+        (["--ablations=no_hair"], "--ablations=no_hair: choose of none, no_face"),
+        (["--seeds=one"], "--seeds=one: give whole numbers"),
+        (["--json=none/a.json"], "--json=none/a.json cannot be written"),
+    ],
+)
+def test_mistakes_are_refused_before_any_work(arguments, says, tmp_path):
+    process = start_module("tools.ablate", *arguments, cwd=tmp_path)
+    stdout, stderr = process.communicate(timeout=100)
+    assert process.returncode == 2 and stdout == "" and stderr.count("\n") == 1, stderr
+    assert re.search(re.escape(says), stderr) and not list(tmp_path.iterdir())
+
+
+def test_two_arms_of_two_seeds_are_trained_compared_and_not_trained_again(small_world, tmp_path):
+    values = {**SHRUNKEN, "steps": 2, "data.packed": small_world.packed, "llm.path": small_world.llm}
+    for ours in ("init.from_run", "init.qformer"):  # the command's own
+        values.pop(ours)
+    command = ["--seeds=0,1", "--ablations=none,no_moe", "--json=table.json"]
+    command += [f"--set={field}={value}" for field, value in values.items()]
+
+    def ablations():
+        process = start_module("tools.ablate", *command, cwd=tmp_path)
+        stdout, stderr = process.communicate(timeout=280)
+        assert process.returncode == 0, stderr
+        return stdout, stderr
+
+    first, said = ablations()
+    table = json.loads((tmp_path / "table.json").read_text())
+    assert [row["ablation"] for row in table["rows"]] == ["none", "no_moe"]
+    assert table["steps"] == {stage: 2 for stage in STAGES} and table["seeds"] == [0, 1]
+    assert all(len(row["figures"]["all"]["seeds"]) == 2 for row in table["rows"])
+    assert "order in the paper: FaVChat > w/o MoE" in first and said.count("finished at step 2") == 12
+    checkpoints = sorted(tmp_path.glob("runs/**/checkpoints/2"))
+    assert len(checkpoints) == 12
+    second, said = ablations()
+    assert second == first and "finished at step" not in said and "answering" not in said
+    changed = start_module("tools.ablate", *command, "--set=optimizer.learning_rate=0.5", cwd=tmp_path)
+    _, stderr = changed.communicate(timeout=100)
+    assert changed.returncode == 2 and "optimizer.learning_rate (0.001 there, 0.5 here)" in stderr
