@@ -15,25 +15,16 @@ from jaxtyping import Float, Int
 from scipy import stats
 
 from favchat_jax.errors import UserError
+from favchat_jax.evaluation import published
 
 RESAMPLES = 5_000
 FULL = "none"
 DATA_SETS = ("DFEW", "MAFW")
 
-# Rows of Table 6 (v1) and of v2's table of ablations: label, WAR on DFEW and on MAFW in percent.
-PUBLISHED: dict[str, dict[str, tuple[str, float, float]]] = {
-    "v1": {
-        "none": ("FaVChat", 77.88, 60.97),
-        "no_face": ("w/o FE", 55.01, 55.01),
-        "no_granularity": ("w/o MG", 70.04, 57.49),
-        "no_moe": ("w/o MoE", 74.53, 59.19),
-    },
-    "v2": {
-        "none": ("FaVChat v2", 79.79, 62.17),
-        "no_face": ("w/o FE", 55.01, 55.01),
-        "no_granularity": ("w/o CA2", 70.04, 57.49),
-        "no_moe": ("w/o adapters", 72.53, 58.31),
-    },
+# Variant -> ablation -> the paper's label, WAR on DFEW and on MAFW in percent.
+PUBLISHED = {
+    variant: dict(zip((FULL, "no_face", "no_granularity", "no_moe"), rows, strict=True))
+    for variant, rows in (("v1", published.ABLATIONS), ("v2", published.ABLATIONS_V2))
 }
 
 
@@ -63,14 +54,14 @@ def compare(variant: str, results: Mapping[str, Sequence[Sequence[Mapping[str, A
     groups = {"all": np.ones(len(kinds), bool), **{str(kind): kinds == kind for kind in sorted(set(kinds))}}
     rows = []
     for arm, values in hits.items():
-        label, *published = PUBLISHED[variant][arm]
+        label, *printed = PUBLISHED[variant][arm]
         figures = {}
         for name, chosen in groups.items():
             figures[name] = {"n": int(chosen.sum()), **_figure(values[:, chosen], clips[chosen])}
             if arm != FULL and FULL in hits:
                 figures[name]["less"] = _figure((hits[FULL] - values)[:, chosen], clips[chosen])
-        published = dict(zip(DATA_SETS, published, strict=True))
-        rows.append({"ablation": arm, "model": label, "published": published, "figures": figures})
+        beside = dict(zip(DATA_SETS, printed, strict=True))
+        rows.append({"ablation": arm, "model": label, "published": beside, "figures": figures})
     return {
         "rows": rows,
         "order": [row["ablation"] for row in sorted(rows, key=lambda row: -row["figures"]["all"]["value"])],
@@ -123,9 +114,9 @@ def table(compared: Mapping[str, Any]) -> str:
     rows = compared["rows"]
     labels = {row["ablation"]: row["model"] for row in rows}
     over = f"{'95 % (questions)':<18}{'95 % (seeds)':<18}"
-    lines = [f"{'':<13}{'accuracy':>8}  {over}{'full - this':>11}  {over}{'DFEW':>6}{'MAFW':>7} (paper, WAR)"]
+    lines = [f"{'':<19}{'accuracy':>8}  {over}{'full - this':>11}  {over}{'DFEW':>6}{'MAFW':>7} (paper, WAR)"]
     for row in rows:
-        line = f"{row['model']:<13}"
+        line = f"{row['model']:<19}"
         for figure, width, form in ((row["figures"]["all"], 8, ".3f"), (row["figures"]["all"].get("less"), 11, "+.3f")):
             value = format(figure["value"], form) if figure else ""
             line += f"{value:>{width}}  {interval(figure):<18}{interval(figure, 'seeds_'):<18}"
