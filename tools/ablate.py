@@ -24,6 +24,7 @@ from favchat_jax import command_line
 from favchat_jax.errors import UserError
 from favchat_jax.evaluate import evaluate
 from favchat_jax.evaluation import ablations
+from favchat_jax.evaluation.result import versions, write_result
 from favchat_jax.models.favchat import ABLATIONS, VARIANTS
 from favchat_jax.train import default_workdir, train_stage
 from favchat_jax.training.checkpoint import load_config
@@ -83,11 +84,13 @@ def evaluate_arm(workdir: Path) -> dict[str, Any]:
     """The held-out result of a finished arm, read from its workdir where it was evaluated so before."""
     config, trained = rendered.get_config(), load_config(workdir)
     config.data.update({name: trained["data"][name] for name in ("name", "packed")})
-    path, asked = workdir / "heldout.json", json.loads(config.to_json())
-    if path.exists() and (kept := json.loads(path.read_text()))["asked"] == asked:
-        return kept["result"]
+    path = workdir / "heldout.json"
+    if path.exists():
+        kept = json.loads(path.read_text())
+        if kept["provenance"]["config"] == json.loads(config.to_json()):
+            return kept
     result = evaluate(config, workdir)
-    write(path, json.dumps({"asked": asked, "result": result}))
+    write_result(path, result)
     return result
 
 
@@ -133,6 +136,7 @@ def main() -> None:
         "seeds": seeds,
         "steps": steps,
         "changes": changes,
+        "versions": versions(),
         **ablations.compare(variant, answers),
     }
     if _JSON.value:

@@ -18,9 +18,8 @@ from absl import flags
 from configs.eval import rendered
 from favchat_jax import command_line
 from favchat_jax.errors import UserError
-from favchat_jax.evaluation.ablations import clip_interval
 from favchat_jax.evaluation.benchmarks import rendered as benchmark
-from favchat_jax.generation.sampler import Sampler
+from favchat_jax.evaluation.session import Session
 from favchat_jax.training.assembly import Run, load_run
 
 log = logging.getLogger("favchat_jax")
@@ -36,7 +35,7 @@ PUBLISHED = {
 
 
 def sweep(run: Run, lengths: list[int], limit: int) -> list[dict[str, Any]]:
-    """For each number of frames, accuracy with its interval over questions: of all, and of each kind of question."""
+    """For each number of frames, accuracy with its interval: of all answers, and of each kind of question."""
     config = rendered.get_config()
     config.limit = limit
     config.data.update({"name": run.config.data.name, "packed": run.config.data.packed})
@@ -44,21 +43,11 @@ def sweep(run: Run, lengths: list[int], limit: int) -> list[dict[str, Any]]:
     for frames in lengths:
         log.info("%d frames", frames)
         run.config.model.frames = frames
-        samples = benchmark.run(config, Sampler.of(run))["samples"]
-        rows.append({"frames": frames, "figures": figures(samples)})
+        result = benchmark.run(config, Session.of(run, config.batch, config.questions))
+        groups = {"all": result, **result["groups"]}
+        figures = {name: {"n": part["n"], **part["figures"]["accuracy"]} for name, part in groups.items()}
+        rows.append({"frames": frames, "figures": figures})
     return rows
-
-
-def figures(samples: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """n, value, low and high of all answers and of each kind of question."""
-    hits = np.array([row["correct"] for row in samples], float)
-    kinds, clips = (np.array([row[name] for row in samples]) for name in ("kind", "clip"))
-    result = {}
-    for name in ("all", *sorted(set(kinds))):
-        chosen = np.ones(len(kinds), bool) if name == "all" else kinds == name
-        low, high = clip_interval(hits[chosen], clips[chosen])
-        result[str(name)] = {"n": int(chosen.sum()), "value": float(hits[chosen].mean()), "low": low, "high": high}
-    return result
 
 
 def table(rows: list[dict[str, Any]]) -> str:

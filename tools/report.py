@@ -28,7 +28,7 @@ def main() -> None:
         command_line.check_output("--out", str(path))
         if path.absolute() in [Path(result).absolute() for result in _RESULTS.value]:
             raise UserError(f"--out={out} would replace the result {path}: choose another name")
-    page = report.build(report.read(_RESULTS.value), report.Clips(), _EXAMPLES.value)
+    page = report.build(report.read(_RESULTS.value), examples=_EXAMPLES.value)
     for suffix, to_text in ((".html", report.to_html), (".md", report.to_markdown), (".json", report.to_json)):
         write(beside[suffix], to_text(page))
     print(*beside.values(), sep="\n")

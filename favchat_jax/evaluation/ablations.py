@@ -6,18 +6,17 @@ over seeds (Student's t) says what another training run would give; one seed has
 are paired: the same questions, the same seeds.
 """
 
-import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from scipy import stats
 
 from favchat_jax.errors import UserError
 from favchat_jax.evaluation import published
+from favchat_jax.evaluation.metrics import mean_figure
 
-RESAMPLES = 5_000
 FULL = "none"
 DATA_SETS = ("DFEW", "MAFW")
 
@@ -85,28 +84,12 @@ def _asked(results: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]]) -> list
 
 def _figure(values: Float[np.ndarray, "S N"], clips: np.ndarray) -> dict[str, Any]:
     """The mean of S seeds' values of N questions with both intervals."""
-    low, high = clip_interval(values.mean(axis=0), clips)
     seeds = values.mean(axis=1)
-    figure = {"value": float(values.mean()), "low": low, "high": high, "seeds": seeds.tolist()}
+    figure = {**mean_figure(values.mean(axis=0), seed=0, scale=100, clusters=clips), "seeds": seeds.tolist()}
     if len(seeds) > 1:
         half = stats.t.ppf(0.975, len(seeds) - 1) * seeds.std(ddof=1) / np.sqrt(len(seeds))
         return {**figure, "seeds_low": float(seeds.mean() - half), "seeds_high": float(seeds.mean() + half)}
     return {**figure, "seeds_low": None, "seeds_high": None}
-
-
-def clip_interval(values: Float[np.ndarray, " N"], clips: np.ndarray) -> tuple[float, float]:
-    """95 % percentile interval of the mean of N questions' values; whole clips (numbered in `clips`) are drawn."""
-    numbers = np.unique(clips, return_inverse=True)[1]
-    sums, counts = np.bincount(numbers, values), np.bincount(numbers)
-    drawn = _draws(len(sums))
-    low, high = np.percentile((drawn @ sums) / (drawn @ counts), [2.5, 97.5])
-    return float(low), float(high)
-
-
-@functools.lru_cache
-def _draws(clips: int) -> Int[np.ndarray, "R clips"]:
-    """How often each clip is in each of the resamples."""
-    return np.random.default_rng(0).multinomial(clips, np.full(clips, 1 / clips), RESAMPLES)
 
 
 def table(compared: Mapping[str, Any]) -> str:

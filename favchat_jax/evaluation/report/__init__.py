@@ -13,8 +13,8 @@ import jinja2
 
 from favchat_jax.errors import UserError
 from favchat_jax.evaluation.report import sections
-from favchat_jax.evaluation.report.examples import Frames
 from favchat_jax.evaluation.report.clips import Clips
+from favchat_jax.evaluation.report.examples import Frames
 
 TITLE = "FaVChat evaluation"
 TABLES = {
@@ -49,14 +49,15 @@ def _read(path: Path) -> dict[str, Any]:
     return result
 
 
-def build(results: Sequence[Mapping[str, Any]], frames: Frames, examples: int = 9) -> dict[str, Any]:
+def build(results: Sequence[Mapping[str, Any]], frames: Frames | None = None, examples: int = 9) -> dict[str, Any]:
     """The page as plain data: title and sections.
 
     Args:
         results: of `read`.
-        frames: gives a picture of a sample's clip, or None.
+        frames: gives frames of a sample's clip, or None; by default they come from the data sets.
         examples: how many samples are shown in each list.
     """
+    frames = frames or Clips()
     benchmarks: dict[str, list[Mapping[str, Any]]] = {}
     for result in results:
         if "benchmark" in result:

@@ -14,9 +14,9 @@ from favchat_jax.data.video import VideoError
 from favchat_jax.errors import UserError
 from favchat_jax.evaluation import benchmarks
 from favchat_jax.evaluation.footage import Footage, beside_each_other
+from favchat_jax.evaluation.report.examples import SIDE, STRIP, Sample
 from favchat_jax.evaluation.respondents import Ask
 from favchat_jax.evaluation.session import Session
-from favchat_jax.evaluation.report.examples import SIDE, STRIP, Sample
 
 log = logging.getLogger("favchat_jax")
 

@@ -180,7 +180,7 @@ def _details(result: Mapping[str, Any]) -> list[dict[str, str]]:
 
 
 def of_ablations(result: Mapping[str, Any]) -> dict[str, Any]:
-    """Table 6 in miniature: accuracy, what each part is worth, the paper's figures, and accuracy by kind of question."""
+    """Table 6 in miniature: accuracy, what each part is worth, the paper's figures; then by kind of question."""
     seeds, rows = len(result["seeds"]), result["rows"]
 
     def cell(figure: Mapping[str, Any] | None) -> dict[str, Any] | None:
