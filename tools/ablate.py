@@ -108,32 +108,36 @@ def parse_changes(items: list[str]) -> dict[str, Any]:
     return changes
 
 
+def arms(preset: str, ablations: list[str], seeds: list[str]) -> list[tuple[str, int]]:
+    """(ablation, seed) of every arm, in the order of training; raises UserError where there is no such arm."""
+    if preset != "tiny":
+        raise UserError(
+            f"preset={preset} needs data sets of its own: train each arm with python -m favchat_jax.train "
+            f"--config=configs/ablations/NAME.py:preset={preset}, then evaluate it with configs/eval/dfew.py"
+        )
+    if not ablations or not set(ablations) <= set(ABLATIONS):
+        raise UserError(f"--ablations={','.join(ablations)}: choose of {', '.join(ABLATIONS)}")
+    if not seeds or not all(seed.isdigit() for seed in seeds):
+        raise UserError(f"--seeds={','.join(seeds)}: give whole numbers, as in --seeds=0,1,2")
+    return [(ablation, int(seed)) for ablation in ablations for seed in seeds]
+
+
 def main() -> None:
     """Trains and evaluates every arm that the flags name, and compares them."""
-    if _PRESET.value != "tiny":
-        raise UserError(
-            f"preset={_PRESET.value} needs data sets of its own: train each arm with "
-            f"python -m favchat_jax.train --config=configs/ablations/NAME.py:preset={_PRESET.value}, then evaluate it "
-            "with configs/eval/dfew.py and configs/eval/mafw.py"
-        )
-    if not _ABLATIONS.value or not set(_ABLATIONS.value) <= set(ABLATIONS):
-        raise UserError(f"--ablations={','.join(_ABLATIONS.value)}: choose of {', '.join(ABLATIONS)}")
-    if not _SEEDS.value or not all(seed.isdigit() for seed in _SEEDS.value):
-        raise UserError(f"--seeds={','.join(_SEEDS.value)}: give whole numbers, as in --seeds=0,1,2")
+    chosen = arms(_PRESET.value, _ABLATIONS.value, _SEEDS.value)
     if _JSON.value:
         command_line.check_output("--json", _JSON.value)
-    variant, changes, seeds = _VARIANT.value, parse_changes(_SET.value), [int(seed) for seed in _SEEDS.value]
+    variant, changes = _VARIANT.value, parse_changes(_SET.value)
     answers: dict[str, list[Any]] = {}
-    for ablation in _ABLATIONS.value:
-        for seed in seeds:
-            log.info("%s, ablation %s, seed %d", variant, ablation, seed)
-            workdir = train_arm(variant, ablation, seed, changes)
-            answers.setdefault(ablation, []).append(evaluate_arm(workdir)["samples"])
+    for ablation, seed in chosen:
+        log.info("%s, ablation %s, seed %d", variant, ablation, seed)
+        workdir = train_arm(variant, ablation, seed, changes)
+        answers.setdefault(ablation, []).append(evaluate_arm(workdir)["samples"])
     steps = {stage: arm_config(stage, variant, "none", 0, changes).steps for stage in STAGES}
     compared = {
         "table": "ablations",
         "variant": variant,
-        "seeds": seeds,
+        "seeds": [int(seed) for seed in _SEEDS.value],
         "steps": steps,
         "changes": changes,
         "versions": versions(),

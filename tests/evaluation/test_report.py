@@ -103,8 +103,8 @@ def ablation_table(ablate=ablations):
 
 
 def frame_lengths():
-    figures = {"all": {"n": 4, "value": 0.5, "low": 0.4, "high": 0.6}}
-    figures |= {"motion": {"n": 2, "value": 0.25, "low": 0.2, "high": 0.3}}
+    figures = {"all": {"n": 4, "value": 0.5, "low": 0.4, "high": 0.6, "scale": 100}}
+    figures |= {"motion": {"n": 2, "value": 0.25, "low": 0.2, "high": 0.3, "scale": 100}}
     rows = [{"frames": frames, "figures": figures} for frames in (4, 8)]
     published = {"frames": [16, 32], "Correctness": [4.84, 4.89]}
     return {"table": "frame_length", "checkpoint": "run", "trained_on": 8, "rows": rows, "published": published}
@@ -294,6 +294,13 @@ def test_a_file_that_is_no_result_is_named(content, says, tmp_path):
         path.write_text(content)
     with pytest.raises(UserError, match=f"file.json {says}"):
         report.read([path])
+
+
+def test_a_damaged_result_is_a_users_error():
+    damaged = result()
+    del damaged["samples"][0]["question"]
+    with pytest.raises(UserError, match="a result of dfew is damaged .KeyError: 'question'."):
+        report.build([damaged], no_frames)
 
 
 def test_results_read_back_from_files_are_left_as_they_are(tmp_path):

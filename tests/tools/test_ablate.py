@@ -88,19 +88,27 @@ def test_a_change_that_fits_no_config_is_refused(item, says):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "says"),
+    ("mistake", "says"),
     [
-        (["--preset=paper"], "configs/ablations/NAME.py:preset=paper"),
-        (["--ablations=no_hair"], "--ablations=no_hair: choose of none, no_face"),
-        (["--seeds=one"], "--seeds=one: give whole numbers"),
-        (["--json=none/a.json"], "--json=none/a.json cannot be written"),
+        ({"preset": "paper"}, "configs/ablations/NAME.py:preset=paper"),
+        ({"ablations": ["none", "no_hair"]}, "--ablations=none,no_hair: choose of none, no_face"),
+        ({"ablations": []}, "--ablations=: choose of"),
+        ({"seeds": ["one"]}, "--seeds=one: give whole numbers"),
+        ({"seeds": ["-1"]}, "--seeds=-1: give whole numbers"),
     ],
 )
-def test_mistakes_are_refused_before_any_work(arguments, says, tmp_path):
-    process = start_module("tools.ablate", *arguments, cwd=tmp_path)
-    stdout, stderr = process.communicate(timeout=100)
-    assert process.returncode == 2 and stdout == "" and stderr.count("\n") == 1, stderr
-    assert re.search(re.escape(says), stderr) and not list(tmp_path.iterdir())
+def test_arms_that_there_are_not_are_refused(mistake, says):
+    with pytest.raises(UserError, match=re.escape(says)):
+        ablate.arms(**{"preset": "tiny", "ablations": ["none"], "seeds": ["0"], **mistake})
+
+
+def test_each_ablation_is_trained_with_every_seed():
+    assert ablate.arms("tiny", ["none", "no_moe"], ["0", "2"]) == [
+        ("none", 0),
+        ("none", 2),
+        ("no_moe", 0),
+        ("no_moe", 2),
+    ]
 
 
 def small(small_world, **more):

@@ -5,7 +5,7 @@ Markdown and JSON. Results of one benchmark by several models stand in one secti
 """
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,11 +62,20 @@ def build(results: Sequence[Mapping[str, Any]], frames: Frames | None = None, ex
     for result in results:
         if "benchmark" in result:
             benchmarks.setdefault(result["benchmark"], []).append(result)
-    made = [sections.of_benchmark(name, group, frames, examples) for name, group in benchmarks.items()]
-    made += [TABLES[result["table"]](result) for result in results if "table" in result]
+    made = [_section(sections.of_benchmark, name, name, group, frames, examples) for name, group in benchmarks.items()]
+    made += [_section(TABLES[result["table"]], result["table"], result) for result in results if "table" in result]
     for number, section in enumerate(made):
         section["anchor"] = f"part-{number + 1}"
     return {"title": TITLE, "sections": made}
+
+
+def _section(make: Callable[..., dict[str, Any]], name: str, *arguments: Any) -> dict[str, Any]:
+    """A section; raises UserError where a result is not what its kind has, since files may come from anywhere."""
+    try:
+        return make(*arguments)
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise UserError(f"a result of {name} is damaged ({reason}): write it again with this version") from error
 
 
 def to_html(page: Mapping[str, Any]) -> str:

@@ -1,5 +1,9 @@
-"""A section of the report for each kind of result, as plain data that the page lays out."""
+"""A section of the report for each kind of result, as plain data that the page lays out.
 
+Every section has the fields of `EMPTY`; cells of tables are what `_figure` gives, or None.
+"""
+
+import collections
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,11 +16,11 @@ NEEDED = {
     "benchmark": {"benchmark", "model", "n", "complete", "figures", "groups", "samples", "provenance"},
     "ablations": {"variant", "seeds", "steps", "rows", "order", "published_order"},
     "frame_length": {"checkpoint", "trained_on", "rows", "published"},
-    "adapter_weights": {"checkpoint", "question", "groups"},
+    "adapter_weights": {"checkpoint", "question", "groups", "cohens_d"},
 }
 EMPTY = {"lead": "", "warnings": [], "tables": [], "bars": None, "charts": [], "confusions": [], "examples": []}
 EMPTY |= {"notes": [], "details": []}
-
+DRAWN = ("all", "motion", "direction", "emotion", "detail")  # kinds of question in the chart of frame lengths
 
 TITLES = {
     "dfec": "DFEC, expressions described (Table 1)",
@@ -32,27 +36,14 @@ TITLES = {
 def of_benchmark(name: str, results: Sequence[Mapping[str, Any]], frames: Frames, examples: int) -> dict[str, Any]:
     """Figures of all models with the published ones, by group, curves, confusions, answers, and where it is from."""
     results = _named(results)
-    warnings = []
-    for result in results:
-        if not result["complete"]:
-            missing = result.get("missing") or []
-            named = ", ".join(str(sample["id"]) for sample in missing[:3]) + (", ..." if len(missing) > 3 else "")
-            what = (
-                f"{len(missing)} listed samples without a result ({named})" if missing else "some figures are missing"
-            )
-            warnings.append(f"{result['model']} is incomplete: {what}. Its figures are of {result['n']} samples.")
-    curves = {}
-    for result in results:
-        for title, curve in (result.get("curves") or {}).items():
-            curves.setdefault(title, {})[result["model"]] = curve
     return {
         **EMPTY,
         "title": TITLES.get(name, name),
         "lead": f"{max(result['n'] for result in results)} samples.",
-        "warnings": warnings,
+        "warnings": [_warning(result) for result in results if not result["complete"]],
         "tables": [_figures_table(results)],
         "bars": _bars(results),
-        "charts": [{"title": title, "svg": _curve(series)} for title, series in curves.items()],
+        "charts": _curves(results),
         "confusions": [_confusion(result) for result in results if result.get("confusion")],
         "examples": shown(results, frames, examples),
         "notes": list(dict.fromkeys(note for result in results for note in result.get("notes") or [])),
@@ -62,12 +53,22 @@ def of_benchmark(name: str, results: Sequence[Mapping[str, Any]], frames: Frames
 
 def _named(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The results with short names for their models, each name once: a server's model without the server."""
-    named: list[dict[str, Any]] = []
+    counted: collections.Counter[str] = collections.Counter()
+    named = []
     for result in results:
         name = str(result["model"]).rpartition("#")[2] + (" w. FaVChat" if result.get("describer") else "")
-        same = sum(other["model"].partition(" (run ")[0] == name for other in named)
-        named.append({**result, "model": f"{name} (run {same + 1})" if same else name})
+        counted[name] += 1
+        named.append({**result, "model": f"{name} (run {counted[name]})" if counted[name] > 1 else name})
     return named
+
+
+def _warning(result: Mapping[str, Any]) -> str:
+    missing = result.get("missing") or []
+    what = "some figures are missing"
+    if missing:
+        named = ", ".join(str(sample["id"]) for sample in missing[:3]) + (", ..." if len(missing) > 3 else "")
+        what = f"{len(missing)} listed samples without a result ({named})"
+    return f"{result['model']} is incomplete: {what}. Its figures are of {result['n']} samples."
 
 
 def _figures_table(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -82,10 +83,10 @@ def _figures_table(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         for cell, name in zip(cells, names, strict=True):
             if cell:
                 cell["best"] = len(results) > 1 and result["figures"][name]["value"] == best[name]
-        rows.append({"kind": "ours", "name": result["model"], "tag": "", "cells": cells})
+        rows.append(_row(result["model"], cells, "ours"))
     for row in results[0].get("published") or []:
         cells = [_published(row["figures"].get(name)) for name in names]
-        rows.append({"kind": "published", "name": row["model"], "tag": "published", "cells": cells})
+        rows.append(_row(row["model"], cells, "published", tag="published"))
     return {"title": "", "head": ["model", *names], "rows": rows}
 
 
@@ -93,7 +94,7 @@ def _figure(found: Mapping[str, Any] | None) -> dict[str, Any] | None:
     """A figure as it is printed: shares in percent, scores as they are."""
     if found is None or found["value"] is None:
         return None
-    scale, digits = found.get("scale", 1), 2 if found.get("scale", 1) == 100 else 3
+    scale, digits = found["scale"], 2 if found["scale"] == 100 else 3
     value, low, high = (
         "" if x is None else f"{x * scale:.{digits}f}" for x in (found[n] for n in ("value", "low", "high"))
     )
@@ -109,45 +110,41 @@ def _published(value: float | None) -> dict[str, Any] | None:
 
 
 def _bars(results: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-    """The first share among each group's figures, a bar a model."""
+    """The first share among the groups' figures, a bar a model; None where groups have no shares."""
     groups = list(dict.fromkeys(name for result in results for name in result["groups"]))
-    measure = next(
-        (
-            n
-            for r in results
-            for part in r["groups"].values()
-            for n, f in part["figures"].items()
-            if f.get("scale") == 100
-        ),
-        None,
-    )
-    if measure is None:
+    figures = {name: f for r in results for part in r["groups"].values() for name, f in part["figures"].items()}
+    shares = [name for name, figure in figures.items() if figure["scale"] == 100]
+    if not shares:
         return None
     parts = []
     for group in groups:
-        bars = []
-        for series, result in enumerate(results):
-            found = result["groups"].get(group, {}).get("figures", {}).get(measure)
-            if found and found["value"] is not None:
-                low, high = found["low"], found["high"]
-                bars.append(
-                    {
-                        "series": series,
-                        "width": round(100 * found["value"], 1),
-                        "range": None if low is None else (round(100 * low, 1), round(100 * (high - low), 1)),
-                        "figure": _figure(found),
-                    }
-                )
-        if bars:
-            n = next(result["groups"][group]["n"] for result in results if group in result["groups"])
-            parts.append({"name": group, "n": n, "bars": bars})
-    return {"title": f"{measure} by group", "models": [result["model"] for result in results], "parts": parts}
+        found = [result["groups"].get(group, {"n": 0, "figures": {}}) for result in results]
+        bars = [_bar(series, part["figures"].get(shares[0])) for series, part in enumerate(found)]
+        parts.append({"name": group, "n": max(part["n"] for part in found), "bars": [bar for bar in bars if bar]})
+    return {"title": f"{shares[0]} by group", "models": [result["model"] for result in results], "parts": parts}
 
 
-def _curve(series: Mapping[str, Mapping[str, Any]]) -> str:
-    first = next(iter(series.values()))
-    points = {name: (curve["x"], curve["y"]) for name, curve in series.items()}
-    return charts.lines(points, first["x_label"], first["y_label"], dots=False)
+def _bar(series: int, found: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """Lengths in percent of the bar, and of the line over it that is the interval."""
+    if found is None or found["value"] is None:
+        return None
+    low, high = found["low"], found["high"]
+    interval = None if low is None else (round(100 * low, 1), round(100 * (high - low), 1))
+    return {"series": series, "width": round(100 * found["value"], 1), "range": interval, "figure": _figure(found)}
+
+
+def _curves(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """A chart for each name of a curve, with a line a model."""
+    drawn: dict[str, dict[str, Any]] = {}
+    for result in results:
+        for title, curve in (result.get("curves") or {}).items():
+            drawn.setdefault(title, {})[result["model"]] = curve
+    made = []
+    for title, curves in drawn.items():
+        first = next(iter(curves.values()))
+        points = {model: (curve["x"], curve["y"]) for model, curve in curves.items()}
+        made.append({"title": title, "svg": charts.lines(points, first["x_label"], first["y_label"], dots=False)})
+    return made
 
 
 def _confusion(result: Mapping[str, Any]) -> dict[str, Any]:
@@ -182,87 +179,60 @@ def _details(result: Mapping[str, Any]) -> list[dict[str, str]]:
 def of_ablations(result: Mapping[str, Any]) -> dict[str, Any]:
     """Table 6 in miniature: accuracy, what each part is worth, the paper's figures; then by kind of question."""
     seeds, rows = len(result["seeds"]), result["rows"]
-
-    def cell(figure: Mapping[str, Any] | None) -> dict[str, Any] | None:
-        return figure and _figure({**figure, "scale": 100})
-
-    def over_seeds(figure: Mapping[str, Any] | None) -> dict[str, Any] | None:
-        if figure is None or figure["seeds_low"] is None:
-            return None
-        told = _figure({**figure, "low": figure["seeds_low"], "high": figure["seeds_high"], "scale": 100})
-        return {**told, "value": ""}
-
     main = []
     for row in rows:
-        figure, published = row["figures"]["all"], row["published"]
-        cells = [cell(figure), cell(figure.get("less")), over_seeds(figure.get("less"))]
-        cells += [_printed(value) for value in published.values()]
-        main.append(
-            {"kind": "ours" if row["ablation"] == "none" else "", "name": row["model"], "tag": "", "cells": cells}
-        )
+        figure = row["figures"]["all"]
+        cells = [_figure(figure), _figure(figure.get("less")), _over_seeds(figure.get("less"))]
+        cells += [_printed(value) for value in row["published"].values()]
+        main.append(_row(row["model"], cells, "ours" if row["ablation"] == "none" else ""))
     kinds = [
-        {
-            "kind": "",
-            "name": kind,
-            "tag": f"n {rows[0]['figures'][kind]['n']}",
-            "cells": [cell(r["figures"][kind]) for r in rows],
-        }
-        for kind in rows[0]["figures"]
+        _row(kind, [_figure(row["figures"][kind]) for row in rows], tag=f"n {figure['n']}")
+        for kind, figure in rows[0]["figures"].items()
         if kind != "all"
     ]
     names = {row["ablation"]: row["model"] for row in rows}
     head = ["model", "held-out accuracy", "full is better by", "interval over seeds"]
     head += [f"{data_set} WAR, published" for data_set in rows[0]["published"]]
-    orders = {name: " > ".join(names[arm] for arm in result[name]) for name in ("order", "published_order")}
+    found, printed = (" > ".join(names[arm] for arm in result[name]) for name in ("order", "published_order"))
+    steps = ", ".join(f"{stage} {count}" for stage, count in result["steps"].items())
     return {
         **EMPTY,
         "title": f"Table 6 in miniature ({result['variant']})",
-        "lead": f"Embedded data, {seeds} seed{'s' * (seeds > 1)}, equal steps: "
-        + ", ".join(f"{stage} {count}" for stage, count in result["steps"].items())
-        + ". Intervals over questions (whole clips drawn) unless said otherwise.",
+        "lead": f"Embedded data, {seeds} seed{'s' * (seeds > 1)}, equal steps: {steps}. Intervals are over questions "
+        "(whole clips drawn) unless said otherwise.",
         "tables": [
             {"title": "", "head": head, "rows": main},
             {"title": "Accuracy by kind of question", "head": ["kind", *names.values()], "rows": kinds},
         ],
-        "notes": [f"Order found: {orders['order']}.", f"Order in the paper: {orders['published_order']}."],
+        "notes": [f"Order found: {found}.", f"Order in the paper: {printed}."],
     }
+
+
+def _over_seeds(figure: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """The interval over seeds alone."""
+    if figure is None or figure["seeds_low"] is None:
+        return None
+    return {**_figure({**figure, "low": figure["seeds_low"], "high": figure["seeds_high"]}), "value": ""}
 
 
 def of_frame_lengths(result: Mapping[str, Any]) -> dict[str, Any]:
     """Accuracy over the number of frames, beside the published scores."""
     rows, published = result["rows"], dict(result["published"])
-    at = [row["frames"] for row in rows]
-    whole = [row["figures"]["all"] for row in rows]
-    ours = {kind: (at, [row["figures"][kind]["value"] for row in rows]) for kind in rows[0]["figures"]}
-    spread = {"all": ([figure["low"] for figure in whole], [figure["high"] for figure in whole])}
-    frames = published.pop("frames")
-    cells = [[_figure({**row["figures"][kind], "scale": 100}) for row in rows] for kind in ours]
-    chosen = {kind: line for kind, line in ours.items() if kind in ("all", "motion", "emotion", "detail", "direction")}
+    lengths, printed_lengths = [row["frames"] for row in rows], published.pop("frames")
+    kinds = {kind: [row["figures"][kind] for row in rows] for kind in rows[0]["figures"]}
+    lines = {kind: (lengths, [f["value"] for f in found]) for kind, found in kinds.items() if kind in DRAWN}
+    interval = tuple([figure[end] for figure in kinds["all"]] for end in ("low", "high"))
+    ours = charts.lines(lines, "frames", "accuracy", bands={"all": interval}, marked=result["trained_on"])
+    printed = {name: (printed_lengths, values) for name, values in published.items()}
+    body = [_row(kind, [*map(_figure, found)], "ours" if kind == "all" else "") for kind, found in kinds.items()]
     return {
         **EMPTY,
         "title": "Frame length",
         "lead": f"{result['checkpoint']}, trained on {result['trained_on']} frames.",
+        "tables": [{"title": "", "head": ["frames", *map(str, lengths)], "rows": body}],
         "charts": [
-            {
-                "title": "Held-out accuracy",
-                "svg": charts.lines(chosen, "frames", "accuracy", bands=spread, marked=result["trained_on"]),
-            },
-            {
-                "title": "Published scores of FaVChat, read off the figure",
-                "svg": charts.lines(
-                    {name: (frames, values) for name, values in published.items()}, "frames", "score, 0 to 5"
-                ),
-            },
-        ],
-        "tables": [
-            {
-                "title": "",
-                "head": ["frames", *map(str, at)],
-                "rows": [
-                    {"kind": "ours" if kind == "all" else "", "name": kind, "tag": "", "cells": row}
-                    for kind, row in zip(ours, cells, strict=True)
-                ],
-            }
+            {"title": "Held-out accuracy", "svg": ours},
+            {"title": "Published scores, read off the figure", "svg": charts.lines(printed, "frames", "score, 0 to 5")},
         ],
     }
 
@@ -271,25 +241,20 @@ def of_adapter_weights(result: Mapping[str, Any]) -> dict[str, Any]:
     """How much the facial stream weighs on clips with a face and without one."""
     groups = result["groups"]
     rows = [
-        {
-            "kind": "",
-            "name": name,
-            "tag": f"n {group['n']}",
-            "cells": [_printed(x, 3) for x in (group["mean"], group["std"], *group["published"])],
-        }
+        _row(name, [_printed(x, 3) for x in (group["mean"], group["std"], *group["published"])], tag=f"n {group['n']}")
         for name, group in groups.items()
     ]
     head = ["clips", "mean weight", "standard deviation", "mean, published", "standard deviation, published"]
+    drawn = charts.strips({name: group["weights"] for name, group in groups.items()}, "weight")
     return {
         **EMPTY,
         "title": "Weight of the facial stream",
         "lead": f"{result['checkpoint']}, asked: {result['question']} One half is even.",
         "tables": [{"title": "", "head": head, "rows": rows}],
-        "charts": [
-            {
-                "title": "Each held-out clip",
-                "svg": charts.strips({n: g["weights"] for n, g in groups.items()}, "weight"),
-            }
-        ],
+        "charts": [{"title": "Each held-out clip", "svg": drawn}],
         "notes": [f"Cohen's d between the two: {result['cohens_d']:.2f}."],
     }
+
+
+def _row(name: str, cells: list[dict[str, Any] | None], kind: str = "", tag: str = "") -> dict[str, Any]:
+    return {"kind": kind, "name": name, "tag": tag, "cells": cells}
