@@ -17,6 +17,7 @@ from typing import Any
 
 import ml_collections
 from absl import flags
+from flax.traverse_util import flatten_dict
 
 from configs.common import PRESETS
 from configs.eval import rendered
@@ -45,10 +46,13 @@ def arm_config(
     for field in ("from_run", "qformer"):
         if config.init[field]:
             config.init[field] = str(_of_seed(Path(config.init[field]), seed))
+    unknown = sorted(changes.keys() - flatten_dict(config.to_dict(), sep=".").keys())
+    if unknown:
+        raise UserError(f"--set: unknown config option: {unknown[0]}")
     try:
         config.update_from_flattened_dict(changes)
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"--set: {str(error).strip(chr(34))}") from None
+    except (TypeError, ValueError) as error:
+        raise UserError(f"--set: config option of the wrong type: {error}") from None
     return config
 
 

@@ -9,6 +9,8 @@ import cv2
 import numpy as np
 from jaxtyping import UInt8
 
+from favchat_jax.evaluation.metrics import normalise
+
 STRIP = 4  # frames of a clip that are shown
 SIDE = 132  # pixels of each
 QUALITY = 82  # of the JPEG
@@ -48,7 +50,7 @@ def shown(results: Sequence[Mapping[str, Any]], frames: Frames, count: int) -> l
     failures = cards(lambda said: any(sample["correct"] is False for sample in said))
     lists.append(("Failures", "Wrong answers, each kind of question in turn.", failures))
     lists.append(("Lowest scores", "", cards(lambda said: all(_numbers(sample) for sample in said), score)))
-    lists.append(("Examples", "", cards(lambda said: True)))
+    lists.append(("Examples", "", cards(lambda said: all(sample["correct"] is not False for sample in said))))
     return [{"title": title, "lead": lead, "cards": found} for title, lead, found in lists if found]
 
 
@@ -83,7 +85,7 @@ def _answer(result: Mapping[str, Any], sample: Sample) -> dict[str, str]:
     if sample["correct"] is False and not predicted:
         read = "no label found"
     else:
-        read = f"read as {predicted}" if predicted and predicted != answer else ""
+        read = f"read as {predicted}" if normalise(predicted) != normalise(answer) and predicted else ""
     return {
         "model": result["model"],
         "answer": answer,
