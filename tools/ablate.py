@@ -67,13 +67,13 @@ def _of_seed(workdir: Path, seed: int) -> Path:
 
 def train_arm(variant: str, ablation: str, seed: int, changes: dict[str, Any]) -> Path:
     """Trains what of an arm's three stages is not finished; returns the last one's workdir."""
-    for stage in STAGES:
-        config = arm_config(stage, variant, ablation, seed, changes)
-        before = arm_config("stage1", "v1", "none", seed, changes)
-        if stage == "stage1" and config.init.qformer == str(arm_workdir(before)):
-            _train(before)
+    configs = [arm_config(stage, variant, ablation, seed, changes) for stage in STAGES]
+    stand_in = arm_config("stage1", "v1", "none", seed, changes)
+    if configs[0].init.qformer == str(arm_workdir(stand_in)):  # v2's Q-Formers start from it
+        _train(stand_in)
+    for config in configs:
         _train(config)
-    return arm_workdir(config)
+    return arm_workdir(configs[-1])
 
 
 def _train(config: ml_collections.ConfigDict) -> None:
