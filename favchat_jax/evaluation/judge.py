@@ -268,7 +268,7 @@ class _Cache:
 
 
 def agreement(one: Sequence[float], other: Sequence[float]) -> dict[str, float | int | None]:
-    """How far two judges' scores of the same answers agree: correlation, quadratically weighted kappa, mean distance."""
+    """How far two judges' scores of the same answers agree: correlation, quadratic kappa, mean distance."""
     one, other = np.asarray(one, float), np.asarray(other, float)
     varies = len(one) > 1 and one.std() > 0 and other.std() > 0
     return {

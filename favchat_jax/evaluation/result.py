@@ -7,7 +7,7 @@
     complete      true where every listed sample was evaluated and every figure of the benchmark is there
     missing       listed samples without a result: [{"id", "reason"}]; each makes `complete` false
     notes         what a reader of the figures must know, one line each
-    figures       name -> {"value", "low", "high", "scale"}: value and 95 % bootstrap interval, null where there is none;
+    figures       name -> {"value", "low", "high", "scale"}: value and 95 % bootstrap interval, null where none is;
                   `scale` is what published tables multiply the figure by: 100 for shares, 1 for scores
     groups        name of a part (fold, kind of question, protocol) -> {"n", "figures"}
     confusion     {"labels", "counts"}: rows are expected labels, columns predicted ones and, last, none; or null
@@ -144,7 +144,9 @@ def table(result: Result) -> str:
         lines.append(f"{name:<24}{_row(found)}{beside}")
     for group, part in result["groups"].items():
         lines += [f"  {f'{group}: {name}':<22}{_row(found)}" for name, found in part["figures"].items()]
-    lines.append(f"n = {result['n']}" + ("" if result["complete"] else f", INCOMPLETE: {len(result['missing'])} missing"))
+    lines.append(
+        f"n = {result['n']}" + ("" if result["complete"] else f", INCOMPLETE: {len(result['missing'])} missing")
+    )
     return "\n".join([*lines, *result["notes"]])
 
 

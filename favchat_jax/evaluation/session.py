@@ -57,7 +57,9 @@ class Journal:
         if self._path is not None:
             with self._path.open("a") as file:
                 # A line break first: an earlier start may have ended within a line.
-                file.write("".join(f"\n{json.dumps({'key': k, 'value': v})}" for k, v in zip(keys, values, strict=True)))
+                file.write(
+                    "".join(f"\n{json.dumps({'key': k, 'value': v})}" for k, v in zip(keys, values, strict=True))
+                )
 
 
 class Session:
@@ -107,7 +109,9 @@ class Session:
             self.respondent, asks, step, [max_new_tokens], lambda a, f: self.respondent.answer(a, f, max_new_tokens)
         )
 
-    def likelihoods(self, asks: Sequence[Ask], answers: Sequence[str], step: str = "weighing") -> dict[str, list[float]]:
+    def likelihoods(
+        self, asks: Sequence[Ask], answers: Sequence[str], step: str = "weighing"
+    ) -> dict[str, list[float]]:
         """Log-probability of each of some answers to each ask's only conversation, by the ask's id."""
         asks = self._described(asks)
         return self._run(
@@ -132,7 +136,9 @@ class Session:
             [self._description_tokens],
             lambda a, f: self._describer.answer(a, f, self._description_tokens),
         )
-        return [_with_descriptions(ask, [told[clip.name][0] for clip in ask.clips if clip.name in told]) for ask in asks]
+        return [
+            _with_descriptions(ask, [told[clip.name][0] for clip in ask.clips if clip.name in told]) for ask in asks
+        ]
 
     def _run(self, respondent: Respondent, asks: Sequence[Ask], step: str, options: list, work) -> dict[str, list]:
         """Applies `work` to batches of asks and their frames, decoding the next batch meanwhile."""
@@ -153,7 +159,9 @@ class Session:
         return answers
 
 
-def present(listed: Sequence[tuple[Any, Path | None]], session: Session, where: Path, name=str) -> list[tuple[Any, Path]]:
+def present(
+    listed: Sequence[tuple[Any, Path | None]], session: Session, where: Path, name=str
+) -> list[tuple[Any, Path]]:
     """Those of the listed samples whose clips are there; the others are noted as missing.
 
     Raises:
@@ -166,7 +174,9 @@ def present(listed: Sequence[tuple[Any, Path | None]], session: Session, where: 
         else:
             found.append((sample, path))
     if not found:
-        raise UserError(f"{where} holds not one of the {len(listed)} clips that are listed: copy the data set's clips there")
+        raise UserError(
+            f"{where} holds not one of the {len(listed)} clips that are listed: copy the data set's clips there"
+        )
     return found
 
 
