@@ -27,18 +27,8 @@ SYNONYMS: dict[str, tuple[str, ...]] = {
         "mad",
     ),
     "surprise": (
-        *(
-            "surprise",
-            "surprised",
-            "surprising",
-            "astonished",
-            "astonishment",
-            "amazed",
-            "amazement",
-            "shocked",
-            "shock",
-        ),
-        *("startled", "stunned"),
+        *("surprise", "surprised", "surprising", "astonished", "astonishment", "amazed", "amazement"),
+        *("shocked", "shock", "startled", "stunned"),
     ),
     "disgust": ("disgust", "disgusted", "disgusting", "revulsion", "repulsed", "repulsion", "loathing", "distaste"),
     "fear": (
