@@ -193,9 +193,7 @@ def test_log_likelihoods_of_answers_are_those_of_full_forward_passes_in_the_trai
         np.testing.assert_allclose(found[clip, answer], expected, rtol=1e-4)
 
 
-def test_the_likelihood_of_an_answer_does_not_depend_on_the_others_or_on_turns_before_but_through_them(
-    sampler, features
-):
+def test_the_likelihood_of_an_answer_depends_on_the_turns_before_it_and_not_on_the_other_answers(sampler, features):
     turns = [(QUESTIONS[0], "brown"), *asked(QUESTIONS[1])]
     several = sampler.log_likelihoods(features, [turns] * 2, ("yes", "no hat at all"))
     alone = sampler.log_likelihoods(features, [turns] * 2, ("yes",))
