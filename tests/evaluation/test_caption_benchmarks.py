@@ -95,7 +95,7 @@ def test_the_reference_itself_scores_1_in_rouge_l(name, folders):
     by_id = {row["id"]: row["expected"] for row in empty["samples"]}
 
     def know(id, question):
-        return by_id[id] if id in by_id else references[id.split()[0], question]
+        return references.get((id.split()[0], question)) or by_id[id]
 
     result = BENCHMARKS[name][0].run(config, session(Scripted(know)))
     assert result["figures"]["rouge_l"]["value"] == pytest.approx(1)
