@@ -37,7 +37,7 @@ import ml_collections
 Figure = dict[str, float | None]
 Result = dict[str, Any]
 
-SHOWN = 3  # published rows beside ours in a terminal; FaVChat's stand last in every table
+SHOWN = 3  # published rows, and missing samples, in a terminal; FaVChat's rows stand last in every table
 PACKAGES = ("jax", "flax", "numpy", "scikit-learn", "transformers", "av")
 
 
@@ -144,9 +144,10 @@ def table(result: Result) -> str:
         lines.append(f"{name:<24}{_row(found)}{beside}")
     for group, part in result["groups"].items():
         lines += [f"  {f'{group}: {name}':<22}{_row(found)}" for name, found in part["figures"].items()]
-    lines.append(
-        f"n = {result['n']}" + ("" if result["complete"] else f", INCOMPLETE: {len(result['missing'])} missing")
-    )
+    lines.append(f"n = {result['n']}" + ("" if result["complete"] else ", INCOMPLETE"))
+    lines += [f"missing: {row['id']}: {row['reason']}" for row in result["missing"][:SHOWN]]
+    if len(result["missing"]) > SHOWN:
+        lines.append(f"missing: {len(result['missing']) - SHOWN} more, named in the result")
     return "\n".join([*lines, *result["notes"]])
 
 
