@@ -99,7 +99,13 @@ def table(result: results.Result) -> str:
 
 def check(config: ml_collections.ConfigDict, out: Path) -> None:
     """Refuses now what would fail after all the work; raises UserError."""
-    for field, least in (("batch", 1), ("questions", 1), ("max_new_tokens", 1), ("description_tokens", 1), ("limit", 0)):
+    for field, least in (
+        ("batch", 1),
+        ("questions", 1),
+        ("max_new_tokens", 1),
+        ("description_tokens", 1),
+        ("limit", 0),
+    ):
         if config[field] < least:
             raise UserError(f"{field}={config[field]} is too small: give at least {least}")
     parent = out.absolute().parent
@@ -117,9 +123,7 @@ def main() -> None:
     out = Path(_OUT.value)
     check(_CONFIG.value, out)
     journal = out.with_name(f"{out.name}.answers.jsonl")
-    result = evaluate(
-        _CONFIG.value, _CHECKPOINT.value, model=_MODEL.value, describer=_DESCRIBER.value, journal=journal
-    )
+    result = evaluate(_CONFIG.value, _CHECKPOINT.value, model=_MODEL.value, describer=_DESCRIBER.value, journal=journal)
     results.write_result(out, result)
     journal.unlink(missing_ok=True)  # the result holds everything
     print(table(result))

@@ -9,6 +9,8 @@ from configs.eval import common
 
 def get_config():
     config = common.get_config("dfec")
-    config.question = "Describe the person and the changes of the facial expressions in the video in detail."  # a choice
+    config.question = (
+        "Describe the person and the changes of the facial expressions in the video in detail."  # a choice
+    )
     config.max_new_tokens = 256
     return config

@@ -1,7 +1,7 @@
 """The later version's test: questions about clips of one's own, scored from 0 to 10 by a judge.
 
-python -m favchat_jax.evaluate --config=configs/eval/held_out_qa.py --config.data.root=DIR --checkpoint=DIR --out=qa.json \
-    --config.judge.model=gpt-4o
+python -m favchat_jax.evaluate --config=configs/eval/held_out_qa.py --config.data.root=DIR --checkpoint=DIR \
+    --out=qa.json --config.judge.model=gpt-4o
 """
 
 from configs.eval import common

@@ -30,6 +30,10 @@ CHARACTERS_A_TOKEN = 4  # of English text, for the estimate of the cost
 Check = Callable[[Any], Any]
 
 
+class Malformed(Exception):
+    """A reply that is not what was asked for."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Rubric:
     """One kind of judgement.
@@ -37,7 +41,7 @@ class Rubric:
     Attributes:
         task: what the judge is told; fields in braces are filled in.
         form: an example of the JSON to reply with.
-        check: returns what the parsed JSON says, or raises ValueError with what is wrong.
+        check: returns what the parsed JSON says, or raises Malformed with what is wrong.
     """
 
     task: str
@@ -66,7 +70,7 @@ def _score(low: int, high: int) -> Check:
     def check(reply: Any) -> float:
         score = reply.get("score") if isinstance(reply, dict) else None
         if isinstance(score, bool) or not isinstance(score, int | float) or not low <= score <= high:
-            raise ValueError(f'"score" must be a number from {low} to {high}')
+            raise Malformed(f'"score" must be a number from {low} to {high}')
         return float(score)
 
     return check
@@ -75,7 +79,7 @@ def _score(low: int, high: int) -> Check:
 def _events(reply: Any) -> list[str]:
     events = reply.get("events") if isinstance(reply, dict) else None
     if not isinstance(events, list) or not all(isinstance(event, str) and event.strip() for event in events):
-        raise ValueError('"events" must be a list of sentences')
+        raise Malformed('"events" must be a list of sentences')
     return events
 
 
@@ -83,7 +87,7 @@ def _verdicts(reply: Any) -> list[bool]:
     verdicts = reply.get("verdicts") if isinstance(reply, dict) else None
     known = ("entailment", "neutral", "contradiction")
     if not isinstance(verdicts, list) or not all(verdict in known for verdict in verdicts):
-        raise ValueError(f'"verdicts" must be a list of {", ".join(known)}')
+        raise Malformed(f'"verdicts" must be a list of {", ".join(known)}')
     return [verdict == "entailment" for verdict in verdicts]
 
 
@@ -201,14 +205,14 @@ class Judge:
                 text = self._reply(messages)
                 said = rubric.check(_json_in(text))
                 if question.count is not None and len(said) != question.count:
-                    raise ValueError(f"{len(said)} verdicts are there, not {question.count}")
+                    raise Malformed(f"{len(said)} verdicts are there, not {question.count}")
                 return said
             except Unanswered as error:
                 return error
-            except ValueError as error:
+            except Malformed as error:
                 wrong = str(error)
             messages = [
-                messages[0],
+                *messages,
                 {"role": "assistant", "content": text or "(nothing)"},
                 {"role": "user", "content": f"That will not do: {wrong}. Reply with JSON alone, as asked."},
             ]
@@ -268,7 +272,7 @@ class _Cache:
 
 
 def agreement(one: Sequence[float], other: Sequence[float]) -> dict[str, float | int | None]:
-    """How far two judges' scores of the same answers agree: correlation, quadratically weighted kappa, mean distance."""
+    """How far two judges' scores of the same answers agree: correlation, quadratic kappa, mean distance."""
     one, other = np.asarray(one, float), np.asarray(other, float)
     varies = len(one) > 1 and one.std() > 0 and other.std() > 0
     return {
@@ -288,8 +292,8 @@ def _json_in(text: str) -> Any:
     """The JSON object in a reply, which may stand in a fence or among words."""
     found = re.search(r"\{.*\}", text, re.S)
     if found is None:
-        raise ValueError("there is no JSON in the reply")
+        raise Malformed("there is no JSON in the reply")
     try:
         return json.loads(found.group())
     except ValueError:
-        raise ValueError("the JSON in the reply is broken") from None
+        raise Malformed("the JSON in the reply is broken") from None

@@ -22,10 +22,13 @@ SYNONYMS: dict[str, tuple[str, ...]] = {
         *("neutral", "neutrality", "calm", "expressionless", "emotionless", "no emotion", "no expression", "composed"),
         *("no particular emotion", "no strong emotion", "no obvious emotion", "no clear emotion", "impassive"),
     ),
-    "anger": ("angry", "angrily", "anger", "angered", "furious", "fury", "rage", "enraged", "irritated", "irritation", "mad"),
+    "anger": (
+        *("angry", "angrily", "anger", "angered", "furious", "fury", "rage", "enraged", "irritated", "irritation"),
+        "mad",
+    ),
     "surprise": (
-        *("surprise", "surprised", "surprising", "astonished", "astonishment", "amazed", "amazement", "shocked", "shock"),
-        *("startled", "stunned"),
+        *("surprise", "surprised", "surprising", "astonished", "astonishment", "amazed", "amazement"),
+        *("shocked", "shock", "startled", "stunned"),
     ),
     "disgust": ("disgust", "disgusted", "disgusting", "revulsion", "repulsed", "repulsion", "loathing", "distaste"),
     "fear": (
@@ -33,10 +36,12 @@ SYNONYMS: dict[str, tuple[str, ...]] = {
         "panic",
     ),
     "contempt": ("contempt", "contemptuous", "scorn", "scornful", "disdain", "disdainful", "despise"),
-    "anxiety": ("anxiety", "anxious", "anxiously", "worried", "worry", "nervous", "nervousness", "uneasy", "apprehensive"),
+    "anxiety": (
+        *("anxiety", "anxious", "anxiously", "worried", "worry", "nervous", "nervousness", "uneasy", "apprehensive"),
+    ),
     "helplessness": ("helpless", "helplessness", "helplessly", "powerless", "hopeless", "hopelessness", "desperate"),
     "disappointment": ("disappointed", "disappointment", "disappointing", "let down", "dismayed", "dismay"),
-}  # fmt: skip
+}
 
 NEGATIONS = (
     *("not", "no", "never", "without", "neither", "nor", "cannot", "hardly", "barely", "isn't", "doesn't", "don't"),

@@ -48,10 +48,10 @@ def read_table(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file, skipinitialspace=True)
-            rows = [{**row, "line": str(reader.line_num)} for row in reader]
+            rows, names = [{**row, "line": str(reader.line_num)} for row in reader], reader.fieldnames or ()
     except (UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path} cannot be read as CSV ({error}): copy it again") from None
-    lacking = [name for name in columns if name not in (reader.fieldnames or ())]
+    lacking = [name for name in columns if name not in names]
     if lacking:
         raise UserError(f"{path} has no column {lacking[0]}: its first line should name {', '.join(columns)}")
     short = next((row["line"] for row in rows if any(row[name] is None for name in columns)), None)

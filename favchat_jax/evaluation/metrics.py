@@ -48,6 +48,7 @@ def cohens_d(one: Sequence[float], other: Sequence[float]) -> float:
     with np.errstate(divide="ignore", invalid="ignore"):
         return float((one.mean() - other.mean()) / np.sqrt(squares / (len(one) + len(other) - 2)))
 
+
 def confusion(expected: Sequence[int], predicted: Sequence[int | None], classes: int) -> Int[np.ndarray, "K K+1"]:
     """How often each class (row) was taken for each (column); the last column is none of them."""
     said = [classes if label is None else label for label in predicted]
@@ -201,9 +202,7 @@ def _cosine(ours: dict[tuple[str, ...], float], theirs: dict[tuple[str, ...], fl
     return dot / norm if norm else 0.0
 
 
-def event_figures(
-    told: Sequence[Sequence[bool]], true: Sequence[Sequence[bool]], seed: int
-) -> dict[str, Figure]:
+def event_figures(told: Sequence[Sequence[bool]], true: Sequence[Sequence[bool]], seed: int) -> dict[str, Figure]:
     """AutoDQ (Tarsier, Wang et al., 2024) from verdicts on events, one list a sample.
 
     Args:
@@ -217,7 +216,8 @@ def event_figures(
 
     def f1(picked):
         # Of the means, as Tarsier's figures are.
-        p, r = precision[picked].mean(-1), np.nanmean(recall[picked], -1)
+        counted = np.isfinite(recall[picked]).sum(-1)
+        p, r = precision[picked].mean(-1), np.nansum(recall[picked], -1) / np.maximum(counted, 1)
         return 2 * p * r / np.where(p + r > 0, p + r, 1)
 
     return {

@@ -89,7 +89,7 @@ HELD_OUT_QA = (("FaVChat v2", 8.89),)
 
 
 def rows(table: tuple[tuple[Any, ...], ...], *figures: str, first: int = 0) -> list[dict[str, Any]]:
-    """A table's rows under the names of a result's figures; `first` skips that many columns. Empty rows are left out."""
+    """A table's rows under the names of a result's figures; `first` skips columns. Empty rows are left out."""
     named = []
     for model, *numbers in table:
         known = {name: x for name, x in zip(figures, numbers[first:], strict=False) if x is not None}

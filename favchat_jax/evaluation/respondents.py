@@ -109,7 +109,9 @@ class OpenAIServer:
     def __init__(self, model: str, config: ml_collections.ConfigDict):
         found = MODEL_FORM.fullmatch(model)
         if found is None:
-            raise UserError(f"--model={model} is not of the form openai:URL#NAME, as openai:http://localhost:8000/v1#NAME")
+            raise UserError(
+                f"--model={model} is not of the form openai:URL#NAME, as openai:http://localhost:8000/v1#NAME"
+            )
         self._model, self._config = found["name"], config
         self._url = found["url"]
         self._client = openai_client(self._url, config)

@@ -7,7 +7,7 @@
     complete      true where every listed sample was evaluated and every figure of the benchmark is there
     missing       listed samples without a result: [{"id", "reason"}]; each makes `complete` false
     notes         what a reader of the figures must know, one line each
-    figures       name -> {"value", "low", "high", "scale"}: value and 95 % bootstrap interval, null where there is none;
+    figures       name -> {"value", "low", "high", "scale"}: value and 95 % bootstrap interval, null where none is;
                   `scale` is what published tables multiply the figure by: 100 for shares, 1 for scores
     groups        name of a part (fold, kind of question, protocol) -> {"n", "figures"}
     confusion     {"labels", "counts"}: rows are expected labels, columns predicted ones and, last, none; or null
@@ -37,7 +37,7 @@ import ml_collections
 Figure = dict[str, float | None]
 Result = dict[str, Any]
 
-SHOWN = 3  # published rows beside ours in a terminal; FaVChat's stand last in every table
+SHOWN = 3  # published rows, and missing samples, in a terminal; FaVChat's rows stand last in every table
 PACKAGES = ("jax", "flax", "numpy", "scikit-learn", "transformers", "av")
 
 
@@ -144,7 +144,10 @@ def table(result: Result) -> str:
         lines.append(f"{name:<24}{_row(found)}{beside}")
     for group, part in result["groups"].items():
         lines += [f"  {f'{group}: {name}':<22}{_row(found)}" for name, found in part["figures"].items()]
-    lines.append(f"n = {result['n']}" + ("" if result["complete"] else f", INCOMPLETE: {len(result['missing'])} missing"))
+    lines.append(f"n = {result['n']}" + ("" if result["complete"] else ", INCOMPLETE"))
+    lines += [f"missing: {row['id']}: {row['reason']}" for row in result["missing"][:SHOWN]]
+    if len(result["missing"]) > SHOWN:
+        lines.append(f"missing: {len(result['missing']) - SHOWN} more, named in the result")
     return "\n".join([*lines, *result["notes"]])
 
 

@@ -6,9 +6,11 @@ on a device depend a little on what is computed beside them, and a resumed evalu
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import logging
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -57,7 +59,9 @@ class Journal:
         if self._path is not None:
             with self._path.open("a") as file:
                 # A line break first: an earlier start may have ended within a line.
-                file.write("".join(f"\n{json.dumps({'key': k, 'value': v})}" for k, v in zip(keys, values, strict=True)))
+                file.write(
+                    "".join(f"\n{json.dumps({'key': k, 'value': v})}" for k, v in zip(keys, values, strict=True))
+                )
 
 
 class Session:
@@ -103,16 +107,16 @@ class Session:
     def ask(self, asks: Sequence[Ask], max_new_tokens: int, step: str = "answering") -> dict[str, list[str]]:
         """Answers to each ask's conversations by the ask's id; asks without an answer go to `missing`."""
         asks = self._described(asks)
-        return self._run(
-            self.respondent, asks, step, [max_new_tokens], lambda a, f: self.respondent.answer(a, f, max_new_tokens)
-        )
+        work = functools.partial(self.respondent.answer, max_new_tokens=max_new_tokens)
+        return self._noted(self._run(self.respondent, asks, step, [max_new_tokens], work))
 
-    def likelihoods(self, asks: Sequence[Ask], answers: Sequence[str], step: str = "weighing") -> dict[str, list[float]]:
+    def likelihoods(
+        self, asks: Sequence[Ask], answers: Sequence[str], step: str = "weighing"
+    ) -> dict[str, list[float]]:
         """Log-probability of each of some answers to each ask's only conversation, by the ask's id."""
         asks = self._described(asks)
-        return self._run(
-            self.respondent, asks, step, list(answers), lambda a, f: self.respondent.likelihoods(a, f, answers)
-        )
+        work = functools.partial(self.respondent.likelihoods, answers=answers)
+        return self._noted(self._run(self.respondent, asks, step, list(answers), work))
 
     def leave_out(self, id: str, reason: str) -> None:
         """Notes a listed sample that has no result."""
@@ -125,48 +129,58 @@ class Session:
             return list(asks)
         clips = {clip.name: clip for ask in asks for clip in ask.clips}
         wanted = [Ask(name, (clip,), (((DESCRIBE, None),),)) for name, clip in clips.items()]
-        told = self._run(
-            self._describer,
-            wanted,
-            "describing",
-            [self._description_tokens],
-            lambda a, f: self._describer.answer(a, f, self._description_tokens),
-        )
-        return [_with_descriptions(ask, [told[clip.name][0] for clip in ask.clips if clip.name in told]) for ask in asks]
+        work = functools.partial(self._describer.answer, max_new_tokens=self._description_tokens)
+        told = self._run(self._describer, wanted, "describing", [self._description_tokens], work)
+        # A clip that could not be described cannot be asked about either, which is noted then.
+        texts = {name: "" if isinstance(value, str) else value[0] for name, value in told.items()}
+        return [_with_descriptions(ask, [texts[clip.name] for clip in ask.clips]) for ask in asks]
 
-    def _run(self, respondent: Respondent, asks: Sequence[Ask], step: str, options: list, work) -> dict[str, list]:
-        """Applies `work` to batches of asks and their frames, decoding the next batch meanwhile."""
+    def _run(
+        self, respondent: Respondent, asks: Sequence[Ask], step: str, options: list, work
+    ) -> dict[str, list | str]:
+        """What `work` makes of asks and their frames, batch by batch; for an ask without an answer, the reason.
+
+        The next batch is decoded meanwhile.
+        """
         keys = [_key(step, respondent, ask, options) for ask in asks]
         batches = [slice(start, start + self._batch) for start in range(0, len(asks), self._batch)]
         todo = [batch for batch in batches if self._journal.get(keys[batch]) is None]
         done = len(asks) - sum(len(asks[batch]) for batch in todo)
+        ends = [time.perf_counter()]
         with tqdm(total=len(asks), initial=done, desc=step, unit="clip", mininterval=1, disable=not asks) as bar:
             for batch, prepared in _prepared(respondent, asks, todo):
                 self._journal.add(keys[batch], _answered(asks[batch], prepared, work))
                 bar.update(len(asks[batch]))
-        answers = {}
-        for ask, value in zip(asks, self._journal.get(keys) or [], strict=True):
+                ends.append(time.perf_counter())
+        if len(ends) > 2:
+            rate = sum(len(asks[batch]) for batch in todo[1:]) / (ends[-1] - ends[1])
+            log.info("%s: %.1f s, %.1f clips a second after the first batch", step, ends[-1] - ends[0], rate)
+        return dict(zip((ask.id for ask in asks), self._journal.get(keys), strict=True))
+
+    def _noted(self, values: dict[str, list | str]) -> dict[str, list]:
+        """The answers among the values; for an ask without, the reason is noted."""
+        for id, value in values.items():
             if isinstance(value, str):
-                self.leave_out(ask.id, value)
-            else:
-                answers[ask.id] = value
-        return answers
+                self.leave_out(id, value)
+        return {id: value for id, value in values.items() if not isinstance(value, str)}
 
 
-def present(listed: Sequence[tuple[Any, Path | None]], session: Session, where: Path, name=str) -> list[tuple[Any, Path]]:
+def present(listed: Sequence[tuple[str, Path | None]], session: Session, where: Path) -> list[tuple[str, Path]]:
     """Those of the listed samples whose clips are there; the others are noted as missing.
 
     Raises:
         UserError: not one is there.
     """
     found = []
-    for sample, path in listed:
+    for id, path in listed:
         if path is None or not path.exists():
-            session.leave_out(name(sample), f"its clip is not in {where}")
+            session.leave_out(id, f"its clip is not in {where}")
         else:
-            found.append((sample, path))
+            found.append((id, path))
     if not found:
-        raise UserError(f"{where} holds not one of the {len(listed)} clips that are listed: copy the data set's clips there")
+        raise UserError(
+            f"{where} holds not one of the {len(listed)} clips that are listed: copy the data set's clips there"
+        )
     return found
 
 
@@ -181,7 +195,7 @@ def _prepared(respondent: Respondent, asks: Sequence[Ask], batches: Sequence[sli
 
     with ThreadPoolExecutor(THREADS) as pool:
         ahead = None
-        for batch, following in zip(batches, [*batches[1:], None], strict=True):
+        for batch, following in zip(batches, [*batches[1:], None], strict=False):
             now = ahead or [pool.submit(prepare, ask) for ask in asks[batch]]
             ahead = [pool.submit(prepare, ask) for ask in asks[following]] if following else None
             yield batch, [future.result() for future in now]
@@ -198,10 +212,8 @@ def _answered(asks: Sequence[Ask], prepared: Sequence[Any], work) -> list[list |
 
 
 def _with_descriptions(ask: Ask, descriptions: Sequence[str]) -> Ask:
-    if not descriptions:
-        return ask
     names = ["the video"] if len(ask.clips) == 1 else [f"video {number}" for number in range(1, len(ask.clips) + 1)]
-    told = "\n".join(f"Description of {name}: {text}" for name, text in zip(names, descriptions, strict=False))
+    told = "\n".join(f"Description of {name}: {text}" for name, text in zip(names, descriptions, strict=True))
     conversations = []
     for turns in ask.conversations:
         (question, answer), *rest = turns

@@ -59,13 +59,17 @@ def draw(
     logits: Float[Array, "B V"], key: Array, temperature: Float[Array, ""], top_p: Float[Array, ""]
 ) -> Int[Array, "B"]:
     """One token a row: the likeliest at temperature 0, else at random among the nucleus of `top_p`."""
-    scores = logits.astype(jnp.float32) / jnp.maximum(temperature, 1e-6)
-    ordered = jnp.sort(scores, axis=-1)[:, ::-1]
-    before = jnp.cumsum(jax.nn.softmax(ordered, axis=-1), axis=-1) - jax.nn.softmax(ordered, axis=-1)
-    first = jnp.arange(ordered.shape[-1]) == 0  # never left out, not even at top_p = 0
-    floor = jnp.min(jnp.where((before < top_p) | first, ordered, jnp.inf), axis=-1, keepdims=True)
-    sampled = jax.random.categorical(key, jnp.where(scores >= floor, scores, -jnp.inf))
-    return jnp.where(temperature > 0, sampled, jnp.argmax(logits, axis=-1)).astype(jnp.int32)
+
+    def sampled() -> Int[Array, "B"]:
+        scores = logits.astype(jnp.float32) / temperature
+        ordered = jnp.sort(scores, axis=-1)[:, ::-1]
+        before = jnp.cumsum(jax.nn.softmax(ordered, axis=-1), axis=-1) - jax.nn.softmax(ordered, axis=-1)
+        first = jnp.arange(ordered.shape[-1]) == 0  # never left out, not even at top_p = 0
+        floor = jnp.min(jnp.where((before < top_p) | first, ordered, jnp.inf), axis=-1, keepdims=True)
+        return jax.random.categorical(key, jnp.where(scores >= floor, scores, -jnp.inf)).astype(jnp.int32)
+
+    # Of a small model's step on a CPU, sorting the vocabulary is most: it is left out where nothing is drawn.
+    return jax.lax.cond(temperature > 0, sampled, lambda: jnp.argmax(logits, axis=-1).astype(jnp.int32))
 
 
 class Sampler:

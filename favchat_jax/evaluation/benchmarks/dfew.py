@@ -44,7 +44,10 @@ CLIPS = (
 def run(config: ml_collections.ConfigDict, session: Session) -> Result:
     """Classifies the test clips of the folds that `folds` names."""
     root = root_of(config, LAYOUT, SOURCE)
-    files = {fold: first_of(root, [name.format(fold=fold) for name in FOLDS], f"fold {fold}", SOURCE) for fold in config.folds}
+    files = {
+        fold: first_of(root, [name.format(fold=fold) for name in FOLDS], f"fold {fold}", SOURCE)
+        for fold in config.folds
+    }
     folds = {f"fold {fold}": _read(root, path) for fold, path in files.items()}
     result = classify(config, session, root, folds, CLASSES)
     clips = [clip.path for listed in folds.values() for clip in listed if clip.path]

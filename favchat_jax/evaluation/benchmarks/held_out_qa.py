@@ -38,9 +38,8 @@ def run(config: ml_collections.ConfigDict, session: Session) -> Result:
     samples = []
     for (name, _), parts in zip(there, asks, strict=True):
         answers = [answer for ask in parts for answer in said.get(ask.id, [None] * len(ask.conversations))]
-        for pair, answer in zip(clips[name]["qa"], answers, strict=True):
-            if answer is not None:
-                samples.append(_row(name, len(samples), pair, answer))
+        pairs = zip(clips[name]["qa"], answers, strict=True)
+        samples += [_row(name, number, *both) for number, both in enumerate(pairs) if both[1] is not None]
     figures, notes = word_figures(samples, config.seed), [NO_JUDGE]
     if session.judge is not None:
         scores, notes = judged_figures(session.judge, samples, {"score": "qa"}, config.seed)

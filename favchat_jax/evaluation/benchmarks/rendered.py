@@ -51,7 +51,9 @@ def score(rows: Sequence[dict[str, Any]], seed: int = 0) -> Result:
         "rendered",
         samples,
         {"accuracy": _accuracy(samples, seed)},
-        groups={kind: {"n": len(part), "figures": {"accuracy": _accuracy(part, seed)}} for kind, part in groups.items()},
+        groups={
+            kind: {"n": len(part), "figures": {"accuracy": _accuracy(part, seed)}} for kind, part in groups.items()
+        },
     )
     result["accuracy"] = sum(hits) / len(hits)
     result["majority_baseline"] = sum(baseline[kind] * row["n"] for kind, row in by_kind.items()) / len(rows)

@@ -4,8 +4,8 @@
     ROOT/splits.txt    with `pairs=splits`: lines as: 1, 1, Sadie_Frost/1, Sadie_Frost/5, 1
 
 `pairs=segments` is the paper's test as far as it says: two segments of 36 frames of each of 1,595 people, 3,190 in all.
-How it pairs them it does not say. Here each person's two segments make a pair, from two videos where there are two, else
-the beginning and the end of one; and each person's first makes one with the second of another, drawn by the seed.
+How it pairs them it does not say. Here each person's two segments make a pair, from two videos where there are two,
+else the beginning and the end of one; and each person's first makes one with the second of another, drawn by the seed.
 `pairs=splits` is the data set's own test: 5,000 pairs in ten parts, whole videos.
 
 Both clips' frames are given in time order as one video. The ROC curve is drawn from the log-probability of "yes" over
@@ -122,7 +122,9 @@ def _present(pairs: Sequence[Pair], session: Session, images: Path) -> list[Pair
         if None in pair.clips:
             session.leave_out(pair.id, f"one of its clips is not in {images}")
     if not there:
-        raise UserError(f"{images} holds not one of the {len(pairs)} pairs: copy the data set's frames there ({SOURCE})")
+        raise UserError(
+            f"{images} holds not one of the {len(pairs)} pairs: copy the data set's frames there ({SOURCE})"
+        )
     return there
 
 
@@ -156,7 +158,9 @@ def _segments(images: Path, length: int, seed: int) -> list[Pair]:
         if videos:
             people[person.name] = _two_segments(videos, length)
     if len(people) < 2:
-        raise UserError(f"{images} holds {len(people)} people, and pairs need two: copy the data set's frames there ({SOURCE})")
+        raise UserError(
+            f"{images} holds {len(people)} people, and pairs need two: copy the data set's frames there ({SOURCE})"
+        )
     names = list(people)
     order = np.random.default_rng(seed).permutation(len(names))  # a cycle through all, so that nobody meets himself
     others = {names[a]: names[b] for a, b in zip(order, np.roll(order, -1), strict=True)}
