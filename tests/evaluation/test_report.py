@@ -167,7 +167,7 @@ def test_failures_take_kinds_in_turn():
     for number, row in enumerate(one["samples"]):
         row["kind"] = "rare" if number == 7 else "often"
     built, _ = page_of(one, examples=3)
-    (failures, _) = built["sections"][0]["examples"]
+    (failures,) = built["sections"][0]["examples"]
     assert [card["id"] for card in failures["cards"]] == ["000", "007", "001"]
 
 
