@@ -41,7 +41,7 @@ def run(config: ml_collections.ConfigDict, session: Session) -> Result:
     samples = [
         {
             "id": row["id"],
-            "clip": row["video"],
+            "clip": row["id"],
             "question": config.question,
             "expected": row["caption"],
             "answer": said[row["id"]][0],
