@@ -16,6 +16,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from favchat_jax import command_line
+from favchat_jax.convert.mistral import fingerprint
 from favchat_jax.errors import UserError
 from favchat_jax.evaluation import result as results
 from favchat_jax.evaluation.benchmarks import rendered
@@ -76,8 +77,7 @@ def identity_of(checkpoint: str | Path, run: Run) -> dict[str, Any]:
     The language model's base is in it by the fingerprint of its folder.
     """
     weights = {path: leaf for path, leaf in run.weights.items() if group_of(path) != "llm"}
-    llm = "" if is_self_contained(checkpoint) else (Path(checkpoint) / "llm.json").read_text()
-    told = json.dumps([describe_leaves(weights), llm], sort_keys=True)
+    told = json.dumps([describe_leaves(weights), fingerprint(run.config.llm.path)], sort_keys=True)
     kind = {name: run.config[name] for name in ("preset", "variant", "ablation", "stage") if name in run.config}
     step = None if is_self_contained(checkpoint) else Checkpoints(checkpoint).latest()
     return {"name": str(checkpoint), **kind, "step": step, "sha256": hashlib.sha256(told.encode()).hexdigest()}

@@ -1,8 +1,9 @@
 """The command that evaluates: checkpoints and servers, describers, results that say what they are of, and stops."""
 
 import json
+import shutil
 import signal
-import subprocess
+import threading
 import time
 from pathlib import Path
 
@@ -10,9 +11,9 @@ import pytest
 
 from configs.eval import dfew as dfew_config
 from configs.eval import rendered as rendered_config
-from favchat_jax.data.datasets import open_dataset
 from favchat_jax.errors import RunError, UserError
 from favchat_jax.evaluate import evaluate, identity_of, judge_of
+from favchat_jax.evaluation.respondents import FaVChat
 from favchat_jax.evaluation.result import PACKAGES, write_result
 from favchat_jax.training.assembly import load_run
 from tests.conftest import DATA, start_module
@@ -69,8 +70,6 @@ def test_a_result_says_what_it_is_of(dfew, checkpoint, trained):
 
 
 def test_the_data_sets_hash_changes_with_its_labels_and_its_clips(dfew, tmp_path):
-    import shutil
-
     def hashed(root):
         with serve(lambda body: "happy") as server:
             result = evaluate(server_config(root, method="direct"), model=f"openai:{server.url}#m")
@@ -149,33 +148,62 @@ def test_a_second_judge_without_a_first_is_refused(dfew):
         judge_of(config)
 
 
-def test_an_evaluation_that_was_killed_gives_the_same_json_when_it_is_resumed(small_world, checkpoint, tmp_path):
-    arguments = [
-        "--config=configs/eval/rendered.py",
-        f"--config.data.name={DATA}",
-        f"--config.data.packed={small_world.packed}",
-        "--config.batch=2",
-        f"--checkpoint={checkpoint}",
-    ]
+def test_an_evaluation_that_was_killed_gives_the_same_json_when_it_is_resumed(small_world, tmp_path):
+    asked_for, go_on = [0], threading.Event()
 
-    def start(out: Path) -> subprocess.Popen:
-        return start_module("favchat_jax.evaluate", *arguments, f"--out={out}")
+    def reply(body):
+        asked_for[0] += 1
+        if asked_for[0] == 21:  # in one of the middle batches
+            go_on.wait(200)
+        return asked(body)[::-1]
 
     journal = tmp_path / "killed.json.answers.jsonl"
-    process = start(tmp_path / "killed.json")
-    deadline = time.monotonic() + 250
-    while time.monotonic() < deadline and not (journal.exists() and journal.stat().st_size):
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    source = open_dataset(DATA, small_world.packed, "heldout")
-    answered = len([line for line in journal.read_text().splitlines() if line])
-    assert 0 < answered < len(source) and not (tmp_path / "killed.json").exists()
-    for out in (tmp_path / "killed.json", tmp_path / "whole.json"):
-        _, stderr = start(out).communicate(timeout=250)
-        assert out.exists(), stderr
+    with serve(reply) as server:
+        arguments = [
+            "--config=configs/eval/rendered.py",
+            f"--config.data.name={DATA}",
+            f"--config.data.packed={small_world.packed}",
+            *("--config.batch=2", "--config.server.frames=2", "--config.server.size=32"),
+            f"--model=openai:{server.url}#m",
+        ]
+        process = start_module("favchat_jax.evaluate", *arguments, f"--out={tmp_path / 'killed.json'}")
+        while asked_for[0] < 21:
+            assert process.poll() is None, process.communicate()[1]
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        go_on.set()
+        assert journal.exists() and not (tmp_path / "killed.json").exists()
+        before = asked_for[0]
+        for name in ("killed.json", "whole.json"):
+            process = start_module("favchat_jax.evaluate", *arguments, f"--out={tmp_path / name}")
+            _, stderr = process.communicate(timeout=250)
+            assert process.returncode == 0, stderr
+            asked_for.append(asked_for[0] - before)
+            before = asked_for[0]
+    assert 0 < asked_for[1] < asked_for[2]  # the resumed one had less to ask
     assert (tmp_path / "killed.json").read_bytes() == (tmp_path / "whole.json").read_bytes()
     assert not journal.exists()
+
+
+def test_a_checkpoints_evaluation_that_was_stopped_gives_the_same_result_when_it_is_resumed(
+    dfew, checkpoint, tmp_path, monkeypatch
+):
+    answer, batches = FaVChat.answer, [0]
+
+    def stopping(self, *arguments, **options):
+        batches[0] += 1
+        if batches[0] == 5:  # the second batch of the second step
+            raise KeyboardInterrupt
+        return answer(self, *arguments, **options)
+
+    monkeypatch.setattr(FaVChat, "answer", stopping)
+    journal = tmp_path / "answers.jsonl"
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(config_of(dfew), checkpoint, journal=journal)
+    resumed = evaluate(config_of(dfew), checkpoint, journal=journal)
+    assert batches[0] == 5 + 2
+    assert resumed == evaluate(config_of(dfew), checkpoint)
 
 
 def test_batches_of_one_and_of_eight_give_the_same_answers(small_world, checkpoint):

@@ -20,6 +20,7 @@ from favchat_jax import command_line
 from favchat_jax.errors import UserError
 from favchat_jax.evaluation.benchmarks import rendered as benchmark
 from favchat_jax.evaluation.session import Session
+from favchat_jax.generation.sampler import Sampler
 from favchat_jax.training.assembly import Run, load_run
 
 log = logging.getLogger("favchat_jax")
@@ -43,7 +44,7 @@ def sweep(run: Run, lengths: list[int], limit: int) -> list[dict[str, Any]]:
     for frames in lengths:
         log.info("%d frames", frames)
         run.config.model.frames = frames
-        result = benchmark.run(config, Session.of(run, config.batch, config.questions))
+        result = benchmark.run(config, Session.of(Sampler.of(run), config))
         groups = {"all": result, **result["groups"]}
         figures = {name: {"n": part["n"], **part["figures"]["accuracy"]} for name, part in groups.items()}
         rows.append({"frames": frames, "figures": figures})

@@ -20,7 +20,7 @@ import ml_collections
 from tqdm import tqdm
 
 from favchat_jax.data.video import VideoError
-from favchat_jax.errors import UserError
+from favchat_jax.errors import RunError, UserError
 from favchat_jax.evaluation.judge import Judge
 from favchat_jax.evaluation.respondents import Ask, FaVChat, Respondent, Unanswered
 from favchat_jax.generation.sampler import Sampler
@@ -54,9 +54,9 @@ class Journal:
         return None if None in known else known
 
     def add(self, keys: Sequence[str], values: Sequence[Any]) -> None:
-        """Writes a batch."""
+        """Writes a batch. One without a single answer is not kept: that may be the model's or the config's fault."""
         self._known.update(zip(keys, values, strict=True))
-        if self._path is not None:
+        if self._path is not None and not all(isinstance(value, str) for value in values):
             with self._path.open("a") as file:
                 # A line break first: an earlier start may have ended within a line.
                 file.write(
@@ -158,11 +158,18 @@ class Session:
         return dict(zip((ask.id for ask in asks), self._journal.get(keys), strict=True))
 
     def _noted(self, values: dict[str, list | str]) -> dict[str, list]:
-        """The answers among the values; for an ask without, the reason is noted."""
+        """The answers among the values; for an ask without, the reason is noted.
+
+        Raises:
+            RunError: there is not one answer.
+        """
         for id, value in values.items():
             if isinstance(value, str):
                 self.leave_out(id, value)
-        return {id: value for id, value in values.items() if not isinstance(value, str)}
+        answers = {id: value for id, value in values.items() if not isinstance(value, str)}
+        if values and not answers:
+            raise RunError(f"not one of {len(values)} samples was answered; the first: {next(iter(values.values()))}")
+        return answers
 
 
 def present(listed: Sequence[tuple[str, Path | None]], session: Session, where: Path) -> list[tuple[str, Path]]:

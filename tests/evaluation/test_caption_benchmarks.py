@@ -166,6 +166,7 @@ def test_absent_clips_are_named_and_the_others_scored(broken):
         ("dfec", "test.json", "{", "test.json is damaged"),
         ("dfec", "test.json", "[]", "should hold a list of captions"),
         ("dfec", "test.json", '[{"id": 1}]', "entry 0: id, video and caption should be there as text"),
+        ("dfec", "test.json", json.dumps([{"id": "1", "video": "v", "caption": "c"}] * 2), "id '1' is there twice"),
         ("emer", "gt-eng.csv", None, "lacks its annotations: expected gt-eng.csv or final-EMER-reason.csv"),
         ("emer", "gt-eng.csv", "names,emotions\n", "has no column reasons"),
         ("held_out_qa", "qa.jsonl", None, "lacks its questions: expected qa.jsonl"),

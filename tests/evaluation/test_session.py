@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from favchat_jax.data import rendered_faces
-from favchat_jax.errors import UserError
+from favchat_jax.errors import RunError, UserError
 from favchat_jax.evaluation.footage import Footage
 from favchat_jax.evaluation.respondents import Ask, Unanswered
 from favchat_jax.evaluation.session import DESCRIBE, Journal, Session, present
@@ -101,6 +101,17 @@ def test_answers_to_anything_else_are_not_taken_up(change, tmp_path):
     asked = [Ask("clip 0", (Footage("clip 0", clip),), (((question, None),),)), asks(2)[1]]
     session(model, 3, journal=Journal(path)).ask(asked, 9 if change == "tokens" else 8)
     assert model.batches == [["clip 0", "clip 1"]]
+
+
+def test_where_not_one_sample_is_answered_the_run_ends_and_a_later_one_asks_again(tmp_path):
+    class Refusing(Scripted):
+        def answer(self, asks, frames, max_new_tokens):
+            return [Unanswered("the server refused") for _ in asks]
+
+    path = tmp_path / "answers.jsonl"
+    with pytest.raises(RunError, match="not one of 5 samples was answered; the first: the server refused"):
+        session(Refusing(repeat), 3, journal=Journal(path)).ask(asks(5), 8)
+    assert set(session(Scripted(repeat), 3, journal=Journal(path)).ask(asks(5), 8)) == {f"clip {i}" for i in range(5)}
 
 
 def test_missing_clips_stay_missing_when_a_session_is_taken_up(tmp_path):

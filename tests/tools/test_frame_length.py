@@ -22,6 +22,7 @@ def rows(monkeypatch):
         return {"n": 4, "figures": figure(frames / 10), "groups": {"motion": {"n": 2, "figures": figure(frames / 20)}}}
 
     monkeypatch.setattr(frame_length, "benchmark", SimpleNamespace(run=run))
+    monkeypatch.setattr(frame_length, "Sampler", SimpleNamespace(of=lambda run: run))
     monkeypatch.setattr(frame_length, "Session", SimpleNamespace(of=lambda run, *_: run.config.model.frames))
     run = SimpleNamespace(config=ConfigDict({"model": {"frames": 8}, "data": {"name": "faces", "packed": "data"}}))
     rows = frame_length.sweep(run, [2, 8], limit=3)

@@ -6,6 +6,7 @@
 CIDEr and ROUGE-L need nothing else; correctness, detail, context, temporal (0 to 5) and AutoDQ need a judge.
 """
 
+import collections
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -40,7 +41,7 @@ def run(config: ml_collections.ConfigDict, session: Session) -> Result:
     samples = [
         {
             "id": row["id"],
-            "clip": row["video"],
+            "clip": row["id"],
             "question": config.question,
             "expected": row["caption"],
             "answer": said[row["id"]][0],
@@ -80,6 +81,9 @@ def _read(path: Path) -> list[dict[str, str]]:
     for number, row in enumerate(listed):
         if not isinstance(row, dict) or not all(isinstance(row.get(key), str) for key in ("id", "video", "caption")):
             raise UserError(f"{path}, entry {number}: id, video and caption should be there as text; copy it again")
+    twice = [id for id, count in collections.Counter(row["id"] for row in listed).items() if count > 1]
+    if twice:
+        raise UserError(f"{path}: id {twice[0]!r} is there twice; copy it again")
     return listed
 
 

@@ -95,7 +95,7 @@ def _ask(name: str, video: Path, pairs: list[dict[str, str]], most: int) -> list
     """A clip's questions in asks of at most `most`, which share the clip's encoding."""
     parts = [pairs[start : start + most] for start in range(0, len(pairs), most)]
     return [
-        Ask(f"{name} {number}", (Footage(name, video),), tuple(((pair["q"], None),) for pair in part))
+        Ask(f"{name} {number}" if number else name, (Footage(name, video),), tuple(((q["q"], None),) for q in part))
         for number, part in enumerate(parts)
     ]
 
