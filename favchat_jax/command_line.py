@@ -112,6 +112,13 @@ def check_kind(holder: flags.FlagHolder, field: str, choices: str) -> None:
         raise UserError(f"--config={name} has no {field}, so it is of another kind: choose one of {choices}")
 
 
+def check_output(option: str, path: str) -> None:
+    """Raises UserError where an option names a file that cannot be written: told at once, not after all the work."""
+    parent = Path(path).absolute().parent
+    if Path(path).is_dir() or not (parent.is_dir() and os.access(parent, os.W_OK)):
+        raise UserError(f"{option}={path} cannot be written: name a file in a folder that exists")
+
+
 def _config_named(argv: list[str]) -> str | None:
     """The file after --config, without the config's own arguments, which follow a colon."""
     for argument, following in zip(argv[1:], [*argv[2:], ""], strict=False):

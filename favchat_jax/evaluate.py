@@ -1,5 +1,10 @@
-"""Runs a benchmark: python -m favchat_jax.evaluate --config=configs/eval/NAME.py --checkpoint=DIR --out=F.json"""
+"""Runs a benchmark: python -m favchat_jax.evaluate --config=configs/eval/NAME.py --checkpoint=DIR --out=F.json
 
+--model=openai:URL#NAME evaluates the model of an OpenAI-compatible server instead, --describer=DIR with a checkpoint's
+description of each clip before the question. Stopped, the same command goes on where it was.
+"""
+
+import hashlib
 import importlib
 import json
 import os
@@ -11,54 +16,123 @@ from absl import flags
 from ml_collections import config_flags
 
 from favchat_jax import command_line
+from favchat_jax.convert.mistral import fingerprint
 from favchat_jax.errors import UserError
+from favchat_jax.evaluation import result as results
+from favchat_jax.evaluation.benchmarks import rendered
+from favchat_jax.evaluation.judge import Judge
+from favchat_jax.evaluation.respondents import FaVChat, OpenAIServer
+from favchat_jax.evaluation.session import Journal, Session
 from favchat_jax.generation.sampler import Sampler
-from favchat_jax.training.assembly import load_run
+from favchat_jax.training.assembly import Run, is_self_contained, load_run
+from favchat_jax.training.checkpoint import Checkpoints
+from favchat_jax.training.stages import group_of
+from favchat_jax.weights_folder import describe_leaves
 
 
-def evaluate(config: ml_collections.ConfigDict, checkpoint: str | Path) -> dict[str, Any]:
-    """The result of the benchmark that `config.benchmark` names."""
+def evaluate(
+    config: ml_collections.ConfigDict,
+    checkpoint: str | Path | None = None,
+    *,
+    model: str | None = None,
+    describer: str | Path | None = None,
+    journal: Path | None = None,
+) -> results.Result:
+    """The result of the benchmark that `config.benchmark` names, in the form that `evaluation/result.py` describes.
+
+    Args:
+        config: one of configs/eval.
+        checkpoint: the model, or
+        model: openai:URL#NAME.
+        describer: a checkpoint whose descriptions the model is given.
+        journal: file that keeps answers until the evaluation is whole.
+    """
     try:
         benchmark = importlib.import_module(f"favchat_jax.evaluation.benchmarks.{config.benchmark}")
     except ModuleNotFoundError:
         raise UserError(f"benchmark {config.benchmark!r} is unknown: see favchat_jax/evaluation/benchmarks") from None
-    return {
-        "benchmark": config.benchmark,
-        "checkpoint": str(checkpoint),
-        **benchmark.run(config, Sampler.of(load_run(checkpoint))),
-    }
+    respondent = OpenAIServer(model, config.server) if model else respondent_of(checkpoint, config)
+    telling = respondent_of(describer, config) if describer else None
+    session = Session(
+        respondent,
+        batch=config.batch,
+        journal=Journal(journal),
+        judge=judge_of(config),
+        describer=telling,
+        description_tokens=config.description_tokens,
+    )
+    found = benchmark.run(config, session)
+    return results.with_provenance(found, config, respondent.identity, telling and telling.identity)
 
 
-def table(result: dict[str, Any]) -> str:
-    """The result by kind of question, for a terminal."""
-    rows = [f"{'kind':<14}{'n':>6}{'accuracy':>10}{'majority':>10}"]
-    rows += [
-        f"{kind:<14}{row['n']:>6}{row['accuracy']:>10.3f}{row['majority_baseline']:>10.3f}"
-        for kind, row in result["by_kind"].items()
-    ]
-    rows.append(f"{'all':<14}{result['n']:>6}{result['accuracy']:>10.3f}{result['majority_baseline']:>10.3f}")
-    return "\n".join(rows)
+def respondent_of(checkpoint: str | Path, config: ml_collections.ConfigDict) -> FaVChat:
+    """A checkpoint, ready to be asked in batches of the config's size."""
+    run = load_run(checkpoint)
+    return FaVChat(Sampler.of(run), config.batch, config.questions, identity_of(checkpoint, run))
+
+
+def identity_of(checkpoint: str | Path, run: Run) -> dict[str, Any]:
+    """What a result says of a checkpoint: its folder, kind and step, and a hash of its weights.
+
+    The language model's base is in it by the fingerprint of its folder.
+    """
+    weights = {path: leaf for path, leaf in run.weights.items() if group_of(path) != "llm"}
+    told = json.dumps([describe_leaves(weights), fingerprint(run.config.llm.path)], sort_keys=True)
+    kind = {name: run.config[name] for name in ("preset", "variant", "ablation", "stage") if name in run.config}
+    step = None if is_self_contained(checkpoint) else Checkpoints(checkpoint).latest()
+    return {"name": str(checkpoint), **kind, "step": step, "sha256": hashlib.sha256(told.encode()).hexdigest()}
+
+
+def judge_of(config: ml_collections.ConfigDict) -> Judge | None:
+    """The judge that the config names, with the second one where there is one."""
+    if not config.judge.model:
+        if config.second_judge.model:
+            raise UserError("second_judge.model is set without judge.model: name the first judge too")
+        return None
+    return Judge(config.judge, Judge(config.second_judge) if config.second_judge.model else None)
+
+
+def table(result: results.Result) -> str:
+    """The figures, for a terminal."""
+    return rendered.table(result) if result["benchmark"] == "rendered" else results.table(result)
+
+
+def check(config: ml_collections.ConfigDict, out: Path) -> None:
+    """Refuses now what would fail after all the work; raises UserError."""
+    for field, least in (
+        ("batch", 1),
+        ("questions", 1),
+        ("max_new_tokens", 1),
+        ("description_tokens", 1),
+        ("limit", 0),
+    ):
+        if config[field] < least:
+            raise UserError(f"{field}={config[field]} is too small: give at least {least}")
+    parent = out.absolute().parent
+    if out.is_dir() or not (parent.is_dir() and os.access(parent, os.W_OK)):
+        raise UserError(f"--out={out} cannot be written: name a file in a folder that exists")
 
 
 def main() -> None:
     """Evaluates what the flags say."""
-    if _CONFIG.value is None or not _CHECKPOINT.value or not _OUT.value:
+    if _CONFIG.value is None or not _OUT.value or not (_CHECKPOINT.value or _MODEL.value):
         raise UserError("needed: --config=configs/eval/rendered.py --checkpoint=WORKDIR --out=FILE.json")
+    if _CHECKPOINT.value and _MODEL.value:
+        raise UserError("--checkpoint and --model both name the model: give one (--describer=DIR adds descriptions)")
     command_line.check_kind(_CONFIG, "benchmark", "configs/eval")
-    for field, least in (("batch", 1), ("questions", 1), ("max_new_tokens", 1), ("limit", 0)):
-        if _CONFIG.value[field] < least:
-            raise UserError(f"{field}={_CONFIG.value[field]} is too small: give at least {least}")
     out = Path(_OUT.value)
-    parent = out.absolute().parent
-    if out.is_dir() or not (parent.is_dir() and os.access(parent, os.W_OK)):  # told now, not after all the work
-        raise UserError(f"--out={out} cannot be written: name a file in a folder that exists")
-    result = evaluate(_CONFIG.value, _CHECKPOINT.value)
-    out.write_text(json.dumps(result, indent=1))
+    check(_CONFIG.value, out)
+    journal = out.with_name(f"{out.name}.answers.jsonl")
+    result = evaluate(_CONFIG.value, _CHECKPOINT.value, model=_MODEL.value, describer=_DESCRIBER.value, journal=journal)
+    results.write_result(out, result)
+    journal.unlink(missing_ok=True)  # the result holds everything
     print(table(result))
 
 
 if __name__ == "__main__":
     _CONFIG = config_flags.DEFINE_config_file("config", None, "Config of the benchmark")
     _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Workdir of a stage")
+    _MODEL = flags.DEFINE_string("model", None, "openai:URL#NAME: a server's model in place of a checkpoint")
+    _DESCRIBER = flags.DEFINE_string("describer", None, "Workdir of a stage whose descriptions the model is given")
     _OUT = flags.DEFINE_string("out", None, "JSON file to write")
     command_line.start(main)

@@ -337,10 +337,10 @@ def test_evaluate_writes_its_figures_and_prints_them(command, small_world, check
     ended = command("evaluate", *evaluation(small_world, f"--checkpoint={checkpoint}", f"--out={out}"))
     assert ended.code == 0 and "Traceback" not in ended.stderr
     result = json.loads(out.read_text())
-    assert (result["benchmark"], result["checkpoint"]) == ("rendered", str(checkpoint))
+    assert (result["benchmark"], result["model"]) == ("rendered", str(checkpoint))
     source = open_dataset(DATA, small_world.packed, "heldout")
     asked = [(source[i].id, q.question) for i in range(3) for q in source[i].questions]
-    assert [(row["clip"], row["question"]) for row in result["answers"]] == asked and result["n"] == len(asked)
+    assert [(row["clip"], row["question"]) for row in result["samples"]] == asked and result["n"] == len(asked)
     assert ended.stdout.splitlines()[-1].split() == [
         "all", str(len(asked)), f"{result['accuracy']:.3f}", f"{result['majority_baseline']:.3f}",
     ]  # fmt: skip

@@ -23,6 +23,8 @@ from favchat_jax.generation.sampler import Sampler
 from favchat_jax.training.assembly import load_run
 
 BATCH = 32
+# The paper's later version: mean and standard deviation of the facial stream's weight on each kind of video.
+PUBLISHED = {"face clips": (0.702, 0.084), "general clips": (0.297, 0.080)}
 
 
 def facial_weights(sampler: Sampler, records: Sequence, question: str) -> list[float]:
@@ -67,6 +69,9 @@ def main() -> None:
     """Weighs every held-out clip of the data set that the checkpoint was trained on."""
     if not _CHECKPOINT.value:
         raise UserError("needed: --checkpoint=WORKDIR")
+    for option, path in (("--json", _JSON.value), ("--figure", _FIGURE.value)):
+        if path:
+            command_line.check_output(option, path)
     run = load_run(_CHECKPOINT.value)
     sampler = Sampler.of(run)
     source = open_dataset(run.config.data.name, run.config.data.packed, "heldout")
@@ -75,11 +80,15 @@ def main() -> None:
         name: facial_weights(sampler, [r for r in records if r.has_face == has_face], INSTRUCTIONS[0])
         for name, has_face in (("face clips", True), ("general clips", False))
     }
+    if empty := [name for name, weights in groups.items() if len(weights) < 2]:
+        raise UserError(f"{run.config.data.name} has fewer than two held-out {empty[0]}: there is nothing to compare")
     result = summarise(groups)
     if _FIGURE.value:
         draw(groups, result, _FIGURE.value)
     if _JSON.value:
-        Path(_JSON.value).write_text(json.dumps(result, indent=1))
+        told = {n: {**result[n], "weights": weights, "published": PUBLISHED[n]} for n, weights in groups.items()}
+        about = {"table": "adapter_weights", "checkpoint": _CHECKPOINT.value, "question": INSTRUCTIONS[0]}
+        Path(_JSON.value).write_text(json.dumps({**about, "groups": told, "cohens_d": result["cohens_d"]}, indent=1))
     for name in groups:
         print("{:<14} n {n:>4}  mean {mean:.3f}  std {std:.3f}".format(name, **result[name]))
     print(f"Cohen's d {result['cohens_d']:.2f}")

@@ -15,17 +15,18 @@ from favchat_jax.convert.exported import is_exported
 from favchat_jax.data.datasets import open_dataset
 from favchat_jax.errors import RunError, UserError
 from favchat_jax.evaluation.benchmarks import rendered as benchmark
+from favchat_jax.evaluation.session import Session
 from favchat_jax.generation.sampler import Sampler
 from favchat_jax.training.assembly import load_run
 
 
 def compare(checkpoint: str | Path, export: str | Path, clips: int) -> list[dict[str, str]]:
-    """Rows of clip, question, reference, prediction (ours) and exported (PyTorch's)."""
+    """Rows of clip, question, expected, answer (ours) and exported (PyTorch's)."""
     if not is_exported(Path(export)):
         raise UserError(f"--export={export} is not an exported folder: write one with tools.export_pytorch")
     config = rendered.get_config()
     config.limit = clips
-    rows = benchmark.run(config, Sampler.of(load_run(checkpoint)))["answers"]
+    rows = benchmark.run(config, Session.of(Sampler.of(load_run(checkpoint)), config))["samples"]
     source = open_dataset(config.data.name, config.data.packed, config.data.split)
     encoded = {record.id: record.clip for record in (source[i] for i in range(len(source)))}
     from transformers import AutoModelForCausalLM  # here, not above: with it comes PyTorch
@@ -43,9 +44,9 @@ def main() -> None:
     if not _CHECKPOINT.value or not _EXPORT.value:
         raise UserError("needed: --checkpoint=WORKDIR --export=FOLDER")
     rows = compare(_CHECKPOINT.value, _EXPORT.value, _CLIPS.value)
-    differing = [row for row in rows if row["prediction"] != row["exported"]]
-    right = {name: sum(row[name] == row["reference"] for row in rows) for name in ("prediction", "exported")}
-    print(f"right answers: JAX {right['prediction']}, PyTorch {right['exported']} of {len(rows)}")
+    differing = [row for row in rows if row["answer"] != row["exported"]]
+    right = {name: sum(row[name] == row["expected"] for row in rows) for name in ("answer", "exported")}
+    print(f"right answers: JAX {right['answer']}, PyTorch {right['exported']} of {len(rows)}")
     print(f"the same answer: {len(rows) - len(differing)} of {len(rows)}")
     if differing:
         row = differing[0]

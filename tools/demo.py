@@ -17,6 +17,7 @@ from favchat_jax.chat import ask
 from favchat_jax.data.datasets import open_dataset
 from favchat_jax.evaluate import table
 from favchat_jax.evaluation.benchmarks import rendered as benchmark
+from favchat_jax.evaluation.session import Session
 from favchat_jax.generation.sampler import Sampler, Sampling
 from favchat_jax.train import default_workdir, train_stage
 from favchat_jax.training.assembly import load_run
@@ -41,8 +42,8 @@ def main() -> None:
     workdir = default_workdir(config)
     if not train_stage(config, workdir).finished:
         return  # stopped by SIGTERM and saved; the same command goes on
-    sampler = Sampler.of(load_run(workdir))
-    heldout = benchmark.run(rendered.get_config(), sampler)
+    sampler, asked = Sampler.of(load_run(workdir)), rendered.get_config()
+    heldout = benchmark.run(asked, Session.of(sampler, asked))
 
     record = open_dataset(config.data.name, config.data.packed, "heldout")[0]
     video = workdir.parent / "example.mp4"
@@ -54,7 +55,7 @@ def main() -> None:
         "wall_seconds": time.perf_counter() - started,
         "peak_memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
         "stages": stage_report(workdir.parent),
-        "heldout": {name: value for name, value in heldout.items() if name != "answers"},
+        "heldout": {name: heldout[name] for name in ("n", "accuracy", "majority_baseline", "by_kind")},
         "chat": {"video": str(video), "question": question, "answer": answer},
     }
     path = workdir.parent / "report.json"

@@ -3,17 +3,13 @@
 python -m favchat_jax.evaluate --config=configs/eval/rendered.py --checkpoint=runs/tiny-v1/stage3 --out=rendered.json
 """
 
-from ml_collections import ConfigDict
+from configs.eval import common
 
 
 def get_config():
-    return ConfigDict(
-        {
-            "benchmark": "rendered",
-            "data": {"name": "rendered_faces", "root": "", "packed": "runs/data", "split": "heldout"},
-            "batch": 32,  # clips
-            "questions": 4,  # of a clip, at most; answered together
-            "max_new_tokens": 12,
-            "limit": 0,  # clips; 0 for all
-        }
-    )
+    config = common.get_config("rendered")
+    config.data = {"name": "rendered_faces", "root": "", "packed": "runs/data", "split": "heldout"}
+    config.batch = 32  # clips
+    config.questions = 4  # of a clip, at most; answered together
+    config.max_new_tokens = 12
+    return config

@@ -1,10 +1,17 @@
-"""Figures of merit, each a pure function of answers."""
+"""Figures of merit, each a pure function of answers. Those of whole evaluations have 95 % bootstrap intervals."""
 
 import collections
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 
 import numpy as np
+from jaxtyping import Bool, Float, Int
+from scipy.stats import rankdata
+from sklearn.metrics import confusion_matrix, roc_curve
+
+from favchat_jax.evaluation.result import Figure, figure
+
+DRAWS = 1000  # of each bootstrap
 
 
 def normalise(text: str) -> str:
@@ -40,3 +47,195 @@ def cohens_d(one: Sequence[float], other: Sequence[float]) -> float:
     squares = np.sum((one - one.mean()) ** 2) + np.sum((other - other.mean()) ** 2)
     with np.errstate(divide="ignore", invalid="ignore"):
         return float((one.mean() - other.mean()) / np.sqrt(squares / (len(one) + len(other) - 2)))
+
+
+def confusion(expected: Sequence[int], predicted: Sequence[int | None], classes: int) -> Int[np.ndarray, "K K+1"]:
+    """How often each class (row) was taken for each (column); the last column is none of them."""
+    said = [classes if label is None else label for label in predicted]
+    if not said:
+        return np.zeros((classes, classes + 1), int)
+    return confusion_matrix(expected, said, labels=range(classes + 1))[:classes]
+
+
+def war(counts: Int[np.ndarray, "*D K K+1"]) -> Float[np.ndarray, "*D"]:
+    """Weighted average recall: the share of all samples that are right."""
+    with np.errstate(invalid="ignore"):
+        return np.trace(counts, axis1=-2, axis2=-1) / counts.sum((-2, -1))
+
+
+def uar(counts: Int[np.ndarray, "*D K K+1"]) -> Float[np.ndarray, "*D"]:
+    """Unweighted average recall: the mean of the recalls of those classes that have samples."""
+    of_class = counts.sum(-1)
+    hits = np.diagonal(counts, axis1=-2, axis2=-1)
+    with np.errstate(invalid="ignore"):
+        return (hits / np.maximum(of_class, 1)).sum(-1) / (of_class > 0).sum(-1)
+
+
+def resampled(counts: Int[np.ndarray, "K K+1"], seed: int, draws: int = DRAWS) -> Int[np.ndarray, "D K K+1"]:
+    """Confusion matrices of bootstrap samples: drawing samples with replacement is drawing cells."""
+    if not counts.sum():
+        return np.broadcast_to(counts, (draws, *counts.shape))
+    drawn = np.random.default_rng(seed).multinomial(counts.sum(), counts.ravel() / counts.sum(), draws)
+    return drawn.reshape(draws, *counts.shape)
+
+
+def recall_figures(folds: Sequence[Int[np.ndarray, "K K+1"]], seed: int) -> dict[str, Figure]:
+    """UAR and WAR averaged over the folds' confusion matrices, each with its 95 % interval."""
+    folds = [counts for counts in folds if counts.sum()]
+    drawn = [resampled(counts, seed + i) for i, counts in enumerate(folds)]
+    found = {}
+    for name, measure in (("uar", uar), ("war", war)):
+        value = np.mean([measure(counts) for counts in folds]) if folds else np.nan
+        found[name] = figure(value, *_interval([measure(d) for d in drawn]), scale=100)
+    return found
+
+
+def mean_figure(
+    values: Sequence[float], seed: int, scale: int = 1, clusters: Sequence[Hashable] | None = None
+) -> Figure:
+    """The mean of a score over samples with its 95 % interval.
+
+    Samples of one cluster, such as the questions about one clip, are drawn together: they are not independent.
+    """
+    values = np.asarray(values, np.float64)
+    if clusters is None:
+        return statistic_figure(lambda picked: values[picked].mean(-1), len(values), seed, scale)
+    places = {cluster: i for i, cluster in enumerate(dict.fromkeys(clusters))}
+    of = [places[cluster] for cluster in clusters]
+    sums, sizes = np.bincount(of, values, len(places)), np.bincount(of, minlength=len(places))
+    return statistic_figure(lambda picked: sums[picked].sum(-1) / sizes[picked].sum(-1), len(places), seed, scale)
+
+
+def statistic_figure(
+    statistic: Callable[[Int[np.ndarray, "D n"]], Float[np.ndarray, " D"]], n: int, seed: int, scale: int = 1
+) -> Figure:
+    """Any figure over n samples with its 95 % interval; `statistic` takes indices of the samples of each draw."""
+    if not n:
+        return figure(np.nan, scale=scale)
+    rng = np.random.default_rng(seed)
+    parts = [statistic(rng.integers(0, n, (part, n))) for part in _parts(DRAWS, n)]
+    return figure(statistic(np.arange(n)[None])[0], *_interval([np.concatenate(parts)]), scale=scale)
+
+
+def _parts(draws: int, n: int) -> list[int]:
+    """Draws cut into parts of some million indices each, so that memory does not grow with n."""
+    most = max(1, 2_000_000 // n)
+    return [most] * (draws // most) + ([draws % most] if draws % most else [])
+
+
+def _interval(draws: Sequence[Float[np.ndarray, " D"]]) -> tuple[float, float]:
+    mean = np.mean(draws, axis=0) if len(draws) else np.array([np.nan])
+    mean = mean[np.isfinite(mean)]  # a draw may hold no sample at all of what is measured
+    return tuple(np.percentile(mean, (2.5, 97.5))) if len(mean) else (np.nan, np.nan)
+
+
+def words(text: str) -> list[str]:
+    """A text's words as captions are scored: Penn Treebank's, in lower case and without punctuation.
+
+    Contractions are parted and compounds kept ("don't" is "do n't", "middle-aged" one word).
+    """
+    parted = re.sub(r"(\w)(n't)\b", r"\1 \2", text.lower().replace("’", "'"))
+    return re.findall(r"n't\b|'(?:s|re|ve|ll|d|m)\b|\w+(?:-\w+)*", parted)
+
+
+def rouge_l(answer: Sequence[str], references: Sequence[Sequence[str]], beta: float = 1.2) -> float:
+    """ROUGE-L of a tokenised answer (Lin, 2004): the F measure of the longest common subsequence.
+
+    As in pycocoevalcap, precision and recall are each the best over the references.
+    """
+    answer, references = answer or [""], [reference or [""] for reference in references]
+    common = [_longest_common_subsequence(answer, reference) for reference in references]
+    precision = max(common) / len(answer)
+    recall = max(length / len(reference) for length, reference in zip(common, references, strict=True))
+    if not precision or not recall:
+        return 0.0
+    return (1 + beta**2) * precision * recall / (recall + beta**2 * precision)
+
+
+def _longest_common_subsequence(one: Sequence[str], other: Sequence[str]) -> int:
+    row = [0] * (len(other) + 1)
+    for word in one:
+        diagonal = 0
+        for j, against in enumerate(other, 1):
+            diagonal, row[j] = row[j], diagonal + 1 if word == against else max(row[j], row[j - 1])
+    return row[-1]
+
+
+def cider(
+    answers: Sequence[Sequence[str]], references: Sequence[Sequence[Sequence[str]]], sigma: float = 6.0
+) -> list[float]:
+    """CIDEr-D of each tokenised answer (Vedantam et al., 2015), as in pycocoevalcap; their mean is the corpus's score.
+
+    Cosines of tf-idf vectors of 1- to 4-grams, clipped to the reference's counts, damped by the difference in length,
+    averaged over orders and references, times 10. What an n-gram is worth follows from the references of all samples.
+    """
+    counted = [[_ngrams(reference) for reference in group] for group in references]
+    documents = collections.Counter(ngram for group in counted for ngram in set().union(*group))
+    total = np.log(len(references)) if references else 0.0
+
+    def vectors(ngrams: collections.Counter) -> list[dict[tuple[str, ...], float]]:
+        orders: list[dict] = [{}, {}, {}, {}]
+        for ngram, count in ngrams.items():
+            orders[len(ngram) - 1][ngram] = count * (total - np.log(max(1.0, documents[ngram])))
+        return orders
+
+    scores = []
+    for answer, group in zip(answers, counted, strict=True):
+        said = _ngrams(answer)
+        ours, cosines = vectors(said), []
+        for reference in group:
+            # pycocoevalcap measures length in bigrams.
+            delta = sum(c for g, c in said.items() if len(g) == 2) - sum(c for g, c in reference.items() if len(g) == 2)
+            damping = np.exp(-(delta**2) / (2 * sigma**2))
+            cosines.append(damping * np.mean([_cosine(*pair) for pair in zip(ours, vectors(reference), strict=True)]))
+        scores.append(10 * float(np.mean(cosines)))
+    return scores
+
+
+def _ngrams(tokens: Sequence[str]) -> collections.Counter:
+    return collections.Counter(tuple(tokens[i : i + n]) for n in range(1, 5) for i in range(len(tokens) - n + 1))
+
+
+def _cosine(ours: dict[tuple[str, ...], float], theirs: dict[tuple[str, ...], float]) -> float:
+    dot = sum(min(weight, theirs[ngram]) * theirs[ngram] for ngram, weight in ours.items() if ngram in theirs)
+    norm = np.sqrt(sum(x * x for x in ours.values()) * sum(x * x for x in theirs.values()))
+    return dot / norm if norm else 0.0
+
+
+def event_figures(told: Sequence[Sequence[bool]], true: Sequence[Sequence[bool]], seed: int) -> dict[str, Figure]:
+    """AutoDQ (Tarsier, Wang et al., 2024) from verdicts on events, one list a sample.
+
+    Args:
+        told: whether each event of the reference follows from the answer; their share is the sample's recall.
+        true: whether each event of the answer follows from the reference; their share is its precision. An answer
+            without events has a precision of 0, a reference without events takes no part in recall.
+        seed: of the bootstrap.
+    """
+    recall = np.array([np.mean(events) if len(events) else np.nan for events in told])
+    precision = np.array([np.mean(events) if len(events) else 0.0 for events in true])
+
+    def f1(picked):
+        # Of the means, as Tarsier's figures are.
+        counted = np.isfinite(recall[picked]).sum(-1)
+        p, r = precision[picked].mean(-1), np.nansum(recall[picked], -1) / np.maximum(counted, 1)
+        return 2 * p * r / np.where(p + r > 0, p + r, 1)
+
+    return {
+        "autodq": statistic_figure(f1, len(recall), seed),
+        "autodq_recall": mean_figure(recall[np.isfinite(recall)], seed),
+        "autodq_precision": mean_figure(precision, seed),
+    }
+
+
+def auc(same: Bool[np.ndarray, "*D n"], scores: Float[np.ndarray, "*D n"]) -> Float[np.ndarray, "*D"]:
+    """Area under the ROC curve: how often a pair of the same person scores higher than one of two people."""
+    ranks = rankdata(scores, axis=-1)
+    yes = same.sum(-1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return ((ranks * same).sum(-1) - yes * (yes + 1) / 2) / (yes * (same.shape[-1] - yes))
+
+
+def roc(same: Sequence[bool], scores: Sequence[float]) -> dict[str, object]:
+    """The ROC curve of a score that should be higher for pairs of the same person; without points if all are alike."""
+    x, y = ([], []) if len(set(same)) < 2 else (axis.tolist() for axis in roc_curve(same, scores)[:2])
+    return {"x": x, "y": y, "x_label": "false positive rate", "y_label": "true positive rate"}

@@ -59,13 +59,17 @@ def draw(
     logits: Float[Array, "B V"], key: Array, temperature: Float[Array, ""], top_p: Float[Array, ""]
 ) -> Int[Array, "B"]:
     """One token a row: the likeliest at temperature 0, else at random among the nucleus of `top_p`."""
-    scores = logits.astype(jnp.float32) / jnp.maximum(temperature, 1e-6)
-    ordered = jnp.sort(scores, axis=-1)[:, ::-1]
-    before = jnp.cumsum(jax.nn.softmax(ordered, axis=-1), axis=-1) - jax.nn.softmax(ordered, axis=-1)
-    first = jnp.arange(ordered.shape[-1]) == 0  # never left out, not even at top_p = 0
-    floor = jnp.min(jnp.where((before < top_p) | first, ordered, jnp.inf), axis=-1, keepdims=True)
-    sampled = jax.random.categorical(key, jnp.where(scores >= floor, scores, -jnp.inf))
-    return jnp.where(temperature > 0, sampled, jnp.argmax(logits, axis=-1)).astype(jnp.int32)
+
+    def sampled() -> Int[Array, "B"]:
+        scores = logits.astype(jnp.float32) / temperature
+        ordered = jnp.sort(scores, axis=-1)[:, ::-1]
+        before = jnp.cumsum(jax.nn.softmax(ordered, axis=-1), axis=-1) - jax.nn.softmax(ordered, axis=-1)
+        first = jnp.arange(ordered.shape[-1]) == 0  # never left out, not even at top_p = 0
+        floor = jnp.min(jnp.where((before < top_p) | first, ordered, jnp.inf), axis=-1, keepdims=True)
+        return jax.random.categorical(key, jnp.where(scores >= floor, scores, -jnp.inf)).astype(jnp.int32)
+
+    # Of a small model's step on a CPU, sorting the vocabulary is most: it is left out where nothing is drawn.
+    return jax.lax.cond(temperature > 0, sampled, lambda: jnp.argmax(logits, axis=-1).astype(jnp.int32))
 
 
 class Sampler:
@@ -100,6 +104,7 @@ class Sampler:
         self._dtype = jnp.dtype(config.model.dtype)
         self._encode = jax.jit(lambda params, frames: self._model.apply(params, frames, method="encode"))
         self._weigh = jax.jit(lambda params, *x: self._model.apply(params, *x, method="visual_tokens")[1].mean(axis=2))
+        self._compare = jax.jit(lambda params, *x: self._model.apply(params, *x, method="log_likelihoods"))
         self._begin = jax.jit(self._prefill, static_argnames=("room", "copies"))
         self._advance = jax.jit(self._decode, static_argnames="count", donate_argnums=1)
 
@@ -144,6 +149,31 @@ class Sampler:
         questions = max(len(asked) for asked in conversations)
         return [texts[i * questions : i * questions + len(asked)] for i, asked in enumerate(conversations)]
 
+    def log_likelihoods(
+        self, features: ClipFeatures, conversations: Sequence[Sequence[Turn]], answers: Sequence[str]
+    ) -> Float[np.ndarray, "B K"]:
+        """Log-probability of each of K answers, its end included, to one conversation about each of B clips.
+
+        Raises:
+            UserError: an empty question or answer, or a conversation longer than the largest bucket.
+        """
+        asked = [self._encoded(turns) for turns in conversations]
+        told = [[self._encoded([*turns[:-1], (turns[-1][0], a)]) for a in answers] for turns in conversations]
+        longest = max(len(tokens) for row in told for tokens in row)
+        bucket = next(size for size in self._buckets if size >= longest)
+        most = max(len(whole) - len(start) for start, row in zip(asked, told, strict=True) for whole in row)
+        tokens = np.full((len(told), len(answers), bucket), self.conversation.pad, np.int32)
+        places = np.ones((len(told), len(answers), most), np.int32)
+        scored = np.zeros(places.shape, bool)
+        for i, (start, row) in enumerate(zip(asked, told, strict=True)):
+            for j, whole in enumerate(row):
+                tokens[i, j, : len(whole)] = whole
+                places[i, j, : len(whole) - len(start)] = np.arange(len(start), len(whole))
+                scored[i, j, : len(whole) - len(start)] = True
+        prompts = [self.prompt.encode(turns[-1][0]) for turns in conversations]
+        ids, masks = (np.array([[prompt[part]] for prompt in prompts]) for part in (0, 1))
+        return np.asarray(self._compare(self._params, features, tokens, ids, masks, places, scored))
+
     def responses(
         self, features: ClipFeatures, questions: Sequence[str], group: int, sampling: Sampling
     ) -> Int[np.ndarray, "B G n"]:
@@ -186,13 +216,13 @@ class Sampler:
             yield np.asarray(tokens)[:, :left]
             left -= count
 
+    def _encoded(self, turns: Sequence[Turn]) -> Int[np.ndarray, " L"]:
+        return self.conversation.encode(turns, self.frames, self._buckets[-1]).tokens
+
     def _arrays(self, conversations) -> dict[str, np.ndarray]:
         clips, questions = len(conversations), max(len(asked) for asked in conversations)
         rows = [list(asked) + [asked[0]] * (questions - len(asked)) for asked in conversations]
-        encoded = [
-            [self.conversation.encode(turns, self.frames, self._buckets[-1]).tokens for turns in asked]
-            for asked in rows
-        ]
+        encoded = [[self._encoded(turns) for turns in asked] for asked in rows]
         lengths = np.array([[len(tokens) for tokens in asked] for asked in encoded], np.int32)
         bucket = next(size for size in self._buckets if size >= lengths.max())
         arrays = {

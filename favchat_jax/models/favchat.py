@@ -16,6 +16,7 @@ Encoders and v1's fusion run once a clip; everything that reads the question run
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from einops import rearrange
 from flax import struct
@@ -172,6 +173,29 @@ class FaVChat(nn.Module):
         hidden, cache = self.llm(embeddings, cache=cache)
         final = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
         return self.llm.logits(final), cache
+
+    def log_likelihoods(
+        self,
+        features: ClipFeatures,
+        tokens: Int[Array, "B K L"],
+        prompt: Int[Array, "B 1 P"],
+        prompt_mask: Bool[Array, "B 1 P"],
+        places: Int[Array, "B K A"],
+        scored: Bool[Array, "B K A"],
+    ) -> Float[Array, "B K"]:
+        """Log-probability of K continuations of one conversation about each of B clips.
+
+        `places` says where each continuation's tokens stand in its sequence, `scored` which of those places are taken.
+        """
+        batch, choices = tokens.shape[:2]
+        visual, _ = self.visual_tokens(features, prompt, prompt_mask)
+        visual = jnp.broadcast_to(visual, (batch, choices, *visual.shape[2:]))
+        hidden, _ = self.llm(rearrange(self.embed(tokens, visual), "B K L D -> (B K) L D"))
+        before = rearrange(places - 1, "B K A -> (B K) A 1")
+        logits = self.llm.logits(jnp.take_along_axis(hidden, before, axis=1)).astype(jnp.float32)
+        said = rearrange(jnp.take_along_axis(tokens, places, axis=2), "B K A -> (B K) A 1")
+        chosen = jnp.take_along_axis(jax.nn.log_softmax(logits), said, axis=2)[..., 0]
+        return jnp.where(scored, rearrange(chosen, "(B K) A -> B K A", B=batch), 0.0).sum(-1)
 
     def decode(
         self, token: Int[Array, "B"], position: Int[Array, "B"], cache: list[LayerCache]

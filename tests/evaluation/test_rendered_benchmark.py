@@ -1,4 +1,4 @@
-"""The embedded benchmark: its figures from hand-made answers, and which prediction belongs to which question."""
+"""The embedded benchmark: its figures from hand-made answers, and which answer belongs to which question."""
 
 import numpy as np
 import pytest
@@ -8,10 +8,11 @@ from configs.eval import rendered as rendered_config
 from favchat_jax.data.datasets import Question, Record
 from favchat_jax.errors import UserError
 from favchat_jax.evaluation.benchmarks import rendered
+from favchat_jax.evaluation.session import Session
 
 
-def answer(clip, kind, reference, prediction):
-    return {"clip": clip, "kind": kind, "question": "?", "reference": reference, "prediction": prediction}
+def answer(clip, kind, expected, said):
+    return {"id": f"{clip} {kind}", "clip": clip, "kind": kind, "question": "?", "expected": expected, "answer": said}
 
 
 ANSWERS = [
@@ -32,13 +33,17 @@ def test_the_score_of_six_answers_is_what_one_counts_by_hand():
         "hair": {"n": 4, "accuracy": 0.75, "majority_baseline": 0.5},
         "mole": {"n": 2, "accuracy": 0.5, "majority_baseline": 0.5},
     }
+    found = result["figures"]["accuracy"]
+    assert found["value"] == pytest.approx(4 / 6) and found["low"] < 4 / 6 < found["high"] and found["scale"] == 100
+    assert result["groups"]["mole"]["figures"]["accuracy"]["value"] == 0.5
     # Commonest answers right: two of four about hair and one of two about moles.
     assert result["majority_baseline"] == pytest.approx(3 / 6)
 
 
 def test_every_answer_is_kept_with_whether_it_was_right():
-    kept = rendered.score(ANSWERS)["answers"]
+    kept = rendered.score(ANSWERS)["samples"]
     assert [row.pop("correct") for row in kept] == [True, False, False, True, True, True]
+    assert [row.pop("predicted") for row in kept][:2] == ["black", "yes"]
     assert kept == ANSWERS
 
 
@@ -83,39 +88,39 @@ def five_records(monkeypatch):
         def __init__(self, data, *, frames, size, **_):
             self.frames = np.full((frames, size, size, 3), data[0], np.uint8)
 
-    monkeypatch.setattr(rendered, "prepare", lambda *_: None)
+    monkeypatch.setattr(rendered, "prepare", lambda *_: "nowhere")
     monkeypatch.setattr(rendered, "open_dataset", lambda *_: records)
-    monkeypatch.setattr(rendered, "decode", Clip)
+    monkeypatch.setattr("favchat_jax.evaluation.footage.decode", Clip)
     return records
 
 
 def test_each_question_of_each_clip_is_answered_once_with_its_own_answer(config, five_records):
-    answers = rendered.run(config, Repeating())["answers"]
+    answers = rendered.run(config, Session.of(Repeating(), config))["samples"]
     assert [row["question"] for row in answers] == [q.question for r in five_records for q in r.questions]
     for row in answers:
         number = row["clip"].removeprefix("clip ")
-        assert row["prediction"] == f"{number} {row['question']}"
-        assert row["reference"] == f"answer {row['question'].removesuffix('?')}"
+        assert row["answer"] == f"{number} {row['question']}"
+        assert row["expected"] == f"answer {row['question'].removesuffix('?')}"
 
 
 def test_all_batches_have_one_shape(config, five_records):
     sampler = Repeating()
-    rendered.run(config, sampler)
+    rendered.run(config, Session.of(sampler, config))
     assert sampler.shapes == [(2, 4)] * 3
 
 
 def test_the_limit_counts_clips(config, five_records):
     config.limit = 3
-    answers = rendered.run(config, Repeating())["answers"]
+    answers = rendered.run(config, Session.of(Repeating(), config))["samples"]
     assert {row["clip"] for row in answers} == {"clip 0", "clip 1", "clip 2"}
 
 
 def test_clips_without_questions_are_passed_over(config, five_records):
     five_records.insert(1, record(9, questions=0))
-    assert rendered.run(config, Repeating())["n"] == 14
+    assert rendered.run(config, Session.of(Repeating(), config))["n"] == 14
 
 
 def test_a_split_without_questions_is_named(config, five_records):
     five_records.clear()
     with pytest.raises(UserError, match="split heldout of rendered_faces holds no questions"):
-        rendered.run(config, Repeating())
+        rendered.run(config, Session.of(Repeating(), config))

@@ -171,6 +171,36 @@ def test_stream_weights_are_those_of_the_whole_model(setting, sampler, features)
     np.testing.assert_allclose(weights, expected, atol=1e-5)
 
 
+def test_log_likelihoods_of_answers_are_those_of_full_forward_passes_in_the_training_form(setting, sampler, features):
+    turns, answers = asked(QUESTIONS[0]), ("yes", "the hair is brown", "")
+    with pytest.raises(UserError, match="is empty"):
+        sampler.log_likelihoods(features, [turns, turns], answers)
+    found = sampler.log_likelihoods(features, [turns, asked(QUESTIONS[1])], answers[:2])
+    params = {"params": unflatten_dict(setting.weights, sep="/")}
+
+    def scores(model, *inputs):
+        return jax.nn.log_softmax(model.llm.logits(model(*inputs).hidden[0, 0]))
+
+    conversation = sampler.conversation
+    for clip, answer in np.ndindex(2, 2):
+        question = QUESTIONS[clip]
+        whole = conversation.encode([(question, answers[answer])], 2, BUCKET)
+        prompt, mask = setting.prompt.encode(question)
+        inputs = (setting.frames[clip : clip + 1], whole.tokens[None, None], prompt[None, None], mask[None, None])
+        logs = np.asarray(setting.model.apply(params, *inputs, method=scores))
+        learned = np.flatnonzero(whole.loss_mask)  # the answer and its end
+        expected = logs[learned - 1, whole.tokens[learned]].sum()
+        np.testing.assert_allclose(found[clip, answer], expected, rtol=1e-4)
+
+
+def test_the_likelihood_of_an_answer_depends_on_the_turns_before_it_and_not_on_the_other_answers(sampler, features):
+    turns = [(QUESTIONS[0], "brown"), *asked(QUESTIONS[1])]
+    several = sampler.log_likelihoods(features, [turns] * 2, ("yes", "no hat at all"))
+    alone = sampler.log_likelihoods(features, [turns] * 2, ("yes",))
+    np.testing.assert_allclose(several[:, :1], alone, rtol=1e-4)
+    assert not np.allclose(alone, sampler.log_likelihoods(features, [asked(QUESTIONS[1])] * 2, ("yes",)))
+
+
 def test_an_answer_ends_before_the_end_of_text_and_leaves_others_their_length(setting, answers, written, tokenizer):
     lengths = set()
     for rows, texts in zip(written, answers, strict=True):

@@ -1,73 +1,95 @@
-"""The embedded benchmark: short questions about held-out rendered clips, scored by normalised exact match."""
+"""The embedded benchmark: short questions about held-out rendered clips, scored by normalised exact match.
+
+Its result has "accuracy", "majority_baseline" (of always giving a kind's commonest answer) and "by_kind" besides.
+"""
 
 from collections.abc import Sequence
 from typing import Any
 
 import ml_collections
-import numpy as np
-from tqdm import tqdm
 
 from favchat_jax.data.datasets import Record, open_dataset, prepare
-from favchat_jax.data.video import decode
 from favchat_jax.errors import UserError
-from favchat_jax.evaluation.metrics import accuracy_by_kind, exact_matches, majority_baseline
-from favchat_jax.generation.sampler import Sampler, Sampling
+from favchat_jax.evaluation.footage import Footage
+from favchat_jax.evaluation.metrics import accuracy_by_kind, exact_matches, majority_baseline, mean_figure, normalise
+from favchat_jax.evaluation.respondents import Ask
+from favchat_jax.evaluation.result import Result, make_result
+from favchat_jax.evaluation.session import Session
 
 
-def run(config: ml_collections.ConfigDict, sampler: Sampler) -> dict[str, Any]:
+def run(config: ml_collections.ConfigDict, session: Session) -> Result:
     """Answers every question of the split.
 
-    Returns:
-        n, accuracy, majority_baseline, by_kind (n, accuracy and majority_baseline of each kind of question), and the
-        answers themselves.
-
     Raises:
-        UserError: the split holds no questions, or one of its clips cannot be decoded.
+        UserError: the split holds no questions.
     """
-    prepare(config.data.name, config.data.root or None, config.data.packed)
+    folder = prepare(config.data.name, config.data.root or None, config.data.packed)
     source = open_dataset(config.data.name, config.data.packed, config.data.split)
     records = [record for record in (source[i] for i in range(len(source))) if record.questions]
     if not records:
         raise UserError(f"split {config.data.split} of {config.data.name} holds no questions: name another data.split")
     if config.limit:
         records = records[: config.limit]
-    answers = []
-    with tqdm(total=len(records), desc="answering", unit="clip", mininterval=1) as bar:
-        for start in range(0, len(records), config.batch):
-            batch = records[start : start + config.batch]
-            answers += _answer(batch, sampler, config)
-            bar.update(len(batch))
-    return score(answers)
+    said = session.ask([_ask(record) for record in records], config.max_new_tokens)
+    rows = [row for record in records if record.id in said for row in _rows(record, said[record.id])]
+    result = score(rows, config.seed)
+    result["missing"], result["complete"] = session.missing, not session.missing
+    result["data"] = {"name": config.data.name, "split": config.data.split, "root": folder, "listed": len(records)}
+    return result
 
 
-def score(answers: Sequence[dict[str, str]]) -> dict[str, Any]:
-    """The benchmark's figures from rows of clip, kind, question, reference and prediction."""
-    kinds, references = [row["kind"] for row in answers], [row["reference"] for row in answers]
-    hits = exact_matches([row["prediction"] for row in answers], references)
-    by_kind, baseline = accuracy_by_kind(hits, kinds), majority_baseline(references, kinds)
-    commonest = sum(baseline[kind] * row["n"] for kind, row in by_kind.items()) / len(answers)
-    return {
-        "n": len(answers),
-        "accuracy": sum(hits) / len(hits),
-        "majority_baseline": commonest,
-        "by_kind": {kind: {**row, "majority_baseline": baseline[kind]} for kind, row in by_kind.items()},
-        "answers": [{**row, "correct": hit} for row, hit in zip(answers, hits, strict=True)],
-    }
-
-
-def _answer(records: Sequence[Record], sampler: Sampler, config: ml_collections.ConfigDict) -> list[dict[str, str]]:
-    # A short last batch is filled up with its first clip, so that its shape is that of the others.
-    padded = [*records, *[records[0]] * (config.batch - len(records))]
-    frames = [decode(r.clip, frames=sampler.frames, size=sampler.image_size, name=r.id).frames for r in padded]
-    conversations = [_fill([[(q.question, None)] for q in r.questions], config.questions) for r in padded]
-    sampling = Sampling(max_new_tokens=config.max_new_tokens)
-    predictions = sampler.answer(sampler.encode(np.stack(frames)), conversations, sampling)
-    return [
-        {"clip": r.id, "kind": q.kind, "question": q.question, "reference": q.answer, "prediction": prediction}
-        for r, texts in zip(records, predictions, strict=False)
-        for q, prediction in zip(r.questions, texts, strict=False)
+def score(rows: Sequence[dict[str, Any]], seed: int = 0) -> Result:
+    """The benchmark's figures from rows of id, clip, kind, question, expected and answer."""
+    kinds, references = [row["kind"] for row in rows], [row["expected"] for row in rows]
+    hits = exact_matches([row["answer"] for row in rows], references)
+    samples = [
+        {**row, "predicted": normalise(row["answer"]), "correct": hit} for row, hit in zip(rows, hits, strict=True)
     ]
+    by_kind, baseline = accuracy_by_kind(hits, kinds), majority_baseline(references, kinds)
+    groups = {kind: [row for row in samples if row["kind"] == kind] for kind in by_kind}
+    result = make_result(
+        "rendered",
+        samples,
+        {"accuracy": _accuracy(samples, seed)},
+        groups={
+            kind: {"n": len(part), "figures": {"accuracy": _accuracy(part, seed)}} for kind, part in groups.items()
+        },
+    )
+    result["accuracy"] = sum(hits) / len(hits)
+    result["majority_baseline"] = sum(baseline[kind] * row["n"] for kind, row in by_kind.items()) / len(rows)
+    result["by_kind"] = {kind: {**row, "majority_baseline": baseline[kind]} for kind, row in by_kind.items()}
+    return result
 
 
-def _fill(conversations: list, count: int) -> list:
-    return (conversations * count)[:count] if len(conversations) < count else conversations
+def table(result: Result) -> str:
+    """The result by kind of question, beside the majority baseline, for a terminal."""
+    rows = [f"{'kind':<14}{'n':>6}{'accuracy':>10}{'majority':>10}"]
+    rows += [
+        f"{kind:<14}{row['n']:>6}{row['accuracy']:>10.3f}{row['majority_baseline']:>10.3f}"
+        for kind, row in result["by_kind"].items()
+    ]
+    rows.append(f"{'all':<14}{result['n']:>6}{result['accuracy']:>10.3f}{result['majority_baseline']:>10.3f}")
+    return "\n".join(rows)
+
+
+def _accuracy(samples: Sequence[dict[str, Any]], seed: int) -> dict[str, Any]:
+    hits, clips = [row["correct"] for row in samples], [row["clip"] for row in samples]
+    return mean_figure(hits, seed, scale=100, clusters=clips)
+
+
+def _ask(record: Record) -> Ask:
+    return Ask(record.id, (Footage(record.id, record.clip),), tuple(((q.question, None),) for q in record.questions))
+
+
+def _rows(record: Record, answers: Sequence[str]) -> list[dict[str, Any]]:
+    return [
+        {
+            "id": f"{record.id} {number}",
+            "clip": record.id,
+            "kind": q.kind,
+            "question": q.question,
+            "expected": q.answer,
+            "answer": answer,
+        }
+        for number, (q, answer) in enumerate(zip(record.questions, answers, strict=True))
+    ]

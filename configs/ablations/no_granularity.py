@@ -1,0 +1,11 @@
+"""Without granularity fusion (Table 6, w/o MG; v2: w/o CA2): the facial encoder's last output goes to the projector.
+
+python -m favchat_jax.train --config=configs/ablations/no_granularity.py
+python -m favchat_jax.train --config=configs/ablations/no_granularity.py:stage=stage1,variant=v2
+"""
+
+from configs import ablations
+
+
+def get_config(argument: str = ""):
+    return ablations.get_config("no_granularity", argument)

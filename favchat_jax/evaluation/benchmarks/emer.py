@@ -1,0 +1,71 @@
+"""EMER (Lian et al., 2023): why a person in a clip feels as they do (Table 4), scored from 0 to 10 by a judge.
+
+    ROOT/gt-eng.csv    names,emotions,subtitles,reasons    or    ROOT/final-EMER-reason.csv    name,chinese,english
+    ROOT/video/sample_00000648.avi ...    or .mp4: clips of MER2023
+
+The first file is the first version's, 100 samples, which Table 4 goes back to; where both are there it is taken.
+"""
+
+from pathlib import Path
+
+import ml_collections
+
+from favchat_jax.evaluation import published
+from favchat_jax.evaluation.captions import NO_JUDGE, judged_figures, word_figures
+from favchat_jax.evaluation.footage import Footage
+from favchat_jax.evaluation.layout import described, find_clip, first_of, read_table, root_of
+from favchat_jax.evaluation.respondents import Ask
+from favchat_jax.evaluation.result import Result, make_result
+from favchat_jax.evaluation.session import Session, present
+
+SOURCE = (
+    "annotations: https://github.com/zeroQiaoba/AffectGPT, EMER/dataset-v1; clips: MER2023, on request from its authors"
+)
+LAYOUT = "gt-eng.csv and video/"
+# Each version's file, and its columns of names and of reasons.
+VERSIONS = {"gt-eng.csv": ("names", "reasons"), "final-EMER-reason.csv": ("name", "english")}
+CLIPS = ("video/{name}.avi", "video/{name}.mp4")
+
+
+def run(config: ml_collections.ConfigDict, session: Session) -> Result:
+    """Asks for the clues to each person's emotion and scores their overlap, and that of the emotions concluded."""
+    root = root_of(config, LAYOUT, SOURCE)
+    path = first_of(root, list(VERSIONS), "its annotations", SOURCE)
+    reasons = _read(path)
+    reasons = dict(list(reasons.items())[: config.limit or None])
+    there = present([(name, find_clip(root, CLIPS, name=name)) for name in reasons], session, root)
+    asks = [Ask(name, (Footage(name, clip),), (((config.question, None),),)) for name, clip in there]
+    said = session.ask(asks, config.max_new_tokens, "explaining")
+    samples = [
+        {
+            "id": name,
+            "clip": name,
+            "question": config.question,
+            "expected": reasons[name],
+            "answer": answer,
+            "predicted": None,
+            "correct": None,
+        }
+        for name, (answer,) in said.items()
+    ]
+    figures, notes = word_figures(samples, config.seed), [NO_JUDGE]
+    if session.judge is not None:
+        overlaps = {"clue_overlap": "clues", "label_overlap": "emotions"}
+        scores, notes = judged_figures(session.judge, samples, overlaps, config.seed)
+        figures = {**scores, **figures}
+    return make_result(
+        config.benchmark,
+        samples,
+        figures,
+        missing=session.missing,
+        notes=notes,
+        judge=session.judge and session.judge.summary(),
+        data=described("EMER", root, [path], [clip for _, clip in there], len(reasons)),
+        published=published.rows(published.EMER, "clue_overlap", "label_overlap"),
+        complete=not notes,
+    )
+
+
+def _read(path: Path) -> dict[str, str]:
+    name, reason = VERSIONS[path.name]
+    return {row[name].strip(): row[reason].strip() for row in read_table(path, (name, reason))}

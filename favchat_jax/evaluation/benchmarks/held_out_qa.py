@@ -1,0 +1,112 @@
+"""The later version's test: questions about clips of one's own, scored from 0 to 10 by a judge.
+
+    ROOT/qa.jsonl    one line a clip: {"clip": ID, "video": "clips/ID.mp4", "qa": [{"q": ..., "a": ...}], ...}
+    ROOT/clips/ID.mp4
+
+The layout is that of clips to train on (`data.root` of celebvhq). The authors' 2,000 samples are not published; of more
+questions than `limit`, that many are drawn by the seed.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import ml_collections
+import numpy as np
+
+from favchat_jax.errors import UserError
+from favchat_jax.evaluation import published
+from favchat_jax.evaluation.captions import NO_JUDGE, judged_figures, word_figures
+from favchat_jax.evaluation.footage import Footage
+from favchat_jax.evaluation.layout import described, first_of, root_of
+from favchat_jax.evaluation.respondents import Ask
+from favchat_jax.evaluation.result import Result, make_result
+from favchat_jax.evaluation.session import Session, present
+
+SOURCE = "write one line a clip: clip, video, and qa, a list of q and a"
+LAYOUT = "qa.jsonl and clips/"
+
+
+def run(config: ml_collections.ConfigDict, session: Session) -> Result:
+    """Answers the questions and scores the answers."""
+    root = root_of(config, LAYOUT, SOURCE)
+    path = first_of(root, ["qa.jsonl"], "its questions", SOURCE)
+    clips = _drawn(_read(path), config.limit, config.seed)
+    there = present([(name, root / clip["video"]) for name, clip in clips.items()], session, root)
+    asks = [_ask(name, video, clips[name]["qa"], config.questions) for name, video in there]
+    said = session.ask([ask for parts in asks for ask in parts], config.max_new_tokens)
+    samples = []
+    for (name, _), parts in zip(there, asks, strict=True):
+        answers = [answer for ask in parts for answer in said.get(ask.id, [None] * len(ask.conversations))]
+        pairs = zip(clips[name]["qa"], answers, strict=True)
+        samples += [_row(name, number, *both) for number, both in enumerate(pairs) if both[1] is not None]
+    figures, notes = word_figures(samples, config.seed), [NO_JUDGE]
+    if session.judge is not None:
+        scores, notes = judged_figures(session.judge, samples, {"score": "qa"}, config.seed)
+        figures = {**scores, **figures}
+    return make_result(
+        config.benchmark,
+        samples,
+        figures,
+        missing=session.missing,
+        notes=notes,
+        judge=session.judge and session.judge.summary(),
+        data=described(
+            "held-out questions", root, [path], [video for _, video in there], sum(len(c["qa"]) for c in clips.values())
+        ),
+        published=published.rows(published.HELD_OUT_QA, "score"),
+        complete=not notes,
+    )
+
+
+def _read(path: Path) -> dict[str, dict[str, Any]]:
+    clips = {}
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            clips[row["clip"]] = {
+                "video": str(row["video"]),
+                "qa": [{"q": str(pair["q"]), "a": str(pair["a"])} for pair in row["qa"]],
+            }
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path}, line {number} is damaged ({type(error).__name__}: {error}); {SOURCE}") from None
+    if not any(clip["qa"] for clip in clips.values()):
+        raise UserError(f"{path} holds no questions: {SOURCE}")
+    return clips
+
+
+def _drawn(clips: dict[str, dict[str, Any]], limit: int, seed: int) -> dict[str, dict[str, Any]]:
+    """At most `limit` of all questions, drawn without replacement; 0 keeps all."""
+    places = [(name, i) for name, clip in clips.items() for i in range(len(clip["qa"]))]
+    if limit and limit < len(places):
+        kept = np.random.default_rng(seed).choice(len(places), limit, replace=False)
+        places = [places[i] for i in sorted(kept)]
+    chosen = set(places)
+    drawn = {
+        name: {**clip, "qa": [pair for i, pair in enumerate(clip["qa"]) if (name, i) in chosen]}
+        for name, clip in clips.items()
+    }
+    return {name: clip for name, clip in drawn.items() if clip["qa"]}
+
+
+def _ask(name: str, video: Path, pairs: list[dict[str, str]], most: int) -> list[Ask]:
+    """A clip's questions in asks of at most `most`, which share the clip's encoding."""
+    parts = [pairs[start : start + most] for start in range(0, len(pairs), most)]
+    return [
+        Ask(f"{name} {number}" if number else name, (Footage(name, video),), tuple(((q["q"], None),) for q in part))
+        for number, part in enumerate(parts)
+    ]
+
+
+def _row(name: str, number: int, pair: dict[str, str], answer: str) -> dict[str, Any]:
+    return {
+        "id": f"{name} {number}",
+        "clip": name,
+        "question": pair["q"],
+        "expected": pair["a"],
+        "answer": answer,
+        "predicted": None,
+        "correct": None,
+    }

@@ -1,0 +1,53 @@
+"""MAFW (Liu et al., 2022): 11 emotions of 9,172 single-labelled clips, five folds (Table 3).
+
+ROOT/Train & Test Set/single/no_caption/set_1/test.txt ... set_5/test.txt    lines as: 00001.mp4 anger
+ROOT/data/clips/00001.mp4    or    ROOT/data/frames/00001/
+"""
+
+from pathlib import Path
+
+import ml_collections
+
+from favchat_jax.errors import UserError
+from favchat_jax.evaluation import published
+from favchat_jax.evaluation.classification import Listed, classify
+from favchat_jax.evaluation.layout import described, find_clip, first_of, root_of
+from favchat_jax.evaluation.result import Result
+from favchat_jax.evaluation.session import Session
+
+SOURCE = "ask for it at https://mafw-database.github.io/MAFW"
+LAYOUT = "'Train & Test Set'/ and data/"
+NAMES = (
+    *("anger", "disgust", "fear", "happiness", "neutral", "sadness", "surprise", "contempt", "anxiety", "helplessness"),
+    "disappointment",
+)
+CLASSES = {name: name for name in NAMES}
+FOLD = "Train & Test Set/single/no_caption/set_{fold}/test.txt"
+CLIPS = ("data/clips/{name}.mp4", "data/frames/{name}")
+
+
+def run(config: ml_collections.ConfigDict, session: Session) -> Result:
+    """Classifies the test clips of the folds that `folds` names."""
+    root = root_of(config, LAYOUT, SOURCE)
+    files = {fold: first_of(root, [FOLD.format(fold=fold)], f"fold {fold}", SOURCE) for fold in config.folds}
+    folds = {f"fold {fold}": _read(root, path) for fold, path in files.items()}
+    result = classify(config, session, root, folds, CLASSES)
+    clips = [clip.path for listed in folds.values() for clip in listed if clip.path]
+    result["data"] = described("MAFW", root, list(files.values()), clips, sum(map(len, folds.values())))
+    result["published"] = published.rows(published.EMOTION, "uar", "war", first=2)
+    return result
+
+
+def _read(root: Path, path: Path) -> list[Listed]:
+    listed = []
+    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+        fields = line.split()
+        if not fields:
+            continue
+        if len(fields) != 2 or not fields[0].endswith(".mp4"):
+            raise UserError(f"{path}, line {number}: expected a clip and its label, as '00001.mp4 anger', not {line!r}")
+        name, label = Path(fields[0]).stem, fields[1]
+        if label not in CLASSES:
+            raise UserError(f"{path}, line {number}: label {label!r} is not one of {', '.join(CLASSES)}")
+        listed.append(Listed(name, find_clip(root, CLIPS, name=name), label))
+    return listed

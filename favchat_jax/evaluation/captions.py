@@ -1,0 +1,67 @@
+"""What DFEC, EMER and the held-out questions share: free answers beside references, scored by words and by a judge."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from favchat_jax.evaluation.judge import Judge, Question
+from favchat_jax.evaluation.metrics import cider, mean_figure, rouge_l, words
+from favchat_jax.evaluation.respondents import Unanswered
+from favchat_jax.evaluation.result import Figure
+
+NO_JUDGE = "no judge: its figures are left out; name one with --config.judge.url and --config.judge.model"
+
+
+def word_figures(samples: Sequence[dict[str, Any]], seed: int) -> dict[str, Figure]:
+    """CIDEr and ROUGE-L of samples' answers, which are noted with each sample under "scores"."""
+    answers = [words(row["answer"]) for row in samples]
+    references = [[words(row["expected"])] for row in samples]
+    scored = {
+        "cider": cider(answers, references),
+        "rouge_l": [rouge_l(answer, group) for answer, group in zip(answers, references, strict=True)],
+    }
+    clips = [row["clip"] for row in samples]
+    for name, values in scored.items():
+        for row, value in zip(samples, values, strict=True):
+            row.setdefault("scores", {})[name] = value
+    return {name: mean_figure(values, seed, clusters=clips) for name, values in scored.items()}
+
+
+def judged_figures(
+    judge: Judge, samples: Sequence[dict[str, Any]], rubrics: Mapping[str, str], seed: int
+) -> tuple[dict[str, Figure], list[str]]:
+    """The mean of a judge's scores for each rubric, and notes on what it did not score.
+
+    Args:
+        judge: the judge.
+        samples: rows with id, clip, question, expected and answer; scores are noted with each.
+        rubrics: name of each figure, and the rubric that it is the mean of.
+        seed: of the intervals.
+    """
+    figures, notes = {}, []
+    for name, rubric in rubrics.items():
+        questions = [Question(row["id"], rubric, _fields(row)) for row in samples]
+        said = judge.scores(questions, f"judging {name}")
+        scored = [(row, said[row["id"]]) for row in samples]
+        for row, score in scored:
+            note_score(row, name, score)
+        known = [(row["clip"], score) for row, score in scored if not isinstance(score, Unanswered)]
+        notes += unjudged_note(name, len(samples) - len(known))
+        figures[name] = mean_figure([score for _, score in known], seed, clusters=[clip for clip, _ in known])
+    return figures, notes
+
+
+def note_score(row: dict[str, Any], name: str, score: Any) -> None:
+    """Writes one score into a sample, or why there is none."""
+    if isinstance(score, Unanswered):
+        row.setdefault("unjudged", {})[name] = str(score)
+    else:
+        row.setdefault("scores", {})[name] = score
+
+
+def unjudged_note(name: str, count: int) -> list[str]:
+    """What to say of judgements that were not given."""
+    return [f"{name}: {count} answers without a judgement, left out of this figure"] if count else []
+
+
+def _fields(row: Mapping[str, Any]) -> dict[str, str]:
+    return {"question": row["question"], "reference": row["expected"], "answer": row["answer"] or "(no answer)"}

@@ -1,0 +1,79 @@
+"""Clips as data sets publish them, video files or folders of numbered frames, and the frames that a model is given."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import av
+import cv2
+import numpy as np
+from jaxtyping import UInt8
+
+from favchat_jax.data.picture import Squares
+from favchat_jax.data.video import VideoError, decode, frame_indices
+
+PICTURES = (".jpg", ".jpeg", ".png")
+
+
+@dataclass(frozen=True)
+class Footage:
+    """One clip.
+
+    Attributes:
+        name: what to call it in messages and results.
+        content: an encoded video, the path of one, or a folder whose pictures are its frames.
+        first, count: which of a folder's frames belong to the clip; a count of None takes all from `first` on.
+    """
+
+    name: str
+    content: bytes | Path
+    first: int = 0
+    count: int | None = None
+
+    def identity(self) -> list[object]:
+        """What tells this clip from any other without reading it: name, size, and the part that is taken."""
+        if isinstance(self.content, bytes):
+            size = len(self.content)
+        else:
+            size = self.content.stat().st_size if self.content.is_file() else -1
+        return [self.name, size, self.first, self.count]
+
+    def frames(self, count: int, size: int) -> UInt8[np.ndarray, "T size size 3"]:
+        """`count` frames from the middles of as many equal parts of the clip.
+
+        Raises:
+            VideoError: it is not there, or holds nothing that can be decoded.
+        """
+        if isinstance(self.content, Path) and self.content.is_dir():
+            return self._pictures(count, size)
+        return decode(self.content, frames=count, size=size, name=self.name).frames
+
+    def _pictures(self, count: int, size: int) -> UInt8[np.ndarray, "T size size 3"]:
+        paths = pictures(self.content)[self.first :][: self.count]
+        if not paths:
+            raise VideoError(f"{self.name} holds no pictures from number {self.first} on: copy its frames again")
+        squares, taken = Squares(size), frame_indices(len(paths), count).tolist()
+        read = {index: _read(paths[index]) for index in set(taken)}
+        return np.stack([squares(read[index]) for index in taken])
+
+
+def pictures(folder: Path) -> list[Path]:
+    """The frames in a folder in the order of the numbers in their names (0.9.jpg before 0.10.jpg)."""
+    paths = [path for path in folder.iterdir() if path.suffix.lower() in PICTURES]
+    return sorted(paths, key=lambda path: ([int(n) for n in re.findall(r"\d+", path.stem)], path.name))
+
+
+def beside_each_other(clips: Sequence[Footage], frames: int, size: int) -> UInt8[np.ndarray, "T size size 3"]:
+    """`frames` frames of one clip or of several, one clip after the other in equal parts."""
+    shares = [len(part) for part in np.array_split(np.arange(frames), len(clips))]
+    if min(shares) == 0:
+        raise ValueError(f"{frames} frames cannot show {len(clips)} clips")
+    return np.concatenate([clip.frames(share, size) for clip, share in zip(clips, shares, strict=True)])
+
+
+def _read(path: Path) -> av.VideoFrame:
+    picture = cv2.imread(str(path), cv2.IMREAD_COLOR)
+    if picture is None:
+        raise VideoError(f"{path} cannot be read as a picture: copy it again")
+    return av.VideoFrame.from_ndarray(np.ascontiguousarray(picture[:, :, ::-1]), format="rgb24")

@@ -1,0 +1,299 @@
+"""A language model as judge, behind an OpenAI-compatible server: temperature 0, validated JSON, every reply kept.
+
+A reply that is not the JSON that was asked for is asked for again, with what was wrong; a judge that still refuses
+leaves the sample without a judgement, and the figures incomplete. The prompts are our own wording of what the papers
+describe; `PROMPT_VERSION` stands in each result and changes with any of them.
+"""
+
+import dataclasses
+import hashlib
+import json
+import logging
+import re
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import ml_collections
+import numpy as np
+from sklearn.metrics import cohen_kappa_score
+from tqdm import tqdm
+
+from favchat_jax.evaluation.respondents import Unanswered, complete, openai_client
+
+log = logging.getLogger("favchat_jax")
+
+PROMPT_VERSION = "1"
+CHARACTERS_A_TOKEN = 4  # of English text, for the estimate of the cost
+Check = Callable[[Any], Any]
+
+
+class Malformed(Exception):
+    """A reply that is not what was asked for."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Rubric:
+    """One kind of judgement.
+
+    Attributes:
+        task: what the judge is told; fields in braces are filled in.
+        form: an example of the JSON to reply with.
+        check: returns what the parsed JSON says, or raises Malformed with what is wrong.
+    """
+
+    task: str
+    form: str
+    check: Check
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+    """One judgement to be made.
+
+    Attributes:
+        id: of the judgement.
+        rubric: one of `RUBRICS`.
+        fields: what its task speaks of.
+        count: how many verdicts there must be, where it is known.
+    """
+
+    id: str
+    rubric: str
+    fields: Mapping[str, str]
+    count: int | None = None
+
+
+def _score(low: int, high: int) -> Check:
+    def check(reply: Any) -> float:
+        score = reply.get("score") if isinstance(reply, dict) else None
+        if isinstance(score, bool) or not isinstance(score, int | float) or not low <= score <= high:
+            raise Malformed(f'"score" must be a number from {low} to {high}')
+        return float(score)
+
+    return check
+
+
+def _events(reply: Any) -> list[str]:
+    events = reply.get("events") if isinstance(reply, dict) else None
+    if not isinstance(events, list) or not all(isinstance(event, str) and event.strip() for event in events):
+        raise Malformed('"events" must be a list of sentences')
+    return events
+
+
+def _verdicts(reply: Any) -> list[bool]:
+    verdicts = reply.get("verdicts") if isinstance(reply, dict) else None
+    known = ("entailment", "neutral", "contradiction")
+    if not isinstance(verdicts, list) or not all(verdict in known for verdict in verdicts):
+        raise Malformed(f'"verdicts" must be a list of {", ".join(known)}')
+    return [verdict == "entailment" for verdict in verdicts]
+
+
+def _aspect(what: str) -> Rubric:
+    task = (
+        f"Judge a description of a video of a face by a reference description of the same video. Judge {what} alone.\n"
+        "Reference: {reference}\nDescription: {answer}\n"
+        "Give a score from 0 (nothing right) to 5 (as good as the reference)."
+    )
+    return Rubric(task, '{{"score": 3}}', _score(0, 5))
+
+
+RUBRICS = {
+    # VideoChatGPT's aspects, as DFEC uses them.
+    "correctness": _aspect("whether what it says is correct"),
+    "detail": _aspect("how much of the reference's detail it gives, and how precisely"),
+    "context": _aspect("whether it understands the situation and the meaning of what is seen"),
+    "temporal": _aspect("whether it tells the order and the course of what happens as the reference does"),
+    # AutoDQ's two steps.
+    "events": Rubric(
+        "List the events in this description of a video: each action, movement or change of expression, and each trait "
+        "of a person, as a short sentence of its own that can be checked by itself.\nDescription: {text}",
+        '{{"events": ["The man raises his eyebrows."]}}',
+        _events,
+    ),
+    "entailment": Rubric(
+        "For each event, in order, say how the description relates to it: entailment (the event follows from it), "
+        "contradiction, or neutral (it does not say).\nDescription: {text}\nEvents:\n{events}",
+        '{{"verdicts": ["entailment", "neutral"]}}',
+        _verdicts,
+    ),
+    # EMER's two overlaps.
+    "clues": Rubric(
+        "Two texts explain what a person in a video feels. Sum up the clues to the person's emotion that each gives, "
+        "and score how far those of the answer overlap with those of the reference.\n"
+        "Reference: {reference}\nAnswer: {answer}\nGive a score from 0 (no overlap) to 10 (the same clues).",
+        '{{"score": 6}}',
+        _score(0, 10),
+    ),
+    "emotions": Rubric(
+        "Two texts explain what a person in a video feels. Name the emotional states that each concludes, and score "
+        "how far those of the answer overlap with those of the reference.\n"
+        "Reference: {reference}\nAnswer: {answer}\nGive a score from 0 (no overlap) to 10 (the same emotions).",
+        '{{"score": 6}}',
+        _score(0, 10),
+    ),
+    # The later version's test.
+    "qa": Rubric(
+        "Score an answer to a question about a video of a face by the right answer.\nQuestion: {question}\n"
+        "Right answer: {reference}\nAnswer: {answer}\n"
+        "Give a score from 0 (wrong or no answer) to 10 (says the same, whatever the words).",
+        '{{"score": 6}}',
+        _score(0, 10),
+    ),
+}
+
+
+class Judge:
+    """A judge and what it said so far.
+
+    Args:
+        config: section `judge`: url, model, cache (file that keeps replies), parallel, attempts, timeout, retries,
+            key_variable, json_mode, price_in and price_out (of a million tokens).
+        second: another judge, that scores the same answers to see how far the two agree.
+    """
+
+    def __init__(self, config: ml_collections.ConfigDict, second: "Judge | None" = None):
+        self._config, self._second = config, second
+        self._pairs: list[tuple[float, float]] = []
+        self._client = openai_client(config.url, config)
+        self._cache = _Cache(Path(config.cache))
+        self._tokens = {"in": 0, "out": 0}
+
+    def ask(self, questions: Sequence[Question], step: str = "judging") -> dict[str, Any]:
+        """The judgement of each question by its id; Unanswered in the place of those that the judge did not give.
+
+        Raises:
+            RunError: the judge cannot be reached; what it said so far is kept.
+            UserError: it refuses the key or does not know the model.
+        """
+        self._estimate(questions, step)
+        with ThreadPoolExecutor(self._config.parallel) as pool:
+            replies = pool.map(self._judge, questions)
+            bar = tqdm(replies, total=len(questions), desc=step, mininterval=1, disable=not questions)
+            return {question.id: reply for question, reply in zip(questions, bar, strict=True)}
+
+    def scores(self, questions: Sequence[Question], step: str = "judging") -> dict[str, float | Unanswered]:
+        """The scores of questions whose rubric gives one; the second judge's, where there is one, for the agreement."""
+        said = self.ask(questions, step)
+        if self._second is not None:
+            others = self._second.ask(questions, f"{step} again")
+            both = [(said[question.id], others[question.id]) for question in questions]
+            self._pairs += [pair for pair in both if not any(isinstance(score, Unanswered) for score in pair)]
+        return said
+
+    def summary(self) -> dict[str, Any]:
+        """Who judged, by which prompts, and what it took: what goes into the result."""
+        summary = {
+            "model": self._config.model,
+            "url": self._config.url,
+            "prompt_version": PROMPT_VERSION,
+            "tokens": dict(self._tokens),
+            "cost": self._cost(self._tokens["in"], self._tokens["out"]),
+        }
+        if self._second is not None:
+            ours, theirs = zip(*self._pairs, strict=True) if self._pairs else ((), ())
+            summary["agreement"] = {"with": self._second.summary(), **agreement(ours, theirs)}
+        return summary
+
+    def _judge(self, question: Question) -> Any:
+        rubric = RUBRICS[question.rubric]
+        messages = [{"role": "user", "content": _prompt(question)}]
+        for _ in range(self._config.attempts):
+            try:
+                text = self._reply(messages)
+                said = rubric.check(_json_in(text))
+                if question.count is not None and len(said) != question.count:
+                    raise Malformed(f"{len(said)} verdicts are there, not {question.count}")
+                return said
+            except Unanswered as error:
+                return error
+            except Malformed as error:
+                wrong = str(error)
+            messages = [
+                *messages,
+                {"role": "assistant", "content": text or "(nothing)"},
+                {"role": "user", "content": f"That will not do: {wrong}. Reply with JSON alone, as asked."},
+            ]
+        return Unanswered(f"the judge gave no judgement ({wrong}): {text[:100]!r}")
+
+    def _reply(self, messages: list[dict[str, Any]]) -> str:
+        key = hashlib.sha256(json.dumps([self._config.url, self._config.model, messages]).encode()).hexdigest()
+        known = self._cache.get(key)
+        if known is None:
+            mode = {"response_format": {"type": "json_object"}} if self._config.json_mode else {}
+            reply = complete(self._client, self._config.url, self._config.model, messages, **mode)
+            usage = reply.usage
+            known = {
+                "text": reply.choices[0].message.content or "",
+                "in": usage.prompt_tokens if usage else 0,
+                "out": usage.completion_tokens if usage else 0,
+            }
+            self._cache.add(key, known)
+        with self._cache.lock:
+            self._tokens["in"] += known["in"]
+            self._tokens["out"] += known["out"]
+        return known["text"]
+
+    def _estimate(self, questions: Sequence[Question], step: str) -> None:
+        prompts = sum(len(_prompt(question)) for question in questions) // CHARACTERS_A_TOKEN
+        replies = 20 * len(questions)  # a score and its braces
+        cost = self._cost(prompts, replies)
+        said = "" if cost is None else f", about {cost:.2f} in the currency of its prices"
+        log.info("%s: %d questions to %s, about %d tokens%s", step, len(questions), self._config.model, prompts, said)
+
+    def _cost(self, tokens_in: int, tokens_out: int) -> float | None:
+        prices = self._config.price_in, self._config.price_out
+        return (tokens_in * prices[0] + tokens_out * prices[1]) / 1e6 if any(prices) else None
+
+
+class _Cache:
+    """Replies by the hash of what was asked, one JSON object a line."""
+
+    def __init__(self, path: Path):
+        self._path, self.lock = path, threading.Lock()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._known = {}
+        for line in path.read_text().splitlines() if path.exists() else ():
+            try:
+                entry = json.loads(line)
+                self._known[entry["key"]] = entry["reply"]
+            except (ValueError, KeyError):  # a line that was being written when a process ended
+                continue
+
+    def get(self, key: str) -> dict[str, Any] | None:
+        return self._known.get(key)
+
+    def add(self, key: str, reply: dict[str, Any]) -> None:
+        with self.lock, self._path.open("a") as file:
+            file.write(f"\n{json.dumps({'key': key, 'reply': reply})}")
+            self._known[key] = reply
+
+
+def agreement(one: Sequence[float], other: Sequence[float]) -> dict[str, float | int | None]:
+    """How far two judges' scores of the same answers agree: correlation, quadratic kappa, mean distance."""
+    one, other = np.asarray(one, float), np.asarray(other, float)
+    varies = len(one) > 1 and one.std() > 0 and other.std() > 0
+    return {
+        "n": len(one),
+        "pearson": float(np.corrcoef(one, other)[0, 1]) if varies else None,
+        "kappa": float(cohen_kappa_score(one.round(), other.round(), weights="quadratic")) if varies else None,
+        "mean_distance": float(np.abs(one - other).mean()) if len(one) else None,
+    }
+
+
+def _prompt(question: Question) -> str:
+    rubric = RUBRICS[question.rubric]
+    return f"{rubric.task.format(**question.fields)}\nReply with JSON alone, of this form: {rubric.form.format()}"
+
+
+def _json_in(text: str) -> Any:
+    """The JSON object in a reply, which may stand in a fence or among words."""
+    found = re.search(r"\{.*\}", text, re.S)
+    if found is None:
+        raise Malformed("there is no JSON in the reply")
+    try:
+        return json.loads(found.group())
+    except ValueError:
+        raise Malformed("the JSON in the reply is broken") from None

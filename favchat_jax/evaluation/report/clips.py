@@ -1,0 +1,77 @@
+"""Frames of evaluated clips for the report, where the data set is still in its place."""
+
+import importlib
+import logging
+import pkgutil
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import ml_collections
+import numpy as np
+from jaxtyping import UInt8
+
+from favchat_jax.data.video import VideoError
+from favchat_jax.errors import UserError
+from favchat_jax.evaluation import benchmarks
+from favchat_jax.evaluation.footage import Footage, beside_each_other
+from favchat_jax.evaluation.report.examples import SIDE, STRIP, Sample
+from favchat_jax.evaluation.respondents import Ask
+from favchat_jax.evaluation.session import Session
+
+log = logging.getLogger("favchat_jax")
+
+
+class Clips:
+    """Gives frames of any result's samples. Each data set is listed once, by its own benchmark."""
+
+    def __init__(self):
+        self._listed: dict[str, dict[str, tuple[Footage, ...]]] = {}
+
+    def __call__(self, result: Mapping[str, Any], sample: Sample) -> UInt8[np.ndarray, "T H W 3"] | None:
+        name = result["benchmark"]
+        if name not in self._listed:
+            self._listed[name] = _listed(result)
+        clips = self._listed[name].get(sample.get("clip", sample["id"]))
+        try:
+            return clips and beside_each_other(clips, max(STRIP, len(clips)), SIDE)
+        except VideoError as error:
+            log.warning("no frames of %s: %s", sample["id"], error)
+            return None
+
+
+class _Listing(Session):
+    """A session that notes which clips a benchmark asks about, and ends it there."""
+
+    def __init__(self):
+        super().__init__(None, batch=1)
+        self.clips: dict[str, tuple[Footage, ...]] = {}
+
+    def ask(self, asks: Sequence[Ask], *_: Any, **__: Any) -> Any:
+        self.clips = {ask.id: ask.clips for ask in asks}
+        raise _Done
+
+    likelihoods = ask
+
+    def leave_out(self, id: str, reason: str) -> None:
+        """Said when it was evaluated."""
+
+
+class _Done(Exception):
+    """The clips are known."""
+
+
+def _listed(result: Mapping[str, Any]) -> dict[str, tuple[Footage, ...]]:
+    """The clips of a result's benchmark by the ids of its asks; none where they cannot be had, which is told."""
+    name = result["benchmark"]
+    if name not in [module.name for module in pkgutil.iter_modules(benchmarks.__path__)]:
+        log.warning("%s is no benchmark of this version: its clips are not shown", name)
+        return {}
+    listing = _Listing()
+    try:
+        config = ml_collections.ConfigDict(result["provenance"]["config"])
+        importlib.import_module(f"{benchmarks.__name__}.{name}").run(config, listing)
+    except _Done:
+        return listing.clips
+    except (UserError, OSError, AttributeError, KeyError, TypeError, ValueError) as error:
+        log.warning("clips of %s are not shown: %s", name, error)
+    return {}

@@ -1,0 +1,195 @@
+"""Who is evaluated: FaVChat from a checkpoint, or any model behind an OpenAI-compatible server."""
+
+import base64
+import json
+import os
+import re
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import cv2
+import ml_collections
+import numpy as np
+from jaxtyping import UInt8
+
+from favchat_jax.errors import RunError, UserError
+from favchat_jax.evaluation.footage import Footage, beside_each_other
+from favchat_jax.generation.sampler import Sampler, Sampling, Turn
+
+MODEL_FORM = re.compile(r"openai:(?P<url>https?://[^#\s]+)#(?P<name>\S+)")
+
+
+@dataclass(frozen=True)
+class Ask:
+    """What is asked about one clip, or about several seen one after the other.
+
+    Attributes:
+        id: of the sample.
+        clips: what is seen.
+        conversations: each a list of turns whose last answer is None.
+    """
+
+    id: str
+    clips: tuple[Footage, ...]
+    conversations: tuple[tuple[Turn, ...], ...]
+
+
+class Unanswered(Exception):
+    """One question that a model did not answer, while others may be."""
+
+
+class Respondent(Protocol):
+    """What evaluations need of a model. `identity` names it and says what else is known of it."""
+
+    identity: dict[str, Any]
+
+    def prepare(self, ask: Ask) -> Any:
+        """The frames of an ask as the model wants them; raises VideoError. Called from several threads."""
+
+    def answer(self, asks: Sequence[Ask], frames: Sequence[Any], max_new_tokens: int) -> list[list[str] | Unanswered]:
+        """Answers to each ask's conversations."""
+
+    def likelihoods(self, asks: Sequence[Ask], frames: Sequence[Any], answers: Sequence[str]) -> list[list[float]]:
+        """Log-probability of each of some answers to each ask's only conversation."""
+
+
+class FaVChat:
+    """A checkpoint. Batches are filled up, so that all have one shape and nothing compiles twice.
+
+    Args:
+        sampler: the model.
+        batch: clips that are answered together.
+        questions: conversations of an ask, at most.
+        identity: name of the checkpoint and what is known of it.
+    """
+
+    def __init__(self, sampler: Sampler, batch: int, questions: int = 1, identity: dict[str, Any] | None = None):
+        self._sampler, self._batch, self._questions = sampler, batch, questions
+        self.identity = identity or {"name": "a model in memory"}
+
+    def prepare(self, ask: Ask) -> UInt8[np.ndarray, "T H W 3"]:
+        """The ask's frames, those of several clips in equal parts."""
+        return beside_each_other(ask.clips, self._sampler.frames, self._sampler.image_size)
+
+    def answer(self, asks: Sequence[Ask], frames: Sequence[np.ndarray], max_new_tokens: int) -> list[list[str]]:
+        """Greedy answers."""
+        conversations = [self._filled(ask) for ask in self._full(asks)]
+        features = self._sampler.encode(np.stack(self._full(frames)))
+        texts = self._sampler.answer(features, conversations, Sampling(max_new_tokens=max_new_tokens))
+        return [said[: len(ask.conversations)] for ask, said in zip(asks, texts, strict=False)]
+
+    def likelihoods(
+        self, asks: Sequence[Ask], frames: Sequence[np.ndarray], answers: Sequence[str]
+    ) -> list[list[float]]:
+        """Log-probabilities of whole answers, their ends included."""
+        features = self._sampler.encode(np.stack(self._full(frames)))
+        turns = [ask.conversations[0] for ask in self._full(asks)]
+        return self._sampler.log_likelihoods(features, turns, answers).tolist()[: len(asks)]
+
+    def _full(self, items: Sequence[Any]) -> list[Any]:
+        return [*items, *[items[0]] * (self._batch - len(items))]
+
+    def _filled(self, ask: Ask) -> list[tuple[Turn, ...]]:
+        return [*ask.conversations, *[ask.conversations[0]] * (self._questions - len(ask.conversations))]
+
+
+class OpenAIServer:
+    """A model behind an OpenAI-compatible server, which is sent frames as pictures, in their order.
+
+    Args:
+        model: openai:URL#NAME.
+        config: section `server`: frames, size (pixels a side), timeout (seconds), retries, parallel, key_variable.
+
+    Raises:
+        UserError: `model` has another form, or the client is not installed.
+    """
+
+    def __init__(self, model: str, config: ml_collections.ConfigDict):
+        found = MODEL_FORM.fullmatch(model)
+        if found is None:
+            raise UserError(
+                f"--model={model} is not of the form openai:URL#NAME, as openai:http://localhost:8000/v1#NAME"
+            )
+        self._model, self._config = found["name"], config
+        self._url = found["url"]
+        self._client = openai_client(self._url, config)
+        self.identity = {"name": model, "frames": config.frames, "size": config.size}
+
+    def prepare(self, ask: Ask) -> list[str]:
+        """The ask's frames as data URLs of JPEG pictures."""
+        return [_data_url(frame) for frame in beside_each_other(ask.clips, self._config.frames, self._config.size)]
+
+    def answer(
+        self, asks: Sequence[Ask], frames: Sequence[list[str]], max_new_tokens: int
+    ) -> list[list[str] | Unanswered]:
+        """Answers at temperature 0; a request that the server refuses leaves its ask without."""
+        with ThreadPoolExecutor(self._config.parallel) as pool:
+            return list(pool.map(lambda ask, seen: self._answer(ask, seen, max_new_tokens), asks, frames))
+
+    def likelihoods(self, asks, frames, answers):
+        """Not what a chat server tells."""
+        raise UserError(f"{self.identity['name']} gives no likelihoods: choose --config.method=describe or direct")
+
+    def _answer(self, ask: Ask, frames: list[str], max_new_tokens: int) -> list[str] | Unanswered:
+        try:
+            return [self._complete(turns, frames, max_new_tokens) for turns in ask.conversations]
+        except Unanswered as error:
+            return error
+
+    def _complete(self, turns: Sequence[Turn], frames: list[str], max_new_tokens: int) -> str:
+        messages = []
+        for number, (question, answer) in enumerate(turns):
+            content = [{"type": "text", "text": question}]
+            if number == 0:
+                content = [{"type": "image_url", "image_url": {"url": url}} for url in frames] + content
+            messages.append({"role": "user", "content": content})
+            if answer is not None:
+                messages.append({"role": "assistant", "content": answer})
+        reply = complete(self._client, self._url, self._model, messages, max_tokens=max_new_tokens)
+        return (reply.choices[0].message.content or "").strip()
+
+
+def openai_client(url: str, config: ml_collections.ConfigDict) -> Any:
+    """A client of the library `openai`, which retries by itself with growing pauses."""
+    try:
+        import openai
+    except ModuleNotFoundError:
+        raise UserError("the package openai is missing: pip install -r requirements-evaluation.txt") from None
+    key = os.environ.get(config.key_variable) or "none"  # servers of one's own mostly want no key
+    return openai.OpenAI(base_url=url, api_key=key, timeout=config.timeout, max_retries=config.retries)
+
+
+def complete(client: Any, url: str, model: str, messages: list[dict[str, Any]], **options: Any) -> Any:
+    """One chat completion at temperature 0.
+
+    Raises:
+        Unanswered: the server refuses this request or replies with nothing.
+        UserError: it knows no such model or key.
+        RunError: it cannot be reached, or fails, however often it is tried.
+    """
+    import openai
+
+    try:
+        reply = client.chat.completions.create(model=model, messages=messages, temperature=0, **options)
+    except (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError) as error:
+        raise UserError(f"{url} refuses model {model}: {_reason(error)}; check the URL, the name and the key") from None
+    except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
+        raise Unanswered(f"the server refused the request: {_reason(error)}") from None
+    except (openai.APIError, json.JSONDecodeError) as error:
+        raise RunError(
+            f"{url} does not answer ({_reason(error)}): what was answered so far is kept, run the same command again"
+        ) from None
+    if not getattr(reply, "choices", None):
+        raise Unanswered("the server's reply holds no choice")
+    return reply
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def _data_url(frame: UInt8[np.ndarray, "H W 3"]) -> str:
+    _, encoded = cv2.imencode(".jpg", np.ascontiguousarray(frame[:, :, ::-1]), [cv2.IMWRITE_JPEG_QUALITY, 90])
+    return f"data:image/jpeg;base64,{base64.b64encode(encoded.tobytes()).decode()}"

@@ -1,0 +1,162 @@
+"""The one form that every evaluation's result has, as a dictionary and as the JSON file that `--out` names.
+
+    benchmark     name of the module in evaluation/benchmarks
+    model         what was evaluated: a checkpoint's folder, or openai:URL#NAME
+    describer     the checkpoint whose descriptions the model was given besides, or null
+    n             samples that the figures are made of
+    complete      true where every listed sample was evaluated and every figure of the benchmark is there
+    missing       listed samples without a result: [{"id", "reason"}]; each makes `complete` false
+    notes         what a reader of the figures must know, one line each
+    figures       name -> {"value", "low", "high", "scale"}: value and 95 % bootstrap interval, null where none is;
+                  `scale` is what published tables multiply the figure by: 100 for shares, 1 for scores
+    groups        name of a part (fold, kind of question, protocol) -> {"n", "figures"}
+    confusion     {"labels", "counts"}: rows are expected labels, columns predicted ones and, last, none; or null
+    curves        name -> {"x", "y", "x_label", "y_label"}, as the ROC curve of face verification
+    published     rows of the paper's table: [{"model", "figures": {name: value as printed}}]
+    samples       one object a question: "id", "question", "expected", "answer", "predicted", "correct", and what the
+                  benchmark adds ("kind", "fold", "description", "judged", "scores", "likelihood"); "predicted" is what
+                  was read from the answer, null where nothing could be; "correct" is null where there is no right
+    judge         null, or "model", "url", "prompt_version", "tokens", "cost", and with a second judge "agreement"
+    provenance    "config", "checkpoint", "describer", "data", "versions", "seed"
+
+Nothing in it depends on when or in how many pieces the evaluation ran. A benchmark may add fields of its own.
+"""
+
+import hashlib
+import importlib.metadata
+import json
+import math
+import os
+import platform
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import ml_collections
+
+Figure = dict[str, float | None]
+Result = dict[str, Any]
+
+SHOWN = 3  # published rows, and missing samples, in a terminal; FaVChat's rows stand last in every table
+PACKAGES = ("jax", "flax", "numpy", "scikit-learn", "transformers", "av")
+
+
+def figure(value: float, low: float | None = None, high: float | None = None, scale: int = 1) -> Figure:
+    """One figure with its interval; what is not a number becomes null, which JSON can say."""
+    numbers = {"value": value, "low": low, "high": high}
+    known = {name: None if x is None or not math.isfinite(x) else float(x) for name, x in numbers.items()}
+    return {**known, "scale": scale}
+
+
+def make_result(
+    benchmark: str,
+    samples: Sequence[dict[str, Any]],
+    figures: Mapping[str, Figure],
+    *,
+    groups: Mapping[str, dict[str, Any]] | None = None,
+    confusion: dict[str, Any] | None = None,
+    curves: Mapping[str, dict[str, Any]] | None = None,
+    published: Sequence[dict[str, Any]] = (),
+    missing: Sequence[dict[str, str]] = (),
+    notes: Sequence[str] = (),
+    judge: dict[str, Any] | None = None,
+    data: dict[str, Any] | None = None,
+    complete: bool = True,
+    n: int | None = None,
+) -> Result:
+    """What a benchmark returns: everything but who was evaluated, which `favchat_jax.evaluate` adds."""
+    return {
+        "benchmark": benchmark,
+        "n": len(samples) if n is None else n,
+        "complete": complete and not missing,
+        "missing": list(missing),
+        "notes": list(notes),
+        "figures": dict(figures),
+        "groups": dict(groups or {}),
+        "confusion": confusion,
+        "curves": dict(curves or {}),
+        "published": list(published),
+        "judge": judge,
+        "data": data,
+        "samples": list(samples),
+    }
+
+
+def with_provenance(
+    result: Result, config: ml_collections.ConfigDict, model: Mapping[str, Any], describer: Mapping[str, Any] | None
+) -> Result:
+    """The whole result: a benchmark's, and by what, with what and of what it was made.
+
+    `model` and `describer` say "name" and what else is known of each, as the checkpoint's step and hash.
+    """
+    own = {name: value for name, value in result.items() if name not in ("data", "samples")}
+    return {
+        "benchmark": result["benchmark"],
+        "model": model["name"],
+        "describer": describer["name"] if describer else None,
+        **own,
+        "provenance": {
+            "config": json.loads(config.to_json()),
+            "checkpoint": dict(model),
+            "describer": dict(describer) if describer else None,
+            "data": result["data"],
+            "versions": versions(),
+            "seed": config.seed,
+        },
+        "samples": result["samples"],
+    }
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that figures depend on."""
+    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in PACKAGES}}
+
+
+def data_hash(annotations: Iterable[Path], clips: Iterable[Path]) -> str:
+    """A hash of what an evaluation reads: the annotations' content, the clips' names and sizes.
+
+    A folder of frames has their number for a size. What clips hold is left out: reading them all would take as long as
+    the evaluation.
+    """
+    digest = hashlib.sha256()
+    for path in annotations:
+        digest.update(path.read_bytes())
+    for path in clips:
+        size = path.stat().st_size if path.is_file() else len(os.listdir(path)) if path.is_dir() else -1
+        digest.update(f"{path.name} {size}\n".encode())
+    return digest.hexdigest()
+
+
+def write_result(path: Path, result: Result) -> None:
+    """Writes the JSON beside its place and renames it, so that a file that is there is whole."""
+    draft = path.with_name(f".{path.name}.draft-favchat")
+    draft.write_text(json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False))
+    os.replace(draft, path)
+
+
+def table(result: Result) -> str:
+    """Figures with their intervals, published ones beside them, and each part's, for a terminal."""
+    rows = result["published"][-SHOWN:][::-1]
+    head = f"{'figure':<24}{'here':>9}{'95 % interval':>20}"
+    lines = [head + "".join(f"{row['model'][:17]:>18}" for row in rows)]
+    for name, found in result["figures"].items():
+        beside = "".join(f"{_number(row['figures'].get(name)):>18}" for row in rows)
+        lines.append(f"{name:<24}{_row(found)}{beside}")
+    for group, part in result["groups"].items():
+        lines += [f"  {f'{group}: {name}':<22}{_row(found)}" for name, found in part["figures"].items()]
+    lines.append(f"n = {result['n']}" + ("" if result["complete"] else ", INCOMPLETE"))
+    lines += [f"missing: {row['id']}: {row['reason']}" for row in result["missing"][:SHOWN]]
+    if len(result["missing"]) > SHOWN:
+        lines.append(f"missing: {len(result['missing']) - SHOWN} more, named in the result")
+    return "\n".join([*lines, *result["notes"]])
+
+
+def _row(found: Figure) -> str:
+    known = (found["value"], found["low"], found["high"])
+    value, low, high = (x if x is None else x * found["scale"] for x in known)
+    interval = "" if low is None else f"{_number(low)} - {_number(high)}"
+    return f"{_number(value):>9}{interval:>20}"
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}" if abs(value) >= 1 else f"{value:.3f}"

@@ -1,0 +1,71 @@
+"""OpenAI-compatible servers on the loopback interface, whose replies a test writes."""
+
+import contextlib
+import json
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+Reply = str | int  # a message, or the status of a refusal
+
+
+class Server:
+    """What a test sees of a running server: its address and the requests it got."""
+
+    def __init__(self, url: str):
+        self.url = url
+        self.requests: list[dict[str, Any]] = []
+
+
+@contextlib.contextmanager
+def serve(reply: Callable[[dict[str, Any]], Reply]) -> Iterator[Server]:
+    """A server that answers each chat completion with what `reply` makes of the request's body."""
+    lock = threading.Lock()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            with lock:
+                server.requests.append(body)
+                said = reply(body)
+            status, content = (said, {"error": {"message": "no"}}) if isinstance(said, int) else (200, completion(said))
+            encoded = json.dumps(content).encode()
+            self.send_response(status)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(encoded)))
+            self.end_headers()
+            self.wfile.write(encoded)
+
+        def log_message(self, *_):
+            pass
+
+    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server = Server(f"http://127.0.0.1:{http.server_address[1]}/v1")
+    thread = threading.Thread(target=http.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield server
+    finally:
+        http.shutdown()
+        http.server_close()
+        thread.join()
+
+
+def completion(text: str) -> dict[str, Any]:
+    """A chat completion as servers send it."""
+    message = {"role": "assistant", "content": text}
+    return {
+        "id": "1",
+        "object": "chat.completion",
+        "created": 0,
+        "model": "m",
+        "choices": [{"index": 0, "message": message, "finish_reason": "stop"}],
+        "usage": {"prompt_tokens": 10, "completion_tokens": 5, "total_tokens": 15},
+    }
+
+
+def asked(body: dict[str, Any]) -> str:
+    """The text of a request's last message."""
+    content = body["messages"][-1]["content"]
+    return content if isinstance(content, str) else next(part["text"] for part in content if part["type"] == "text")

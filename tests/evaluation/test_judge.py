@@ -1,0 +1,139 @@
+"""The judge: what it is asked, what it may reply, what is kept, and what becomes of a judge that will not do."""
+
+import json
+
+import pytest
+from ml_collections import ConfigDict
+
+from configs.eval import common
+from favchat_jax.errors import RunError, UserError
+from favchat_jax.evaluation.judge import PROMPT_VERSION, Judge, Question, agreement
+from favchat_jax.evaluation.respondents import Unanswered
+from tests.evaluation.servers import asked, serve
+
+QA = [Question(str(i), "qa", {"question": f"q{i}?", "reference": "a", "answer": f"b{i}"}) for i in range(5)]
+
+
+def config(url, tmp_path, **changes) -> ConfigDict:
+    section = common.judge()
+    section.update({"url": url, "model": "m", "cache": str(tmp_path / "cache.jsonl"), "retries": 0, **changes})
+    return section
+
+
+def test_scores_come_back_by_question_and_are_asked_at_temperature_0(tmp_path):
+    with serve(lambda body: json.dumps({"score": int(asked(body).split("Answer: b")[1][0])})) as server:
+        judge = Judge(config(server.url, tmp_path, price_in=2.0, price_out=10.0))
+        assert judge.scores(QA) == {str(i): float(i) for i in range(5)}
+    assert all(body["temperature"] == 0 and body["model"] == "m" for body in server.requests)
+    summary = judge.summary()
+    assert (summary["model"], summary["url"], summary["prompt_version"]) == ("m", server.url, PROMPT_VERSION)
+    assert summary["tokens"] == {"in": 50, "out": 25}
+    assert summary["cost"] == pytest.approx((50 * 2 + 25 * 10) / 1e6)
+
+
+def test_nothing_is_asked_twice_not_even_by_another_process(tmp_path):
+    with serve(lambda body: '{"score": 7}') as server:
+        first = Judge(config(server.url, tmp_path))
+        assert first.scores(QA) == Judge(config(server.url, tmp_path)).scores(QA)
+        assert len(server.requests) == len(QA)
+        again = Judge(config(server.url, tmp_path))
+        again.scores(QA)
+        assert again.summary() == first.summary()
+
+
+def test_a_torn_line_in_the_cache_is_asked_again(tmp_path):
+    with serve(lambda body: '{"score": 7}') as server:
+        Judge(config(server.url, tmp_path)).scores(QA)
+        cache = tmp_path / "cache.jsonl"
+        cache.write_text(cache.read_text()[:-20])
+        assert Judge(config(server.url, tmp_path)).scores(QA) == {str(i): 7.0 for i in range(5)}
+        assert len(server.requests) == len(QA) + 1
+
+
+@pytest.mark.parametrize(
+    "reply",
+    ['{"score": 6}', '```json\n{"score": 6.0}\n```', 'Here is my judgement: {"score": 6} I hope it helps.'],
+)
+def test_json_is_found_in_a_fence_and_among_words(reply, tmp_path):
+    with serve(lambda body: reply) as server:
+        assert Judge(config(server.url, tmp_path)).scores(QA[:1]) == {"0": 6.0}
+
+
+NONSENSE = [
+    "I cannot judge that.",
+    "",
+    '{"score": "six"}',
+    '{"score": 11}',
+    '{"score": true}',
+    '{"mark": 6}',
+    "{",
+    "[6]",
+]
+
+
+@pytest.mark.parametrize("reply", NONSENSE)
+def test_a_reply_that_is_not_what_was_asked_for_is_asked_for_again(reply, tmp_path):
+    said = iter([reply, '{"score": 4}'])
+    with serve(lambda body: next(said)) as server:
+        assert Judge(config(server.url, tmp_path)).scores(QA[:1]) == {"0": 4.0}
+    assert "That will not do" in asked(server.requests[1])
+
+
+@pytest.mark.parametrize("reply", NONSENSE)
+def test_a_judge_that_goes_on_with_nonsense_leaves_the_answer_unjudged(reply, tmp_path):
+    with serve(lambda body: reply) as server:
+        said = Judge(config(server.url, tmp_path)).scores(QA[:1])["0"]
+    assert isinstance(said, Unanswered) and "gave no judgement" in str(said)
+    assert len(server.requests) == 3
+
+
+def test_a_request_that_the_server_refuses_leaves_the_answer_unjudged_and_others_judged(tmp_path):
+    with serve(lambda body: 400 if "q1?" in asked(body) else '{"score": 5}') as server:
+        said = Judge(config(server.url, tmp_path)).scores(QA)
+    assert isinstance(said.pop("1"), Unanswered) and set(said.values()) == {5.0}
+
+
+def test_a_busy_server_is_tried_again(tmp_path):
+    said = iter([503, 429, '{"score": 5}'])
+    with serve(lambda body: next(said)) as server:
+        assert Judge(config(server.url, tmp_path, retries=2)).scores(QA[:1]) == {"0": 5.0}
+
+
+def test_a_judge_that_goes_offline_midway_ends_the_run_and_what_it_said_is_kept(tmp_path):
+    with serve(lambda body: '{"score": 5}') as server:
+        Judge(config(server.url, tmp_path)).scores(QA[:3])
+    section = config(server.url, tmp_path)
+    with pytest.raises(RunError, match="does not answer .*: what was answered so far is kept, run the same command"):
+        Judge(section).scores(QA)
+    assert Judge(section).scores(QA[:3]) == {"0": 5.0, "1": 5.0, "2": 5.0}
+
+
+@pytest.mark.parametrize("status", [401, 403, 404])
+def test_a_wrong_key_or_model_is_a_mistake_of_the_user(status, tmp_path):
+    with serve(lambda body: status) as server, pytest.raises(UserError, match="refuses model m: .*; check the URL"):
+        Judge(config(server.url, tmp_path)).scores(QA[:1])
+
+
+def test_verdicts_must_be_as_many_as_the_events(tmp_path):
+    question = Question("0", "entailment", {"text": "t", "events": "1. a\n2. b"}, count=2)
+    said = iter(['{"verdicts": ["neutral"]}', '{"verdicts": ["entailment", "contradiction"]}'])
+    with serve(lambda body: next(said)) as server:
+        assert Judge(config(server.url, tmp_path)).ask([question]) == {"0": [True, False]}
+
+
+def test_a_second_judge_is_asked_the_same_and_their_agreement_told(tmp_path):
+    with (
+        serve(lambda body: json.dumps({"score": int(asked(body).split("Answer: b")[1][0])})) as one,
+        serve(lambda body: json.dumps({"score": int(asked(body).split("Answer: b")[1][0]) + 1})) as other,
+    ):
+        judge = Judge(config(one.url, tmp_path), Judge(config(other.url, tmp_path)))
+        assert judge.scores(QA) == {str(i): float(i) for i in range(5)}
+        told = judge.summary()["agreement"]
+    assert (told["n"], told["mean_distance"], told["with"]["url"]) == (5, 1.0, other.url)
+    assert told["pearson"] == pytest.approx(1) and 0 < told["kappa"] < 1
+
+
+def test_agreement_is_1_for_equal_scores_and_unknown_without_variation():
+    assert agreement([1, 5, 9], [1, 5, 9])["kappa"] == pytest.approx(1)
+    assert agreement([5, 5], [5, 5]) == {"n": 2, "pearson": None, "kappa": None, "mean_distance": 0.0}
+    assert agreement([], []) == {"n": 0, "pearson": None, "kappa": None, "mean_distance": None}

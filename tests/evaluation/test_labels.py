@@ -1,0 +1,124 @@
+"""Which emotions free text names, and whether it says that two faces are one person's."""
+
+import pytest
+
+from favchat_jax.evaluation.benchmarks.dfew import CLASSES as DFEW
+from favchat_jax.evaluation.benchmarks.mafw import CLASSES as MAFW
+from favchat_jax.evaluation.labels import SYNONYMS, decide, emotion_names, named, says_same
+
+SEVEN, ELEVEN = emotion_names(DFEW), emotion_names(MAFW)
+
+
+@pytest.mark.parametrize(
+    ("text", "label"),
+    [
+        ("happy", "happy"),
+        ("Happy.", "happy"),
+        ("ＨＡＰＰＹ", "happy"),  # full width
+        ("The person looks delighted!", "happy"),
+        ("She is unhappy", "sad"),
+        ("angry", "angry"),
+        ("He seems furious about it", "angry"),
+        ("Her face is expressionless", "neutral"),
+        ("There is no obvious emotion.", "neutral"),
+        ("a shocked look", "surprise"),
+        ("Disgusted", "disgust"),
+        ("He’s terrified", "fear"),
+    ],
+)
+def test_an_answer_that_names_one_emotion_decides_for_it(text, label):
+    assert decide(text, SEVEN) == label
+
+
+@pytest.mark.parametrize(
+    ("text", "label"),
+    [
+        ("not happy but sad", "sad"),
+        ("The man isn't angry, he is surprised.", "surprise"),
+        ("She doesn't look very happy. She looks sad.", "sad"),
+        ("neither happy nor sad; afraid", "fear"),
+        ("Rather than anger, there is fear.", "fear"),
+        ("no sign of anger or fear, only sadness", "sad"),
+        ("not only happy", "happy"),
+        ("no doubt happy", "happy"),
+        ("The person is not happy and seems angry", "angry"),
+    ],
+)
+def test_what_is_denied_is_not_named(text, label):
+    assert decide(text, SEVEN) == label
+
+
+@pytest.mark.parametrize(
+    "text", ["", "   ", "I cannot tell.", "not happy", "the", "madam", "赤い", "a sadistic man", "1"]
+)
+def test_an_answer_without_an_emotion_decides_for_none(text):
+    assert decide(text, SEVEN) is None
+
+
+@pytest.mark.parametrize(
+    "text", ["happy and sad", "anger, fear", "happy, sad, neutral, angry, surprise, disgust, fear"]
+)
+def test_an_answer_with_several_emotions_decides_for_none(text):
+    assert decide(text, SEVEN) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "label"),
+    [
+        ("She smiles as if happy at first, later she cries. The answer is sad.", "sad"),
+        ("Happy? Angry? Emotion: fear", "fear"),
+        ("Between sadness and anger, most likely anger", "angry"),
+        ("<think> happy or sad </think> <answer> sad </answer>", "sad"),
+        ("<think> happy or sad </think> <answer> sad", "sad"),
+    ],
+)
+def test_of_several_emotions_the_one_that_is_announced_as_the_answer_counts(text, label):
+    assert decide(text, SEVEN) == label
+
+
+def test_all_emotions_are_named_in_their_order_once_each():
+    text = "First surprised, then happy, then amazed again, never angry."
+    assert named(text, SEVEN) == ["surprise", "happy"]
+
+
+def test_eleven_classes_tell_worry_from_fear_and_helplessness_from_sadness():
+    words = {
+        "He is worried": "anxiety",
+        "helpless": "helplessness",
+        "she was let down": "disappointment",
+        "scorn": "contempt",
+    }
+    assert {text: decide(text, ELEVEN) for text in words} == words
+    assert decide("He is worried", SEVEN) is None
+
+
+@pytest.mark.parametrize("classes", [DFEW, MAFW])
+def test_each_class_decides_for_itself_by_its_name(classes):
+    names = emotion_names(classes)
+    assert {label: decide(label, names) for label in classes} == {label: label for label in classes}
+
+
+def test_no_word_stands_for_two_emotions():
+    words = [word for group in SYNONYMS.values() for word in group]
+    assert len(words) == len(set(words))
+
+
+@pytest.mark.parametrize(
+    ("text", "same"),
+    [
+        ("Yes.", True),
+        ("yes, both are him", True),
+        ("No", False),
+        ("No, they are not the same person.", False),
+        ("They are the same person.", True),
+        ("These are two different people.", False),
+        ("This is not the same person", False),
+        ("They are not different people", True),
+        ("<think>hm</think><answer>no</answer>", False),
+        ("I cannot see that", None),
+        ("", None),
+        ("It could be the same person or different people", None),
+    ],
+)
+def test_whether_an_answer_holds_two_faces_for_one_persons(text, same):
+    assert says_same(text) is same

@@ -1,0 +1,81 @@
+"""The form of a result: figures, its hash of the data, and what a terminal shows."""
+
+import json
+
+import pytest
+
+from favchat_jax.evaluation import published
+from favchat_jax.evaluation.result import data_hash, figure, make_result, table
+
+
+def test_what_is_not_a_number_is_null():
+    assert figure(float("nan"), float("inf"), 1) == {"value": None, "low": None, "high": 1.0, "scale": 1}
+
+
+def result(**changes):
+    figures = {"war": figure(0.5, 0.25, 0.75, scale=100), "auc": figure(0.125)}
+    rows = published.rows(published.EMOTION, "uar", "war")
+    return make_result("dfew", [{"id": "1"}], figures, published=rows, **changes)
+
+
+def test_a_result_is_json_and_complete_where_nothing_is_missing():
+    made = result()
+    assert json.loads(json.dumps(made, allow_nan=False)) == made
+    assert (made["n"], made["complete"]) == (1, True)
+    assert not result(missing=[{"id": "2", "reason": "gone"}])["complete"] and not result(complete=False)["complete"]
+
+
+def test_a_terminal_shows_shares_in_percent_beside_the_papers_best_rows():
+    groups = {"fold 1": {"n": 1, "figures": {"war": figure(1, scale=100)}}}
+    lines = [line.split() for line in table(result(groups=groups)).splitlines()]
+    assert lines[0] == ["figure", "here", "95", "%", "interval", "FaVChat", "v2", "FaVChat", "Qwen2-VL-72B"]
+    assert lines[1] == ["war", "50.00", "25.00", "-", "75.00", "79.79", "77.88", "45.12"]
+    assert lines[2] == ["auc", "0.125", "-", "-", "-"]
+    assert lines[3] == ["fold", "1:", "war", "100.00"]
+    assert lines[4] == ["n", "=", "1"]
+
+
+def test_a_terminal_shows_what_is_missing_the_first_by_name():
+    missing = [{"id": str(i), "reason": "gone"} for i in range(5)]
+    shown = table(result(missing=missing, notes=["a note"])).splitlines()[-6:]
+    assert shown == [
+        *("n = 1, INCOMPLETE", "missing: 0: gone", "missing: 1: gone", "missing: 2: gone"),
+        *("missing: 2 more, named in the result", "a note"),
+    ]
+
+
+def test_the_hash_of_data_follows_labels_names_and_sizes(tmp_path):
+    labels, clip, folder = tmp_path / "labels", tmp_path / "a.mp4", tmp_path / "frames"
+    folder.mkdir()
+    labels.write_text("a 1")
+    clip.write_bytes(b"12")
+
+    def hashed():
+        return data_hash([labels], [clip, folder, tmp_path / "absent"])
+
+    seen = {hashed()}
+    for change in (
+        lambda: labels.write_text("a 2"),
+        lambda: clip.write_bytes(b"123"),
+        lambda: (folder / "0.jpg").write_bytes(b""),
+    ):
+        change()
+        seen.add(hashed())
+    assert len(seen) == 4 and hashed() in seen
+
+
+@pytest.mark.parametrize(
+    ("rows", "model", "figures"),
+    [
+        (published.rows(published.DFEC, "correctness", "detail"), "FaVChat", {"correctness": 4.51, "detail": 4.41}),
+        (published.rows(published.EMOTION, "uar", "war", first=2), "FaVChat v2", {"uar": 51.09, "war": 62.17}),
+        (published.rows(published.VERIFICATION, "accuracy"), "FaVChat", {"accuracy": 82.38}),
+        (published.rows(published.VERIFICATION, "accuracy", first=1), "Claude3.5-Sonnet", {"accuracy": 94.29}),
+    ],
+)
+def test_published_rows_are_named_by_figure(rows, model, figures):
+    assert {row["model"]: row["figures"] for row in rows}[model] == figures
+
+
+def test_rows_without_a_figure_are_left_out():
+    assert "FaVChat" not in [row["model"] for row in published.rows(published.VERIFICATION, "accuracy", first=1)]

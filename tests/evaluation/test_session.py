@@ -1,0 +1,168 @@
+"""Sessions: batches, clips that cannot be read, descriptions, and evaluations that are stopped and taken up."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from favchat_jax.data import rendered_faces
+from favchat_jax.errors import RunError, UserError
+from favchat_jax.evaluation.footage import Footage
+from favchat_jax.evaluation.respondents import Ask, Unanswered
+from favchat_jax.evaluation.session import DESCRIBE, Journal, Session, present
+from tests.data.video_files import encode_video
+from tests.evaluation.models_for_tests import Scripted, session
+
+CLIP = encode_video(6)
+
+
+def asks(count: int) -> list[Ask]:
+    return [Ask(f"clip {i}", (Footage(f"clip {i}", CLIP),), (((f"{i}?", None),),)) for i in range(count)]
+
+
+def repeat(id: str, question: str) -> str:
+    return f"{id} {question}"
+
+
+def test_every_ask_gets_its_own_answer_in_batches_of_one_size():
+    model = Scripted(repeat)
+    assert session(model, 4).ask(asks(10), 8) == {f"clip {i}": [f"clip {i} {i}?"] for i in range(10)}
+    assert [len(batch) for batch in model.batches] == [4, 4, 2]
+
+
+def test_nothing_to_ask_is_answered_with_nothing():
+    assert session(Scripted(repeat)).ask([], 8) == {}
+
+
+def test_clips_that_cannot_be_read_are_named_and_the_others_answered():
+    broken = Ask("broken", (Footage("broken", b"no video"),), ((("?", None),),))
+    asked = [*asks(2), broken, Ask("gone", (Footage("gone", Path("nowhere.mp4")),), ((("?", None),),))]
+    made = session(Scripted(repeat))
+    assert set(made.ask(asked, 8)) == {"clip 0", "clip 1"}
+    assert [row["id"] for row in made.missing] == ["broken", "gone"]
+    assert "cannot be read as a video" in made.missing[0]["reason"]
+    assert "does not exist" in made.missing[1]["reason"]
+
+
+def test_a_question_that_the_model_does_not_answer_is_named():
+    class Refusing(Scripted):
+        def answer(self, asks, frames, max_new_tokens):
+            return [
+                Unanswered("no") if a.id == "clip 1" else said
+                for a, said in zip(asks, super().answer(asks, frames, 1), strict=True)
+            ]
+
+    made = session(Refusing(repeat))
+    assert set(made.ask(asks(3), 8)) == {"clip 0", "clip 2"}
+    assert made.missing == [{"id": "clip 1", "reason": "no"}]
+
+
+class Stopped(Exception):
+    pass
+
+
+class Stopping(Scripted):
+    """A model that ends the process, as it were, in its third batch."""
+
+    def answer(self, asks, frames, max_new_tokens):
+        if len(self.batches) == 2:
+            raise Stopped
+        return super().answer(asks, frames, max_new_tokens)
+
+
+def test_a_stopped_session_goes_on_at_the_batch_that_it_was_stopped_in(tmp_path):
+    path = tmp_path / "answers.jsonl"
+    with pytest.raises(Stopped):
+        session(Stopping(repeat), 3, journal=Journal(path)).ask(asks(10), 8)
+    path.write_text(path.read_text() + '\n{"key": "torn')
+    model = Scripted(repeat)
+    resumed = session(model, 3, journal=Journal(path)).ask(asks(10), 8)
+    assert model.batches == [["clip 6", "clip 7", "clip 8"], ["clip 9"]]
+    assert resumed == session(Scripted(repeat), 3).ask(asks(10), 8)
+
+
+def test_of_a_batch_that_was_written_in_part_all_is_answered_again(tmp_path):
+    path = tmp_path / "answers.jsonl"
+    session(Scripted(repeat), 3, journal=Journal(path)).ask(asks(6), 8)
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join(lines[:-1]))
+    model = Scripted(repeat)
+    session(model, 3, journal=Journal(path)).ask(asks(6), 8)
+    assert model.batches == [["clip 3", "clip 4", "clip 5"]]
+
+
+@pytest.mark.parametrize("change", ["tokens", "question", "clip", "model"])
+def test_answers_to_anything_else_are_not_taken_up(change, tmp_path):
+    path = tmp_path / "answers.jsonl"
+    session(Scripted(repeat), 3, journal=Journal(path)).ask(asks(2), 8)
+    model = Scripted(repeat, name="another" if change == "model" else "scripted")
+    question = "else?" if change == "question" else "0?"
+    clip = encode_video(7) if change == "clip" else CLIP
+    asked = [Ask("clip 0", (Footage("clip 0", clip),), (((question, None),),)), asks(2)[1]]
+    session(model, 3, journal=Journal(path)).ask(asked, 9 if change == "tokens" else 8)
+    assert model.batches == [["clip 0", "clip 1"]]
+
+
+def test_where_not_one_sample_is_answered_the_run_ends_and_a_later_one_asks_again(tmp_path):
+    class Refusing(Scripted):
+        def answer(self, asks, frames, max_new_tokens):
+            return [Unanswered("the server refused") for _ in asks]
+
+    path = tmp_path / "answers.jsonl"
+    with pytest.raises(RunError, match="not one of 5 samples was answered; the first: the server refused"):
+        session(Refusing(repeat), 3, journal=Journal(path)).ask(asks(5), 8)
+    assert set(session(Scripted(repeat), 3, journal=Journal(path)).ask(asks(5), 8)) == {f"clip {i}" for i in range(5)}
+
+
+def test_missing_clips_stay_missing_when_a_session_is_taken_up(tmp_path):
+    broken = Ask("broken", (Footage("broken", b"no video"),), ((("?", None),),))
+    made = [session(Scripted(repeat), 3, journal=Journal(tmp_path / "a.jsonl")) for _ in range(2)]
+    answers = [one.ask([*asks(1), broken], 8) for one in made]
+    assert answers[0] == answers[1] and made[0].missing == made[1].missing != []
+
+
+def test_a_describers_words_stand_before_the_question():
+    model, describer = Scripted(repeat), Scripted(lambda id, question: f"a face in {id}")
+    pair = Ask("pair", (Footage("a", CLIP), Footage("b", CLIP)), ((("Same?", None),),))
+    alone = Ask("alone", (Footage("a", CLIP),), ((("Who?", None),),))
+    made = session(model, describer=describer)
+    made.ask([pair, alone], 8)
+    assert describer.questions == [DESCRIBE, DESCRIBE]  # each clip once
+    assert model.questions == [
+        "Description of video 1: a face in a\nDescription of video 2: a face in b\nSame?",
+        "Description of the video: a face in a\nWho?",
+    ]
+    assert made.is_described and not session(model).is_described
+
+
+def test_a_folder_without_any_of_the_clips_is_refused_and_some_missing_are_named(tmp_path):
+    there = tmp_path / "a.mp4"
+    there.write_bytes(CLIP)
+    made = session(Scripted(repeat))
+    assert present([("a", there), ("b", tmp_path / "b.mp4"), ("c", None)], made, tmp_path) == [("a", there)]
+    assert [row["id"] for row in made.missing] == ["b", "c"]
+    with pytest.raises(UserError, match="holds not one of the 1 clips that are listed"):
+        present([("c", None)], made, tmp_path)
+
+
+def test_rendered_clips_and_folders_of_pictures_give_the_frames_of_equal_parts(tmp_path):
+    import cv2
+
+    record = rendered_faces.render(0, "footage", 0)
+    video = Footage("clip", record.clip).frames(4, 32)
+    whole = Footage("clip", record.clip).frames(16, 64)
+    for number, frame in enumerate(whole):
+        cv2.imwrite(str(tmp_path / f"0.{number}.png"), frame[:, :, ::-1])
+    pictures = Footage("folder", tmp_path).frames(4, 64)
+    assert video.shape == (4, 32, 32, 3)
+    assert (pictures == whole[[1, 5, 9, 13]]).all()
+    assert (Footage("part", tmp_path, first=10, count=2).frames(2, 64) == whole[10:12]).all()
+
+
+def test_the_journal_is_lines_of_json(tmp_path):
+    journal = Journal(tmp_path / "a.jsonl")
+    journal.add(["x", "y"], [["1"], "gone"])
+    entries = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines() if line]
+    assert entries == [{"key": "x", "value": ["1"]}, {"key": "y", "value": "gone"}]
+    assert Journal(tmp_path / "a.jsonl").get(["x", "y"]) == [["1"], "gone"]
+    assert Session(Scripted(repeat), batch=1).missing == []

@@ -1,0 +1,224 @@
+"""The command that evaluates: checkpoints and servers, describers, results that say what they are of, and stops."""
+
+import json
+import shutil
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from configs.eval import dfew as dfew_config
+from configs.eval import rendered as rendered_config
+from favchat_jax.errors import RunError, UserError
+from favchat_jax.evaluate import evaluate, identity_of, judge_of
+from favchat_jax.evaluation.respondents import FaVChat
+from favchat_jax.evaluation.result import PACKAGES, write_result
+from favchat_jax.training.assembly import load_run
+from tests.conftest import DATA, start_module
+from tests.evaluation.servers import asked, serve
+from tools import miniatures
+
+
+@pytest.fixture(scope="module")
+def dfew(tmp_path_factory) -> Path:
+    """A miniature of DFEW, 10 clips."""
+    return miniatures.make("dfew", tmp_path_factory.mktemp("miniature") / "dfew", clips=10)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(trained) -> Path:
+    """The workdir of a finished stage 3."""
+    return trained.folder / "stage3"
+
+
+def config_of(root: Path, **changes):
+    config = dfew_config.get_config()
+    config.data.root = str(root)
+    config.update({"batch": 4, "description_tokens": 4, "max_new_tokens": 4, "describe": "Who?", "question": "Mood?"})
+    config.update(changes)
+    return config
+
+
+def server_config(root: Path, **changes):
+    config = config_of(root, **changes)
+    config.server.update({"frames": 2, "size": 32, "retries": 0})
+    return config
+
+
+@pytest.mark.parametrize("method", ["describe", "likelihood"])
+def test_a_checkpoint_is_evaluated_on_a_data_set_in_its_published_layout(method, dfew, checkpoint):
+    result = evaluate(config_of(dfew, method=method), checkpoint)
+    assert result["n"] == 10 and result["complete"] and result["model"] == str(checkpoint)
+    assert {row["id"] for row in result["samples"]} == {str(i) for i in range(1, 11)}
+    if method == "likelihood":
+        assert all(max(row["likelihood"], key=row["likelihood"].get) == row["predicted"] for row in result["samples"])
+
+
+def test_a_result_says_what_it_is_of(dfew, checkpoint, trained):
+    result = evaluate(config_of(dfew, method="direct", seed=3, limit=1), checkpoint)
+    told = result["provenance"]
+    assert told["config"]["data"]["root"] == str(dfew) and told["seed"] == 3 and told["describer"] is None
+    assert set(told["versions"]) == {"python", *PACKAGES}
+    assert told["checkpoint"] == identity_of(checkpoint, load_run(checkpoint))
+    assert (told["checkpoint"]["stage"], told["checkpoint"]["step"]) == ("stage3", 20)
+    other = identity_of(trained.folder / "stage2", load_run(trained.folder / "stage2"))
+    assert told["checkpoint"]["sha256"] != other["sha256"]
+    assert told["data"]["name"] == "DFEW" and told["data"]["listed"] == 10 and len(told["data"]["sha256"]) == 64
+    json.dumps(result, allow_nan=False)
+
+
+def test_the_data_sets_hash_changes_with_its_labels_and_its_clips(dfew, tmp_path):
+    def hashed(root):
+        with serve(lambda body: "happy") as server:
+            result = evaluate(server_config(root, method="direct"), model=f"openai:{server.url}#m")
+        return result["provenance"]["data"]["sha256"]
+
+    first, root = hashed(dfew), Path(shutil.copytree(dfew, tmp_path / "dfew"))
+    assert hashed(root) == first
+    fold = root / "EmoLabel_DataSplit" / "test(single-labeled)" / "set_1.csv"
+    fold.write_text(fold.read_text().replace(",1", ",2").replace(",3", ",2"))
+    second = hashed(root)
+    (root / "Clip" / "original" / "1.mp4").write_bytes((root / "Clip" / "original" / "2.mp4").read_bytes())
+    assert len({first, second, hashed(root)}) == 3
+
+
+def test_a_servers_model_is_sent_the_frames_as_pictures_in_order(dfew):
+    with serve(lambda body: "The man is happy.") as server:
+        result = evaluate(server_config(dfew, method="direct"), model=f"openai:{server.url}#some/model")
+    assert result["model"] == f"openai:{server.url}#some/model" and result["n"] == 10
+    assert {row["predicted"] for row in result["samples"]} == {"happy"}
+    body = server.requests[0]
+    kinds = [part["type"] for part in body["messages"][0]["content"]]
+    assert (body["model"], body["temperature"], body["max_tokens"]) == ("some/model", 0, 4)
+    assert kinds == ["image_url", "image_url", "text"]
+    assert body["messages"][0]["content"][0]["image_url"]["url"].startswith("data:image/jpeg;base64,")
+
+
+def test_a_server_is_told_its_own_description_in_the_second_turn(dfew):
+    with serve(lambda body: "A smiling man." if asked(body) == "Who?" else "happy") as server:
+        evaluate(server_config(dfew, limit=1, folds=(1,)), model=f"openai:{server.url}#m")
+    messages = server.requests[-1]["messages"]
+    assert [message["role"] for message in messages] == ["user", "assistant", "user"]
+    assert messages[1]["content"] == "A smiling man." and asked(server.requests[-1]) == "Mood?"
+
+
+def test_a_describers_words_reach_the_server(dfew, checkpoint):
+    with serve(lambda body: "happy") as server:
+        config = server_config(dfew, method="direct", limit=1)
+        result = evaluate(config, model=f"openai:{server.url}#m", describer=checkpoint)
+    assert result["describer"] == str(checkpoint) == result["provenance"]["describer"]["name"]
+    assert all(asked(body).startswith("Description of the video: ") for body in server.requests)
+
+
+def test_a_server_that_refuses_one_clip_leaves_it_out_and_one_that_is_gone_ends_the_run(dfew, tmp_path):
+    count = [0]
+
+    def third(body):
+        count[0] += 1
+        return 400 if count[0] == 3 else "happy"
+
+    config = server_config(dfew, method="direct")
+    with serve(third) as server:
+        result = evaluate(config, model=f"openai:{server.url}#m")
+    assert (result["n"], result["complete"], len(result["missing"])) == (9, False, 1)
+    with pytest.raises(RunError, match="does not answer"):
+        evaluate(config, model=f"openai:{server.url}#m")
+
+
+@pytest.mark.parametrize(
+    "model", ["gpt-4o", "openai:gpt-4o", "openai:http://x/v1", "openai:ftp://x#y", "openai:http://x#"]
+)
+def test_a_model_of_another_form_is_refused(model, dfew):
+    with pytest.raises(UserError, match="is not of the form openai:URL#NAME"):
+        evaluate(server_config(dfew), model=model)
+
+
+def test_a_server_has_no_likelihoods(dfew):
+    with serve(lambda body: "x") as server, pytest.raises(UserError, match="gives no likelihoods: choose"):
+        evaluate(server_config(dfew, method="likelihood"), model=f"openai:{server.url}#m")
+
+
+def test_a_second_judge_without_a_first_is_refused(dfew):
+    config = config_of(dfew)
+    assert judge_of(config) is None
+    config.second_judge.model = "m"
+    with pytest.raises(UserError, match="second_judge.model is set without judge.model"):
+        judge_of(config)
+
+
+def test_an_evaluation_that_was_killed_gives_the_same_json_when_it_is_resumed(small_world, tmp_path):
+    asked_for, go_on = [0], threading.Event()
+
+    def reply(body):
+        asked_for[0] += 1
+        if asked_for[0] == 21:  # in one of the middle batches
+            go_on.wait(200)
+        return asked(body)[::-1]
+
+    journal = tmp_path / "killed.json.answers.jsonl"
+    with serve(reply) as server:
+        arguments = [
+            "--config=configs/eval/rendered.py",
+            f"--config.data.name={DATA}",
+            f"--config.data.packed={small_world.packed}",
+            *("--config.batch=2", "--config.server.frames=2", "--config.server.size=32"),
+            f"--model=openai:{server.url}#m",
+        ]
+        process = start_module("favchat_jax.evaluate", *arguments, f"--out={tmp_path / 'killed.json'}")
+        while asked_for[0] < 21:
+            assert process.poll() is None, process.communicate()[1]
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        go_on.set()
+        assert journal.exists() and not (tmp_path / "killed.json").exists()
+        before = asked_for[0]
+        for name in ("killed.json", "whole.json"):
+            process = start_module("favchat_jax.evaluate", *arguments, f"--out={tmp_path / name}")
+            _, stderr = process.communicate(timeout=250)
+            assert process.returncode == 0, stderr
+            asked_for.append(asked_for[0] - before)
+            before = asked_for[0]
+    assert 0 < asked_for[1] < asked_for[2]  # the resumed one had less to ask
+    assert (tmp_path / "killed.json").read_bytes() == (tmp_path / "whole.json").read_bytes()
+    assert not journal.exists()
+
+
+def test_a_checkpoints_evaluation_that_was_stopped_gives_the_same_result_when_it_is_resumed(
+    dfew, checkpoint, tmp_path, monkeypatch
+):
+    answer, batches = FaVChat.answer, [0]
+
+    def stopping(self, *arguments, **options):
+        batches[0] += 1
+        if batches[0] == 5:  # the second batch of the second step
+            raise KeyboardInterrupt
+        return answer(self, *arguments, **options)
+
+    monkeypatch.setattr(FaVChat, "answer", stopping)
+    journal = tmp_path / "answers.jsonl"
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(config_of(dfew), checkpoint, journal=journal)
+    resumed = evaluate(config_of(dfew), checkpoint, journal=journal)
+    assert batches[0] == 5 + 2
+    assert resumed == evaluate(config_of(dfew), checkpoint)
+
+
+def test_batches_of_one_and_of_eight_give_the_same_answers(small_world, checkpoint):
+    config = rendered_config.get_config()
+    config.data.update({"name": DATA, "packed": small_world.packed})
+    config.limit = 6
+    answers = []
+    for config.batch in (1, 8):
+        answers.append([row["answer"] for row in evaluate(config, checkpoint)["samples"]])
+    assert answers[0] == answers[1]
+
+
+def test_a_result_is_written_whole_or_not_at_all(tmp_path):
+    out = tmp_path / "r.json"
+    write_result(out, {"n": 1})
+    with pytest.raises(ValueError, match="not JSON compliant|Out of range"):
+        write_result(out, {"n": float("nan")})
+    assert json.loads(out.read_text()) == {"n": 1}

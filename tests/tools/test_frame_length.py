@@ -1,0 +1,47 @@
+"""The sweep over numbers of frames: each length is asked of a model of that length, and its figures come back."""
+
+from types import SimpleNamespace
+
+import pytest
+from ml_collections import ConfigDict
+
+from tools import frame_length
+
+
+def figure(value):
+    return {"accuracy": {"value": value, "low": value - 0.1, "high": value + 0.1, "scale": 100}}
+
+
+@pytest.fixture
+def rows(monkeypatch):
+    """A sweep over a model that is right in a share of answers that its number of frames alone decides."""
+    asked = []
+
+    def run(config, frames):
+        asked.append((config.data.name, config.limit, frames))
+        return {"n": 4, "figures": figure(frames / 10), "groups": {"motion": {"n": 2, "figures": figure(frames / 20)}}}
+
+    monkeypatch.setattr(frame_length, "benchmark", SimpleNamespace(run=run))
+    monkeypatch.setattr(frame_length, "Sampler", SimpleNamespace(of=lambda run: run))
+    monkeypatch.setattr(frame_length, "Session", SimpleNamespace(of=lambda run, *_: run.config.model.frames))
+    run = SimpleNamespace(config=ConfigDict({"model": {"frames": 8}, "data": {"name": "faces", "packed": "data"}}))
+    rows = frame_length.sweep(run, [2, 8], limit=3)
+    assert asked == [("faces", 3, 2), ("faces", 3, 8)]
+    return rows
+
+
+def test_every_length_has_figures_of_all_and_of_each_kind(rows):
+    assert [row["frames"] for row in rows] == [2, 8]
+    assert rows[1]["figures"]["all"] == {"n": 4, **figure(0.8)["accuracy"]}
+    assert rows[0]["figures"]["motion"] == {"n": 2, **figure(0.1)["accuracy"]}
+
+
+def test_the_table_has_a_column_a_length(rows):
+    lines = [line.split() for line in frame_length.table(rows).splitlines()]
+    assert lines[0] == ["frames", "n", "2", "8"]
+    assert lines[2] == ["motion", "2", "0.100", "[0.000,", "0.200]", "0.400", "[0.300,", "0.500]"]
+
+
+def test_the_figure_is_written(rows, tmp_path):
+    frame_length.draw(rows, 8, str(tmp_path / "figure.png"))
+    assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")

@@ -1,0 +1,163 @@
+"""Table 6 in miniature: the full model and each ablation, trained at equal steps on the embedded data, several seeds.
+
+python -m tools.ablate --preset=tiny --json=runs/ablations-v1.json
+python -m tools.ablate --preset=tiny --variant=v2 --json=runs/ablations-v2.json
+
+Every arm has the same pretrained parts, data and steps. Seed 0's arms lie where training puts them by default, so that
+what `make demo` trained is the full model's; those of other seeds in runs/seedN. Stopped, the same command goes on; an
+arm that is finished is not trained again.
+"""
+
+import ast
+import importlib
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import ml_collections
+from absl import flags
+from flax.traverse_util import flatten_dict
+
+from configs.common import PRESETS
+from configs.eval import rendered
+from favchat_jax import command_line
+from favchat_jax.errors import UserError
+from favchat_jax.evaluate import evaluate
+from favchat_jax.evaluation import ablations
+from favchat_jax.evaluation.result import versions, write_result
+from favchat_jax.models.favchat import ABLATIONS, VARIANTS
+from favchat_jax.train import default_workdir, train_stage
+from favchat_jax.training.checkpoint import load_config
+from favchat_jax.training.checks import claim
+from favchat_jax.training.loop import is_finished, write
+from tools.demo import STAGES
+
+log = logging.getLogger("favchat_jax")
+
+
+def arm_config(
+    stage: str, variant: str, ablation: str, seed: int, changes: dict[str, Any]
+) -> ml_collections.ConfigDict:
+    """The config of a stage of an arm: the preset's, in its seed's folder, with the changes that all arms have."""
+    argument = f"preset=tiny,variant={variant},ablation={ablation}"
+    config = importlib.import_module(f"configs.{stage}").get_config(argument)
+    config.seed = seed
+    for field in ("from_run", "qformer"):
+        if config.init[field]:
+            config.init[field] = str(_of_seed(Path(config.init[field]), seed))
+    unknown = sorted(changes.keys() - flatten_dict(config.to_dict(), sep=".").keys())
+    if unknown:
+        raise UserError(f"--set: unknown config option: {unknown[0]}")
+    try:
+        config.update_from_flattened_dict(changes)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"--set: config option of the wrong type: {error}") from None
+    return config
+
+
+def arm_workdir(config: ml_collections.ConfigDict) -> Path:
+    """Where a stage of an arm is trained."""
+    return _of_seed(default_workdir(config), config.seed)
+
+
+def _of_seed(workdir: Path, seed: int) -> Path:
+    return workdir if seed == 0 else workdir.parents[1] / f"seed{seed}" / Path(*workdir.parts[-2:])
+
+
+def train_arm(variant: str, ablation: str, seed: int, changes: dict[str, Any]) -> Path:
+    """Trains what of an arm's three stages is not finished; returns the last one's workdir."""
+    configs = [arm_config(stage, variant, ablation, seed, changes) for stage in STAGES]
+    stand_in = arm_config("stage1", "v1", "none", seed, changes)
+    if configs[0].init.qformer == str(arm_workdir(stand_in)):  # v2's Q-Formers start from it
+        _train(stand_in)
+    for config in configs:
+        _train(config)
+    return arm_workdir(configs[-1])
+
+
+def _train(config: ml_collections.ConfigDict) -> None:
+    workdir = arm_workdir(config)
+    if is_finished(workdir):
+        claim(workdir, config)  # refused where it was trained otherwise than the other arms
+    elif not train_stage(config, workdir).finished:
+        raise SystemExit(0)  # SIGTERM: what was done is saved
+
+
+def evaluate_arm(workdir: Path) -> dict[str, Any]:
+    """The held-out result of a finished arm, read from its workdir where it was evaluated so before."""
+    config, trained = rendered.get_config(), load_config(workdir)
+    config.data.update({name: trained["data"][name] for name in ("name", "packed")})
+    path = workdir / "heldout.json"
+    if path.exists():
+        kept = json.loads(path.read_text())
+        if kept["provenance"]["config"] == json.loads(config.to_json()):
+            return kept
+    result = evaluate(config, workdir)
+    write_result(path, result)
+    return result
+
+
+def parse_changes(items: list[str]) -> dict[str, Any]:
+    """FIELD=VALUE to values: numbers, tuples and True as Python writes them, all else as text."""
+    changes = {}
+    for item in items:
+        field, equals, text = item.partition("=")
+        if not equals:
+            raise UserError(f"--set={item}: write --set=FIELD=VALUE, for example --set=steps=20")
+        try:
+            changes[field] = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            changes[field] = text
+    return changes
+
+
+def arms(preset: str, ablations: list[str], seeds: list[str]) -> list[tuple[str, int]]:
+    """(ablation, seed) of every arm, in the order of training; raises UserError where there is no such arm."""
+    if preset != "tiny":
+        raise UserError(
+            f"preset={preset} needs data sets of its own: train each arm with python -m favchat_jax.train "
+            f"--config=configs/ablations/NAME.py:preset={preset}, then evaluate it with configs/eval/dfew.py"
+        )
+    if not ablations or not set(ablations) <= set(ABLATIONS):
+        raise UserError(f"--ablations={','.join(ablations)}: choose of {', '.join(ABLATIONS)}")
+    if not seeds or not all(seed.isdigit() for seed in seeds):
+        raise UserError(f"--seeds={','.join(seeds)}: give whole numbers, as in --seeds=0,1,2")
+    return [(ablation, int(seed)) for ablation in ablations for seed in seeds]
+
+
+def main() -> None:
+    """Trains and evaluates every arm that the flags name, and compares them."""
+    chosen = arms(_PRESET.value, _ABLATIONS.value, _SEEDS.value)
+    if _JSON.value:
+        command_line.check_output("--json", _JSON.value)
+    variant, changes = _VARIANT.value, parse_changes(_SET.value)
+    answers: dict[str, list[Any]] = {}
+    for ablation, seed in chosen:
+        log.info("%s, ablation %s, seed %d", variant, ablation, seed)
+        workdir = train_arm(variant, ablation, seed, changes)
+        answers.setdefault(ablation, []).append(evaluate_arm(workdir)["samples"])
+    steps = {stage: arm_config(stage, variant, "none", 0, changes).steps for stage in STAGES}
+    compared = {
+        "table": "ablations",
+        "variant": variant,
+        "seeds": [int(seed) for seed in _SEEDS.value],
+        "steps": steps,
+        "changes": changes,
+        "versions": versions(),
+        **ablations.compare(variant, answers),
+    }
+    if _JSON.value:
+        write(Path(_JSON.value), json.dumps(compared, indent=1))
+    print(f"{variant} after {' + '.join(str(count) for count in steps.values())} steps, seeds {_SEEDS.value}")
+    print(ablations.table(compared))
+
+
+if __name__ == "__main__":
+    _PRESET = flags.DEFINE_enum("preset", "tiny", PRESETS, "Only the embedded one is trained by this command")
+    _VARIANT = flags.DEFINE_enum("variant", "v1", VARIANTS, "Of the model")
+    _SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "Of all draws but the data's and the pretrained parts'")
+    _ABLATIONS = flags.DEFINE_list("ablations", list(ABLATIONS), "Arms; none is the full model")
+    _SET = flags.DEFINE_multi_string("set", [], "FIELD=VALUE of every arm's and stage's config, for example steps=20")
+    _JSON = flags.DEFINE_string("json", None, "JSON file to write")
+    command_line.start(main)

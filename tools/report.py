@@ -1,0 +1,41 @@
+"""One HTML page about any number of results, with the same as Markdown and JSON beside it.
+
+python -m tools.report --results=rendered.json,ablations.json,frames.json,weights.json --out=report.html
+
+Results are what `favchat_jax.evaluate`, `tools.ablate`, `tools.frame_length` and `tools.adapter_weights` wrote. Those
+of one benchmark by several models stand side by side. Frames are shown where the evaluated clips are still there.
+"""
+
+from pathlib import Path
+
+from absl import flags
+
+from favchat_jax import command_line
+from favchat_jax.errors import UserError
+from favchat_jax.evaluation import report
+from favchat_jax.training.loop import write
+
+
+def main() -> None:
+    """Writes the page and its two companions."""
+    if not _RESULTS.value or not _OUT.value:
+        raise UserError("needed: --results=FILE.json,FILE.json --out=FILE.html")
+    out = Path(_OUT.value)
+    if out.suffix != ".html":
+        raise UserError(f"--out={out}: name a file that ends in .html; .md and .json are written beside it")
+    beside = {suffix: out.with_suffix(suffix) for suffix in (".html", ".md", ".json")}
+    for path in beside.values():
+        command_line.check_output("--out", str(path))
+        if path.absolute() in [Path(result).absolute() for result in _RESULTS.value]:
+            raise UserError(f"--out={out} would replace the result {path}: choose another name")
+    page = report.build(report.read(_RESULTS.value), examples=_EXAMPLES.value)
+    for suffix, to_text in ((".html", report.to_html), (".md", report.to_markdown), (".json", report.to_json)):
+        write(beside[suffix], to_text(page))
+    print(*beside.values(), sep="\n")
+
+
+if __name__ == "__main__":
+    _RESULTS = flags.DEFINE_list("results", None, "JSON files of evaluations and tables")
+    _OUT = flags.DEFINE_string("out", None, "HTML file to write")
+    _EXAMPLES = flags.DEFINE_integer("examples", 9, "How many samples each list shows", lower_bound=0)
+    command_line.start(main)
