@@ -194,11 +194,12 @@ def test_log_likelihoods_of_answers_are_those_of_full_forward_passes_in_the_trai
 
 
 def test_the_likelihood_of_an_answer_depends_on_the_turns_before_it_and_not_on_the_other_answers(sampler, features):
-    turns = [(QUESTIONS[0], "brown"), *asked(QUESTIONS[1])]
-    several = sampler.log_likelihoods(features, [turns] * 2, ("yes", "no hat at all"))
-    alone = sampler.log_likelihoods(features, [turns] * 2, ("yes",))
+    last = asked("Hat?")
+    turns = [("Who?", "a"), *last]
+    several = sampler.log_likelihoods(features, [turns] * 2, ("b", "no"))
+    alone = sampler.log_likelihoods(features, [turns] * 2, ("b",))
     np.testing.assert_allclose(several[:, :1], alone, rtol=1e-4)
-    assert not np.allclose(alone, sampler.log_likelihoods(features, [asked(QUESTIONS[1])] * 2, ("yes",)))
+    assert not np.allclose(alone, sampler.log_likelihoods(features, [last] * 2, ("b",)))
 
 
 def test_an_answer_ends_before_the_end_of_text_and_leaves_others_their_length(setting, answers, written, tokenizer):
