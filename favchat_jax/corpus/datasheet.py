@@ -28,8 +28,8 @@ pairs for short clips. {to_fill} who made it, for what, and who paid.
 
 Instances are clips (H.264 or as published) with the labels of their source in CelebV-HQ's vocabulary, a summary and
 question-answer pairs. They show people; labels such as male or young are impressions of annotators, not what the people
-say of themselves. Left out of training and kept for tests: {heldout_share:.0%} of the source videos or persons, at least one;
-no source video or person is on both sides.
+say of themselves. Left out of training and kept for tests: {heldout_share:.0%} of the source videos or persons, one at
+least; none is on both sides.
 
 ## Collection
 

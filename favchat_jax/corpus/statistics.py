@@ -66,7 +66,7 @@ def _figures(
 
 
 def labels_told(summary: str, labels: Sequence[str]) -> int:
-    """How many of a clip's labels a summary names: all words of the label, wherever they stand and however inflected."""
+    """How many of a clip's labels a summary names: all words of the label, wherever they stand, in any form."""
     words = re.findall(r"[a-z0-9]+", summary.lower())
     return sum(all(any(w.startswith(part) for w in words) for part in _stems(label)) for label in labels)
 

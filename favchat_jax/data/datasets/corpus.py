@@ -1,5 +1,6 @@
-"""The corpus that `tools.build_dataset` made, packed by Apache Beam: the clips of every source once, parted so that each
-stage's clips are a union of parts.
+"""The corpus that `tools.build_dataset` made, packed by Apache Beam.
+
+Every clip is stored once; clips are parted so that what each stage reads is a union of parts:
 
     stage1, stage2   all training clips: summaries, and all questions
     stage3           those of CelebV-HQ
