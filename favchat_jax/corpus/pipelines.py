@@ -11,7 +11,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -37,7 +37,7 @@ def run(
 
     Args:
         step: names the folder below `work/`.
-        work: pickled to the workers; (item) -> result, as JSON can hold it.
+        work: pickled to the workers; (item) -> result, both as JSON can hold them.
         items: (name, key, item): the name is the result's file's, the key is all that the result depends on.
         out: the corpus folder.
         options: of Beam, such as --runner=FlinkRunner; see Beam's documentation of each runner.
@@ -47,21 +47,29 @@ def run(
         UserError: what ends the whole run, such as a full disk; what was done until then is kept.
     """
     folder = str((out / "work" / step).resolve())
-    items = [(name, _digest(key), item) for name, key, item in items]
-    _forget_others(folder, {name for name, _, _ in items})
-    left = [element for element in items if not _is_done(_finished(folder, *element[:2]), still_there)]
-    log.info("%s: %d of %d videos are left to do", step, len(left), len(items))
+    todo = Path(f"{folder}.todo.jsonl")  # a file, since the description of a pipeline is limited in size
+    keys, left = {}, []
+    for name, key, item in items:
+        keys[name] = _digest(key)
+        if not _is_done(_finished(folder, name, keys[name]), still_there):
+            left.append(json.dumps([name, keys[name], item]))
+    _forget_others(folder, keys)
+    log.info("%s: %d of %d videos are left to do", step, len(left), len(keys))
     if left:
-        _run_pipeline(work, left, folder, options)
-    return [_finished(folder, name, key) for name, key, _ in items]
+        write_whole(todo, "\n".join(left).encode())
+        del left
+        _run_pipeline(work, todo, folder, options)
+    todo.unlink(missing_ok=True)
+    return [_finished(folder, name, key) for name, key in keys.items()]
 
 
-def _run_pipeline(work: Work, left: list, folder: str, options: Sequence[str]) -> None:
+def _run_pipeline(work: Work, todo: Path, folder: str, options: Sequence[str]) -> None:
     with quiet_beam() as beam:
         try:
             with beam.Pipeline(options=beam.options.pipeline_options.PipelineOptions(list(options))) as pipeline:
-                # Reshuffled, since a runner keeps what one Create gave in one worker otherwise.
-                _ = pipeline | beam.Create(left) | beam.Reshuffle() | beam.Map(_do, work=work, folder=folder)
+                # Reshuffled, since a runner keeps what one file gave in one worker otherwise.
+                lines = pipeline | beam.Create([str(todo)]) | beam.FlatMap(_lines) | beam.Reshuffle()
+                _ = lines | beam.Map(_do, work=work, folder=folder)
         except Exception as error:
             # From another process Beam hands on an error as text alone.
             told = str(error) if isinstance(error, UserError) else re.search(r"UserError: (.*)", str(error))
@@ -71,8 +79,13 @@ def _run_pipeline(work: Work, left: list, folder: str, options: Sequence[str]) -
             raise UserError(re.split(r" \[while running|\\n", line)[0]) from None
 
 
-def _do(element: tuple[str, str, Any], work: Work, folder: str) -> None:
-    name, key, item = element
+def _lines(path: str) -> Iterator[str]:
+    with open(path, encoding="utf-8") as file:
+        yield from file
+
+
+def _do(line: str, work: Work, folder: str) -> None:
+    name, key, item = json.loads(line)
     try:
         result = work(item)
         write_whole(_result(folder, name), json.dumps({"key": key, "result": result}).encode())
@@ -115,7 +128,7 @@ def _result(folder: str, name: str) -> Path:
     return Path(folder, hashlib.sha256(name.encode()).hexdigest()[:2], f"{name}.json")
 
 
-def _forget_others(folder: str, names: set[str]) -> None:
+def _forget_others(folder: str, names: Collection[str]) -> None:
     """Removes results, and drafts of a killed run, of what is no longer asked for."""
     for path in Path(folder).glob("*/*"):
         if path.suffix != ".json" or path.stem not in names:

@@ -50,14 +50,15 @@ def scan(sources: Sequence[str], out: Path, beam_options: Sequence[str] = ()) ->
                 other = videos[video.id].path
                 raise UserError(f"{_printable(video.path)} and {_printable(other)} have the same name: rename a folder")
             videos[video.id] = video
-    items = ((video.id, fingerprint(video), video) for video in videos.values())
+    items = ((video.id, fingerprint(video), video.to_json()) for video in videos.values())
     rows = mark_duplicates(pipelines.run("scan", look_at, items, out, beam_options))
     write_table(out, MANIFEST, rows)
     return rows
 
 
-def look_at(video: Found) -> dict[str, Any]:
-    """The row of a video in the manifest, before duplicates are told: its files are read, and nothing is decoded."""
+def look_at(found: dict[str, Any]) -> dict[str, Any]:
+    """The row of a `Found` in the manifest, before duplicates are told: its files are read, and nothing is decoded."""
+    video = Found.from_json(found)
     problem, known = video.problem, UNKNOWN
     if not problem:
         try:
@@ -91,7 +92,7 @@ def fingerprint(video: Found) -> list:
         seen = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
     except OSError:
         seen = []
-    return [_printable(str(dataclasses.asdict(video))), [[_printable(name), *rest] for name, *rest in seen]]
+    return [video.to_json(), seen]
 
 
 def mark_duplicates(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

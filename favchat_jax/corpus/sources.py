@@ -16,6 +16,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from favchat_jax.corpus.manifest import SOURCES
 from favchat_jax.data import celebvhq_vocabulary as vocabulary
@@ -59,6 +60,15 @@ class Found:
     box: str = ""
     problem: str = ""
     id: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """The same as JSON can hold it."""
+        return {**vars(self), "path": str(self.path)}
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> "Found":
+        """What `to_json` gave."""
+        return cls(**{**value, "path": Path(value["path"])})
 
 
 def find(given: str) -> list[Found]:

@@ -11,9 +11,9 @@ The folder holds `records.jsonl`, one line a clip: `{"id", "video": path in the 
 "labels", "summary", "questions", "reasoning"}`.
 """
 
-import functools
 import hashlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -85,11 +85,16 @@ class Corpus(RecordBuilder, skip_registration=True):
             import apache_beam as beam
         except ImportError:
             raise UserError("packing a corpus needs Apache Beam: pip install -r requirements-corpus.txt") from None
-        rows = [row for row in self._rows if row["part"] == split]
-        return beam.Create(rows) | beam.Reshuffle() | beam.Map(functools.partial(_example, str(self._root)))
+        rows = beam.Create([str(self._root / RECORDS)]) | beam.FlatMap(_rows_of, part=split) | beam.Reshuffle()
+        return rows | beam.Map(_example, root=str(self._root))
 
 
-def _example(root: str, row: dict) -> tuple[str, dict]:
+def _rows_of(path: str, part: str) -> Iterator[dict]:
+    with open(path, encoding="utf-8") as file:
+        yield from (row for row in map(json.loads, file) if row["part"] == part)
+
+
+def _example(row: dict, root: str) -> tuple[str, dict]:
     return row["id"], pack(read_record(root, row))
 
 
