@@ -12,7 +12,7 @@ from absl import flags
 
 from favchat_jax.corpus import footage, pipelines
 from favchat_jax.corpus.manifest import DUPLICATE, MANIFEST, OK, UNREADABLE, write_table
-from favchat_jax.corpus.sources import Found, find
+from favchat_jax.corpus.sources import Found, find, parse_source
 from favchat_jax.errors import UserError
 
 UNKNOWN = dict.fromkeys(("duration", "fps", "frames", "width", "height", "codec", "size", "sha256"))
@@ -45,6 +45,9 @@ def scan(sources: Sequence[str], out: Path, beam_options: Sequence[str] = ()) ->
     """
     videos = {}
     for given in sources:
+        root = parse_source(given)[1]
+        if out.resolve().is_relative_to(root.resolve()):
+            raise UserError(f"--out={out} lies in {root}, all of which is scanned: choose a folder beside it")
         for video in find(given):
             if video.id in videos:
                 other = videos[video.id].path

@@ -77,17 +77,23 @@ def find(given: str) -> list[Found]:
     Raises:
         UserError: no such folder, an unreadable annotation file, or nothing in it.
     """
+    layout, root = parse_source(given)
+    layout = layout or guess_layout(root)
+    found = [replace(video, id=_id(video)) for video in LAYOUTS[layout](root)]
+    if not found:
+        raise UserError(f"--source={given}: nothing there is laid out as {layout}; name the layout, LAYOUT:FOLDER")
+    return found
+
+
+def parse_source(given: str) -> tuple[str, Path]:
+    """Layout, or "" where it is not told, and folder of what `find` takes."""
     layout, colon, folder = given.partition(":")
     if not colon or layout not in SOURCES:
         layout, folder = "", given
     root = Path(folder).expanduser()
     if not root.is_dir():
         raise UserError(f"--source={given}: {root} is no folder; name one, or LAYOUT:FOLDER ({', '.join(SOURCES)})")
-    layout = layout or guess_layout(root)
-    found = [replace(video, id=_id(video)) for video in LAYOUTS[layout](root)]
-    if not found:
-        raise UserError(f"--source={given}: nothing there is laid out as {layout}; name the layout, LAYOUT:FOLDER")
-    return found
+    return layout, root
 
 
 def guess_layout(root: Path) -> str:

@@ -220,6 +220,12 @@ def test_everything_that_cannot_be_used_is_recorded_with_its_reason(tmp_path):
     assert {f"kept/{path.name}" for path in (tmp_path / "out" / "kept").iterdir()} == kept_files
 
 
+def test_a_corpus_folder_inside_a_source_is_refused(tmp_path):
+    write(tmp_path / "a.mp4", encode_video(3))
+    with pytest.raises(UserError, match="choose a folder beside it"):
+        scan([str(tmp_path)], tmp_path / "out")
+
+
 def test_a_name_that_is_not_utf8_is_recorded(tmp_path):
     raw = tmp_path / "raw"
     raw.mkdir()
