@@ -17,6 +17,7 @@ from pathlib import Path
 import av
 import numpy as np
 from absl import flags
+from av.video.frame import PictureType
 from tqdm import tqdm
 
 from favchat_jax import command_line
@@ -63,8 +64,8 @@ def bare_loop(path: str, detector, every: int, length: int) -> bytes:
                 stream = container.add_stream("libx264", rate=video.streams.video[0].average_rate, options=QUALITY)
                 stream.width, stream.height, stream.pix_fmt = first[0].width, first[0].height, "yuv420p"
                 stream.thread_count = 1
-                for number, frame in enumerate(first):
-                    frame.pts, frame.time_base = number, 1 / stream.rate
+                for frame in first:
+                    frame.pts, frame.pict_type = None, PictureType.NONE
                     container.mux(stream.encode(frame))
                 container.mux(stream.encode())
     return buffer.getvalue()

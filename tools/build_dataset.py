@@ -28,9 +28,7 @@ def main() -> None:
     if not _OUT.value:
         raise UserError("needed: --out=DIR, the corpus folder")
     out = Path(_OUT.value).expanduser()
-    if named == "scan":
-        out.mkdir(parents=True, exist_ok=True)
-    elif not out.is_dir():
+    if named != "scan" and not out.is_dir():
         raise UserError(f"--out={out} is no folder: name the one that scan has made")
     command.run(out)
 

@@ -151,9 +151,9 @@ def look_for_faces(pictures: Iterator[av.VideoFrame], detector: Detector, every:
 
 
 def best_stretch(found: Sequence[bool], every: int, frames: int, shortest: int, longest: int) -> tuple[int, int]:
-    """First frame and length of the stretch with the most sampled frames that show a face; the earliest of equals.
+    """First frame and length of the stretch with the most sampled frames that show a face.
 
-    At its ends, what shows no face is cut off down to `shortest`.
+    Of equals it is the earliest that begins with a face. At its ends, what shows no face is cut off down to `shortest`.
 
     Args:
         found: whether a face was found in frame 0, `every`, 2 `every`, ...
@@ -162,7 +162,9 @@ def best_stretch(found: Sequence[bool], every: int, frames: int, shortest: int, 
     length = min(longest, frames)
     faces = np.zeros(frames + 1, int)  # faces[i]: finds before frame i
     faces[1:] = np.cumsum([number % every == 0 and found[number // every] for number in range(frames)])
-    start = int(np.argmax(faces[length:] - faces[: frames + 1 - length]))
+    inside = faces[length:] - faces[: frames + 1 - length]
+    best = np.flatnonzero(inside == inside.max()).tolist()
+    start = next((first for first in best if first % every == 0 and found[first // every]), best[0])
     end = start + length
     while end - start > shortest and not found[(end - 1) // every]:
         end -= 1

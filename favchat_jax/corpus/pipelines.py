@@ -65,18 +65,10 @@ def run(
 
 def _run_pipeline(work: Work, todo: Path, folder: str, options: Sequence[str]) -> None:
     with quiet_beam() as beam:
-        try:
-            with beam.Pipeline(options=beam.options.pipeline_options.PipelineOptions(list(options))) as pipeline:
-                # Reshuffled, since a runner keeps what one file gave in one worker otherwise.
-                lines = pipeline | beam.Create([str(todo)]) | beam.FlatMap(_lines) | beam.Reshuffle()
-                _ = lines | beam.Map(_do, work=work, folder=folder)
-        except Exception as error:
-            # From another process Beam hands on an error as text alone.
-            told = str(error) if isinstance(error, UserError) else re.search(r"UserError: (.*)", str(error))
-            if told is None:
-                raise
-            line = told if isinstance(told, str) else told[1]
-            raise UserError(re.split(r" \[while running|\\n", line)[0]) from None
+        with beam.Pipeline(options=beam.options.pipeline_options.PipelineOptions(list(options))) as pipeline:
+            # Reshuffled, since a runner keeps what one file gave in one worker otherwise.
+            lines = pipeline | beam.Create([str(todo)]) | beam.FlatMap(_lines) | beam.Reshuffle()
+            _ = lines | beam.Map(_do, work=work, folder=folder)
 
 
 def _lines(path: str) -> Iterator[str]:
@@ -96,7 +88,11 @@ def _do(line: str, work: Work, folder: str) -> None:
 
 @contextlib.contextmanager
 def quiet_beam() -> Iterator[ModuleType]:
-    """Apache Beam, which otherwise tells of missing clouds and logs every error that it raises besides."""
+    """Apache Beam, which otherwise tells of missing clouds and logs every error that it raises besides.
+
+    Raises:
+        UserError: one that a worker raised, as it raised it; Beam adds where, and from other processes hands on text.
+    """
     logging.disable(logging.WARNING)
     try:
         import apache_beam
@@ -107,6 +103,11 @@ def quiet_beam() -> Iterator[ModuleType]:
     logger.setLevel(logging.CRITICAL)
     try:
         yield apache_beam
+    except Exception as error:
+        told = re.search("(.*)" if isinstance(error, UserError) else "UserError: (.*)", str(error))
+        if told is None:
+            raise
+        raise UserError(re.split(r" \[while running|\\n", told[1])[0]) from None
     finally:
         logger.setLevel(level)
 

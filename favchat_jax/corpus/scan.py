@@ -30,6 +30,7 @@ def run(out: Path) -> None:
     """Scans what the flags say."""
     if not flags.FLAGS.source:
         raise UserError("needed: --source=FOLDER of raw videos")
+    out.mkdir(parents=True, exist_ok=True)
     rows = scan(flags.FLAGS.source, out, pipelines.chosen_options())
     counts = Counter((row["source"], row["status"]) for row in rows)
     for (source, status), count in sorted(counts.items()):

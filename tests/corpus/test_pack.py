@@ -1,6 +1,8 @@
 """From clips and their texts to the data set of every stage, its statistics, and a trained stage 3."""
 
 import json
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -38,6 +40,11 @@ def clipped(tmp_path_factory):
     assert len(kept) == 9 and not dropped
     annotate(out, [row["id"] for row in kept])
     return out
+
+
+def copied(clipped, out):
+    """A corpus folder of one's own that is not packed yet."""
+    return Path(shutil.copytree(clipped, out, ignore=shutil.ignore_patterns("packed", ".packed.part")))
 
 
 def records(out, split):
@@ -92,10 +99,7 @@ def test_packing_again_changes_nothing_until_the_text_does(packed):
 
 
 def test_rejected_texts_are_left_out_and_edits_win(clipped, tmp_path):
-    out = tmp_path / "out"
-    write(out / "x", "")
-    for path in ("kept", "kept.parquet", "manifest.parquet", "dropped.parquet", "annotations.jsonl"):
-        (out / path).symlink_to(clipped / path)
+    out = copied(clipped, tmp_path / "out")
     annotations = {row["id"]: row for row in map(json.loads, (out / "annotations.jsonl").read_text().splitlines())}
 
     def review(name, verdict, **changes):
@@ -168,15 +172,12 @@ def test_what_is_missing_is_named(tmp_path):
         prepare("corpus", None, str(tmp_path / "packed"))
 
 
-def test_a_clip_that_changed_since_is_refused(tmp_path):
-    out = tmp_path / "out"
+def test_a_clip_that_changed_since_is_refused(clipped, tmp_path):
+    out = copied(clipped, tmp_path / "out")
     write(out / "kept" / "v0_0.mp4", b"another")
-    text = {"summary": "s", "questions": [], "reasoning": "", "labels": [], "part": "train_rl", "group": "g"}
-    write(out / "records.jsonl", json.dumps({"id": "v0_0", "video": "kept/v0_0.mp4", "sha256": "0", **text}) + "\n")
-    with pytest.raises(UserError, match="has changed since clip wrote it"):
-        prepare("corpus", str(out), str(out / "packed"))
-    with pytest.raises(UserError, match="not packed yet"):
-        open_dataset("corpus", str(out / "packed"), "train")
+    with pytest.raises(UserError, match="v0_0.mp4 has changed since clip wrote it: run clip and pack again$"):
+        pack(out)
+    assert not (out / "packed").exists()
 
 
 @pytest.mark.parametrize("stage", ["stage1", "stage3", "coldstart"])
