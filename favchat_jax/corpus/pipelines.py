@@ -64,11 +64,13 @@ def run(
 
 
 def _run_pipeline(work: Work, todo: Path, folder: str, options: Sequence[str]) -> None:
-    with quiet_beam() as beam:
-        with beam.Pipeline(options=beam.options.pipeline_options.PipelineOptions(list(options))) as pipeline:
-            # Reshuffled, since a runner keeps what one file gave in one worker otherwise.
-            lines = pipeline | beam.Create([str(todo)]) | beam.FlatMap(_lines) | beam.Reshuffle()
-            _ = lines | beam.Map(_do, work=work, folder=folder)
+    with (
+        quiet_beam() as beam,
+        beam.Pipeline(options=beam.options.pipeline_options.PipelineOptions(list(options))) as pipeline,
+    ):
+        # Reshuffled, since a runner keeps what one file gave in one worker otherwise.
+        lines = pipeline | beam.Create([str(todo)]) | beam.FlatMap(_lines) | beam.Reshuffle()
+        _ = lines | beam.Map(_do, work=work, folder=folder)
 
 
 def _lines(path: str) -> Iterator[str]:
