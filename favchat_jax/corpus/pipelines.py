@@ -119,7 +119,7 @@ def _is_done(result: dict[str, Any] | None, still_there: Callable[[dict[str, Any
 
 
 def _finished(folder: str, name: str, key: str) -> dict[str, Any] | None:
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         found = json.loads(_result(folder, name).read_bytes())
         if found["key"] == key:
             return found["result"]
