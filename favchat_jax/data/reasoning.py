@@ -24,11 +24,18 @@ def can_be_told(record: Record) -> bool:
 
 
 def response(record: Record, rng: np.random.Generator) -> str:
-    """`<think>` what is seen `</think> <answer>` all or a part of it `</answer>`."""
+    """`<think>` what is seen `</think> <answer>` all or a part of it `</answer>`, or what the source itself has."""
+    if record.reasoning:
+        return record.reasoning
     words = record.targets["attributes"].split()
     told = {"emotion": record.targets["emotion"], "action": record.targets["action"]}
     answer = ANSWERS[rng.integers(len(ANSWERS))].format(attributes=_some(words, rng), **told)
     return f"<think> {_some(words, rng)}, {told['action']} </think> <answer> {answer} </answer>"
+
+
+def from_summary(summary: str, targets: dict[str, str], rng: np.random.Generator) -> str:
+    """A response whose thought is what was written of a clip."""
+    return f"<think> {summary} </think> <answer> {ANSWERS[rng.integers(len(ANSWERS))].format(**targets)} </answer>"
 
 
 def _some(words: list[str], rng: np.random.Generator) -> str:

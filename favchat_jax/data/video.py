@@ -192,6 +192,18 @@ def _container_format(source: bytes | str) -> str | None:
 
 
 @contextlib.contextmanager
+def open_video(path: str | Path, label: str) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
+    """A video file's container and its stream of pictures, for whoever walks through all of it; on one thread.
+
+    Raises:
+      VideoError: as `decode`, also while it is read; `label` names the video.
+    """
+    _check_file(os.fspath(path), label)
+    with _open(os.fspath(path), FULL_PROBE, label) as container:
+        yield container, _video_stream(container, label)
+
+
+@contextlib.contextmanager
 def _open(source: bytes | str, probe: dict[str, str], label: str) -> Iterator[av.container.InputContainer]:
     # "file:" keeps a colon in a name from being taken for a protocol; the white list keeps playlists, which FFmpeg
     # recognises by content whatever the file is called, from reaching the network.

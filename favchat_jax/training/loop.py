@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from favchat_jax.convert.mistral import fingerprint
 from favchat_jax.data.conversation import Conversation, PromptEncoder
-from favchat_jax.data.datasets import open_dataset, prepare
+from favchat_jax.data.datasets import open_dataset, prepare, training_split
 from favchat_jax.data.loader import Batch, BatchIterator, training_batches
 from favchat_jax.data.video import Augment
 from favchat_jax.errors import RunError, UserError
@@ -92,7 +92,8 @@ def total_steps(config: ml_collections.ConfigDict) -> int:
     """Length of the run in steps: `config.steps`, or that of `config.epochs` over the training split."""
     if config.steps:
         return config.steps
-    records = len(open_dataset(config.data.name, config.data.packed, "train"))
+    split = training_split(config.data.name, config.stage)
+    records = len(open_dataset(config.data.name, config.data.packed, split))
     return max(1, math.ceil(config.epochs * records / config.batch))
 
 
@@ -111,7 +112,7 @@ def open_batches(config: ml_collections.ConfigDict, parts: assembly.Assembly) ->
         )
     qformer = config.model.qformer
     return training_batches(
-        open_dataset(data.name, data.packed, "train"),
+        open_dataset(data.name, data.packed, training_split(data.name, config.stage)),
         Conversation(parts.tokenizer, qformer.queries + qformer.extra_queries),
         PromptEncoder(parts.prompt_tokenizer, data.prompt_length),
         text=stages.STAGES[config.stage].text,

@@ -72,11 +72,13 @@ def _read(path: Path) -> str:
         raise UserError(f"{path}: {reason}; data.root must be the folder that holds {INFO}") from None
 
 
+def place(source: str) -> float:
+    """A number from 0 to 1 that a source video's name alone decides; those under the share held out are held out."""
+    return int.from_bytes(hashlib.sha256(source.encode()).digest()[:8], "big") / 2**64
+
+
 def splits(sources: dict[str, str]) -> dict[str, str]:
     """Clip id -> split, equal for all clips of one source video; train is never empty while there are clips."""
-
-    def place(source: str) -> float:
-        return int.from_bytes(hashlib.sha256(source.encode()).digest()[:8], "big") / 2**64
 
     kept = max(sources.values(), key=place, default="")  # the last to be held out, whatever its place
     return {
@@ -91,9 +93,18 @@ def read_info(text: str, path: Path) -> dict[str, dict]:
     Raises:
       UserError: not JSON, or a clip whose labels do not fit the vocabulary.
     """
+    return {clip: read_entry(clip, entry, path) for clip, entry in read_annotation(text, path).items()}
+
+
+def read_annotation(text: str, path: Path) -> dict[str, dict]:
+    """Clip id -> its entry in an annotation file, as it was published; only `read_entry` checks it.
+
+    Raises:
+      UserError: not CelebV-HQ's annotation file.
+    """
     try:
         published = json.loads(text)
-        clips, mappings = published["clips"].items(), dict((published.get("meta_info") or {}).items())
+        clips, mappings = dict(published["clips"].items()), dict((published.get("meta_info") or {}).items())
     except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{path}: not CelebV-HQ's annotation file (JSON with 'clips'); download it again") from None
     if not clips:
@@ -102,10 +113,15 @@ def read_info(text: str, path: Path) -> dict[str, dict]:
         theirs = mappings.get(name, ours)
         if not isinstance(theirs, list | tuple) or tuple(str(label).lower() for label in theirs) != ours:
             raise UserError(f"{path}: {name} is not CelebV-HQ's; put its labels in the published order")
-    return {clip: _entry(clip, entry, path) for clip, entry in clips}
+    return clips
 
 
-def _entry(clip: str, entry: dict, path: Path) -> dict:
+def read_entry(clip: str, entry: dict, path: Path) -> dict:
+    """{"source": video id, "attributes": uint8 [83]} of a clip's entry.
+
+    Raises:
+      UserError: its labels do not fit the vocabulary.
+    """
     try:
         labels = entry["attributes"]
         parts = [np.asarray(labels[name]) for name in ("appearance", "action")]

@@ -11,6 +11,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -34,6 +35,7 @@ FEATURES = {
     ),
     "targets": {name: tfds.features.Text() for name in ("attributes", "emotion", "action")},
     "source": tfds.features.Text(),
+    "reasoning": tfds.features.Text(),
     "has_face": tfds.features.Scalar(dtype=np.bool_),
     "labels": tfds.features.Tensor(shape=(len(LABELS),), dtype=np.int8),  # -1: not known or not there
 }
@@ -52,7 +54,8 @@ class RecordBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     A source gives `counts()`, the number of clips of each split, and yields `Record`s from `records(split)`.
     """
 
-    VERSION = tfds.core.Version("1.0.0")
+    VERSION = tfds.core.Version("1.1.0")
+    VIEWS: dict[str, tuple[str, ...]] = {}  # splits that are read as the union of others, of which some may be empty
     url_infos = {}  # nothing to download; TFDS would look for a checksum file, with a package that it does not install
 
     def _info(self) -> tfds.core.DatasetInfo:
@@ -62,6 +65,10 @@ class RecordBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
             features=tfds.features.FeaturesDict(FEATURES),
             metadata=tfds.core.MetadataDict(digest=self.digest()),
         )
+
+    def download_config(self) -> tfds.download.DownloadConfig | None:
+        """How TFDS builds; None for its usual way."""
+        return None
 
     def digest(self) -> str:
         """Names the content of the source; a packed data set whose source has changed since is refused."""
@@ -88,7 +95,7 @@ def pack(record: Record) -> dict:
 
 def unpack(example: dict) -> Record:
     """The record that `pack` stored."""
-    text = {name: example[name].decode() for name in ("id", "summary", "source")}
+    text = {name: example[name].decode() for name in ("id", "summary", "source", "reasoning")}
     rows = zip(*(example["questions"][name] for name in ("question", "answer", "kind")), strict=True)
     return Record(
         **text,
@@ -117,9 +124,10 @@ class RecordSource:
             raise UserError(f"{self.folder}: data set {name} is not packed yet; `datasets.prepare` packs it")
         with _quiet():
             info = tfds.builder_from_directory(self.folder).info
-        if split not in info.splits:
+        self._parts = [part for part in views(name).get(split, (split,)) if part in info.splits]
+        if not self._parts:
             raise UserError(f"data set {name} has no split '{split}'; it has {', '.join(sorted(info.splits))}")
-        self._length = info.splits[split].num_examples
+        self._length = sum(info.splits[part].num_examples for part in self._parts)
         self._opened = None
 
     def __len__(self) -> int:
@@ -127,7 +135,7 @@ class RecordSource:
 
     def __getitem__(self, index: int) -> Record:
         if self._opened is None:
-            self._opened = tfds.builder_from_directory(self.folder).as_data_source(split=self.split)
+            self._opened = tfds.builder_from_directory(self.folder).as_data_source(split="+".join(self._parts))
         return unpack(self._opened[index])
 
     def __getstate__(self) -> dict:
@@ -138,9 +146,9 @@ class RecordSource:
 
 
 def _builder_class(name: str) -> tuple[type[RecordBuilder], str | None]:
-    from favchat_jax.data.datasets import celebvhq, rendered_faces
+    from favchat_jax.data.datasets import celebvhq, corpus, rendered_faces
 
-    builders = {"rendered_faces": rendered_faces.RenderedFaces, "celebvhq": celebvhq.CelebVHQ}
+    builders = {builder.name: builder for builder in (rendered_faces.RenderedFaces, celebvhq.CelebVHQ, corpus.Corpus)}
     name, _, config = name.partition("/")
     if name not in builders:
         raise UserError(f"data set '{name}' is not known; there are {', '.join(builders)}")
@@ -150,28 +158,43 @@ def _builder_class(name: str) -> tuple[type[RecordBuilder], str | None]:
     return builders[name], config or (known[0] if known else None)
 
 
+def views(name: str) -> dict[str, tuple[str, ...]]:
+    """The splits of a data set that are unions of others."""
+    return _builder_class(name)[0].VIEWS
+
+
 def _folder(name: str, data_dir: str) -> str:
     builder, config = _builder_class(name)
     return os.path.join(os.path.expanduser(data_dir), builder.name, config or "", str(builder.VERSION))
 
 
-def prepare(name: str, root: str | None, data_dir: str) -> str:
-    """See `favchat_jax.data.datasets.prepare`."""
+def prepare(name: str, root: str | None, data_dir: str, **options: Any) -> str:
+    """See `favchat_jax.data.datasets.prepare`; `options` are the builder's own."""
     builder_class, config = _builder_class(name)
     folder = Path(_folder(name, data_dir))
     if (folder / INFO).exists() and not root:
         return str(folder)
-    options = {"root": root} if builder_class.name == "celebvhq" else {}
+    if builder_class.name != "rendered_faces":
+        options["root"] = root
     with _quiet():
         builder = builder_class(config=config, data_dir=data_dir, file_format="array_record", **options)
         if not (folder / INFO).exists():
             with _alone(folder.parent):
                 if not (folder / INFO).exists():  # no other process made it while this one waited
                     _build(builder, folder)
-        stored = tfds.builder_from_directory(folder).info.metadata["digest"]
+    stored = stored_digest(name, data_dir)
     if stored != builder.digest():
         raise UserError(f"{folder}: packed from other files than {root} holds now; delete that folder to pack again")
     return str(folder)
+
+
+def stored_digest(name: str, data_dir: str) -> str | None:
+    """The digest of the source that a packed data set was made from; None where there is no packed one."""
+    folder = _folder(name, data_dir)
+    if not os.path.exists(os.path.join(folder, INFO)):
+        return None
+    with _quiet():
+        return tfds.builder_from_directory(folder).info.metadata["digest"]
 
 
 def _build(builder: RecordBuilder, folder: Path) -> None:
@@ -179,7 +202,7 @@ def _build(builder: RecordBuilder, folder: Path) -> None:
         shutil.rmtree(left)
     builder.counts()  # names what is missing before anything is written
     tfds.disable_progress_bar()  # the builders show their own
-    builder.download_and_prepare()
+    builder.download_and_prepare(download_config=builder.download_config())
 
 
 @contextlib.contextmanager

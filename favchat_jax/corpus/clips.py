@@ -1,0 +1,215 @@
+"""The second step: which videos show a face for long enough, and the best stretch of each as a clip (Section 3.1).
+
+CelebV-HQ's clips are kept whole, others where a face is found in a large enough share of the sampled frames.
+"""
+
+import functools
+import hashlib
+import itertools
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+
+from favchat_jax.corpus import footage
+from favchat_jax.corpus.faces import Detector, make_detector
+from favchat_jax.corpus.manifest import OK
+from favchat_jax.corpus.pipelines import write_whole
+from favchat_jax.data.video import decode
+from favchat_jax.errors import UserError
+
+VIDEOS = "kept"  # the folder of clips
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How clips are chosen and cut.
+
+    Attributes:
+        detector, model: see `faces.make_detector`.
+        min_share: of the sampled frames that must show a face.
+        min_face: height of the smallest face that counts, as a share of the picture's shorter side. It decides:
+            with 0.1 a distant player on a field counts too.
+        every: a frame of so many is looked at.
+        shortest, longest: frames of a clip.
+        crop: keep only the part of the picture around the face.
+        filter_celebvhq: judge CelebV-HQ's clips too.
+        largest_side: pixels; larger pictures are shrunk.
+    """
+
+    detector: str = "haar"
+    model: str = ""
+    min_share: float = 0.6
+    min_face: float = 0.2
+    every: int = 4
+    shortest: int = 36
+    longest: int = 60
+    crop: bool = False
+    filter_celebvhq: bool = False
+    largest_side: int = 1280
+
+
+@dataclass(frozen=True)
+class Sighting:
+    """What the detector saw: the number of all frames, their times, and the boxes of each sampled one."""
+
+    times: list[float | None]
+    boxes: list[np.ndarray]
+
+    @property
+    def share(self) -> float:
+        return sum(len(boxes) > 0 for boxes in self.boxes) / max(1, len(self.boxes))
+
+
+def make_clip(row: dict[str, Any], settings: Settings, out: str) -> dict[str, Any]:
+    """Judges one video of the manifest, and writes its clip where it is kept.
+
+    Returns:
+        {"kept": row of kept.parquet} or {"dropped": the reason}.
+
+    Raises:
+        UserError: the detector cannot be made.
+    """
+    if row["status"] != OK:
+        return {"dropped": f"{row['status']}: {row['reason']}"}
+    target = Path(out, VIDEOS, f"{row['id']}.mp4")
+    detector = _detector(settings.detector, settings.model, settings.min_face)
+    try:
+        if row["source"] == "celebvhq" and not settings.filter_celebvhq:
+            content, facts = _whole(row, settings)
+        else:
+            content, facts = _filtered(row, settings, detector)
+    except (UserError, OSError) as error:  # of reading it: what is written is written below
+        return {"dropped": str(error)}
+    write_whole(target, content)
+    columns = {name: row[name] for name in ("id", "source", "group", "attributes")}
+    facts["sha256"] = hashlib.sha256(content).hexdigest()
+    return {"kept": {**columns, "path": f"{VIDEOS}/{target.name}", **facts}}
+
+
+def _whole(row: dict[str, Any], settings: Settings, face_share: float | None = None) -> tuple[bytes, dict[str, Any]]:
+    """A clip that is kept as it is: copied, or cut out of the full video."""
+    path = Path(row["path"])
+    first = round((row["start"] or 0) * row["fps"])
+    facts = {"fps": row["fps"], "face_share": face_share, "start_frame": first}
+    if row["end"] is None and not row["box"] and path.suffix.lower() == ".mp4":
+        decode(path, frames=3, size=footage.SMALLEST_SIDE)  # a damaged file is not kept
+        return path.read_bytes(), {**facts, "frames": row["frames"]}
+    content, count = footage.encode(_frames(row), row["fps"], settings.largest_side)
+    if not count:
+        raise UserError("no frame of it can be decoded: fetch it again")
+    return content, {**facts, "frames": count}
+
+
+def _filtered(row: dict[str, Any], settings: Settings, detector: Detector) -> tuple[bytes, dict[str, Any]]:
+    """The best stretch of a video that shows a face for long enough.
+
+    Raises:
+        UserError: it does not, or is too short or damaged; the message is the reason.
+    """
+    seen = look_for_faces(_frames(row), detector, settings.every)
+    if not seen.times:
+        raise UserError("no frame of it can be decoded: fetch it again")
+    if seen.share < settings.min_share:
+        raise UserError(f"a face in {seen.share:.0%} of the sampled frames, {settings.min_share:.0%} are asked for")
+    if row["source"] == "celebvhq":
+        return _whole(row, settings, round(seen.share, 4))
+    if len(seen.times) < settings.shortest:
+        raise UserError(f"{len(seen.times)} frames, at least {settings.shortest} are asked for")
+    found = [len(boxes) > 0 for boxes in seen.boxes]
+    start, length = best_stretch(found, settings.every, len(seen.times), settings.shortest, settings.longest)
+    pictures = _stretch(row, seen.times, start, length)
+    if settings.crop:
+        box = track_box(seen.boxes[start // settings.every : -(-(start + length) // settings.every)])
+        pictures = (footage.crop(picture, box) for picture in pictures)
+    content, count = footage.encode(pictures, row["fps"], settings.largest_side)
+    return content, {"fps": row["fps"], "face_share": round(seen.share, 4), "start_frame": start, "frames": count}
+
+
+@functools.lru_cache(maxsize=1)
+def _detector(name: str, model: str, smallest: float) -> Detector:
+    return make_detector(name, model, smallest)
+
+
+def _frames(row: dict[str, Any], start: float | None = None) -> Iterator[av.VideoFrame]:
+    pictures = footage.frames(Path(row["path"]), row["start"] if start is None else start, row["end"])
+    return (footage.crop(picture, json.loads(row["box"])) for picture in pictures) if row["box"] else pictures
+
+
+def look_for_faces(pictures: Iterator[av.VideoFrame], detector: Detector, every: int) -> Sighting:
+    """Looks at one frame of `every`, from the first on; keeps no picture."""
+    seen = Sighting([], [])
+    for number, picture in enumerate(pictures):
+        seen.times.append(picture.time)
+        if number % every == 0:
+            seen.boxes.append(detector(picture))
+    return seen
+
+
+def best_stretch(found: Sequence[bool], every: int, frames: int, shortest: int, longest: int) -> tuple[int, int]:
+    """First frame and length of the stretch with the most sampled frames that show a face.
+
+    Of equals it is the earliest that begins with a face. At its ends, what shows no face is cut off down to `shortest`.
+
+    Args:
+        found: whether a face was found in frame 0, `every`, 2 `every`, ...
+        frames: of the whole video, at least `shortest`.
+    """
+    length = min(longest, frames)
+    faces = np.zeros(frames + 1, int)  # faces[i]: finds before frame i
+    faces[1:] = np.cumsum([number % every == 0 and found[number // every] for number in range(frames)])
+    inside = faces[length:] - faces[: frames + 1 - length]
+    best = np.flatnonzero(inside == inside.max()).tolist()
+    start = next((first for first in best if first % every == 0 and found[first // every]), best[0])
+    end = start + length
+    while end - start > shortest and not found[(end - 1) // every]:
+        end -= 1
+    while end - start > shortest and not found[start // every]:
+        start += 1
+    return start, end - start
+
+
+def track_box(boxes: Sequence[np.ndarray]) -> footage.Box:
+    """The part of the picture around the face that the most frames show, the same for the whole stretch.
+
+    The track begins with the largest face and goes on, either way, with the face that overlaps it most; its reach with
+    half a face of room to each side is the box.
+    """
+    first = max(range(len(boxes)), key=lambda i: _area(boxes[i][0]) if len(boxes[i]) else 0.0)
+    track = [boxes[first][0]]
+    for way in (boxes[first + 1 :], boxes[:first][::-1]):
+        last = boxes[first][0]
+        for faces in way:
+            near = max(faces, key=lambda face: _overlap(face, last), default=None)  # noqa: B023
+            if near is not None and _overlap(near, last) > 0:
+                track.append(last := near)
+    top, bottom, left, right = np.array(track).T
+    room_y, room_x = np.median(bottom - top) / 2, np.median(right - left) / 2
+    box = np.array([top.min() - room_y, bottom.max() + room_y, left.min() - room_x, right.max() + room_x])
+    return tuple(float(side) for side in box.clip(0, 1))
+
+
+def _area(box: np.ndarray) -> float:
+    return float(max(0, box[1] - box[0]) * max(0, box[3] - box[2]))
+
+
+def _overlap(one: np.ndarray, other: np.ndarray) -> float:
+    """Intersection over union."""
+    both = np.stack([one, other])
+    shared = _area(np.array([both[:, 0].max(), both[:, 1].min(), both[:, 2].max(), both[:, 3].min()]))
+    return shared / (_area(one) + _area(other) - shared)
+
+
+def _stretch(row: dict[str, Any], times: list[float | None], start: int, length: int) -> Iterator[av.VideoFrame]:
+    """The frames of a stretch, decoded from the keyframe before it where times and keyframes allow."""
+    wanted = times[start]
+    if start and wanted is not None and times[0] is not None:
+        pictures = _frames(row, (row["start"] or 0) + wanted - times[0])
+        first = next(pictures, None)
+        if first is not None and first.time == wanted:
+            return itertools.chain([first], itertools.islice(pictures, length - 1))
+    return itertools.islice(_frames(row), start, start + length)

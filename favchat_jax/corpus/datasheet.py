@@ -1,0 +1,96 @@
+"""The sheet that goes with a packed corpus (questions of Gebru et al., Datasheets for Datasets, 2021).
+
+What the folder itself knows is filled in; what only the people who made it know is left as a line to complete.
+"""
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from favchat_jax.corpus.annotations import read_annotations
+from favchat_jax.corpus.manifest import DROPPED, MANIFEST, REVIEWS, read_lines, read_table
+from favchat_jax.corpus.pipelines import write_whole
+from favchat_jax.corpus.statistics import table
+
+SETTINGS = "clip.json"  # what `clip` was run with
+TO_FILL = "*To be filled in by whoever shares it:*"
+SHEET = """# Datasheet of this corpus
+
+## Motivation
+
+Training text for a video language model that answers fine-grained questions about faces: summaries and question-answer
+pairs for short clips. {to_fill} who made it, for what, and who paid.
+
+## Composition
+
+{table}
+
+Instances are clips (H.264 or as published) with the labels of their source in CelebV-HQ's vocabulary, a summary and
+question-answer pairs. They show people; labels such as male or young are impressions of annotators, not what the people
+say of themselves. Left out of training and kept for tests: {heldout_share:.0%} of the source videos or persons, one at
+least; none is on both sides.
+
+## Collection
+
+{scanned}
+
+{to_fill} licences and consent of every source, and how requests to remove a person are met.
+
+## Preprocessing and filtering
+
+Settings of the clip step: `{settings}`. Every clip that was dropped is in `dropped.parquet`:
+
+{dropped}
+
+Face detectors do not find all people equally well: Haar cascades miss dark skin and dim light more often. Compare
+`kept.png` and `dropped.png`.
+
+## Annotation
+
+{annotated}
+
+{left_out}
+
+## Uses
+
+Training and testing models of this kind. Not fit for identifying people, nor for judging anyone by their face.
+
+## Distribution and maintenance
+
+{to_fill} where it lies, under which terms, and who answers for it. Most sources forbid passing their videos on.
+"""
+
+
+def write(out: Path, figures: dict[str, Any], left_out: dict[str, int], heldout_share: float) -> None:
+    """Writes datasheet.md from what lies in the folder."""
+    scanned = Counter((row["source"], row["status"]) for row in read_table(out, MANIFEST))
+    # Numbers differ from reason to reason: reasons are told apart by their words.
+    dropped = Counter("".join("N" if c.isdigit() else c for c in row["reason"]) for row in read_table(out, DROPPED))
+    backends = Counter((a.backend, a.model, a.prompts) for a in read_annotations(out).values())
+    reviews = read_lines(out, REVIEWS) if (out / REVIEWS).exists() else []
+    reviewers = {row["reviewer"] for row in reviews}
+    settings = out / SETTINGS
+    sheet = SHEET.format(
+        to_fill=TO_FILL,
+        table=table(figures),
+        heldout_share=heldout_share,
+        scanned=_listed(f"{source}: {n} videos {status}" for (source, status), n in sorted(scanned.items())),
+        settings=settings.read_text().strip() if settings.is_file() else "not recorded",
+        dropped=_listed(f"{n} x {reason}" for reason, n in dropped.most_common(20)) or "None.",
+        annotated=_listed(f"{n} texts by {b} {m}, prompts {p}".strip() for (b, m, p), n in sorted(backends.items()))
+        + f"\n\n{len(reviews)} verdicts of {len(reviewers)} reviewers.",
+        left_out=_listed(f"{n} clips left out: {reason}" for reason, n in left_out.items())
+        or "No kept clip is left out.",
+    )
+    write_whole(out / "datasheet.md", sheet.encode())
+
+
+def record_settings(out: Path, settings: dict[str, Any]) -> None:
+    """Leaves what `clip` was run with; a detector's file goes by its name alone."""
+    settings = {**settings, "model": Path(settings["model"]).name}
+    write_whole(out / SETTINGS, json.dumps(settings).encode())
+
+
+def _listed(items: Any) -> str:
+    return "\n".join(f"- {item}" for item in items)

@@ -1,0 +1,218 @@
+"""What a video file or a folder of frames holds, and its frames one after the other without keeping any."""
+
+import contextlib
+import hashlib
+import io
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import cv2
+import numpy as np
+from av.video.frame import PictureType
+
+from favchat_jax.data.video import SMALLEST_SIDE, VideoError, open_video
+
+RATE = 25.0  # frames a second where a file states none, and of folders of frames
+PICTURES = {".jpg", ".jpeg", ".png", ".bmp"}
+NOT_VIDEOS = re.compile(r"tty|image2|.*_pipe")  # FFmpeg's readers that take text or a single picture for a video
+INSTANT = 1e-4  # seconds: times of frames are rounded to ticks
+QUALITY = {"preset": "veryfast", "crf": "18"}  # hardly told from the original
+LARGEST = 16384  # pixels a side: above it a header is damaged, and a single frame would not fit in memory
+
+Box = tuple[float, float, float, float]  # top, bottom, left, right in shares of the picture
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a video is: seconds, frames a second, frames, pixels, the codec's name and bytes."""
+
+    duration: float
+    fps: float
+    frames: int
+    width: int
+    height: int
+    codec: str
+    size: int
+    sha256: str
+
+
+def facts(path: Path) -> Facts:
+    """Reads headers and packets of a video, decoding none, or the names of a folder's frames.
+
+    Raises:
+        VideoError: it cannot be read as a video.
+    """
+    return _folder_facts(path) if path.is_dir() else _file_facts(path)
+
+
+def _file_facts(path: Path) -> Facts:
+    with open_video(path, _shown(path)) as (container, stream):
+        if NOT_VIDEOS.fullmatch(container.format.name.partition(",")[0]):
+            raise VideoError(f"{_shown(path)} holds text or a single picture: give a video file")
+        times, frames = [], 0
+        with contextlib.suppress(av.error.InvalidDataError):  # cut short: what comes before the cut is good
+            for packet in container.demux(stream):
+                if packet.size and not packet.is_discard:
+                    frames += 1
+                    times += [packet.pts] if packet.pts is not None else []
+        _check_size(path, frames, stream.width, stream.height)
+        fps = _rate(stream)
+        duration = (max(times) - min(times)) * float(stream.time_base) + 1 / fps if times else frames / fps
+        return Facts(
+            duration=duration,
+            fps=fps,
+            frames=frames,
+            width=stream.width,
+            height=stream.height,
+            codec=stream.codec_context.name,
+            size=path.stat().st_size,
+            sha256=_digest([path]),
+        )
+
+
+def _folder_facts(folder: Path) -> Facts:
+    files = frame_files(folder)
+    picture = _read_picture(files[0]) if files else None
+    height, width = picture.shape[:2] if picture is not None else (0, 0)
+    if files and picture is None:
+        raise VideoError(f"{_shown(files[0])} cannot be read as a picture: fetch the folder of frames again")
+    _check_size(folder, len(files), width, height)
+    return Facts(
+        duration=len(files) / RATE,
+        fps=RATE,
+        frames=len(files),
+        width=width,
+        height=height,
+        codec=files[0].suffix[1:].lower(),
+        size=sum(file.stat().st_size for file in files),
+        sha256=_digest(files),
+    )
+
+
+def frames(path: Path, start: float | None = None, end: float | None = None) -> Iterator[av.VideoFrame]:
+    """Decodes the frames of a video, or of a folder of them, upright and in order, each with its `time`.
+
+    Args:
+        start, end: seconds from the video's first frame; None for its beginning and its end.
+
+    Raises:
+        VideoError: it cannot be read as a video.
+    """
+    if path.is_dir():
+        for number, file in enumerate(frame_files(path)):
+            picture = _read_picture(file)
+            if picture is not None and (start or 0) <= number / RATE and (end is None or number / RATE < end):
+                yield _at(av.VideoFrame.from_ndarray(picture, format="bgr24"), number, 1 / Fraction(RATE))
+        return
+    with open_video(path, _shown(path)) as (container, stream):
+        first = stream.start_time or 0
+        if start:
+            container.seek(first + int(start / stream.time_base), stream=stream)
+        for frame in _decoded(container, stream):
+            if frame.pts is not None:
+                moment = float((frame.pts - first) * stream.time_base)
+                if end is not None and moment >= end - INSTANT:
+                    return
+                if start and moment < start - INSTANT:
+                    continue
+            yield _upright(frame)
+
+
+def _decoded(container: av.container.InputContainer, stream: av.VideoStream) -> Iterator[av.VideoFrame]:
+    with contextlib.suppress(av.error.InvalidDataError):  # of reading: the file is cut short
+        for packet in container.demux(stream):
+            with contextlib.suppress(av.error.InvalidDataError):  # of decoding: the frames around it may be good
+                yield from packet.decode()
+
+
+def _upright(frame: av.VideoFrame) -> av.VideoFrame:
+    """The frame as a player shows it, turned by quarters."""
+    turns = round(frame.rotation / 90)
+    if not turns:
+        return frame
+    picture = np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24"), turns))
+    return _at(av.VideoFrame.from_ndarray(picture, format="rgb24"), frame.pts, frame.time_base)
+
+
+def _at(frame: av.VideoFrame, pts: int | None, time_base: Fraction) -> av.VideoFrame:
+    frame.pts, frame.time_base = pts, time_base
+    return frame
+
+
+def crop(frame: av.VideoFrame, box: Box) -> av.VideoFrame:
+    """The part of a frame in a box."""
+    top, bottom = (round(share * frame.height) for share in box[:2])
+    left, right = (round(share * frame.width) for share in box[2:])
+    picture = frame.to_ndarray(format="rgb24")[top : max(bottom, top + 2), left : max(right, left + 2)]
+    return _at(av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24"), frame.pts, frame.time_base)
+
+
+def encode(pictures: Iterable[av.VideoFrame], fps: float, largest_side: int) -> tuple[bytes, int]:
+    """H.264 mp4 bytes at a constant rate and the number of frames; pictures over `largest_side` pixels are shrunk.
+
+    One thread and no dates: equal frames give equal bytes.
+    """
+    buffer, count, stream = io.BytesIO(), 0, None
+    with av.open(buffer, "w", format="mp4") as container:
+        for picture in pictures:
+            if stream is None:
+                stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001), options=QUALITY)
+                shrunk = min(1.0, largest_side / max(picture.width, picture.height))
+                stream.width, stream.height = (2 * max(1, round(side * shrunk / 2)) for side in _size(picture))
+                stream.pix_fmt = "yuv420p"
+                stream.thread_count = 1
+            frame = picture.reformat(stream.width, stream.height, "yuv420p")
+            frame.pts, frame.pict_type = None, PictureType.NONE
+            container.mux(stream.encode(frame))
+            count += 1
+        if stream is not None:
+            container.mux(stream.encode())
+    return buffer.getvalue(), count
+
+
+def _size(picture: av.VideoFrame) -> tuple[int, int]:
+    return picture.width, picture.height
+
+
+def frame_files(folder: Path) -> list[Path]:
+    """The pictures of a folder in the order of the numbers in their names."""
+    files = [file for file in folder.iterdir() if file.suffix.lower() in PICTURES and file.is_file()]
+    return sorted(files, key=lambda file: ([int(number) for number in re.findall(r"\d+", file.stem)], file.name))
+
+
+def _read_picture(file: Path) -> np.ndarray | None:
+    data = np.frombuffer(file.read_bytes(), np.uint8)
+    return cv2.imdecode(data, cv2.IMREAD_COLOR) if data.size else None
+
+
+def _rate(stream: av.VideoStream) -> float:
+    """Frames a second, where the file states a sensible one."""
+    rate = float(stream.average_rate or stream.base_rate or 0)
+    return rate if 0 < rate <= 1000 else RATE
+
+
+def _check_size(path: Path, frames: int, width: int, height: int) -> None:
+    if not frames:
+        raise VideoError(f"{_shown(path)} holds no video frames: fetch it again")
+    if min(width, height) < SMALLEST_SIDE or max(width, height) > LARGEST:
+        limits = f"{SMALLEST_SIDE} to {LARGEST} pixels a side"
+        raise VideoError(f"{_shown(path)} is {width}x{height}: give a video of {limits}")
+
+
+def _digest(files: list[Path]) -> str:
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as content:
+            while block := content.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def _shown(path: Path) -> str:
+    """A path in one printable line, whatever characters its name has."""
+    name = str(path)
+    return name if name.isprintable() else ascii(name)

@@ -1,0 +1,162 @@
+"""Work on many videos as an Apache Beam pipeline that can be killed at any point and started again.
+
+Every video's result is a small file of its own below `work/`, written beside and renamed; a result made from the same
+input and settings is not made again. On one machine Beam's DirectRunner runs the work in this process; every other
+runner takes it as well, where all its workers see the videos and the corpus folder under the same paths.
+"""
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from absl import flags
+
+from favchat_jax.errors import UserError
+
+log = logging.getLogger("favchat_jax")
+
+Work = Callable[[Any], dict[str, Any]]
+
+
+def run(
+    step: str,
+    work: Work,
+    items: Iterable[tuple[str, Any, Any]],
+    out: Path,
+    options: Sequence[str] = (),
+    still_there: Callable[[dict[str, Any]], bool] = lambda result: True,
+) -> list[dict[str, Any]]:
+    """The result of every item, in their order.
+
+    Args:
+        step: names the folder below `work/`.
+        work: pickled to the workers; (item) -> result, both as JSON can hold them.
+        items: (name, key, item): the name is the result's file's, the key is all that the result depends on.
+        out: the corpus folder.
+        options: of Beam, such as --runner=FlinkRunner; see Beam's documentation of each runner.
+        still_there: (result) -> whether the files that the work left besides are still there.
+
+    Raises:
+        UserError: what ends the whole run, such as a full disk; what was done until then is kept.
+    """
+    folder = str((out / "work" / step).resolve())
+    todo = Path(f"{folder}.todo.jsonl")  # a file, since the description of a pipeline is limited in size
+    keys, left = {}, []
+    for name, key, item in items:
+        keys[name] = _digest(key)
+        if not _is_done(_finished(folder, name, keys[name]), still_there):
+            left.append(json.dumps([name, keys[name], item]))
+    _forget_others(folder, keys)
+    log.info("%s: %d of %d videos are left to do", step, len(left), len(keys))
+    if left:
+        write_whole(todo, "\n".join(left).encode())
+        del left
+        _run_pipeline(work, todo, folder, options)
+    todo.unlink(missing_ok=True)
+    return [_finished(folder, name, key) for name, key in keys.items()]
+
+
+def _run_pipeline(work: Work, todo: Path, folder: str, options: Sequence[str]) -> None:
+    with (
+        quiet_beam() as beam,
+        beam.Pipeline(options=beam.options.pipeline_options.PipelineOptions(list(options))) as pipeline,
+    ):
+        # Reshuffled, since a runner keeps what one file gave in one worker otherwise.
+        lines = pipeline | beam.Create([str(todo)]) | beam.FlatMap(_lines) | beam.Reshuffle()
+        _ = lines | beam.Map(_do, work=work, folder=folder)
+
+
+def _lines(path: str) -> Iterator[str]:
+    with open(path, encoding="utf-8") as file:
+        yield from file
+
+
+def _do(line: str, work: Work, folder: str) -> None:
+    name, key, item = json.loads(line)
+    try:
+        result = work(item)
+        write_whole(_result(folder, name), json.dumps({"key": key, "result": result}).encode())
+    except OSError as error:
+        where = error.filename or folder
+        raise UserError(f"{where}: {error.strerror}; make room or mend it, then the same command goes on") from None
+
+
+@contextlib.contextmanager
+def quiet_beam() -> Iterator[ModuleType]:
+    """Apache Beam, which otherwise tells of missing clouds and logs every error that it raises besides.
+
+    Raises:
+        UserError: one that a worker raised, as it raised it; Beam adds where, and from other processes hands on text.
+    """
+    logging.disable(logging.WARNING)
+    try:
+        import apache_beam
+    finally:
+        logging.disable(logging.NOTSET)
+    logger = logging.getLogger("apache_beam")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield apache_beam
+    except Exception as error:
+        told = re.search("(.*)" if isinstance(error, UserError) else "UserError: (.*)", str(error))
+        if told is None:
+            raise
+        raise UserError(re.split(r" \[while running|\\n", told[1])[0]) from None
+    finally:
+        logger.setLevel(level)
+
+
+def _is_done(result: dict[str, Any] | None, still_there: Callable[[dict[str, Any]], bool]) -> bool:
+    return result is not None and still_there(result)
+
+
+def _finished(folder: str, name: str, key: str) -> dict[str, Any] | None:
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        found = json.loads(_result(folder, name).read_bytes())
+        if found["key"] == key:
+            return found["result"]
+    return None
+
+
+def _result(folder: str, name: str) -> Path:
+    """Two steps down, since file systems are slow with tens of thousands of names in one folder."""
+    return Path(folder, hashlib.sha256(name.encode()).hexdigest()[:2], f"{name}.json")
+
+
+def _forget_others(folder: str, names: Collection[str]) -> None:
+    """Removes results, and drafts of a killed run, of what is no longer asked for."""
+    for path in Path(folder).glob("*/*"):
+        if path.suffix != ".json" or path.stem not in names:
+            path.unlink()
+
+
+def _digest(key: Any) -> str:
+    return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Writes a file beside its place and renames it, so that a killed writer leaves no half of it there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.part")
+    draft.write_bytes(content)
+    os.replace(draft, path)
+
+
+def define_flags() -> None:
+    """The option of every step that runs as a pipeline."""
+    flags.DEFINE_multi_string(
+        "beam", [], "Option of Apache Beam without its dashes, such as runner=FlinkRunner; may be given many times"
+    )
+
+
+def chosen_options() -> list[str]:
+    """Beam's command line from the flags."""
+    return [f"--{option}" for option in flags.FLAGS.beam]

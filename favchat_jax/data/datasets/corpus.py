@@ -1,0 +1,127 @@
+"""The corpus that `tools.build_dataset` made, packed by Apache Beam.
+
+Every clip is stored once; clips are parted so that what each stage reads is a union of parts:
+
+    stage1, stage2   all training clips: summaries, and all questions
+    stage3           those of CelebV-HQ
+    rl, coldstart    those of CelebV-HQ of which attributes, emotion and action are all known
+    heldout          clips of source videos, or of persons, that no other split holds
+
+The folder holds `records.jsonl`, one line a clip: `{"id", "video": path in the folder, "sha256", "part", "group",
+"labels", "summary", "questions", "reasoning"}`.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import tensorflow_datasets as tfds
+
+from favchat_jax.data import celebvhq_vocabulary as vocabulary
+from favchat_jax.data.datasets import Question, Record
+from favchat_jax.data.datasets.celebvhq import label_text
+from favchat_jax.data.datasets.packing import RecordBuilder, pack
+from favchat_jax.errors import UserError
+
+RECORDS = "records.jsonl"
+PARTS = ("train_rl", "train_celebvhq", "train_other", "heldout")
+
+
+class Corpus(RecordBuilder, skip_registration=True):
+    """Clips of several sources with summaries and question-answer pairs (paper, Section 3)."""
+
+    name = "corpus"
+    VIEWS = {
+        **dict.fromkeys(("train", "stage1", "stage2"), PARTS[:3]),
+        "stage3": PARTS[:2],
+        **dict.fromkeys(("rl", "coldstart"), PARTS[:1]),
+    }
+
+    def __init__(self, *, root: str | None, config: str | None = None, beam_options: tuple[str, ...] = (), **options):
+        if not root:
+            raise UserError("corpus: no folder given; set data.root to the folder that tools.build_dataset has filled")
+        self._root = Path(root).expanduser().resolve()
+        self._beam_options = list(beam_options)
+        path = self._root / RECORDS
+        try:
+            content = path.read_bytes()
+            self._rows = [json.loads(line) for line in content.splitlines()]
+        except FileNotFoundError:
+            made = f"python -m tools.build_dataset pack --out={root}"
+            raise UserError(f"{path} is missing: make it with {made}") from None
+        except ValueError:
+            raise UserError(f"{path} is damaged: remove it and run pack again") from None
+        self._digest = hashlib.sha256(content).hexdigest()
+        super().__init__(config=config, **options)
+
+    def digest(self) -> str:
+        """Hash of the records, which name the content of every clip."""
+        return self._digest
+
+    def counts(self) -> dict[str, int]:
+        """Clips of each part.
+
+        Raises:
+            UserError: a clip is missing, or there is none to train on.
+        """
+        for row in self._rows:
+            if not (self._root / row["video"]).is_file():
+                raise UserError(f"{self._root / row['video']} is missing: run clip again")
+        counts = {part: sum(row["part"] == part for row in self._rows) for part in PARTS}
+        if not any(counts[part] for part in PARTS[:3]):
+            raise UserError(f"{self._root / RECORDS} holds no training clips: annotate some, or hold fewer out")
+        return counts
+
+    def download_config(self) -> tfds.download.DownloadConfig:
+        """Beam's options."""
+        from apache_beam.options.pipeline_options import PipelineOptions
+
+        return tfds.download.DownloadConfig(beam_options=PipelineOptions(self._beam_options))
+
+    def _generate_examples(self, split: str):
+        try:
+            import apache_beam as beam
+        except ImportError:
+            raise UserError("packing a corpus needs Apache Beam: pip install -r requirements-corpus.txt") from None
+        rows = beam.Create([str(self._root / RECORDS)]) | beam.FlatMap(_rows_of, part=split) | beam.Reshuffle()
+        return rows | beam.Map(_example, root=str(self._root))
+
+
+def _rows_of(path: str, part: str) -> Iterator[dict]:
+    with open(path, encoding="utf-8") as file:
+        yield from (row for row in map(json.loads, file) if row["part"] == part)
+
+
+def _example(row: dict, root: str) -> tuple[str, dict]:
+    return row["id"], pack(read_record(root, row))
+
+
+def read_record(root: str, row: dict) -> Record:
+    """The record of a line of `records.jsonl`.
+
+    Raises:
+        UserError: the clip is not the one that the line was written for.
+    """
+    video = Path(root, row["video"])
+    clip = video.read_bytes()
+    if hashlib.sha256(clip).hexdigest() != row["sha256"]:
+        raise UserError(f"{video} has changed since clip wrote it: run clip and pack again")
+    attributes = label_vector(row["labels"])
+    return Record(
+        id=row["id"],
+        clip=clip,
+        attributes=attributes,
+        summary=row["summary"],
+        questions=tuple(Question(**question) for question in row["questions"]),
+        targets=label_text(attributes),
+        source=row["group"],
+        has_face=True,
+        reasoning=row["reasoning"],
+    )
+
+
+def label_vector(labels: list[str]) -> np.ndarray:
+    """uint8 [83], 1 for each of `labels`."""
+    return np.isin(vocabulary.VOCABULARY, labels).astype(np.uint8)
