@@ -1,0 +1,169 @@
+"""What lies in a corpus folder: the tables that one step leaves for the next.
+
+    manifest.parquet     scan: every video that was found, with the reason where it cannot be used
+    kept.parquet         clip: every clip that was kept; its video lies at kept/ID.mp4
+    dropped.parquet      clip: every video that was not, and why
+    annotations.jsonl    annotate: one object a clip
+    reviews.jsonl        review: one object a judgement, in the order of time
+    work/                what scan and clip have done so far: a killed run goes on from it
+
+Rows are sorted by id and hold nothing of the run that wrote them, so that equal videos give equal bytes.
+"""
+
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from favchat_jax.errors import UserError
+
+MANIFEST, KEPT, DROPPED = "manifest.parquet", "kept.parquet", "dropped.parquet"
+ANNOTATIONS, REVIEWS = "annotations.jsonl", "reviews.jsonl"
+OK, UNREADABLE, DUPLICATE = STATUSES = ("ok", "unreadable", "duplicate")
+SOURCES = ("celebvhq", "hmdb51", "youtube_faces", "faceforensics", "ferv39k", "folder")
+
+# `id` is safe as a file name. Splits are disjoint by `group`, the source video, or the person where a source names one.
+# `attributes` is JSON: {"appearance": [labels], "action": [labels], "emotion": [labels, or timed segments
+# {"emotion", "start_sec", "end_sec"}]} in CelebV-HQ's vocabulary; a group that the source does not label is absent, and
+# the whole is "" where it labels none.
+_SHARED = [("id", pa.string()), ("source", pa.string()), ("group", pa.string()), ("attributes", pa.string())]
+SCHEMAS = {
+    # The part of the file that is the clip: `start` to `end` in seconds, and `box`, JSON [top, bottom, left, right] in
+    # shares of the picture. Null and "" stand for the whole.
+    MANIFEST: pa.schema(
+        [
+            *_SHARED,
+            ("path", pa.string()),  # a file, or a folder of frames
+            ("start", pa.float64()),
+            ("end", pa.float64()),
+            ("box", pa.string()),
+            ("duration", pa.float64()),  # seconds
+            ("fps", pa.float64()),
+            ("frames", pa.int64()),
+            ("width", pa.int64()),
+            ("height", pa.int64()),
+            ("codec", pa.string()),
+            ("size", pa.int64()),  # bytes
+            ("sha256", pa.string()),
+            ("status", pa.string()),  # one of STATUSES
+            ("reason", pa.string()),
+        ]
+    ),
+    KEPT: pa.schema(
+        [
+            *_SHARED,
+            ("path", pa.string()),  # relative to the corpus folder
+            ("frames", pa.int64()),
+            ("fps", pa.float64()),
+            ("face_share", pa.float64()),  # of the sampled frames of the whole video; null where nobody looked
+            ("start_frame", pa.int64()),  # of the clip in the video
+        ]
+    ),
+    DROPPED: pa.schema([("id", pa.string()), ("source", pa.string()), ("path", pa.string()), ("reason", pa.string())]),
+}
+
+
+def write_table(folder: str | os.PathLike, name: str, rows: Iterable[dict[str, Any]]) -> None:
+    """Writes a table of SCHEMAS, sorted by id; the file appears when it is whole."""
+    rows = sorted(rows, key=lambda row: row["id"])
+    path = Path(folder) / name
+    draft = path.with_name(f".{name}.part")
+    pq.write_table(pa.Table.from_pylist(rows, SCHEMAS[name]), draft)
+    os.replace(draft, path)
+
+
+def read_table(folder: str | os.PathLike, name: str) -> list[dict[str, Any]]:
+    """The rows of a table, checked.
+
+    Raises:
+        UserError: no such table, not Parquet, or one whose columns, ids or statuses were edited into something else.
+    """
+    path = Path(folder) / name
+    if not path.is_file():
+        step = "scan --source=DIR" if name == MANIFEST else "clip"
+        raise UserError(f"{path} is missing: make it with python -m tools.build_dataset {step} --out={folder}")
+    try:
+        table = pq.read_table(path)
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{path} is not a Parquet file ({_first_line(error)}): make it again") from None
+    missing = set(SCHEMAS[name].names) - set(table.column_names)
+    if missing:
+        raise UserError(f"{path} has no column {', '.join(sorted(missing))}: put it back, or make the table again")
+    try:
+        rows = table.select(SCHEMAS[name].names).cast(SCHEMAS[name]).to_pylist()
+    except (pa.ArrowException, ValueError) as error:
+        raise UserError(f"{path} holds a column of another type ({_first_line(error)}): make it again") from None
+    _check_rows(path, name, rows)
+    return rows
+
+
+def _check_rows(path: Path, name: str, rows: list[dict[str, Any]]) -> None:
+    seen = set()
+    for row in rows:
+        clip = row["id"]
+        if not clip or not is_safe_id(clip):
+            raise UserError(f"{path}: id {clip!r} is no file name of letters, digits, '.', '_' and '-': change it")
+        if clip in seen:
+            raise UserError(f"{path}: id {clip} is there twice: remove one of the two rows")
+        seen.add(clip)
+        required = ("source", "path") if name == DROPPED else ("source", "path", "group", "attributes")
+        empty = [column for column in required if row[column] is None]
+        if name == MANIFEST and row["status"] not in STATUSES:
+            raise UserError(f"{path}: {clip} has status {row['status']!r}: choose one of {', '.join(STATUSES)}")
+        if empty:
+            raise UserError(f"{path}: {clip} has no {empty[0]}: fill it in, or make the table again")
+        if "attributes" in row:
+            read_attributes(row["attributes"], f"{path}: {clip}")
+
+
+def is_safe_id(name: str) -> bool:
+    """Whether a name can stand for a file everywhere."""
+    return all(character.isascii() and (character.isalnum() or character in "._-") for character in name) and (
+        not name.startswith(".") and len(name) <= 200
+    )
+
+
+def read_attributes(text: str, label: str) -> dict[str, list]:
+    """The labels of a row by group; {} where the source has none. `label` names the row in an error.
+
+    Raises:
+        UserError: not JSON of this form.
+    """
+    try:
+        attributes = json.loads(text) if text else {}
+        if all(isinstance(attributes.get(group, []), list) for group in ("appearance", "action", "emotion")):
+            return attributes
+    except (ValueError, AttributeError):
+        pass
+    raise UserError(f"{label}: attributes are not JSON of appearance, action and emotion, each a list: mend them")
+
+
+def read_lines(folder: str | os.PathLike, name: str) -> list[dict[str, Any]]:
+    """The objects of a JSON-lines file; a last line that a killed writer left without its end is passed over.
+
+    Raises:
+        UserError: a line that is not a JSON object with an id.
+    """
+    path = Path(folder) / name
+    rows = []
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+                row["id"] + ""
+            except (ValueError, KeyError, TypeError):
+                if not line.endswith(b"\n"):
+                    break
+                raise UserError(f"{path}, line {number}: not a JSON object with an id; mend or remove it") from None
+            rows.append(row)
+    return rows
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
