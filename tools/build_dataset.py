@@ -1,7 +1,12 @@
 """The training corpus from raw videos: python -m tools.build_dataset COMMAND --out=DIR
 
+    scan       --source=DIR: every video, what it is, and why it cannot be used where it cannot
+    clip       keeps what shows a face for long enough, trimmed to its best stretch
     annotate   a summary and question-answer pairs for every kept clip
     review     a local web page on which people judge them
+    pack       the data set that training reads, its statistics and its datasheet
+
+Every command goes on where a killed one stopped. docs/corpus.md leads through all of them.
 """
 
 import importlib
@@ -13,23 +18,33 @@ from absl import flags
 from favchat_jax import command_line
 from favchat_jax.errors import UserError
 
-COMMANDS = ("annotate", "review")
+COMMANDS = ("scan", "clip", "annotate", "review", "pack")
 
 
 def main() -> None:
     """Runs the command that was named."""
-    out = Path(_OUT.value or "")
     if command is None:
         raise UserError(f"needed: one of {', '.join(COMMANDS)}, then --out=DIR")
-    if not _OUT.value or not out.is_dir():
-        raise UserError("needed: --out=DIR, the corpus folder that clip has filled")
+    if not _OUT.value:
+        raise UserError("needed: --out=DIR, the corpus folder")
+    out = Path(_OUT.value).expanduser()
+    if named == "scan":
+        out.mkdir(parents=True, exist_ok=True)
+    elif not out.is_dir():
+        raise UserError(f"--out={out} is no folder: name the one that scan has made")
     command.run(out)
 
 
 if __name__ == "__main__":
     _OUT = flags.DEFINE_string("out", None, "Corpus folder")
     named = sys.argv[1] if sys.argv[1:2] and sys.argv[1] in COMMANDS else None
-    command = importlib.import_module(f"favchat_jax.corpus.{named}") if named else None
+    command = None
+    try:
+        command = importlib.import_module(f"favchat_jax.corpus.{named}") if named else None
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("favchat_jax"):
+            raise
+        sys.exit(f"build_dataset: {error.name} is not installed: pip install -r requirements-corpus.txt")
     if command is not None:
         command.define_flags()
     command_line.start(main, [sys.argv[0], *sys.argv[2 if named else 1 :]])

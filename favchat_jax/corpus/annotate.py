@@ -1,8 +1,8 @@
 """The texts of a corpus: features, a summary and question-answer pairs for every kept clip (paper, section 3.2).
 
-Writes `annotations.jsonl`, sorted by id, and `unannotated.jsonl` with the reason for each clip that has no text. Both follow
-from the kept clips, the replies in `calls.sqlite` and the reviews, and from nothing else: however often a run was killed,
-the bytes are the same.
+Writes `annotations.jsonl`, sorted by id, and `unannotated.jsonl` with the reason for each clip that has no text. Both
+follow from the kept clips, the replies in `calls.sqlite` and the reviews, and from nothing else: however often a run
+was killed, the bytes are the same.
 """
 
 import contextlib

@@ -19,11 +19,12 @@ FEWEST_PAIRS = 2  # the paper has 2 to 4 a clip
 
 REFUSAL = re.compile(
     r"\b(?:(?:i'?m|i am|we are) (?:sorry|unable|not able)|i (?:can'?t|cannot|can not|won'?t|must decline)|as an ai\b"
-    r"|unable to (?:assist|help|comply|identify|describe)|can(?:no|')t (?:assist|help|comply)|against my (?:policy|guidelines))",
+    r"|unable to (?:assist|help|comply|identify|describe)|can(?:no|')t (?:assist|help|comply)"
+    r"|against my (?:policy|guidelines))",
     re.IGNORECASE,
 )
 MATERIAL = re.compile(
-    r"\b(?:(?:the|these|this|provided|given) (?:labels?|attributes?|features? (?:dictionary|list)|images?|pictures?|frames?)"
+    r"\b(?:(?:the|these|this|provided|given) (?:labels?|attributes?|images?|pictures?|frames?|features? dictionary)"
     r"|(?:frame|image|picture) \d+|json|according to the (?:labels?|features?|summary)|the summary)\b",
     re.IGNORECASE,
 )

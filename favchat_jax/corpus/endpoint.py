@@ -69,9 +69,12 @@ class Endpoint:
     def __init__(self, calls: Calls, limits: Limits, stop: threading.Event):
         self._model = model_of_environment()
         self._calls, self._limits, self._stop = calls, limits, stop
-        self._budget = _Budget(limits, sum(limits.dollars(t.input_tokens, t.output_tokens) for t in calls.totals().values()))
+        self._budget = _Budget(
+            limits, sum(limits.dollars(t.input_tokens, t.output_tokens) for t in calls.totals().values())
+        )
         self._pace = _Pace(limits.calls_per_minute, stop)
         self._failures = 0
+        self._asking: dict[str, threading.Lock] = {}
         url, self._key = _variable("OPENAI_BASE_URL"), _variable("OPENAI_API_KEY")
         if not url.startswith(("http://", "https://")):
             raise UserError("OPENAI_BASE_URL must be the http:// or https:// address of an endpoint, /v1 included")
@@ -91,9 +94,15 @@ class Endpoint:
           UserError: the endpoint refuses the key, the model or the account.
           RunError: the endpoint has not answered several calls in a row.
         """
-        reply = self._calls.find(key)
-        if reply is not None:
-            return reply
+        # Clips of equal content ask for the same: the second waits for the first's answer.
+        with self._asking.setdefault(key, threading.Lock()):
+            reply = self._calls.find(key)
+            if reply is None:
+                reply = self._pay(step, key, system, text, images)
+                self._asking.pop(key, None)
+        return reply
+
+    def _pay(self, step: str, key: str, system: str, text: str, images: Callable[[], Sequence[bytes]]) -> Reply:
         if self._stop.is_set():
             raise Stopped
         pictures = images()
@@ -209,7 +218,10 @@ def _read(body: bytes) -> tuple[str, str, tuple[int, int] | None]:
             raise TypeError
     except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError):
         return "", "the reply is not a chat completion", None
-    cut = {"length": "the text was cut off: it is too long", "content_filter": "the endpoint's filter withheld the text"}
+    cut = {
+        "length": "the text was cut off: it is too long",
+        "content_filter": "the endpoint's filter withheld the text",
+    }
     try:
         used = int(published["usage"]["prompt_tokens"]), int(published["usage"]["completion_tokens"])
     except (KeyError, TypeError, ValueError):  # some servers count nothing

@@ -53,7 +53,9 @@ class Work:
             self.output_tokens += total.output_tokens
 
 
-def forecast(clips: Iterable[tuple[Clip, Sequence[str]]], calls: Calls, model: str, attempts: int, limits: Limits) -> str:
+def forecast(
+    clips: Iterable[tuple[Clip, Sequence[str]]], calls: Calls, model: str, attempts: int, limits: Limits
+) -> str:
     """A table: what is left to ask for these clips, each with the texts refused so far, and for the paper's videos."""
     known = Describer(_Known(calls), model, attempts)
     left, whole, made = Work(), Work(), calls.totals()
@@ -73,8 +75,8 @@ def forecast(clips: Iterable[tuple[Clip, Sequence[str]]], calls: Calls, model: s
     head = f"{'':<13} {'clips':>7} {'calls':>9} {'input tokens':>14} {'output tokens':>14} {'dollars':>10} {'hours':>7}"
     rows = [_row(name, work, limits, seconds or SECONDS) for name, work in (("to do", left), ("like these", paper))]
     basis = "means of the calls made so far" if made else "no call made yet: lengths and times are assumed"
-    note = f"{limits.concurrency} calls at a time, at most {limits.calls_per_minute:g} a minute, {seconds or SECONDS:.1f} s each"
-    return "\n".join([head, *rows, f"paid so far: ${paid:.2f}; {basis}; {note}"])
+    pace = f"{limits.concurrency} calls at a time, at most {limits.calls_per_minute:g} a minute"
+    return "\n".join([head, *rows, f"paid so far: ${paid:.2f}; {basis}; {pace}, {seconds or SECONDS:.1f} s each"])
 
 
 def _row(name: str, work: Work, limits: Limits, seconds: float) -> str:
@@ -89,7 +91,9 @@ def _row(name: str, work: Work, limits: Limits, seconds: float) -> str:
 def _expected(clip: Clip, made: Mapping[str, Total]) -> dict[str, Total]:
     """What each step of a clip takes, answers that are refused included."""
     pictures = IMAGE_TOKENS * clip_frames.count(clip.frames)
-    output = {step: made[step].output_tokens / made[step].calls if step in made else OUTPUT_TOKENS[step] for step in STEPS}
+    output = {
+        step: made[step].output_tokens / made[step].calls if step in made else OUTPUT_TOKENS[step] for step in STEPS
+    }
     known = {"features": 0, "summary": output["features"], "questions": output["features"] + output["summary"]}
     answers = {step: made[step].calls / made["features"].calls if step in made else 1 for step in STEPS}
     return {

@@ -61,6 +61,7 @@ SCHEMAS = {
             ("fps", pa.float64()),
             ("face_share", pa.float64()),  # of the sampled frames of the whole video; null where nobody looked
             ("start_frame", pa.int64()),  # of the clip in the video
+            ("sha256", pa.string()),  # of the clip
         ]
     ),
     DROPPED: pa.schema([("id", pa.string()), ("source", pa.string()), ("path", pa.string()), ("reason", pa.string())]),

@@ -33,7 +33,8 @@ LARGEST_REQUEST = 64 << 10  # bytes of a verdict
 LONGEST_NAME = 40
 BLOCK = 1 << 18
 HEADERS = {
-    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; media-src 'self'; connect-src 'self'",
+    "Content-Security-Policy": "default-src 'none'; "
+    "script-src 'self'; style-src 'self'; media-src 'self'; connect-src 'self'; frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-store",
@@ -184,7 +185,10 @@ class Handler(BaseHTTPRequestHandler):
         if self.path != "/reviews":
             raise Refused(HTTPStatus.NOT_FOUND, "there is no such page")
         # A page of another site can send forms here, but neither JSON nor its origin as ours.
-        if self.headers.get("Origin") not in self.server.origins or self.headers.get_content_type() != "application/json":
+        if (
+            self.headers.get("Origin") not in self.server.origins
+            or self.headers.get_content_type() != "application/json"
+        ):
             raise Refused(HTTPStatus.FORBIDDEN, "verdicts are taken from the review page alone")
         length = self.headers.get("Content-Length", "")
         if not length.isdecimal():

@@ -91,8 +91,8 @@ class Reviews:
 def final_text(annotation: Annotation, verdicts: Mapping[str, Review]) -> tuple[str, tuple[Question, ...]] | None:
     """Summary and questions that training may use, or None.
 
-    One reviewer's rejection, or wish for another text, is enough to leave the clip out; else the last edit counts. A text
-    that nobody has judged is used where the automatic checks find no fault.
+    One reviewer's rejection, or wish for another text, is enough to leave the clip out; else the last edit counts. A
+    text that nobody has judged is used where the automatic checks find no fault.
     """
     said = {review.verdict for review in verdicts.values()}
     if said & {"reject", "regenerate"} or (annotation.problems and not said):

@@ -161,7 +161,7 @@ class _Words:
         hat = "yes, {they} wears a hat." if "wearing_hat" in self._appearance else "no, {they} wears no hat."
         pairs.append(self._pair("appearance", ["Does the {noun} wear a hat?", "Is there a hat on {their} head?"], hat))
         beard = self._chosen({name: FEATURES[name] for name in BEARDS})
-        if beard or "no_beard" in self._appearance:
+        if beard or ("no_beard" in self._appearance and self._noun != "woman"):
             asked = ["What beard does the {noun} have?", "What can be said of {their} facial hair?"]
             answer = "{they} has {x}." if beard else "{they} has no beard."
             pairs.append(self._pair("appearance", asked, answer, x=_listed(beard)))
@@ -181,7 +181,9 @@ class _Words:
         return f"{' '.join(filter(None, words))} hair" if length or shape or colors else ""
 
     def _chosen(self, wording: dict[str, str]) -> list[str]:
-        return [words for name, words in wording.items() if name in self._appearance]
+        """The words for the labels that hold. That a woman has no beard goes without saying."""
+        unsaid = {"no_beard"} if self._noun == "woman" else set()
+        return [words for name, words in wording.items() if name in self._appearance - unsaid]
 
     def _pair(self, kind: str, questions: Sequence[str], answer: str, **known: str) -> Question:
         text = self._filled(answer, **known)

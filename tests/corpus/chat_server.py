@@ -22,8 +22,9 @@ FEATURES = {
     "setting": "a plain wall",
 }
 SUMMARY = (
-    "A young man with short brown hair and thin eyeglasses talks to the camera in front of a plain wall. At the start he "
-    "nods, then he keeps talking, and the raised corners of his mouth show that he is happy. He was filmed as number {}."
+    "A young man with short brown hair and thin eyeglasses talks to the camera in front of a plain wall. At the start "
+    "he nods, then he keeps talking, and the raised corners of his mouth show that he is happy. He was filmed as "
+    "number {}."
 )
 PAIRS = [
     ("What is his hair like?", "It is short and brown.", "appearance"),
@@ -105,7 +106,11 @@ class _Handler(BaseHTTPRequestHandler):
         time.sleep(answer.delay)
         content = answer.raw if answer.raw is not None else completion(answer)
         self.send_response(answer.status)
-        for name, value in {"Content-Type": "application/json", "Content-Length": len(content), **answer.headers}.items():
+        for name, value in {
+            "Content-Type": "application/json",
+            "Content-Length": len(content),
+            **answer.headers,
+        }.items():
             self.send_header(name, str(value))
         self.end_headers()
         self.wfile.write(content)
@@ -127,4 +132,6 @@ def completion(answer: Answer) -> bytes:
     message = {"role": "assistant", "content": answer.text}
     usage = {"prompt_tokens": 1000, "completion_tokens": 100, "total_tokens": 1100}
     choices = [{"index": 0, "message": message, "finish_reason": answer.finish}]
-    return json.dumps({"id": "x", "object": "chat.completion", "created": 1, "choices": choices, "usage": usage}).encode()
+    return json.dumps(
+        {"id": "x", "object": "chat.completion", "created": 1, "choices": choices, "usage": usage}
+    ).encode()

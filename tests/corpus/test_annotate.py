@@ -1,11 +1,13 @@
 """Annotating against a real HTTP server on loopback: what goes out, what comes back, what goes wrong, what it costs."""
 
+import contextlib
 import dataclasses
 import json
 import logging
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import sqlite3
 import threading
@@ -24,6 +26,7 @@ from favchat_jax.corpus.endpoint import Limits
 from favchat_jax.corpus.manifest import KEPT, write_table
 from favchat_jax.corpus.reviews import Review, Reviews
 from favchat_jax.errors import RunError, UserError
+from tests.corpus import annotate_process
 from tests.corpus.chat_server import PAIRS, SUMMARY, Answer, ChatServer, good
 from tests.corpus.corpus_folder import LABELS, fill, row
 from tests.data.video_files import encode_video
@@ -103,7 +106,7 @@ def test_an_endpoint_sees_one_frame_in_four_the_labels_and_what_it_said_before(s
 def test_a_long_or_large_clip_is_shown_in_small_pictures_evenly_spread(tmp_path):
 
     path = tmp_path / "a: clip.mp4"
-    path.write_bytes(encode_video(270, width=576, height=288, options={"preset": "ultrafast"}))
+    path.write_bytes(encode_video(270, width=544, height=272, options={"preset": "ultrafast"}))
     pictures = clip_frames.pictures(path)
     assert len(pictures) == clip_frames.count(270) == clip_frames.MOST
 
@@ -136,7 +139,11 @@ def test_a_changed_clip_is_asked_about_anew_and_the_others_are_not(start, tmp_pa
         ("features", Answer(raw=b"<html>gateway</html>"), "not a chat completion"),
         ("features", Answer(raw=b'{"choices": []}'), "not a chat completion"),
         ("summary", Answer(""), "empty"),
-        ("summary", Answer("I'm sorry, but I cannot help with that, since the video shows a real person and his face."), "refusal"),
+        (
+            "summary",
+            Answer("I'm sorry, but I cannot help with that, since the video shows a real person and his face."),
+            "refusal",
+        ),
         ("summary", Answer(SUMMARY.replace("happy", "angry")), "anger"),
         ("summary", Answer(SUMMARY, finish="length"), "cut off"),
         ("summary", Answer(raw=b"x" * (10 << 20)), "larger than 1 MB"),
@@ -177,6 +184,16 @@ def test_equal_summaries_of_two_clips_are_told_apart(start, tmp_path):
     run(out)
     summaries = [annotation.summary for annotation in read_annotations(out).values()]
     assert summaries[0] == SUMMARY != summaries[1]
+
+
+def test_two_equal_clips_ask_for_nothing_twice(start, tmp_path):
+    out = fill(tmp_path / "out", 2)
+    shutil.copy(out / "kept/clip000.mp4", out / "kept/clip001.mp4")
+    server = start(lambda asked, number: dataclasses.replace(good(asked, number), delay=0.05))
+    run(out)
+    assert max(Counter(request.key for request in server.asked).values()) == 1
+    first, second = read_annotations(out).values()
+    assert first.summary != second.summary and not first.problems + second.problems
 
 
 def test_equal_summaries_that_stay_equal_are_a_problem(start, tmp_path):
@@ -235,7 +252,10 @@ def test_a_dead_endpoint_ends_the_run(start, tmp_path):
 @pytest.mark.parametrize(
     ("answer", "line"),
     [
-        (Answer(status=401, raw=f'{{"error": {{"message": "bad key {KEY}"}}}}'.encode()), "refuses the key.*OPENAI_API_KEY"),
+        (
+            Answer(status=401, raw=f'{{"error": {{"message": "bad key {KEY}"}}}}'.encode()),
+            "refuses the key.*OPENAI_API_KEY",
+        ),
         (Answer(status=403, raw=b"{}"), "refuses the key"),
         (Answer(status=404, raw=b"{}"), "no chat completions with model 'some-model'"),
         (Answer(status=429, raw=b'{"error": {"message": "", "code": "insufficient_quota"}}'), "no credit left"),
@@ -405,39 +425,47 @@ def test_a_file_of_calls_that_is_something_else_is_named(tmp_path):
 
 @pytest.fixture(scope="module")
 def processes():
-    """Where processes come from that have imported everything."""
+    """Makes processes that annotate, forked from one that has imported everything."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["favchat_jax.corpus.annotate"])
-    return context
+    context.set_forkserver_preload(["tests.corpus.annotate_process"])
+    return lambda out: context.Process(target=annotate_process.run, args=(dict(os.environ), out, LIMITS))
 
 
 def stored(out) -> set[str]:
-    """The calls that are on the disk. A copy is read, since a killed process' file is still to be recovered."""
-    file = sqlite3.connect(out / CALLS)
-    keys = {key for (key,) in file.execute("SELECT key FROM calls")} if (out / CALLS).stat().st_size else set()
-    file.close()
-    return keys
+    """The calls that are on the disk."""
+    with contextlib.closing(sqlite3.connect(out / CALLS)) as file, contextlib.suppress(sqlite3.OperationalError):
+        return {key for (key,) in file.execute("SELECT key FROM calls")}
+    return set()  # the process was killed before it had made the table
 
 
 def test_killed_at_ten_points_the_bytes_are_the_same_and_no_stored_call_is_paid_twice(start, tmp_path, processes):
-    clips, rng = 12, random.Random(0)
-    server = start(lambda asked, number: dataclasses.replace(good(asked, number), delay=rng.uniform(0.02, 0.08)))
+    clips, rng, allowed = 15, random.Random(0), [0]
+
+    def held(asked, number):
+        """Answers so many requests after some time, and holds the later ones until after the kill."""
+        time.sleep(rng.uniform(0.01, 0.05))
+        while number >= allowed[0]:
+            time.sleep(0.01)
+        return good(asked, number)
+
+    server = start(held)
     out, reference = fill(tmp_path / "out", clips), fill(tmp_path / "reference", clips)
     lost = 0
     for _ in range(10):
-        before, paid = len(server.asked), stored(out) if (out / CALLS).exists() else set()
-        process = processes.Process(target=run, args=(out,))
+        before, paid = len(server.asked), stored(out)
+        allowed[0] = before + rng.randint(1, 4)
+        process = processes(out)
         process.start()
-        point = before + rng.randint(1, 4)
-        while len(server.asked) < point and process.is_alive():
+        while len(server.asked) < allowed[0]:
             time.sleep(0.005)
         time.sleep(rng.uniform(0, 0.1))
         process.kill()
         process.join()
         asked = [request.key for request in server.asked[before:]]
+        assert process.exitcode == -signal.SIGKILL and not (out / "annotations.jsonl").exists()
         assert not set(asked) & paid and len(set(asked)) == len(asked)
         lost += len(set(asked) - stored(out))  # under way at the kill: nobody can know whether they were charged
-    assert process.exitcode == -signal.SIGKILL and not (out / "annotations.jsonl").exists()
+    allowed[0] = 10**6
     run(out)
     keys = Counter(request.key for request in server.asked)
     assert len(keys) == 3 * clips and keys.total() - len(keys) == lost <= 10 * LIMITS.concurrency
@@ -448,7 +476,7 @@ def test_killed_at_ten_points_the_bytes_are_the_same_and_no_stored_call_is_paid_
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_stop_awaits_the_calls_under_way_and_pays_for_none_twice(start, tmp_path, processes, number):
     server, out = start(lambda asked, n: dataclasses.replace(good(asked, n), delay=0.1)), fill(tmp_path / "out", 4)
-    process = processes.Process(target=run, args=(out,))
+    process = processes(out)
     process.start()
     while len(server.asked) < 5:
         time.sleep(0.005)

@@ -24,7 +24,10 @@ def test_good_texts_pass():
     [
         ("", "empty"),
         ("   \n", "empty"),
-        ("I\u2019m sorry, but I can't help with describing people in videos, for reasons of privacy and of policy.", "refusal"),
+        (
+            "I\u2019m sorry, but I can't help with describing people in videos, for reasons of privacy and of policy.",
+            "refusal",
+        ),
         ("A man talks.", "3 words"),
         ("He talks and nods. " * 60, "240 words"),
         (SUMMARY.replace("in front of a plain wall", "in frame 3 of the images"), "speaks of 'frame 3'"),
@@ -32,7 +35,13 @@ def test_good_texts_pass():
         (SUMMARY.replace("with short brown", "without glasses, with short brown"), None),  # it says both
         (SUMMARY.replace("short brown", "long blonde"), "blonde hair"),
         (SUMMARY.replace("happy", "sad"), "sadness"),
-        (SUMMARY.replace("A young man", "A young woman").replace(" he ", " she ").replace("his", "her").replace("He", "She"), "woman"),
+        (
+            SUMMARY.replace("A young man", "A young woman")
+            .replace(" he ", " she ")
+            .replace("his", "her")
+            .replace("He", "She"),
+            "woman",
+        ),
     ],
 )
 def test_a_poor_summary_is_told_apart(text, problem):
@@ -90,7 +99,10 @@ def test_a_yes_or_no_speaks_of_what_was_asked(question, answer, said):
         (lambda pairs: pairs[1].update(question="Tell me about the glasses."), "question mark"),
         (lambda pairs: pairs[1].update(answer=""), "empty"),
         (lambda pairs: pairs[1].update(answer="No, he wears none."), "denies eyeglasses"),
-        (lambda pairs: pairs[1].update(question="Is his hair short and brown?", answer="Short and brown."), "gives its answer away"),
+        (
+            lambda pairs: pairs[1].update(question="Is his hair short and brown?", answer="Short and brown."),
+            "gives its answer away",
+        ),
         (lambda pairs: pairs[1].update(answer="As the summary says, he does."), "the summary"),
     ],
 )

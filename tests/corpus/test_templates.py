@@ -26,7 +26,9 @@ def test_every_label_is_said_and_nothing_else():
     assert {pair.kind for pair in annotation.questions} == {"emotion", "motion", "appearance"}
 
 
-@pytest.mark.parametrize("labels", [{**LABELS, "appearance": [name]} for name in vocabulary.APPEARANCE], ids=vocabulary.APPEARANCE)
+@pytest.mark.parametrize(
+    "labels", [{**LABELS, "appearance": [name]} for name in vocabulary.APPEARANCE], ids=vocabulary.APPEARANCE
+)
 def test_no_text_of_any_label_of_appearance_fails_the_checks(labels):
     annotation = TemplateWriter().write(clip(labels))
     assert contradictions(annotation.summary, labels) == []

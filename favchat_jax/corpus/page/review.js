@@ -129,18 +129,18 @@ function showClip() {
 
 function card(pair, number) {
   const item = document.createElement("li");
-  for (const name of ["question", "answer"]) {
+  const [question, answer] = ["question", "answer"].map((name) => {
     const field = element("textarea", name, "");
     field.rows = 1;
     field.maxLength = 1000;
     field.value = pair[name];
     field.setAttribute("aria-label", `${name} ${number + 1}`);
-    item.append(field);
-  }
+    return field;
+  });
   const remove = element("button", "remove", "Remove");
   remove.type = "button";
   remove.addEventListener("click", () => item.remove());
-  item.append(element("span", "kind", pair.kind), remove);
+  item.append(question, element("span", "kind", pair.kind), answer, remove);
   item.dataset.kind = pair.kind;
   return item;
 }
