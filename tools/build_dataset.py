@@ -28,9 +28,7 @@ def main() -> None:
     if not _OUT.value:
         raise UserError("needed: --out=DIR, the corpus folder")
     out = Path(_OUT.value).expanduser()
-    if named == "scan":
-        out.mkdir(parents=True, exist_ok=True)
-    elif not out.is_dir():
+    if named != "scan" and not out.is_dir():
         raise UserError(f"--out={out} is no folder: name the one that scan has made")
     command.run(out)
 
@@ -47,4 +45,5 @@ if __name__ == "__main__":
         sys.exit(f"build_dataset: {error.name} is not installed: pip install -r requirements-corpus.txt")
     if command is not None:
         command.define_flags()
+        flags.adopt_module_key_flags(command)  # so that --help tells of them
     command_line.start(main, [sys.argv[0], *sys.argv[2 if named else 1 :]])

@@ -114,7 +114,7 @@ def write_texts(
     for _ in range(1 + DUPLICATE_ROUNDS):
         _write_all(pending, writer, refused, texts, concurrency, stop)
         repeated = _duplicates(texts)
-        pending = [clip for clip in pending if clip.id in repeated]
+        pending = [clip for clip in clips if clip.id in repeated]
         if not pending:
             return texts
         for clip in pending:
@@ -149,6 +149,7 @@ def _write_all(
 
 
 def _note(texts: Texts, name: str, future: Future) -> None:
+    texts.annotations.pop(name, None)  # of an earlier round
     try:
         texts.annotations[name] = future.result()
     except Unannotated as error:

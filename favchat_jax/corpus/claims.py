@@ -80,8 +80,8 @@ def sex(appearance: Iterable[str]) -> str | None:
 
 
 def says(text: str, words: str) -> set[bool]:
-    """Whether `words` are asserted (True) or denied (False) where they occur; a `no` reaches four words far at most."""
-    pattern = rf"(?P<no>{NOT}(?: +(?!{BOUNDS})[\w'-]+){{0,3}}? +)?(?<![\w-])(?:{words})\b(?![- ]free)"
+    """Whether `words` are asserted (True) or denied (False) where they occur; a `no` reaches six words far at most."""
+    pattern = rf"(?P<no>{NOT}(?: +(?!{BOUNDS})[\w'-]+){{0,5}}? +)?(?<![\w-])(?:{words})\b(?![- ]free)"
     return {match["no"] is None for match in re.finditer(pattern, text, re.IGNORECASE)}
 
 

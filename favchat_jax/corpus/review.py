@@ -10,6 +10,7 @@ import mimetypes
 import re
 import signal
 import threading
+from collections.abc import Callable
 from datetime import UTC, datetime
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -62,7 +63,7 @@ class Desk:
         self._reviews = Reviews(out)
 
     def overview(self, reviewer: str) -> dict:
-        """Every clip with this reviewer's verdict, and how far the reviewers agree."""
+        """Every clip with this reviewer's verdict and whether the checks found problems, and the agreement."""
         rows = []
         for name, (_, annotation) in self.clips.items():
             verdicts = self._reviews.of(annotation)
@@ -93,7 +94,7 @@ class Desk:
         }
 
     def judge(self, posted: object) -> dict:
-        """Keeps a verdict and gives the overview of who gave it.
+        """Keeps a verdict and gives it back.
 
         Raises:
           Refused: not a verdict on a text that is there.
@@ -116,7 +117,7 @@ class Desk:
             summary, questions = annotation.summary, annotation.questions
         now = datetime.now(UTC).isoformat(timespec="milliseconds")
         self._reviews.add(Review(name, reviewer, verdict, summary, questions, now, annotation.text()))
-        return self.overview(reviewer)
+        return {"id": name, "verdict": verdict}
 
     def agreement(self) -> list:
         """Every pair of reviewers, how far they agree."""
@@ -201,7 +202,7 @@ class Handler(BaseHTTPRequestHandler):
             raise Refused(HTTPStatus.BAD_REQUEST, "not JSON") from None
         self._send_json(self.server.desk.judge(posted))
 
-    def _answered(self, work) -> None:
+    def _answered(self, work: Callable[[], None]) -> None:
         try:
             if self.headers.get("Host") not in self.server.hosts:  # another site's name that was made to point here
                 raise Refused(HTTPStatus.FORBIDDEN, "open the address that the review command printed")

@@ -58,11 +58,15 @@ const FILTERS = {
   all: () => true,
 };
 
-function showOverview(overview) {
-  clips = overview.clips;
+function showProgress() {
   const judged = clips.filter(([, verdict]) => verdict).length;
   $("bar").style.width = `${(100 * judged) / clips.length}%`;
   $("count").textContent = `${judged} of ${clips.length} judged`;
+}
+
+function showOverview(overview) {
+  clips = overview.clips;
+  showProgress();
   $("pairs").replaceChildren(
     ...overview.agreement.map((pair) => {
       const row = document.createElement("tr");
@@ -169,7 +173,9 @@ function judge(verdict) {
     }));
     const { id, text } = current;
     tell("saving");
-    showOverview(await ask("/reviews", { id, reviewer, verdict, text, summary: $("summary").value, questions }));
+    await ask("/reviews", { id, reviewer, verdict, text, summary: $("summary").value, questions });
+    clips.find(([other]) => other === id)[1] = verdict;
+    showProgress();
     tell(`${id}: ${DONE[verdict]}`);
     await go(neighbour(1));
   });
