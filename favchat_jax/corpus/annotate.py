@@ -140,7 +140,7 @@ def _write_all(
     with ThreadPoolExecutor(concurrency) as pool:
         futures = {pool.submit(write, kept): kept.id for kept in clips}
         try:
-            for future in tqdm(as_completed(futures), total=len(futures), unit=" clips", mininterval=1):
+            for future in tqdm(as_completed(futures), total=len(futures), unit=" clips", mininterval=1, disable=None):
                 _note(texts, futures[future], future)
         except BaseException:
             stop.set()  # no further call is begun; those under way are paid for and awaited
@@ -191,7 +191,7 @@ def read_clip(kept: Kept) -> Clip:
 
 
 def _readable(clips: Sequence[Kept], reviews: Reviews) -> Iterator[tuple[Clip, Sequence[str]]]:
-    for kept in tqdm(clips, unit=" clips", mininterval=1):
+    for kept in tqdm(clips, unit=" clips", mininterval=1, disable=None):
         with contextlib.suppress(Unannotated):
             yield read_clip(kept), reviews.refused(kept.id)
 

@@ -10,6 +10,8 @@ import random
 import shutil
 import signal
 import sqlite3
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter
@@ -19,13 +21,15 @@ import numpy as np
 import pytest
 
 from favchat_jax.corpus import clip_frames, endpoint
-from favchat_jax.corpus.annotate import annotate
-from favchat_jax.corpus.annotations import read_annotations, write_lines
+from favchat_jax.corpus.annotate import annotate, write_texts
+from favchat_jax.corpus.annotations import Annotation, read_annotations, write_lines
 from favchat_jax.corpus.calls import CALLS, Calls, Reply
 from favchat_jax.corpus.endpoint import Limits
+from favchat_jax.corpus.kept import read_kept
 from favchat_jax.corpus.manifest import KEPT, write_table
 from favchat_jax.corpus.reviews import Review, Reviews
 from favchat_jax.errors import RunError, UserError
+from tests.conftest import ROOT
 from tests.corpus import annotate_process
 from tests.corpus.chat_server import PAIRS, SUMMARY, Answer, ChatServer, good
 from tests.corpus.corpus_folder import LABELS, fill, row
@@ -194,6 +198,22 @@ def test_two_equal_clips_ask_for_nothing_twice(start, tmp_path):
     assert max(Counter(request.key for request in server.asked).values()) == 1
     first, second = read_annotations(out).values()
     assert first.summary != second.summary and not first.problems + second.problems
+
+
+def test_a_summary_that_a_rewritten_one_meets_is_rewritten_too(tmp_path):
+    texts = {"clip000": ["S"], "clip001": ["S", "T"], "clip002": ["T", "U"]}
+
+    class Writing:
+        def write(self, clip, refused=()):
+            return Annotation(clip.id, "", "openai", "", "", {}, texts[clip.id][len(refused)], (), 3, ())
+
+    out = fill(tmp_path / "out", 3)
+    written = write_texts(read_kept(out), Writing(), Reviews(out), 2, threading.Event())
+    assert {name: text.summary for name, text in written.annotations.items()} == {
+        "clip000": "S",
+        "clip001": "T",
+        "clip002": "U",
+    }
 
 
 def test_equal_summaries_that_stay_equal_are_a_problem(start, tmp_path):
@@ -421,6 +441,15 @@ def test_a_file_of_calls_that_is_something_else_is_named(tmp_path):
     (tmp_path / CALLS).write_text("not a database, but long enough to be taken for the head of one" * 99)
     with pytest.raises(UserError, match="calls.sqlite: not a file of calls"):
         Calls(tmp_path)
+
+
+def test_the_command_says_in_one_line_that_the_key_is_refused(start, tmp_path):
+    out = fill(tmp_path / "out", 1)
+    start(lambda *_: Answer(status=401, raw=json.dumps({"error": {"message": f"Incorrect API key {KEY}"}}).encode()))
+    command = [sys.executable, "-m", "tools.build_dataset", "annotate", f"--out={out}"]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    line = "build_dataset: the endpoint refuses the key (HTTP 401): set OPENAI_API_KEY to a valid one\n"
+    assert (ended.returncode, ended.stdout, ended.stderr) == (2, "", line)
 
 
 @pytest.fixture(scope="module")
