@@ -78,6 +78,8 @@ class Endpoint:
         url, self._key = _variable("OPENAI_BASE_URL"), _variable("OPENAI_API_KEY")
         if not url.startswith(("http://", "https://")):
             raise UserError("OPENAI_BASE_URL must be the http:// or https:// address of an endpoint, /v1 included")
+        if not self._key.isascii() or not self._key.isprintable() or " " in self._key:
+            raise UserError("OPENAI_API_KEY holds a character that no key has: set it again")
         # Retries are made here, where a stop, the pace and the limits are known.
         self._client = openai.OpenAI(base_url=url, api_key=self._key, timeout=limits.timeout, max_retries=0)
 
@@ -122,7 +124,7 @@ class Endpoint:
                 self._check_refusal(error)
                 reason, asked = f"HTTP {error.status_code}: {self._shown(error)}", _retry_after(error)
                 if error.status_code < 500 and error.status_code not in RETRIED:
-                    raise NoAnswer(reason) from None
+                    break
             except openai.APITimeoutError:
                 reason, asked = f"no byte within {self._limits.timeout:g} s", 0.0
             except (openai.APIConnectionError, OSError) as error:

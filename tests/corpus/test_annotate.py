@@ -316,6 +316,17 @@ def test_a_variable_that_is_not_set_is_named(start, tmp_path, monkeypatch, name)
         run(fill(tmp_path / "out", 1))
 
 
+@pytest.mark.parametrize(
+    ("name", "value"), [("API_KEY", "sk-\u20ac"), ("API_KEY", "sk-a\nb"), ("BASE_URL", "localhost:8000/v1")]
+)
+def test_a_variable_that_cannot_be_right_is_named(start, tmp_path, monkeypatch, name, value):
+    start()
+    monkeypatch.setenv(f"OPENAI_{name}", value)
+    with pytest.raises(UserError, match=f"OPENAI_{name} (must be|holds)") as error:
+        run(fill(tmp_path / "out", 1))
+    assert value not in str(error.value)
+
+
 def test_no_more_is_spent_than_the_limit(start, tmp_path):
     server, out = start(), fill(tmp_path / "out", 6)
     limits = dataclasses.replace(LIMITS, concurrency=3, spend=0.05)  # a call of the server costs $0.0035
