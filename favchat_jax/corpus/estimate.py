@@ -58,16 +58,15 @@ def forecast(
 ) -> str:
     """A table: what is left to ask for these clips, each with the texts refused so far, and for the paper's videos."""
     known = Describer(_Known(calls), model, attempts)
+    ahead = [(clip, _steps_left(known, clip, refused)) for clip, refused in clips]
     left, whole, made = Work(), Work(), calls.totals()
-    for clip, refused in clips:
-        expected = _expected(clip, made)
+    reached = {step: sum(step not in steps for _, steps in ahead) for step in STEPS}
+    answers = {step: made[step].calls / reached[step] if step in made and reached[step] else 1.0 for step in STEPS}
+    for clip, steps in ahead:
+        expected = _expected(clip, made, answers)
         whole.add(STEPS, expected)
-        try:
-            known.write(clip, refused)
-        except Unannotated:
-            pass  # the answers that it took are there already, and were of no use
-        except _Unknown as missing:
-            left.add(STEPS[STEPS.index(str(missing)) :], expected)
+        if steps:
+            left.add(steps, expected)
     seconds = sum(total.seconds for total in made.values()) / max(1, sum(total.calls for total in made.values()))
     paid = limits.dollars(sum(t.input_tokens for t in made.values()), sum(t.output_tokens for t in made.values()))
     scale = PAPER_VIDEOS / max(1, whole.clips)
@@ -88,14 +87,23 @@ def _row(name: str, work: Work, limits: Limits, seconds: float) -> str:
     )
 
 
-def _expected(clip: Clip, made: Mapping[str, Total]) -> dict[str, Total]:
-    """What each step of a clip takes, answers that are refused included."""
+def _steps_left(known: Describer, clip: Clip, refused: Sequence[str]) -> Sequence[str]:
+    try:
+        known.write(clip, refused)
+    except _Unknown as missing:
+        return STEPS[STEPS.index(str(missing)) :]
+    except Unannotated:  # the answers that it took are there, and were of no use
+        return ()
+    return ()
+
+
+def _expected(clip: Clip, made: Mapping[str, Total], answers: Mapping[str, float]) -> dict[str, Total]:
+    """What each step of a clip takes; `answers` are those that a clip's step took on average, refused ones included."""
     pictures = IMAGE_TOKENS * clip_frames.count(clip.frames)
     output = {
         step: made[step].output_tokens / made[step].calls if step in made else OUTPUT_TOKENS[step] for step in STEPS
     }
     known = {"features": 0, "summary": output["features"], "questions": output["features"] + output["summary"]}
-    answers = {step: made[step].calls / made["features"].calls if step in made else 1 for step in STEPS}
     return {
         step: Total(
             calls=answers[step],

@@ -360,6 +360,14 @@ def test_the_dry_run_asks_nothing_and_tells_what_is_left(start, tmp_path, capsys
     assert table[2].split()[3:6:2] == ["183,021", f"{183_021 * 100:,}"]
 
 
+def test_the_dry_run_counts_answers_that_were_refused(start, tmp_path, capsys):
+    out = fill(tmp_path / "out", 2)
+    start(for_step("features", Answer("{}"), times=2))  # 4 answers for 2 clips
+    run(out, dataclasses.replace(LIMITS, concurrency=1))
+    run(out, dry_run=True)
+    assert capsys.readouterr().out.splitlines()[2].split()[3] == f"{61_007 * 4:,}"
+
+
 def test_what_a_reviewer_wants_anew_is_written_anew_and_told_apart(start, tmp_path):
     server, out = start(), fill(tmp_path / "out", 2)
     run(out)
