@@ -219,7 +219,7 @@ def test_the_command_prints_its_address_and_at_its_end_the_agreement(out):
     first = process.stdout.readline()
     assert re.fullmatch(r"http://127\.0\.0\.1:\d+/ shows 5 clips; Ctrl-C ends it\n", first), process.communicate()
     process.terminate()
-    rest, errors = process.communicate(timeout=60)
+    rest, errors = process.communicate()
     assert (rest, errors, process.returncode) == ("ada and bob: 1 clips, 1.000 equal, Cohen's kappa undefined\n", "", 0)
 
 
