@@ -25,6 +25,6 @@ $(VENV)/ready: requirements.txt
 	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $@
 
-$(VENV)/ready-dev: $(VENV)/ready requirements-convert.txt requirements-dev.txt
+$(VENV)/ready-dev: $(VENV)/ready requirements-convert.txt requirements-corpus.txt requirements-dev.txt
 	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	touch $@
