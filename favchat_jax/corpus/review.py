@@ -286,11 +286,11 @@ def define_flags() -> None:
 def run(out: Path) -> None:
     """Serves the page until Ctrl-C or SIGTERM, then prints how far the reviewers agree."""
     server = Server(out, flags.FLAGS.port)
-    print(f"http://127.0.0.1:{server.server_port}/ shows {len(server.desk.clips)} clips; Ctrl-C ends it", flush=True)
     ended = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: ended.set())
     threading.Thread(target=server.serve_forever, daemon=True).start()
+    print(f"http://127.0.0.1:{server.server_port}/ shows {len(server.desk.clips)} clips; Ctrl-C ends it", flush=True)
     ended.wait()
     server.shutdown()
     for row in server.desk.agreement():
