@@ -25,6 +25,6 @@ $(VENV)/ready: requirements.txt
 	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $@
 
-$(VENV)/ready-dev: $(VENV)/ready $(wildcard requirements-*.txt)
+$(VENV)/ready-dev: $(VENV)/ready $(foreach name,convert corpus evaluation dev,requirements-$(name).txt)
 	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	touch $@

@@ -45,4 +45,5 @@ if __name__ == "__main__":
         sys.exit(f"build_dataset: {error.name} is not installed: pip install -r requirements-corpus.txt")
     if command is not None:
         command.define_flags()
+        flags.adopt_module_key_flags(command)  # so that --help tells of them
     command_line.start(main, [sys.argv[0], *sys.argv[2 if named else 1 :]])

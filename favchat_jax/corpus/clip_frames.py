@@ -1,0 +1,55 @@
+"""A kept clip as the pictures that an endpoint is shown: one frame in four (paper, section 3.2), as JPEG."""
+
+from pathlib import Path
+
+import av
+import cv2
+import numpy as np
+from jaxtyping import UInt8
+
+from favchat_jax.errors import UserError
+
+EVERY = 4
+MOST = 64  # pictures; a longer clip shows this many of its every fourth frames, evenly spread
+SIDE = 512  # pixels of the longer side at most: what GPT-4o sees with `detail: low`
+QUALITY = 85  # of the JPEG files
+SETTINGS = [EVERY, MOST, SIDE, QUALITY]
+
+
+class ClipError(UserError):
+    """A kept clip that cannot be decoded."""
+
+
+def pictures(path: Path) -> list[bytes]:
+    """JPEG files in order of time.
+
+    Raises:
+      ClipError: the clip cannot be decoded.
+    """
+    frames = []
+    try:
+        # "file:" keeps a colon in a name from being taken for a protocol, the white list a playlist from the network.
+        with av.open(f"file:{path}", options={"protocol_whitelist": "file"}) as container:
+            for number, frame in enumerate(container.decode(video=0)):
+                if number % EVERY == 0:
+                    frames.append(_jpeg(frame.to_ndarray(format="bgr24")))
+    except (av.error.FFmpegError, OSError, IndexError) as error:
+        if not frames:
+            reason = getattr(error, "strerror", None) or "it has no video stream"
+            raise ClipError(f"the clip cannot be read ({reason}): run clip again") from None
+    if not frames:
+        raise ClipError("the clip holds no frames: run clip again")
+    taken = np.unique(np.linspace(0, len(frames) - 1, min(MOST, len(frames))).round().astype(int))
+    return [frames[i] for i in taken]
+
+
+def count(frames: int) -> int:
+    """How many pictures a clip of so many frames gives."""
+    return min(MOST, -(-frames // EVERY))
+
+
+def _jpeg(frame: UInt8[np.ndarray, "H W 3"]) -> bytes:
+    scale = SIDE / max(frame.shape[:2])
+    if scale < 1:
+        frame = cv2.resize(frame, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
+    return cv2.imencode(".jpg", frame, [cv2.IMWRITE_JPEG_QUALITY, QUALITY])[1].tobytes()

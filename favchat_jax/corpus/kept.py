@@ -1,0 +1,53 @@
+"""The clips that `clip` kept, as `annotate` and `review` read them."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from favchat_jax.corpus.claims import Labels
+from favchat_jax.corpus.manifest import KEPT, read_attributes, read_table
+from favchat_jax.data import celebvhq_vocabulary as vocabulary
+from favchat_jax.errors import UserError
+
+GROUPS = {"appearance": vocabulary.APPEARANCE, "action": vocabulary.ACTION, "emotion": vocabulary.EMOTION}
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A kept clip: its file, and its attributes as the table has them."""
+
+    id: str
+    path: Path
+    source: str
+    attributes: str
+    frames: int
+
+    def labels(self) -> Labels:
+        """Group -> the labels that hold at some time of the clip.
+
+        Raises:
+          UserError: a label that CelebV-HQ does not have.
+        """
+        published = read_attributes(self.attributes, self.id)
+        labels = {}
+        for group, known in GROUPS.items():
+            entries = [entry.get("emotion") if isinstance(entry, dict) else entry for entry in published.get(group, ())]
+            unknown = [entry for entry in entries if entry not in known]
+            if unknown:
+                raise UserError(f"{unknown[0]!r} is no {group} of CelebV-HQ: mend the source and run scan again")
+            labels[group] = tuple(dict.fromkeys(entries))
+        return labels
+
+
+def read_kept(out: Path) -> list[Kept]:
+    """All kept clips, sorted by id.
+
+    Raises:
+      UserError: there is no such table, it was edited into something else, or a row lies outside the folder.
+    """
+    clips = []
+    for row in read_table(out, KEPT):
+        path = out / row["path"]
+        if not path.resolve().is_relative_to(out.resolve()):
+            raise UserError(f"{out / KEPT}: {row['id']} lies outside {out}: run clip again")
+        clips.append(Kept(row["id"], path, row["source"], row["attributes"], row["frames"] or 0))
+    return sorted(clips, key=lambda clip: clip.id)
