@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
+# A file of tests at a time on each core, on four at most: a worker takes about 3 GiB.
+TEST := $(RUN) -m pytest -n auto --maxprocesses=4 --dist=loadfile
 
 .PHONY: demo test test-slow lint
 
@@ -9,10 +11,10 @@ demo: $(VENV)/ready
 	$(RUN) -m tools.demo
 
 test: $(VENV)/ready-dev
-	$(RUN) -m pytest
+	$(TEST)
 
 test-slow: $(VENV)/ready-dev
-	$(RUN) -m pytest -m "slow or not slow"
+	$(TEST) -m "slow or not slow"
 
 lint: $(VENV)/ready-dev
 	$(RUN) -m ruff check .

@@ -14,11 +14,12 @@ from typing import Any
 
 # Before jax is imported. Tests run each program briefly, so what counts is the time of compiling it: a third without
 # optimisation and fusion emitters, and next to none where a test, or a process that one started, compiled it before.
-COMPILED = tempfile.mkdtemp(prefix="favchat-tests-")
-atexit.register(shutil.rmtree, COMPILED, ignore_errors=True)
+if "PYTEST_XDIST_WORKER" not in os.environ:  # the workers share what the process that started them made
+    COMPILED = tempfile.mkdtemp(prefix="favchat-tests-")
+    atexit.register(shutil.rmtree, COMPILED, ignore_errors=True)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = COMPILED
 CHEAP_COMPILES = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {CHEAP_COMPILES}".strip()
-os.environ["JAX_COMPILATION_CACHE_DIR"] = COMPILED
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"
