@@ -1,0 +1,178 @@
+"""Our speed beside PyTorch's: python -m tools.benchmark train|decode|loader --preset=base --baseline=pytorch --json=F
+
+train   one step of stage 2
+decode  a prompt with its visual tokens, and 64 new tokens, at batch 1 and 8
+loader  the training stream by worker processes, beside the bare decoding of the same clips
+
+Both sides have the same weights, shapes and inputs, run in a process each, and take turns; before anything is timed,
+what they compute is compared. On a CPU all is float32, on a GPU bfloat16 with float32 weights that train.
+"""
+
+import datetime
+import json
+import os
+import platform
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+from absl import flags
+
+from configs.common import PRESETS
+from favchat_jax import command_line
+from favchat_jax.data.datasets import prepare
+from favchat_jax.errors import RunError, UserError
+from tools.beside_pytorch import bare, material, ours
+from tools.beside_pytorch.contest import Side, Timing, alternate
+
+DATA = "rendered_faces/smoke"  # whose small clips leave the loader the least time for what is not decoding
+LOADER_SECONDS = 5.0  # of each of its runs
+SAME = 1e-3  # how far apart the losses of both sides may be, relative
+Rows = list[dict[str, Any]]
+
+
+def train(folder: str, preset: str, baseline: bool, rounds: int) -> Rows:
+    """Rows of the training step: all activations kept, and rematerialised."""
+    timings = _contest(folder, preset, baseline, rounds, "train")
+    pairs = {"eager": "kept", "compiled": "kept", "checkpointed": "rematerialised"}
+    losses = [timing.results[0] for side in timings.values() for timing in side.values()]
+    if max(losses) - min(losses) > SAME * max(losses):
+        raise RunError(f"the two sides' first losses differ: {losses}")
+    return _rows(timings, lambda setting: pairs[setting], work="train", batch=material.CLIPS, unit="s a step")
+
+
+def decode(folder: str, preset: str, baseline: bool, rounds: int) -> Rows:
+    """Rows of answering at batch 1 and 8."""
+    rows = []
+    for batch in (1, 8):
+        timings = _contest(folder, preset, baseline, rounds, "decode", batch)
+        memory = timings["ours"].pop("memory")
+        bandwidth = max(memory.results)
+        answers = {side: timing[name].results[0]["tokens"] for side, timing in timings.items() for name in timing}
+        if any(tokens != answers["ours"] for tokens in answers.values()):
+            raise RunError("the two sides wrote different tokens")
+        kept = timings["ours"]["merged"].results[1:]
+        per_token = sorted(sum(run["per_token"]) / len(run["per_token"]) for run in kept)[len(kept) // 2]
+        floor = kept[0]["bytes"] / bandwidth
+        growth = sorted(run["per_token"][-1] / run["per_token"][0] for run in kept)[len(kept) // 2]
+        more = {
+            "seconds_a_token": per_token,
+            "memory_bytes_a_second": bandwidth,
+            "memory_floor_a_token": floor,
+            "over_memory_floor": per_token / floor,
+            "last_third_over_first": growth,
+        }
+        found = _rows(timings, lambda _: "merged", work="decode", batch=batch, unit="s an answer of 64 tokens")
+        rows += [{**row, **more} for row in found]
+    return rows
+
+
+def loader(folder: str, preset: str, baseline: bool, rounds: int) -> Rows:
+    """Rows of the training stream with one worker and with as many as there are cores."""
+    packed = str(Path(folder) / "data")
+    prepare(DATA, None, packed)
+    workers = sorted({1, os.cpu_count() or 1})
+    sides = [Side("bare", bare.loop, folder, preset, DATA, packed, workers, LOADER_SECONDS)]
+    timings = _contest(folder, preset, baseline, rounds, "loader", DATA, packed, workers, LOADER_SECONDS, more=sides)
+    loops = timings.pop("bare")
+    rows = _rows(timings, lambda setting: setting, work="loader", batch=material.CLIPS, unit="s a clip")
+    for row in rows:
+        row["bare_loop"] = loops[row["ours_setting"]].median
+        row["share_of_bare_loop"] = row["bare_loop"] / row["ours"]
+    return rows
+
+
+WORKS: dict[str, Callable[[str, str, bool, int], Rows]] = {"train": train, "decode": decode, "loader": loader}
+
+
+def _contest(folder, preset, baseline, rounds, work, *arguments, more=()) -> dict[str, dict[str, Timing]]:
+    sides = [Side("ours", getattr(ours, work), folder, preset, *arguments), *more]
+    try:
+        if baseline:
+            from tools.beside_pytorch import theirs  # here, not above: with it comes PyTorch
+
+            sides.append(Side("pytorch", getattr(theirs, work), folder, preset, *arguments))
+        return alternate(sides, rounds)
+    finally:
+        for side in sides:
+            side.close()
+
+
+def _rows(timings: dict[str, dict[str, Timing]], counterpart: Callable[[str], str], **row: Any) -> Rows:
+    """A row for each setting of PyTorch's beside our counterpart; without PyTorch, one for each of ours."""
+    theirs = timings.get("pytorch")
+    pairs = [(counterpart(name), name) for name in theirs] if theirs else [(name, None) for name in timings["ours"]]
+    rows = []
+    for name, other in pairs:
+        mine = timings["ours"][name]
+        rows.append({**row, "ours": mine.median, "ours_setting": name, "ours_spread": mine.spread})
+        rows[-1]["ours_first"] = mine.first
+        if other:
+            its = theirs[other]
+            rows[-1] |= {"pytorch": its.median, "pytorch_setting": other, "pytorch_spread": its.spread}
+            rows[-1] |= {"pytorch_first": its.first, "ratio": its.median / mine.median}
+    return rows
+
+
+def table(rows: Rows) -> str:
+    """The rows for a person: medians, how many times faster we are, and what the first run took."""
+    lines = []
+    for row in rows:
+        line = f"{row['work']} x{row['batch']}: {row['ours_setting']} {row['ours']:.4g} {row['unit']}"
+        line += f" (first run {row['ours_first']:.3g} s)"
+        if "pytorch" in row:
+            line += f"; PyTorch {row['pytorch_setting']} {row['pytorch']:.4g} (first run {row['pytorch_first']:.3g} s)"
+            line += f"; {row['ratio']:.2f} times as fast"
+        for name, what in NOTES.items():
+            line += f"; {what} {row[name]:.3g}" if name in row else ""
+        lines.append(line)
+    return "\n".join(lines)
+
+
+NOTES = {
+    "over_memory_floor": "a token's time over what reading the weights takes",
+    "last_third_over_first": "time of the last tokens over that of the first",
+    "share_of_bare_loop": "share of the bare decoding loop's speed",
+    "mfu": "share of the GPU's peak",
+}
+
+
+def main(work: str) -> None:
+    """Measures what the command line names."""
+    if work not in WORKS:
+        raise UserError(f"{work or 'nothing'} cannot be measured: name one of {', '.join(WORKS)} first")
+    if _PRESET.value == "paper":
+        raise UserError("--preset=paper has no language model to draw: choose tiny or base")
+    jax.config.update("jax_platforms", "cpu")  # of this process: an accelerator belongs to the sides
+    with tempfile.TemporaryDirectory() as folder:
+        material.make(folder, _PRESET.value)
+        rows = WORKS[work](folder, _PRESET.value, _BASELINE.value == "pytorch", _ROUNDS.value)
+    about = {"preset": _PRESET.value, "rounds": _ROUNDS.value, "date": datetime.date.today().isoformat()}
+    about |= {"machine": f"{platform.machine()}, {os.cpu_count()} cores"}
+    rows = [{**row, **about} for row in rows]
+    print(table(rows))
+    if _JSON.value:
+        _merge(Path(_JSON.value), work, rows)
+
+
+def _merge(path: Path, work: str, rows: Rows) -> None:
+    """Writes the rows; those of other works that the file holds stay."""
+    try:
+        others = [row for row in json.loads(path.read_text()) if row["work"] != work] if path.exists() else []
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"--json={path} is there and holds no rows of a benchmark: name another file") from None
+    draft = path.with_name(path.name + ".draft")
+    draft.write_text(json.dumps([*others, *rows], indent=1) + "\n")
+    draft.replace(path)
+
+
+if __name__ == "__main__":
+    _PRESET = flags.DEFINE_enum("preset", "base", PRESETS, "Sizes of the model")
+    _BASELINE = flags.DEFINE_enum("baseline", "pytorch", ("pytorch", "none"), "What to compare with")
+    _JSON = flags.DEFINE_string("json", None, "File for the rows")
+    _ROUNDS = flags.DEFINE_integer("rounds", 5, "Runs of each setting that count", lower_bound=1)
+    named = sys.argv[1:2] if not sys.argv[1:2] or not sys.argv[1].startswith("-") else []
+    command_line.start(lambda: main("".join(named)), [sys.argv[0], *sys.argv[1 + len(named) :]])

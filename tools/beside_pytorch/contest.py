@@ -1,0 +1,122 @@
+"""Processes that take turns: each builds its side of a comparison once, then runs one setting whenever it is told to.
+
+Threads of one library would disturb the other's within a process; a process that waits for its turn uses no core.
+"""
+
+import dataclasses
+import multiprocessing
+import statistics
+import traceback
+from collections.abc import Callable, Sequence
+from multiprocessing.connection import Connection
+from typing import Any
+
+from favchat_jax import command_line
+from favchat_jax.errors import RunError
+
+# Setting -> a run of it, which measures itself: its seconds, and what it computed.
+Runs = dict[str, Callable[[], tuple[float, Any]]]
+
+
+@dataclasses.dataclass
+class Timing:
+    """What was measured of one setting.
+
+    Attributes:
+        first: seconds of its first run: compiling and warming up.
+        seconds: of every run that counts.
+        results: what each run computed, the first one's included.
+    """
+
+    first: float
+    results: list[Any]
+    seconds: list[float] = dataclasses.field(default_factory=list)
+
+    @property
+    def median(self) -> float:
+        """Seconds of the middle run."""
+        return statistics.median(self.seconds)
+
+    @property
+    def spread(self) -> list[float]:
+        """Seconds of the fastest and of the slowest run."""
+        return [min(self.seconds), max(self.seconds)]
+
+
+class Side:
+    """A process with one side's runs.
+
+    Args:
+        name: what to call it where it fails.
+        build: makes the runs, in the process; importable by name, as are its `arguments`.
+    """
+
+    def __init__(self, name: str, build: Callable[..., Runs], *arguments: Any):
+        context = multiprocessing.get_context("spawn")
+        self.name = name
+        self._pipe, theirs = context.Pipe()
+        # Not a daemon: the loader's side has workers of its own.
+        self._process = context.Process(target=_serve, args=(theirs, build, arguments))
+        self._process.start()
+        theirs.close()
+
+    def build(self) -> list[str]:
+        """Builds the runs, which no other side should do at the same time; their names."""
+        self._pipe.send("build")
+        return self._receive()
+
+    def run(self, setting: str) -> tuple[float, Any]:
+        """One run: its seconds, and what it computed."""
+        self._pipe.send(setting)
+        return self._receive()
+
+    def _receive(self) -> Any:
+        try:
+            failed, value = self._pipe.recv()
+        except EOFError:
+            self._process.join()
+            raise RunError(f"{self.name} ended with exit code {self._process.exitcode}: it may lack memory") from None
+        if failed:
+            raise RunError(f"{self.name} failed: {value}")
+        return value
+
+    def close(self) -> None:
+        """Ends the process."""
+        self._pipe.close()
+        self._process.join()
+
+
+def alternate(sides: Sequence[Side], rounds: int) -> dict[str, dict[str, Timing]]:
+    """Runs every setting of every side once to warm up, then all of them in turn, `rounds` times: side -> setting.
+
+    Raises:
+        RunError: a side failed.
+    """
+    timings: dict[str, dict[str, Timing]] = {side.name: {} for side in sides}
+    for side in sides:
+        for setting in side.build():
+            seconds, result = side.run(setting)
+            timings[side.name][setting] = Timing(seconds, [result])
+    for _ in range(rounds):
+        for side in sides:
+            for setting, timing in timings[side.name].items():
+                seconds, result = side.run(setting)
+                timing.seconds.append(seconds)
+                timing.results.append(result)
+    return timings
+
+
+def _serve(pipe: Connection, build: Callable[..., Runs], arguments: tuple) -> None:
+    """What the process does until its pipe is closed."""
+    command_line.keep_freed_memory()
+    try:
+        pipe.recv()
+        runs = build(*arguments)
+        pipe.send((False, list(runs)))
+        while True:
+            pipe.send((False, runs[pipe.recv()]()))
+    except EOFError:
+        return
+    except Exception as error:
+        traceback.print_exc()
+        pipe.send((True, f"{type(error).__name__}: {error}"))
