@@ -47,7 +47,7 @@ def train(folder: str, preset: str, baseline: bool, rounds: int) -> Rows:
 def decode(folder: str, preset: str, baseline: bool, rounds: int) -> Rows:
     """Rows of answering at batch 1 and 8."""
     rows = []
-    for batch in (1, 8):
+    for batch in map(int, _BATCHES.value):
         timings = _contest(folder, preset, baseline, rounds, "decode", batch)
         memory = timings["ours"].pop("memory")
         bandwidth = max(memory.results)
@@ -155,13 +155,15 @@ def main(work: str) -> None:
     rows = [{**row, **about} for row in rows]
     print(table(rows))
     if _JSON.value:
-        _merge(Path(_JSON.value), work, rows)
+        _merge(Path(_JSON.value), rows)
 
 
-def _merge(path: Path, work: str, rows: Rows) -> None:
-    """Writes the rows; those of other works that the file holds stay."""
+def _merge(path: Path, rows: Rows) -> None:
+    """Writes the rows; those of other works and batches that the file holds stay."""
     try:
-        others = [row for row in json.loads(path.read_text()) if row["work"] != work] if path.exists() else []
+        measured = {(row["work"], row["batch"]) for row in rows}
+        others = json.loads(path.read_text()) if path.exists() else []
+        others = [row for row in others if (row["work"], row["batch"]) not in measured]
     except (ValueError, KeyError, TypeError):
         raise UserError(f"--json={path} is there and holds no rows of a benchmark: name another file") from None
     draft = path.with_name(path.name + ".draft")
@@ -173,6 +175,7 @@ if __name__ == "__main__":
     _PRESET = flags.DEFINE_enum("preset", "base", PRESETS, "Sizes of the model")
     _BASELINE = flags.DEFINE_enum("baseline", "pytorch", ("pytorch", "none"), "What to compare with")
     _JSON = flags.DEFINE_string("json", None, "File for the rows")
+    _BATCHES = flags.DEFINE_list("batches", ["1", "8"], "decode: how many questions at once")
     _ROUNDS = flags.DEFINE_integer("rounds", 5, "Runs of each setting that count", lower_bound=1)
     named = sys.argv[1:2] if not sys.argv[1:2] or not sys.argv[1].startswith("-") else []
     command_line.start(lambda: main("".join(named)), [sys.argv[0], *sys.argv[1 + len(named) :]])

@@ -252,7 +252,7 @@ class Mistral(nn.Module):
         batch, length, _ = embeddings.shape
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(length), (batch, length))
-        # Without a cache, tokens lie in the order of their slots, and attention is told so: kernels skip what is hidden.
+        # Without a cache tokens lie in the order of their slots, so that causality needs no mask.
         mask = None if valid is None else valid[:, None, None, :]
         if cache is not None:
             mask = causal_mask(positions, cache[0].keys.shape[2], self.config.sliding_window)
@@ -277,7 +277,7 @@ def adapted(target: str, features: int, lora: LoRA, dtype: jnp.dtype, name: str 
 
 
 def causal_mask(slots: Int[Array, "B L"], keys: int, window: int | None) -> Bool[Array, "B 1 L S"]:
-    """With a cache of S keys: True where the query in a slot may read key slot s: s <= slot, and s > slot - window if there is a window."""
+    """Over a cache: True where a query's slot may read key slot s: s <= slot, s > slot - window if there is one."""
     distance = slots[:, :, None] - jnp.arange(keys)
     mask = distance >= 0
     if window is not None:

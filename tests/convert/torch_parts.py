@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 from favchat_jax.convert.torch_model import published
 from favchat_jax.models.mistral import MistralConfig
 
+
 def inputs(config: ConfigDict, llm: MistralConfig, *, clips=2, questions=2, words=9, seed=0) -> dict[str, np.ndarray]:
     """A batch of the training step: random frames, words, prompts of different lengths and answers."""
     rng = np.random.default_rng(seed)

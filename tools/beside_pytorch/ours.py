@@ -29,7 +29,9 @@ def train(folder: str, preset: str) -> Runs:
     batch = material.batch(config)
     weights = {path: jnp.asarray(leaf) for path, leaf in material.weights(folder).items()}
     trainable, frozen = stages.split(weights, config.variant, config.stage)
+    # Committed to their device, as a run's are: otherwise the second step compiles again.
     frozen = {path: jnp.asarray(leaf, config.model.dtype) for path, leaf in frozen.items()}
+    trainable, frozen = jax.device_put((trainable, frozen), jax.devices()[0])
     optimizer = stages.make_optimizer(config.optimizer, 1000)
 
     def steps(remat: bool):
@@ -37,7 +39,7 @@ def train(folder: str, preset: str) -> Runs:
         model = assembly.assemble(config).model
         rate = stages.schedule(config.optimizer, 1000)
         update = make_step(model, optimizer, rate, accumulate=1, chunk=config.loss_chunk)
-        state = [new_state(jax.tree.map(jnp.copy, trainable), optimizer, 0)]
+        state = [jax.device_put(new_state(jax.tree.map(jnp.copy, trainable), optimizer, 0), jax.devices()[0])]
 
         def run() -> tuple[float, float]:
             started = time.perf_counter()
@@ -58,9 +60,7 @@ def decode(folder: str, preset: str, batch: int) -> Runs:
     sampler = Sampler(config, weights, parts.tokenizer, parts.prompt_tokenizer)
     features = sampler.encode(material.frames(config, batch))
     conversations = [[[(material.QUESTION, None)]]] * batch
-    read = sum(
-        leaf.nbytes for path, leaf in weights.items() if path.startswith("llm/") and path.endswith("kernel")
-    )
+    read = sum(leaf.nbytes for path, leaf in weights.items() if path.startswith("llm/") and path.endswith("kernel"))
 
     def answer() -> tuple[float, dict[str, Any]]:
         started = time.perf_counter()

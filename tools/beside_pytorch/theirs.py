@@ -34,7 +34,8 @@ def train(folder: str, preset: str) -> Runs:
     batch = {name: tensor.to(DEVICE) for name, tensor in for_torch(material.batch(config)).items()}
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     section = config.optimizer
-    optimizer = torch.optim.AdamW(trained, 1e-6, (section.b1, section.b2), weight_decay=section.weight_decay, fused=True)
+    betas, decay = (section.b1, section.b2), section.weight_decay
+    optimizer = torch.optim.AdamW(trained, 1e-6, betas, weight_decay=decay, fused=True)
     blocks = model.base_model.model.vision_encoder["encoder"].blocks
     keeping = [block.forward for block in blocks]
 
