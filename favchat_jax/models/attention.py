@@ -82,8 +82,9 @@ def kernel_for(query: Array, key: Array, bias: Array | None, mask: Array | None)
     over_keys = mask is None or (mask.shape[1:3] == (1, 1))
     if bias is not None or not over_keys or query.shape[1] < SHORTEST:
         return "xla"
-    if platform == "tpu":
-        return "splash"
+    if platform == "tpu":  # over several chips a kernel is divided by the mesh that is set, or not at all
+        alone = jax.device_count() == 1 or not jax.sharding.get_abstract_mesh().empty
+        return "splash" if alone else "xla"
     # With a mask, cuDNN takes even lengths alone; float32 it does not take at all.
     even = query.shape[1] % 2 == key.shape[1] % 2 == 0
     head = query.shape[3] <= CUDNN_HEAD and query.shape[3] % 8 == 0
@@ -95,6 +96,8 @@ def _plain(query, key, value, *, bias=None, mask=None, causal=False, window=None
     by_head = mask is not None and mask.shape[1] > 1
     if query.shape[1] == 1 and bias is None and not (causal or by_head):
         return _one_query(query, key, value, mask)
+    # Products of four dimensions; those of grouped heads would have five, which XLA lays out anew.
+    key, value = (jnp.repeat(x, query.shape[2] // x.shape[2], axis=2) for x in (key, value))
     return _dot_product(query, key, value, bias, mask, causal, window, "xla")
 
 

@@ -33,7 +33,8 @@ def _low_rank_forward(x, a, b):
 
 def _low_rank_backward(saved, dy):
     x, inner, a, b = saved
-    dy_flat = dy.reshape(-1, dy.shape[-1])
+    # Behind a barrier the cotangent exists once; fused into both products below it would be computed for each.
+    dy_flat = jax.lax.optimization_barrier(dy.reshape(-1, dy.shape[-1]))
     d_inner = dy_flat @ b.T
     d_a = x.reshape(-1, x.shape[-1]).T @ d_inner
     d_b = inner.reshape(-1, inner.shape[-1]).T @ dy_flat

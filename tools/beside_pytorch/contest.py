@@ -5,11 +5,15 @@ Threads of one library would disturb the other's within a process; a process tha
 
 import dataclasses
 import multiprocessing
+import resource
 import statistics
+import sys
 import traceback
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from typing import Any
+
+import jax
 
 from favchat_jax import command_line
 from favchat_jax.errors import RunError
@@ -26,11 +30,15 @@ class Timing:
         first: seconds of its first run: compiling and warming up.
         seconds: of every run that counts.
         results: what each run computed, the first one's included.
+        device: what the side ran on.
+        peak_bytes: of the device's memory that the side has held at once, in any of its settings.
     """
 
     first: float
     results: list[Any]
     seconds: list[float] = dataclasses.field(default_factory=list)
+    device: str = ""
+    peak_bytes: int = 0
 
     @property
     def median(self) -> float:
@@ -70,6 +78,11 @@ class Side:
         self._pipe.send(setting)
         return self._receive()
 
+    def footprint(self) -> tuple[str, int]:
+        """The device, and the peak of its memory in bytes."""
+        self._pipe.send(None)
+        return self._receive()
+
     def _receive(self) -> Any:
         try:
             failed, value = self._pipe.recv()
@@ -103,6 +116,10 @@ def alternate(sides: Sequence[Side], rounds: int) -> dict[str, dict[str, Timing]
                 seconds, result = side.run(setting)
                 timing.seconds.append(seconds)
                 timing.results.append(result)
+    for side in sides:
+        device, peak = side.footprint()
+        for timing in timings[side.name].values():
+            timing.device, timing.peak_bytes = device, peak
     return timings
 
 
@@ -114,9 +131,20 @@ def _serve(pipe: Connection, build: Callable[..., Runs], arguments: tuple) -> No
         runs = build(*arguments)
         pipe.send((False, list(runs)))
         while True:
-            pipe.send((False, runs[pipe.recv()]()))
+            setting = pipe.recv()
+            pipe.send((False, _footprint() if setting is None else runs[setting]()))
     except EOFError:
         return
     except Exception as error:
         traceback.print_exc()
         pipe.send((True, f"{type(error).__name__}: {error}"))
+
+
+def _footprint() -> tuple[str, int]:
+    torch = sys.modules.get("torch")
+    if torch and torch.cuda.is_initialized():
+        return torch.cuda.get_device_name(), torch.cuda.max_memory_allocated()
+    device = jax.devices()[0]
+    if device.platform == "gpu":
+        return device.device_kind, device.memory_stats()["peak_bytes_in_use"]
+    return "cpu", 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

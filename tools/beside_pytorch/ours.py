@@ -41,11 +41,11 @@ def train(folder: str, preset: str) -> Runs:
         update = make_step(model, optimizer, rate, accumulate=1, chunk=config.loss_chunk)
         state = [jax.device_put(new_state(jax.tree.map(jnp.copy, trainable), optimizer, 0), jax.devices()[0])]
 
-        def run() -> tuple[float, float]:
+        def run() -> tuple[float, dict[str, float]]:
             started = time.perf_counter()
             state[0], metrics = update(state[0], frozen, batch)
             loss = float(jax.block_until_ready((state[0], metrics))[1]["loss"])
-            return time.perf_counter() - started, loss
+            return time.perf_counter() - started, {"loss": loss}
 
         return run
 

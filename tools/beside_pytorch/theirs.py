@@ -1,5 +1,6 @@
 """PyTorch's side: the same work with transformers, PEFT and torch's DataLoader, in each of their settings."""
 
+import contextlib
 import functools
 import os
 import time
@@ -12,6 +13,7 @@ import numpy as np
 import torch
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset
+from torch.utils.flop_counter import FlopCounterMode
 from transformers.generation.configuration_utils import CompileConfig
 
 from favchat_jax.convert.files import read_json
@@ -37,25 +39,32 @@ def train(folder: str, preset: str) -> Runs:
     betas, decay = (section.b1, section.b2), section.weight_decay
     optimizer = torch.optim.AdamW(trained, 1e-6, betas, weight_decay=decay, fused=True)
     blocks = model.base_model.model.vision_encoder["encoder"].blocks
+    counted: list[int] = []  # products and attention of one step, as PyTorch counts its own
     keeping = [block.forward for block in blocks]
 
     def steps(forward: Callable, checkpointed: bool) -> Callable[[], tuple[float, float]]:
-        def run() -> tuple[float, float]:
+        def run() -> tuple[float, dict[str, float]]:
             if checkpointed:
                 model.gradient_checkpointing_enable({"use_reentrant": False})
             else:
                 model.gradient_checkpointing_disable()
             for block, plain in zip(blocks, keeping, strict=True):
                 block.forward = functools.partial(checkpoint, plain, use_reentrant=False) if checkpointed else plain
+            # Only the first run, which does not count, is slowed by being counted.
+            counter = FlopCounterMode(display=False) if forward is model and not counted else contextlib.nullcontext()
             started = time.perf_counter()
-            with torch.autocast(DEVICE, torch.bfloat16, enabled=DEVICE != "cpu"):
-                loss = forward(**batch, use_cache=False).loss
-            loss.backward()
+            with counter:
+                with torch.autocast(DEVICE, torch.bfloat16, enabled=DEVICE != "cpu"):
+                    loss = forward(**batch, use_cache=False).loss
+                loss.backward()
             torch.nn.utils.clip_grad_norm_(trained, section.clip_norm)
             optimizer.step()
             optimizer.zero_grad()
             result = _finished(loss.detach())
-            return time.perf_counter() - started, result
+            seconds = time.perf_counter() - started
+            if forward is model and not counted:
+                counted.append(counter.get_total_flops())
+            return seconds, {"loss": result, "flops": counted[0]}
 
         return run
 
