@@ -38,9 +38,9 @@ PEAK = {"A100": 312e12, "A800": 312e12, "H100": 989e12, "H200": 989e12, "RTX 409
 Rows = list[dict[str, Any]]
 
 
-def train(folder: str, preset: str, baseline: bool, rounds: int) -> Rows:
+def train(folder: str, preset: str, baseline: bool, rounds: int, only: Sequence[str] = ()) -> Rows:
     """Rows of the training step: all activations kept, and rematerialised."""
-    timings = _contest(folder, preset, baseline, rounds, "train")
+    timings = _contest(folder, preset, baseline, rounds, only, "train")
     pairs = {"eager": "kept", "compiled": "kept", "checkpointed": "rematerialised"}
     losses = [timing.results[0]["loss"] for side in timings.values() for timing in side.values()]
     if max(losses) - min(losses) > SAME * max(losses):
@@ -55,11 +55,13 @@ def train(folder: str, preset: str, baseline: bool, rounds: int) -> Rows:
     return rows
 
 
-def decode(folder: str, preset: str, baseline: bool, rounds: int, batches: Sequence[int] = (1, 8)) -> Rows:
+def decode(
+    folder: str, preset: str, baseline: bool, rounds: int, only: Sequence[str] = (), batches: Sequence[int] = (1, 8)
+) -> Rows:
     """Rows of answering one question, and several at once."""
     rows = []
     for batch in batches:
-        timings = _contest(folder, preset, baseline, rounds, "decode", batch)
+        timings = _contest(folder, preset, baseline, rounds, only, "decode", batch)
         memory = timings["ours"].pop("memory")
         bandwidth = max(memory.results)
         answers = [timing.results[0]["tokens"] for side in timings.values() for timing in side.values()]
@@ -96,13 +98,15 @@ def agreement(ours: list[list[int]], other: list[list[int]]) -> float:
     return sum(map(len, equal)) / sum(map(len, ours))
 
 
-def loader(folder: str, preset: str, baseline: bool, rounds: int) -> Rows:
+def loader(folder: str, preset: str, baseline: bool, rounds: int, only: Sequence[str] = ()) -> Rows:
     """Rows of the training stream with one worker and with as many as there are cores."""
     packed = str(Path(folder) / "data")
     prepare(DATA, None, packed)
     workers = sorted({1, os.cpu_count() or 1})
     sides = [Side("bare", bare.loop, folder, preset, DATA, packed, workers, LOADER_SECONDS)]
-    timings = _contest(folder, preset, baseline, rounds, "loader", DATA, packed, workers, LOADER_SECONDS, more=sides)
+    timings = _contest(
+        folder, preset, baseline, rounds, only, "loader", DATA, packed, workers, LOADER_SECONDS, more=sides
+    )
     loops = timings.pop("bare")
     rows = _rows(timings, lambda setting: setting, work="loader", batch=material.CLIPS, unit="s a clip")
     for row in rows:
@@ -114,14 +118,14 @@ def loader(folder: str, preset: str, baseline: bool, rounds: int) -> Rows:
 WORKS: dict[str, Callable[..., Rows]] = {"train": train, "decode": decode, "loader": loader}
 
 
-def _contest(folder, preset, baseline, rounds, work, *arguments, more=()) -> dict[str, dict[str, Timing]]:
+def _contest(folder, preset, baseline, rounds, only, work, *arguments, more=()) -> dict[str, dict[str, Timing]]:
     sides = [Side("ours", getattr(ours, work), folder, preset, *arguments), *more]
     try:
         if baseline:
             from tools.beside_pytorch import theirs  # here, not above: with it comes PyTorch
 
             sides.append(Side("pytorch", getattr(theirs, work), folder, preset, *arguments))
-        return alternate(sides, rounds)
+        return alternate(sides, rounds, only if baseline else ())
     finally:
         for side in sides:
             side.close()
@@ -181,7 +185,7 @@ def main(work: str) -> None:
         measure = WORKS[work]
         if work == "decode":
             measure = functools.partial(decode, batches=[int(batch) for batch in _BATCHES.value])
-        rows = measure(folder, _PRESET.value, _BASELINE.value == "pytorch", _ROUNDS.value)
+        rows = measure(folder, _PRESET.value, _BASELINE.value == "pytorch", _ROUNDS.value, _SETTINGS.value)
     about = {"preset": _PRESET.value, "rounds": _ROUNDS.value, "date": datetime.date.today().isoformat()}
     about |= {"machine": f"{platform.machine()}, {os.cpu_count()} cores"}
     rows = [{**row, **about} for row in rows]
@@ -190,12 +194,16 @@ def main(work: str) -> None:
         _merge(Path(_JSON.value), rows)
 
 
+def _which(row: dict[str, Any]) -> tuple:
+    return row["work"], row["batch"], row["ours_setting"], row.get("pytorch_setting")
+
+
 def _merge(path: Path, rows: Rows) -> None:
-    """Writes the rows; those of other works and batches that the file holds stay."""
+    """Writes the rows; those of other settings that the file holds stay."""
     try:
-        measured = {(row["work"], row["batch"]) for row in rows}
+        measured = {_which(row) for row in rows}
         others = json.loads(path.read_text()) if path.exists() else []
-        others = [row for row in others if (row["work"], row["batch"]) not in measured]
+        others = [row for row in others if _which(row) not in measured]
     except (ValueError, KeyError, TypeError):
         raise UserError(f"--json={path} is there and holds no rows of a benchmark: name another file") from None
     draft = path.with_name(path.name + ".draft")
@@ -208,6 +216,7 @@ if __name__ == "__main__":
     _BASELINE = flags.DEFINE_enum("baseline", "pytorch", ("pytorch", "none"), "What to compare with")
     _JSON = flags.DEFINE_string("json", None, "File for the rows")
     _BATCHES = flags.DEFINE_list("batches", ["1", "8"], "decode: how many questions at once")
+    _SETTINGS = flags.DEFINE_list("settings", [], "PyTorch's settings to measure; all where none is named")
     _ROUNDS = flags.DEFINE_integer("rounds", 5, "Runs of each setting that count", lower_bound=1)
     named = sys.argv[1:2] if not sys.argv[1:2] or not sys.argv[1].startswith("-") else []
     command_line.start(lambda: main("".join(named)), [sys.argv[0], *sys.argv[1 + len(named) :]])

@@ -1,7 +1,7 @@
 """What narrow storage costs a language model: python -m tools.quantization_error --llm=FOLDER [--json=F]
 
-Reads summaries of held-out rendered clips with a Mistral in float32, and with kernels in bfloat16, int8 and int4; prints
-how far the scores over the vocabulary are from those in float32, and how well the next token is told.
+Reads summaries of held-out rendered clips with a Mistral in float32, and with its kernels in bfloat16, int8 and int4.
+Prints how far the scores over the vocabulary are from those in float32, and how well the next token is told.
 """
 
 import json

@@ -67,10 +67,10 @@ def test_tokens_agree_up_to_the_first_that_differs_and_a_first_token_must_not():
         benchmark.agreement(ours, [[9, 2, 3, 4], [5, 6, 7, 8]])
 
 
-def test_rows_of_other_works_in_the_file_stay_and_a_file_of_another_kind_is_refused(tmp_path):
+def test_rows_of_other_settings_in_the_file_stay_and_a_file_of_another_kind_is_refused(tmp_path):
     file = tmp_path / "rows.json"
     for work, batch, ours in (("train", 4, 1), ("decode", 1, 2), ("decode", 8, 3), ("decode", 1, 4)):
-        benchmark._merge(file, [{"work": work, "batch": batch, "ours": ours}])
+        benchmark._merge(file, [{"work": work, "batch": batch, "ours": ours, "ours_setting": "merged"}])
     assert [row["ours"] for row in json.loads(file.read_text())] == [1, 3, 4]
     file.write_text('{"a": 1}')
     with pytest.raises(UserError, match="holds no rows of a benchmark"):

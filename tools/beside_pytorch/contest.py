@@ -4,6 +4,7 @@ Threads of one library would disturb the other's within a process; a process tha
 """
 
 import dataclasses
+import logging
 import multiprocessing
 import resource
 import statistics
@@ -16,7 +17,9 @@ from typing import Any
 import jax
 
 from favchat_jax import command_line
-from favchat_jax.errors import RunError
+from favchat_jax.errors import RunError, UserError
+
+log = logging.getLogger("favchat_jax")
 
 # Setting -> a run of it, which measures itself: its seconds, and what it computed.
 Runs = dict[str, Callable[[], tuple[float, Any]]]
@@ -99,22 +102,35 @@ class Side:
         self._process.join()
 
 
-def alternate(sides: Sequence[Side], rounds: int) -> dict[str, dict[str, Timing]]:
+def alternate(sides: Sequence[Side], rounds: int, only: Sequence[str] = ()) -> dict[str, dict[str, Timing]]:
     """Runs every setting of every side once to warm up, then all of them in turn, `rounds` times: side -> setting.
+
+    Args:
+        sides: whose settings are run, in this order.
+        rounds: runs of each that count.
+        only: settings of the last side to run; all of them where none is named.
 
     Raises:
         RunError: a side failed.
+        UserError: the last side has no setting of a name in `only`.
     """
     timings: dict[str, dict[str, Timing]] = {side.name: {} for side in sides}
     for side in sides:
-        for setting in side.build():
+        settings = side.build()
+        if only and side is sides[-1]:
+            if not set(only) <= set(settings):
+                raise UserError(f"--settings={','.join(only)}: choose from {', '.join(settings)}")
+            settings = list(only)
+        for setting in settings:
             seconds, result = side.run(setting)
             timings[side.name][setting] = Timing(seconds, [result])
+            log.info("%s, %s: the first run took %.1f s", side.name, setting, seconds)
     for _ in range(rounds):
         for side in sides:
             for setting, timing in timings[side.name].items():
                 seconds, result = side.run(setting)
                 timing.seconds.append(seconds)
+                log.info("%s, %s: %.4g s", side.name, setting, seconds)
                 timing.results.append(result)
     for side in sides:
         device, peak = side.footprint()

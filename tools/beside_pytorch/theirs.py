@@ -42,7 +42,7 @@ def train(folder: str, preset: str) -> Runs:
     counted: list[int] = []  # products and attention of one step, as PyTorch counts its own
     keeping = [block.forward for block in blocks]
 
-    def steps(forward: Callable, checkpointed: bool) -> Callable[[], tuple[float, float]]:
+    def steps(forward: Callable, checkpointed: bool) -> Callable[[], tuple[float, dict[str, float]]]:
         def run() -> tuple[float, dict[str, float]]:
             if checkpointed:
                 model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -86,8 +86,7 @@ def decode(folder: str, preset: str, batch: int) -> Runs:
         features = merged.encode(torch.tensor(material.frames(config, batch), device=DEVICE))
 
     def answers(model: Any, **how: Any) -> Callable[[], tuple[float, dict[str, Any]]]:
-        inner = getattr(model, "base_model", model)
-        inner = getattr(inner, "model", inner) if model is apart else model
+        inner = apart.base_model.model if model is apart else merged
 
         @torch.inference_mode()
         def run() -> tuple[float, dict[str, Any]]:
@@ -109,8 +108,10 @@ def decode(folder: str, preset: str, batch: int) -> Runs:
     return {
         "adapters apart": answers(apart),
         "merged": answers(merged),
-        "merged, static cache": answers(merged, cache_implementation="static", disable_compile=True),
-        "merged, static cache, compiled": answers(merged, cache_implementation="static", compile_config=compiled),
+        "merged with a static cache": answers(merged, cache_implementation="static", disable_compile=True),
+        "merged with a static cache and compiled": answers(
+            merged, cache_implementation="static", compile_config=compiled
+        ),
     }
 
 
@@ -174,7 +175,8 @@ def stacked(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
     return batch
 
 
-def _model(folder: str, preset: str):
+def _model(folder: str, preset: str) -> tuple[Any, Any]:
+    """The config, and the model with its adapters apart, on PyTorch's device."""
     jax.config.update("jax_platforms", "cpu")  # the weights pass through jax; the accelerator is PyTorch's
     torch.set_num_threads(os.cpu_count() or 1)
     config = material.settings(folder, preset)
