@@ -40,8 +40,9 @@ Rows = list[dict[str, Any]]
 
 def train(folder: str, preset: str, baseline: bool, rounds: int, only: Sequence[str] = ()) -> Rows:
     """Rows of the training step: all activations kept, and rematerialised."""
-    timings = _contest(folder, preset, baseline, rounds, only, "train")
     pairs = {"eager": "kept", "compiled": "kept", "checkpointed": "rematerialised"}
+    counterparts = {pairs[setting] for setting in only if setting in pairs}
+    timings = _contest(folder, preset, baseline, rounds, "train", only=only, ours_only=counterparts)
     losses = [timing.results[0]["loss"] for side in timings.values() for timing in side.values()]
     if max(losses) - min(losses) > SAME * max(losses):
         raise RunError(f"the two sides' first losses differ: {losses}")
@@ -61,7 +62,7 @@ def decode(
     """Rows of answering one question, and several at once."""
     rows = []
     for batch in batches:
-        timings = _contest(folder, preset, baseline, rounds, only, "decode", batch)
+        timings = _contest(folder, preset, baseline, rounds, "decode", batch, only=only)
         memory = timings["ours"].pop("memory")
         bandwidth = max(memory.results)
         answers = [timing.results[0]["tokens"] for side in timings.values() for timing in side.values()]
@@ -103,10 +104,9 @@ def loader(folder: str, preset: str, baseline: bool, rounds: int, only: Sequence
     packed = str(Path(folder) / "data")
     prepare(DATA, None, packed)
     workers = sorted({1, os.cpu_count() or 1})
-    sides = [Side("bare", bare.loop, folder, preset, DATA, packed, workers, LOADER_SECONDS)]
-    timings = _contest(
-        folder, preset, baseline, rounds, only, "loader", DATA, packed, workers, LOADER_SECONDS, more=sides
-    )
+    arguments = (DATA, packed, workers, LOADER_SECONDS)
+    loops = Side("bare", bare.loop, folder, preset, *arguments, only=only)
+    timings = _contest(folder, preset, baseline, rounds, "loader", *arguments, only=only, ours_only=only, more=[loops])
     loops = timings.pop("bare")
     rows = _rows(timings, lambda setting: setting, work="loader", batch=material.CLIPS, unit="s a clip")
     for row in rows:
@@ -118,14 +118,16 @@ def loader(folder: str, preset: str, baseline: bool, rounds: int, only: Sequence
 WORKS: dict[str, Callable[..., Rows]] = {"train": train, "decode": decode, "loader": loader}
 
 
-def _contest(folder, preset, baseline, rounds, only, work, *arguments, more=()) -> dict[str, dict[str, Timing]]:
-    sides = [Side("ours", getattr(ours, work), folder, preset, *arguments), *more]
+def _contest(
+    folder, preset, baseline, rounds, work, *arguments, only=(), ours_only=(), more=()
+) -> dict[str, dict[str, Timing]]:
+    sides = [Side("ours", getattr(ours, work), folder, preset, *arguments, only=ours_only), *more]
     try:
         if baseline:
             from tools.beside_pytorch import theirs  # here, not above: with it comes PyTorch
 
-            sides.append(Side("pytorch", getattr(theirs, work), folder, preset, *arguments))
-        return alternate(sides, rounds, only if baseline else ())
+            sides.append(Side("pytorch", getattr(theirs, work), folder, preset, *arguments, only=only))
+        return alternate(sides, rounds)
     finally:
         for side in sides:
             side.close()

@@ -20,8 +20,8 @@ def contest():
     """Makes sides, and ends their processes."""
     sides = []
 
-    def begin(name, *arguments):
-        sides.append(Side(name, *arguments))
+    def begin(name, *arguments, **how):
+        sides.append(Side(name, *arguments, **how))
         return sides[-1]
 
     yield begin
@@ -45,6 +45,12 @@ def test_sides_take_turns_in_processes_of_their_own_and_the_first_run_does_not_c
 def test_a_side_that_fails_or_dies_ends_the_benchmark_with_one_line(build, said, contest):
     with pytest.raises(RunError, match=said):
         alternate([contest("ours", counting, 1.0), contest("theirs", build)], rounds=1)
+
+
+def test_settings_that_are_named_run_alone_and_one_that_is_not_there_is_refused(contest):
+    assert list(alternate([contest("ours", counting, 1.0, only=["second"])], rounds=1)["ours"]) == ["second"]
+    with pytest.raises(UserError, match="--settings=third: choose from first, second"):
+        alternate([contest("ours", counting, 1.0, only=["third"])], rounds=1)
 
 
 def test_a_row_pairs_each_of_pytorchs_settings_with_our_counterpart():

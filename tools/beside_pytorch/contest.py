@@ -10,7 +10,7 @@ import resource
 import statistics
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -60,11 +60,12 @@ class Side:
     Args:
         name: what to call it where it fails.
         build: makes the runs, in the process; importable by name, as are its `arguments`.
+        only: settings to run; all that there are where none is named.
     """
 
-    def __init__(self, name: str, build: Callable[..., Runs], *arguments: Any):
+    def __init__(self, name: str, build: Callable[..., Runs], *arguments: Any, only: Collection[str] = ()):
         context = multiprocessing.get_context("spawn")
-        self.name = name
+        self.name, self._only = name, only
         self._pipe, theirs = context.Pipe()
         # Not a daemon: the loader's side has workers of its own.
         self._process = context.Process(target=_serve, args=(theirs, build, arguments))
@@ -72,9 +73,16 @@ class Side:
         theirs.close()
 
     def build(self) -> list[str]:
-        """Builds the runs, which no other side should do at the same time; their names."""
+        """Builds the runs, which no other side should do at the same time; the settings to run.
+
+        Raises:
+            UserError: there is no setting of a name in `only`.
+        """
         self._pipe.send("build")
-        return self._receive()
+        settings = self._receive()
+        if not set(self._only) <= set(settings):
+            raise UserError(f"--settings={','.join(self._only)}: choose from {', '.join(settings)}")
+        return [setting for setting in settings if setting in self._only or not self._only]
 
     def run(self, setting: str) -> tuple[float, Any]:
         """One run: its seconds, and what it computed."""
@@ -102,26 +110,20 @@ class Side:
         self._process.join()
 
 
-def alternate(sides: Sequence[Side], rounds: int, only: Sequence[str] = ()) -> dict[str, dict[str, Timing]]:
+def alternate(sides: Sequence[Side], rounds: int) -> dict[str, dict[str, Timing]]:
     """Runs every setting of every side once to warm up, then all of them in turn, `rounds` times: side -> setting.
 
     Args:
         sides: whose settings are run, in this order.
         rounds: runs of each that count.
-        only: settings of the last side to run; all of them where none is named.
 
     Raises:
         RunError: a side failed.
-        UserError: the last side has no setting of a name in `only`.
+        UserError: a side has not the settings that it shall run.
     """
     timings: dict[str, dict[str, Timing]] = {side.name: {} for side in sides}
     for side in sides:
-        settings = side.build()
-        if only and side is sides[-1]:
-            if not set(only) <= set(settings):
-                raise UserError(f"--settings={','.join(only)}: choose from {', '.join(settings)}")
-            settings = list(only)
-        for setting in settings:
+        for setting in side.build():
             seconds, result = side.run(setting)
             timings[side.name][setting] = Timing(seconds, [result])
             log.info("%s, %s: the first run took %.1f s", side.name, setting, seconds)
