@@ -96,11 +96,12 @@ def test_a_single_token_reads_a_cache_as_the_plain_form_does(key_heads):
 
 
 def test_on_a_mesh_the_tpu_kernel_runs_on_each_devices_own_clips_and_heads():
-    """As far as one device can show: the kernel compiles for eight within a mesh that is set, and divides its work."""
+    """As far as one device can show: within a mesh that is set, the kernel is traced for an eighth of the work."""
     mesh = jax.sharding.AbstractMesh((2, 2, 2), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
     shapes = [jax.ShapeDtypeStruct((4, 128, 4, 64), jnp.bfloat16) for _ in range(3)]
     with compiling_for("tpu"), jax.sharding.use_abstract_mesh(mesh):
         traced = jax.make_jaxpr(attention)(*shapes)
     mapped = next(e for e in traced.eqns if e.primitive.name == "shard_map")
-    assert mapped.params["in_specs"][0] == PartitionSpec(("data", "fsdp"), "tensor")
-    assert mapped.params["jaxpr"].invars[0].aval.shape == (1, 2, 128, 64)
+    # Besides query, key and value there are constants of the kernel, which are whole everywhere.
+    assert list(mapped.params["in_specs"]).count(PartitionSpec(("data", "fsdp"), "tensor")) == 3
+    assert [v.aval.shape for v in mapped.params["jaxpr"].invars].count((1, 2, 128, 64)) == 3
