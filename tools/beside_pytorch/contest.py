@@ -126,7 +126,7 @@ def alternate(sides: Sequence[Side], rounds: int) -> dict[str, dict[str, Timing]
         for setting in side.build():
             seconds, result = side.run(setting)
             timings[side.name][setting] = Timing(seconds, [result])
-            log.info("%s, %s: the first run took %.1f s", side.name, setting, seconds)
+            log.info("%s, %s: the first run took %.4g s", side.name, setting, seconds)
     for _ in range(rounds):
         for side in sides:
             for setting, timing in timings[side.name].items():
