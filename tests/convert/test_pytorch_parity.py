@@ -123,7 +123,7 @@ def test_greedy_answers_are_the_same_over_64_tokens(ablation, tmp_path):
     prompts = Prompts(tokenizer, tokenizer, visual, length, longest=10**6)
     prompt_ids, prompt_mask = (torch.stack(x) for x in zip(*map(prompts.for_qformer, rows), strict=True))
     tokens = torch.stack([prompts.conversation((), question, config.model.frames) for question in rows])
-    theirs = torch_favchat(config, MISTRAL, weights).generate(
+    theirs = torch_favchat(config, config_json(MISTRAL), weights).generate(
         input_ids=tokens,
         frames=torch.tensor(batch["frames"]),
         prompt_ids=prompt_ids,
