@@ -35,7 +35,9 @@ def get_config(stage: str, argument: str = "") -> ConfigDict:
     config.data = _data(config.preset)
     config.optimizer = _optimizer()
     # Where weights come from. An empty entry starts afresh.
-    config.llm = ConfigDict({"path": ""})  # a Hugging Face folder of Mistral
+    # A Hugging Face folder of Mistral; its frozen kernels are kept in `full` width while training, or in int8 or int4
+    # to fit a small card (docs/performance.md has the error).
+    config.llm = ConfigDict({"path": "", "storage": "full"})
     config.prompt_tokenizer = ""  # tokenizer folder for the Q-Formers' prompt; empty: the language model's
     # `qformer`: a converted Q-Former, from which both streams' start, or the workdir of a run, both of whose are taken.
     config.init = ConfigDict({"umt": "", "facexformer": "", "qformer": ""})
@@ -50,6 +52,10 @@ def get_config(stage: str, argument: str = "") -> ConfigDict:
     config.log_every = 10  # steps
     config.checkpoint_every = 500  # steps
     config.checkpoints_kept = 2
+    if config.preset == "base":
+        # The language model that tools.benchmark draws; a run names its own in llm.path.
+        llm = {"width": 768, "layers": 12, "heads": 12, "kv_heads": 4, "mlp": 2048, "vocabulary": 8192}
+        config.pretrain = ConfigDict({"llm": llm})
     if config.preset == "tiny":
         _embedded(config)
     return config
@@ -99,15 +105,16 @@ def _model(preset: str, variant: str) -> ConfigDict:
             "targets": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head"),
         }
     )
-    if preset == "base":  # mid-size, for benchmarks beside a 12-layer, 768-wide language model
+    if preset == "base":  # mid-size, about 100 M weights with the language model of `pretrain.llm`
+        model.image_size = 128
         model.frames = 8
         model.dtype = "float32"
-        model.umt.update({"width": 384, "depth": 9, "layers_run": 8, "heads": 6})
-        model.no_face_taps = (2, 4, 6, 8)
-        model.facexformer.update({"width": 48, "depths": (2, 2, 4, 2), "heads": (2, 4, 8, 16)})
-        model.fusion.heads = 6
-        model.qformer.update({"width": 384, "depth": 4, "heads": 6, "mlp": 1536, "vocabulary": 30523})
-        model.adapter.hidden = 384
+        model.umt.update({"width": 320, "depth": 7, "layers_run": 6, "heads": 5, "checkpoint_size": 128})
+        model.no_face_taps = (1, 2, 4, 6)
+        model.facexformer.update({"width": 48, "depths": (2, 2, 2, 2), "heads": (2, 4, 8, 16), "window": 8})
+        model.fusion.heads = 5
+        model.qformer.update({"width": 256, "depth": 2, "heads": 4, "mlp": 1024, "vocabulary": 8192})
+        model.adapter.hidden = 256
     if preset == "tiny":  # learns the embedded data in minutes on two CPU cores
         model.image_size = 64
         model.frames = 8

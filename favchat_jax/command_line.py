@@ -27,7 +27,7 @@ def start(main: Callable[[], None], argv: list[str] | None = None) -> None:
 
     Only an error of the software itself ends with a traceback.
     """
-    _keep_freed_memory()
+    keep_freed_memory()
     _set_up_logging()
     argv = sys.argv if argv is None else argv
     name = Path(argv[0]).stem
@@ -67,7 +67,7 @@ def _report_unraisable(unraisable) -> None:
         sys.__unraisablehook__(unraisable)
 
 
-def _keep_freed_memory() -> None:
+def keep_freed_memory() -> None:
     """Tells glibc to keep the memory of freed arrays for the next ones instead of giving it back to the system.
 
     A step on a CPU frees and takes hundreds of MB; getting them anew page by page costs a third of its time.

@@ -29,13 +29,15 @@ def default_workdir(config: ml_collections.ConfigDict) -> Path:
     return Path("runs") / f"{config.preset}-{config.variant}{ablation}" / config.stage
 
 
-def train_stage(config: ml_collections.ConfigDict, workdir: Path) -> Outcome:
-    """Trains the stage of `config` in `workdir`, after what it needs.
+def train_stage(config: ml_collections.ConfigDict, workdir: Path, profile: int = 0) -> Outcome:
+    """Trains the stage of `config` in `workdir`, after what it needs; `profile` steps of it are traced.
 
     Raises:
         UserError: something is missing that cannot be made here; the message names the command that makes it.
     """
     check(config)
+    if profile and config.stage == "grpo":
+        raise UserError("--profile traces the stages that learn from text; grpo is not one of them")
     if config.preset == "tiny":
         pretraining.make_missing_parts(config)
     else:
@@ -54,7 +56,7 @@ def train_stage(config: ml_collections.ConfigDict, workdir: Path) -> Outcome:
         if Path(config.init.qformer) == default_workdir(stand_in) and not is_finished(config.init.qformer):
             _train_first(stand_in, config)
     started = time.perf_counter()
-    outcome = (de_grpo.train if config.stage == "grpo" else train)(config, workdir)
+    outcome = de_grpo.train(config, workdir) if config.stage == "grpo" else train(config, workdir, profile)
     if outcome.resumed_at == outcome.steps:
         log.info("%s in %s is already finished at step %d", config.stage, workdir, outcome.steps)
     elif outcome.finished:
@@ -113,12 +115,18 @@ def main() -> None:
     if config is None:
         raise UserError("--config is missing: for example --config=configs/stage3.py")
     command_line.check_kind(_CONFIG, "stage", "configs/stage1.py, stage2.py, stage3.py, coldstart.py, grpo.py")
-    train_stage(config, Path(_WORKDIR.value or default_workdir(config)))
+    train_stage(config, Path(_WORKDIR.value or default_workdir(config)), _PROFILE.value)
 
 
 if __name__ == "__main__":
     _CONFIG = config_flags.DEFINE_config_file("config", None, "Config of the stage, for example configs/stage3.py")
     _WORKDIR = flags.DEFINE_string(
         "workdir", None, "Folder of the run; runs/PRESET-VARIANT[-ABLATION]/STAGE by default"
+    )
+    _PROFILE = flags.DEFINE_integer(
+        "profile",
+        0,
+        "Steps of which a trace is written to WORKDIR/profile, for TensorBoard and Perfetto",
+        lower_bound=0,
     )
     command_line.start(main)

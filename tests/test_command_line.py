@@ -18,7 +18,7 @@ CONFIG = "--config=configs/stage1.py"
 def quiet_set_up(monkeypatch):
     """The process' logging and memory stay as they are."""
     monkeypatch.setattr(command_line, "_set_up_logging", lambda: None)
-    monkeypatch.setattr(command_line, "_keep_freed_memory", lambda: None)
+    monkeypatch.setattr(command_line, "keep_freed_memory", lambda: None)
 
 
 @pytest.fixture

@@ -45,7 +45,7 @@ class Ended:
 def command(capsys, monkeypatch):
     """Runs `python -m favchat_jax.NAME ARGUMENTS` within this process, which costs no start."""
     monkeypatch.setattr(command_line, "_set_up_logging", lambda: None)
-    monkeypatch.setattr(command_line, "_keep_freed_memory", lambda: None)
+    monkeypatch.setattr(command_line, "keep_freed_memory", lambda: None)
     monkeypatch.chdir(ROOT)
 
     def run(name: str, *arguments: object) -> Ended:

@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt8
 from transformers import PreTrainedTokenizerBase
 
 from favchat_jax.convert.mistral import read_config
-from favchat_jax.convert.stacking import unstack_layers
+from favchat_jax.convert.stacking import for_decoding
 from favchat_jax.data.conversation import Conversation, PromptEncoder
 from favchat_jax.models import favchat, lora
 from favchat_jax.models.favchat import ClipFeatures
@@ -60,7 +60,7 @@ def draw(
 ) -> Int[Array, "B"]:
     """One token a row: the likeliest at temperature 0, else at random among the nucleus of `top_p`."""
 
-    def sampled() -> Int[Array, "B"]:
+    def nucleus() -> Int[Array, "B"]:
         scores = logits.astype(jnp.float32) / temperature
         ordered = jnp.sort(scores, axis=-1)[:, ::-1]
         before = jnp.cumsum(jax.nn.softmax(ordered, axis=-1), axis=-1) - jax.nn.softmax(ordered, axis=-1)
@@ -68,8 +68,8 @@ def draw(
         floor = jnp.min(jnp.where((before < top_p) | first, ordered, jnp.inf), axis=-1, keepdims=True)
         return jax.random.categorical(key, jnp.where(scores >= floor, scores, -jnp.inf)).astype(jnp.int32)
 
-    # Of a small model's step on a CPU, sorting the vocabulary is most: it is left out where nothing is drawn.
-    return jax.lax.cond(temperature > 0, sampled, lambda: jnp.argmax(logits, axis=-1).astype(jnp.int32))
+    # Sorting the vocabulary takes longer than a layer, and the likeliest token needs none of it.
+    return jax.lax.cond(temperature > 0, nucleus, lambda: jnp.argmax(logits, axis=-1).astype(jnp.int32))
 
 
 class Sampler:
@@ -116,7 +116,7 @@ class Sampler:
     def load(self, weights: dict[str, Array]) -> None:
         """Answers with other weights of the same model from now on; nothing compiles again."""
         tree = unflatten_dict(dict(weights), sep="/")
-        tree["llm"] = unstack_layers(lora.merge(tree["llm"], self._alpha))
+        tree["llm"] = for_decoding(lora.merge(tree["llm"], self._alpha))
         self._params = {"params": tree}
 
     def encode(self, frames: UInt8[np.ndarray, "B T H W 3"]) -> ClipFeatures:
@@ -143,7 +143,7 @@ class Sampler:
             UserError: an empty question, or a conversation longer than the largest bucket.
         """
         tokens = np.concatenate(
-            list(self._blocks(features, conversations, sampling, sampling.max_new_tokens - 1)), axis=1
+            list(self.blocks(features, conversations, sampling, sampling.max_new_tokens - 1)), axis=1
         )
         texts = [self.text(row) for row in tokens]
         questions = max(len(asked) for asked in conversations)
@@ -183,7 +183,7 @@ class Sampler:
         """
         conversations = [[[(question, None)]] for question in questions]
         count = sampling.max_new_tokens - 1
-        blocks = list(self._blocks(features, conversations, sampling, count, copies=group))
+        blocks = list(self.blocks(features, conversations, sampling, count, copies=group))
         tokens = np.concatenate(blocks, axis=1).reshape(len(questions), group, -1)
         ended = sampling.max_new_tokens - tokens.shape[-1]
         return np.pad(tokens, [(0, 0), (0, 0), (0, ended)], constant_values=self.conversation.eos)
@@ -192,7 +192,7 @@ class Sampler:
         """The answer to one conversation about one clip, piece by piece as it is written."""
         written: list[int] = []
         shown = ""
-        for block in self._blocks(features, [[turns]], sampling, 1):
+        for block in self.blocks(features, [[turns]], sampling, 1):
             written.extend(block[0])
             text = self.text(np.array(written))
             if not text.endswith("\ufffd"):  # a character whose bytes are not all there yet
@@ -200,10 +200,18 @@ class Sampler:
                 shown = text
         yield self.text(np.array(written))[len(shown) :]
 
-    def _blocks(
-        self, features, conversations, sampling: Sampling, count: int, copies: int = 1
+    def blocks(
+        self,
+        features: ClipFeatures,
+        conversations: Sequence[Sequence[Sequence[Turn]]],
+        sampling: Sampling,
+        count: int,
+        copies: int = 1,
     ) -> Iterator[Int[np.ndarray, "B n"]]:
-        """Token ids as they are drawn: the first of each sequence, then `count` at a time until all have ended."""
+        """Token ids as they are drawn: the first of each sequence, then `count` at a time until all have ended.
+
+        Args as of `answer`; each conversation is answered `copies` times.
+        """
         arrays = self._arrays(conversations)
         draw_how = (jnp.float32(sampling.temperature), jnp.float32(sampling.top_p))
         key = jax.random.key_data(jax.random.key(sampling.seed))

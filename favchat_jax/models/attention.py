@@ -1,12 +1,46 @@
-"""Scaled dot-product attention, the one function that every module calls.
+"""Scaled dot-product attention, the one function that every module calls, and the only place that picks a kernel.
 
-Every attention of the model (joint space-time, windowed with a relative position bias, cross-attention, causal with
-grouped heads) goes through `attention`, so that the choice of a kernel is made in one place.
+| who calls | on an NVIDIA GPU | on a TPU | on a CPU |
+|---|---|---|---|
+| joint space-time attention, cross-attention | cuDNN flash attention | splash attention | XLA |
+| causal with grouped heads (`causal`, `window`) | cuDNN flash attention | splash attention | XLA |
+| a padding mask over keys | cuDNN flash attention | splash attention | XLA |
+| windows with a bias, one query a sequence (decoding), masks by query | XLA | XLA | XLA |
+
+Flash kernels never hold the L x S scores, which at the paper's 3136 tokens would be 300 MB a clip and layer. A window
+of 49 tokens or a single query has next to none, and a learned bias would need them for its gradient.
 """
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from contextvars import ContextVar
 
 import chex
 import jax
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
+from jax.experimental.pallas.ops.tpu import splash_attention as splash
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float
+
+LANES = 128  # a TPU's; splash attention takes lengths in multiples of it
+BLOCK = 512  # queries and keys that a splash kernel holds at once, at most
+SHORTEST = 64  # queries from which on a flash kernel pays
+CUDNN_HEAD = 128  # channels of a head that cuDNN takes on every card
+LOWEST = -1e30  # the score of what is hidden
+_TARGET: ContextVar[str | None] = ContextVar("attention_target", default=None)
+
+
+@contextlib.contextmanager
+def compiling_for(platform: str) -> Iterator[None]:
+    """Picks kernels for "cpu", "gpu" or "tpu" whatever this machine has: for compiling ahead of time."""
+    token = _TARGET.set(platform)
+    try:
+        yield
+    finally:
+        _TARGET.reset(token)
 
 
 def attention(
@@ -15,7 +49,9 @@ def attention(
     value: Float[Array, "B S K D"],
     *,
     bias: Float[Array, "#B #H L S"] | None = None,
-    mask: Bool[Array, "#B #H L S"] | None = None,
+    mask: Bool[Array, "#B #H #L S"] | None = None,
+    causal: bool = False,
+    window: int | None = None,
 ) -> Float[Array, "B L H D"]:
     """softmax(q k^T / sqrt(D) + bias) v, with the softmax in float32.
 
@@ -24,7 +60,9 @@ def attention(
         key: keys of K heads, K a divisor of H: query head h reads key head h // (H / K) (grouped-query attention).
         value: values, shaped as `key`.
         bias: added to the scaled scores.
-        mask: True where a query may read a key. A row without any True returns an average of all values.
+        mask: True where a query may read a key. What a query without any True returns is of no meaning.
+        causal: query l reads keys up to l alone.
+        window: with `causal`, query l reads keys after l - window alone.
 
     Returns:
         The attended values, in the dtype of `query`.
@@ -32,4 +70,124 @@ def attention(
     chex.assert_rank([query, key, value], 4)
     chex.assert_equal_shape([key, value])
     chex.assert_is_divisible(query.shape[2], key.shape[2])
-    return jax.nn.dot_product_attention(query, key, value, bias=bias, mask=mask)
+    if causal:
+        chex.assert_equal(query.shape[1], key.shape[1])
+    run = {"xla": _plain, "cudnn": _cudnn, "splash": _splash}[kernel_for(query, key, bias, mask)]
+    return run(query, key, value, bias=bias, mask=mask, causal=causal, window=window)
+
+
+def kernel_for(query: Array, key: Array, bias: Array | None, mask: Array | None) -> str:
+    """Which of "xla", "cudnn" and "splash" these arrays go to, by the platform that is compiled for."""
+    platform = _TARGET.get() or jax.default_backend()
+    over_keys = mask is None or (mask.shape[1:3] == (1, 1))
+    if bias is not None or not over_keys or query.shape[1] < SHORTEST:
+        return "xla"
+    if platform == "tpu":  # over several chips a kernel is divided by the mesh that is set, or not at all
+        alone = jax.device_count() == 1 or not jax.sharding.get_abstract_mesh().empty
+        return "splash" if alone else "xla"
+    # With a mask, cuDNN takes even lengths alone; float32 it does not take at all.
+    even = query.shape[1] % 2 == key.shape[1] % 2 == 0
+    head = query.shape[3] <= CUDNN_HEAD and query.shape[3] % 8 == 0
+    narrow = query.dtype in (jnp.bfloat16, jnp.float16)
+    return "cudnn" if platform == "gpu" and narrow and head and (mask is None or even) else "xla"
+
+
+def _plain(query, key, value, *, bias=None, mask=None, causal=False, window=None):
+    by_head = mask is not None and mask.shape[1] > 1
+    if query.shape[1] == 1 and bias is None and not (causal or by_head):
+        return _one_query(query, key, value, mask)
+    # Products of four dimensions; those of grouped heads would have five, which XLA lays out anew.
+    key, value = (jnp.repeat(x, query.shape[2] // x.shape[2], axis=2) for x in (key, value))
+    return _dot_product(query, key, value, bias, mask, causal, window, "xla")
+
+
+def _one_query(query, key, value, mask):
+    """A token that is decoded: its heads read the cache group by group, where jax's form would first transpose it."""
+    grouped = rearrange(query, "B 1 (K G) D -> B K G D", K=key.shape[2])
+    scores = jnp.einsum("BKGD,BSKD->BKGS", grouped, key, preferred_element_type=jnp.float32) * query.shape[3] ** -0.5
+    if mask is not None:
+        scores = jnp.where(mask, scores, LOWEST)
+    weights = jax.nn.softmax(scores).astype(query.dtype)
+    return rearrange(jnp.einsum("BKGS,BSKD->BKGD", weights, value), "B K G D -> B 1 (K G) D")
+
+
+def _cudnn(query, key, value, *, bias=None, mask=None, causal=False, window=None):
+    if mask is not None:  # becomes a bias, which cuDNN wants whole
+        mask = jnp.broadcast_to(mask, (*mask.shape[:2], query.shape[1], key.shape[1]))
+    return _dot_product(query, key, value, bias, mask, causal, window, "cudnn")
+
+
+def _dot_product(query, key, value, bias, mask, causal, window, implementation):
+    return jax.nn.dot_product_attention(
+        query,
+        key,
+        value,
+        bias=bias,
+        mask=mask,
+        is_causal=causal,
+        local_window_size=(window - 1, 0) if window else None,
+        implementation=implementation,
+    )
+
+
+def _splash(query, key, value, *, bias=None, mask=None, causal=False, window=None, interpret=False):
+    """Splash attention on lengths padded to whole lanes; padding and masked keys are a segment that no query is of."""
+    assert bias is None
+    batch, length, heads, width = query.shape
+    keys, key_heads = key.shape[1:3]
+    seen = jnp.ones((batch, keys), bool) if mask is None else jnp.broadcast_to(mask[:, 0, 0], (batch, keys))
+
+    def laid_out(x):
+        return jnp.pad(jnp.swapaxes(x, 1, 2), [(0, 0), (0, 0), (0, -x.shape[1] % LANES), (0, 0)])
+
+    def one(query, key, value, seen):
+        # Computed while tracing, as constants of the program: no tracer may end up in the cache.
+        with jax.ensure_compile_time_eval():
+            kernel = _splash_kernel(query.shape[0], query.shape[1], key.shape[1], causal, window, interpret)
+        segments = splash.SegmentIds(jnp.ones(query.shape[1], jnp.int32), seen)
+        return kernel(query * width**-0.5, key, value, segments)
+
+    run = _on_own_shard(jax.vmap(one), heads, key_heads, batch)
+    seen = jnp.pad(seen, [(0, 0), (0, -keys % LANES)]).astype(jnp.int32)
+    attended = run(laid_out(query), laid_out(key), laid_out(value), seen)
+    return jnp.swapaxes(attended[:, :, :length], 1, 2).astype(query.dtype)
+
+
+@functools.lru_cache(maxsize=64)
+def _splash_kernel(heads: int, length: int, keys: int, causal: bool, window: int | None, interpret: bool):
+    mask = splash.CausalMask((length, keys)) if causal else splash.FullMask((length, keys))
+    if window is not None:
+        mask = splash.LocalMask((length, keys), (window - 1, 0), 0)
+    q, kv = (_block(n) for n in (length, keys))
+    sizes = splash.BlockSizes(
+        block_q=q,
+        block_kv=kv,
+        block_kv_compute=kv,
+        block_q_dkv=q,
+        block_kv_dkv=kv,
+        block_kv_dkv_compute=kv,
+        block_q_dq=q,
+        block_kv_dq=kv,
+    )
+    masks = splash.MultiHeadMask([mask] * heads)
+    return splash.make_splash_mha(masks, block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret)
+
+
+def _block(length: int) -> int:
+    """The largest multiple of `LANES` up to `BLOCK` that divides a length."""
+    return max(n for n in range(LANES, min(BLOCK, length) + 1, LANES) if length % n == 0)
+
+
+def _on_own_shard(run, heads: int, key_heads: int, batch: int):
+    """`run` on each device's own clips and heads where a mesh is set, since XLA cannot divide a kernel by itself."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return run
+    size = dict(zip(mesh.axis_names, mesh.axis_sizes, strict=True))
+    rows = tuple(axis for axis in ("data", "fsdp") if size.get(axis, 1) > 1)
+    if batch % int(np.prod([size[axis] for axis in rows])):
+        rows = ()
+    tensor = size.get("tensor", 1)
+    split = "tensor" if tensor > 1 and heads % tensor == key_heads % tensor == 0 else None
+    whole, flat = PartitionSpec(rows or None, split), PartitionSpec(rows or None)
+    return jax.shard_map(run, in_specs=(whole, whole, whole, flat), out_specs=whole, check_vma=False)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from favchat_jax.models import quantized
 from favchat_jax.models.linear import flat_product
 
 # PEFT's: uniform within +-1 / sqrt(width of the input).
@@ -32,7 +33,8 @@ def _low_rank_forward(x, a, b):
 
 def _low_rank_backward(saved, dy):
     x, inner, a, b = saved
-    dy_flat = dy.reshape(-1, dy.shape[-1])
+    # Behind a barrier the cotangent exists once; fused into both products below it would be computed for each.
+    dy_flat = jax.lax.optimization_barrier(dy.reshape(-1, dy.shape[-1]))
     d_inner = dy_flat @ b.T
     d_a = x.reshape(-1, x.shape[-1]).T @ d_inner
     d_b = inner.reshape(-1, inner.shape[-1]).T @ dy_flat
@@ -63,7 +65,10 @@ class LoRADense(nn.Module):
     def __call__(self, x: Float[Array, "... D"], deterministic: bool = True) -> Float[Array, "... F"]:
         kernel = self.param("kernel", nn.initializers.lecun_normal(), (x.shape[-1], self.features))
         x = x.astype(self.dtype)
-        y = flat_product(x, kernel.astype(self.dtype))
+        if self.has_variable("params", "kernel_scale"):  # a frozen base in 8 or 4 bits
+            y = quantized.product(x, kernel, self.get_variable("params", "kernel_scale"))
+        else:
+            y = flat_product(x, kernel.astype(self.dtype))
         if not self.rank:
             return y
         lora_a = self.param("lora_a", UNIFORM, (x.shape[-1], self.rank))

@@ -2,7 +2,8 @@
 
 Grouped-query attention with rotary positions, SwiGLU, RMSNorm, optional sliding window (Jiang et al. 2023), LoRA on any
 of its linear layers. Training scans one stacked block over the layers; decoding runs unstacked layers with a key/value
-cache of static length, because slicing stacked weights would copy every layer once per token.
+cache of static length, because slicing stacked weights would copy every layer once per token, and reads the kernels
+that share an input as one where the weights hold them as one (`convert.stacking.for_decoding`).
 """
 
 import dataclasses
@@ -77,15 +78,18 @@ class MistralConfig:
 
 @struct.dataclass
 class LayerCache:
-    """Keys and values of one layer, slot s holding position s. S is static."""
+    """Keys and values of one layer, slot s holding position s. S is static.
 
-    keys: Float[Array, "B S K H"]
-    values: Float[Array, "B S K H"]
+    A head's slots lie together, so that a token's queries read them where they are.
+    """
+
+    keys: Float[Array, "B K S H"]
+    values: Float[Array, "B K S H"]
 
 
 def empty_cache(config: MistralConfig, batch: int, length: int, dtype=jnp.float32) -> list[LayerCache]:
     """One zeroed cache a layer, for `batch` sequences of at most `length` tokens."""
-    shape = (batch, length, config.num_key_value_heads, config.head_dim)
+    shape = (batch, config.num_key_value_heads, length, config.head_dim)
     return [LayerCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(config.num_hidden_layers)]
 
 
@@ -126,15 +130,19 @@ class Attention(nn.Module):
         def project(name, features, value):
             return adapted(name, features, self.lora, self.dtype, name)(value, deterministic)
 
-        query = project("q_proj", config.num_attention_heads * config.head_dim, x)
-        key = project("k_proj", config.num_key_value_heads * config.head_dim, x)
-        value = project("v_proj", config.num_key_value_heads * config.head_dim, x)
+        own, shared = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+        if self.has_variable("params", "qkv_proj"):
+            query, key, value = jnp.split(project("qkv_proj", own + 2 * shared, x), (own, own + shared), axis=-1)
+        else:
+            query, key, value = project("q_proj", own, x), project("k_proj", shared, x), project("v_proj", shared, x)
         query, key, value = (rearrange(t, "B L (N H) -> B L N H", H=config.head_dim) for t in (query, key, value))
         query, key = rotate(query, positions, config.rope_theta), rotate(key, positions, config.rope_theta)
-        if cache is not None:
+        if cache is None:
+            y = attention(query, key, value, mask=mask, causal=True, window=config.sliding_window)
+        else:
             cache = LayerCache(_write(cache.keys, key, positions), _write(cache.values, value, positions))
-            key, value = cache.keys.astype(self.dtype), cache.values.astype(self.dtype)
-        y = attention(query, key, value, mask=mask)
+            key, value = (jnp.swapaxes(x, 1, 2).astype(self.dtype) for x in (cache.keys, cache.values))
+            y = attention(query, key, value, mask=mask)
         return project("o_proj", config.hidden_size, rearrange(y, "B L N H -> B L (N H)")), cache
 
 
@@ -169,8 +177,11 @@ class MLP(nn.Module):
         def project(name, features, value):
             return adapted(name, features, self.lora, self.dtype, name)(value, deterministic)
 
-        gate = project("gate_proj", self.config.intermediate_size, x)
-        up = project("up_proj", self.config.intermediate_size, x)
+        width = self.config.intermediate_size
+        if self.has_variable("params", "gate_up_proj"):
+            gate, up = jnp.split(project("gate_up_proj", 2 * width, x), 2, axis=-1)
+        else:
+            gate, up = project("gate_proj", width, x), project("up_proj", width, x)
         return project("down_proj", self.config.hidden_size, nn.silu(gate) * up)
 
 
@@ -233,18 +244,18 @@ class Mistral(nn.Module):
             embeddings: embedded tokens, visual ones included.
             positions: position of each token; 0, 1, ... by default. With a cache they are also the slots written,
                 consecutive from the first one on.
-            valid: False at padding, which nothing reads. Padding on the right needs none: causality hides it.
+            valid: False at padding, which nothing reads (without a cache only). Padding on the right needs none:
+                causality hides it.
             cache: one a layer (with `scan=False` only); keys of earlier tokens are read from it.
             deterministic: no dropout.
         """
         batch, length, _ = embeddings.shape
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(length), (batch, length))
-        slots = jnp.broadcast_to(jnp.arange(length), (batch, length)) if cache is None else positions
-        keys = length if cache is None else cache[0].keys.shape[1]
-        mask = causal_mask(slots, keys, self.config.sliding_window)
-        if valid is not None:
-            mask &= valid[:, None, None, :]
+        # Without a cache tokens lie in the order of their slots, so that causality needs no mask.
+        mask = None if valid is None else valid[:, None, None, :]
+        if cache is not None:
+            mask = causal_mask(positions, cache[0].keys.shape[2], self.config.sliding_window)
         x = embeddings.astype(self.dtype)
         if self.scan:
             if cache is not None:
@@ -266,7 +277,7 @@ def adapted(target: str, features: int, lora: LoRA, dtype: jnp.dtype, name: str 
 
 
 def causal_mask(slots: Int[Array, "B L"], keys: int, window: int | None) -> Bool[Array, "B 1 L S"]:
-    """True where the query in a slot may read key slot s: s <= slot, and s > slot - window if there is a window."""
+    """Over a cache: True where a query's slot may read key slot s: s <= slot, s > slot - window if there is one."""
     distance = slots[:, :, None] - jnp.arange(keys)
     mask = distance >= 0
     if window is not None:
@@ -274,7 +285,7 @@ def causal_mask(slots: Int[Array, "B L"], keys: int, window: int | None) -> Bool
     return mask[:, None]
 
 
-def _write(cache: Float[Array, "B S K H"], new: Float[Array, "B L K H"], positions: Int[Array, "B L"]):
+def _write(cache: Float[Array, "B K S H"], new: Float[Array, "B L K H"], positions: Int[Array, "B L"]):
     """Writes each row's new entries into its slots from positions[row, 0] on."""
-    update = jax.vmap(lambda row, entries, start: jax.lax.dynamic_update_slice(row, entries, (start, 0, 0)))
-    return update(cache, new.astype(cache.dtype), positions[:, 0])
+    update = jax.vmap(lambda row, entries, start: jax.lax.dynamic_update_slice(row, entries, (0, start, 0)))
+    return update(cache, jnp.swapaxes(new, 1, 2).astype(cache.dtype), positions[:, 0])

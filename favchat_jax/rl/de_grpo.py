@@ -34,6 +34,7 @@ from favchat_jax.rl.pool import Pool, Settings
 from favchat_jax.training import assembly, loop, stages
 from favchat_jax.training.checkpoint import Checkpoints
 from favchat_jax.training.checks import claim
+from favchat_jax.training.programs import keep_programs
 from favchat_jax.training.step import TrainState, Weights, compiler_options, next_token_targets
 from favchat_jax.weights_folder import load_weights, save_weights
 
@@ -52,6 +53,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> loop.Outcom
     workdir, settings = Path(workdir), config.rl
     check(config)
     claim(workdir, config)
+    keep_programs(workdir)
     functions = {name: (rewards.load(reward.path), reward.weight) for name, reward in settings.rewards.items()}
     prepare(config.data.name, config.data.root or None, config.data.packed)
     records = usable_records(config, settings.split, settings.samples)

@@ -24,6 +24,7 @@ ONE_OF = {
     "ablation": ABLATIONS,
     "stage": tuple(STAGES),
     "model.dtype": ("float32", "bfloat16"),
+    "llm.storage": ("full", "int8", "int4"),
     "data.sampling": ("rand", "middle"),
 }
 

@@ -30,9 +30,11 @@ from favchat_jax.data.datasets import open_dataset, prepare, training_split
 from favchat_jax.data.loader import Batch, BatchIterator, training_batches
 from favchat_jax.data.video import Augment
 from favchat_jax.errors import RunError, UserError
+from favchat_jax.models.quantized import store
 from favchat_jax.training import assembly, stages
 from favchat_jax.training.checkpoint import Checkpoints, load_config
 from favchat_jax.training.checks import check, claim
+from favchat_jax.training.programs import keep_programs, tracing
 from favchat_jax.training.step import TrainState, make_step, new_state
 from favchat_jax.weights_folder import save_weights
 
@@ -59,8 +61,13 @@ class Outcome:
         return self.step >= self.steps
 
 
-def train(config: ml_collections.ConfigDict, workdir: str | Path) -> Outcome:
+def train(config: ml_collections.ConfigDict, workdir: str | Path, profile: int = 0) -> Outcome:
     """Trains one stage in `workdir`, from its newest checkpoint if there is one.
+
+    Args:
+        config: of the stage.
+        workdir: holds all that the run leaves.
+        profile: steps of which a trace is written to `workdir/profile`.
 
     Raises:
         UserError: the workdir belongs to another config, a source of weights or data is missing, the disk is full.
@@ -69,6 +76,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> Outcome:
     workdir = Path(workdir)
     check(config)
     claim(workdir, config)
+    keep_programs(workdir)
     prepare(config.data.name, config.data.root or None, config.data.packed)
     parts = assembly.assemble(config)
     with contextlib.closing(open_batches(config, parts)) as batches:
@@ -81,8 +89,11 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> Outcome:
             if resumed_at < steps:
                 rate = stages.schedule(config.optimizer, steps)
                 update = make_step(parts.model, optimizer, rate, accumulate=config.accumulate, chunk=config.loss_chunk)
-                with Metrics(workdir, resumed_at, config.log_every) as metrics:
-                    state = _run(config, steps, state, frozen, update, batches, checkpoints, metrics)
+                with (
+                    Metrics(workdir, resumed_at, config.log_every) as metrics,
+                    tracing(workdir, profile, resumed_at) as trace,
+                ):
+                    state = _run(config, steps, state, frozen, update, batches, checkpoints, metrics, trace)
         finally:
             checkpoints.close()
     return Outcome(int(state.step), steps, resumed_at)
@@ -210,12 +221,12 @@ def start(config, workdir, parts, optimizer, checkpoints, batches) -> tuple[Trai
     if set(frozen) != set(frozen_shapes):
         raise UserError(f"{workdir}/frozen is not of this config: delete the workdir and train again")
     dtype = jnp.dtype(config.model.dtype)
-    frozen = {path: jnp.asarray(leaf, dtype) for path, leaf in frozen.items()}
+    frozen = store({path: jnp.asarray(leaf, dtype) for path, leaf in frozen.items()}, config.llm.storage)
     # Committed to their device from the start, as the step's results are: otherwise its second call compiles again.
     return jax.device_put((state, frozen), jax.devices()[0])
 
 
-def _run(config, steps, state, frozen, update, batches, checkpoints, metrics) -> TrainState:
+def _run(config, steps, state, frozen, update, batches, checkpoints, metrics, trace) -> TrainState:
     """Steps until the end, SIGTERM or Ctrl-C, which save first."""
     step = int(state.step)
     with termination() as stop, tqdm(total=steps, initial=step, desc=config.stage, unit="step", mininterval=1) as bar:
@@ -223,6 +234,7 @@ def _run(config, steps, state, frozen, update, batches, checkpoints, metrics) ->
         while step < steps and not stop.is_set():
             batch, waited = _next(batches, pending)
             arrays = {k: v for k, v in batch.arrays.items() if k != "length"}
+            trace(step, state)
             state, values = update(state, frozen, arrays)
             step += 1
             if pending:

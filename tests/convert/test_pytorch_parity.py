@@ -17,12 +17,13 @@ from flax.traverse_util import unflatten_dict
 
 from configs import stage2
 from favchat_jax.convert.pytorch.inputs_favchat import Prompts
+from favchat_jax.convert.torch_model import for_torch, torch_favchat
 from favchat_jax.generation.sampler import Sampler, Sampling
 from favchat_jax.models import favchat
 from favchat_jax.models.favchat import ABLATIONS
 from favchat_jax.models.mistral import MistralConfig
 from favchat_jax.training.step import batch_loss
-from tests.convert.torch_parts import error, for_torch, gradient_error, inputs, torch_favchat
+from tests.convert.torch_parts import error, gradient_error, inputs
 from tests.data.tokenizers_for_tests import words
 from tests.models.tiny_parts import MISTRAL, MISTRAL_7B, config_json, drawn_flat, favchat_shapes, tiny_config
 
@@ -56,7 +57,7 @@ def compare(config, llm, weights, batch) -> dict[str, float]:
     model = favchat.build(config.model, llm, ablation=config.ablation, lora_rank=config.model.lora.rank)
     logits = np.asarray(jax_logits(model, weights, batch))
     loss, gradient = jax.device_get(jax_gradient(model, weights, batch))
-    reference = torch_favchat(config, llm, weights)
+    reference = torch_favchat(config, config_json(llm), weights)
     output = reference(**for_torch(batch))
     output.loss.backward()
     return {
@@ -71,7 +72,7 @@ def logits_error(config, llm, weights, batch) -> float:
     model = favchat.build(config.model, llm, ablation=config.ablation, lora_rank=config.model.lora.rank)
     logits = np.asarray(jax_logits(model, weights, batch))
     with torch.no_grad():
-        return error(logits, torch_favchat(config, llm, weights)(**for_torch(batch)).logits)
+        return error(logits, torch_favchat(config, config_json(llm), weights)(**for_torch(batch)).logits)
 
 
 def drawn_weights(config, llm, spread, seed=0):
@@ -114,7 +115,7 @@ def test_greedy_answers_are_the_same_over_64_tokens(ablation, tmp_path):
     sampler = Sampler(config, weights, tokenizer, tokenizer)
     questions = [["word3 word5 word5", "word7 word8 word9"], ["word11 word2 word2", "word4 word1 word6"]]
     asked = [[[(question, None)] for question in row] for row in questions]
-    blocks = sampler._blocks(sampler.encode(batch["frames"]), asked, Sampling(max_new_tokens=64), 63)
+    blocks = sampler.blocks(sampler.encode(batch["frames"]), asked, Sampling(max_new_tokens=64), 63)
     ours = np.concatenate(list(blocks), axis=1)
 
     rows = [question for row in questions for question in row]
@@ -122,7 +123,7 @@ def test_greedy_answers_are_the_same_over_64_tokens(ablation, tmp_path):
     prompts = Prompts(tokenizer, tokenizer, visual, length, longest=10**6)
     prompt_ids, prompt_mask = (torch.stack(x) for x in zip(*map(prompts.for_qformer, rows), strict=True))
     tokens = torch.stack([prompts.conversation((), question, config.model.frames) for question in rows])
-    theirs = torch_favchat(config, MISTRAL, weights).generate(
+    theirs = torch_favchat(config, config_json(MISTRAL), weights).generate(
         input_ids=tokens,
         frames=torch.tensor(batch["frames"]),
         prompt_ids=prompt_ids,

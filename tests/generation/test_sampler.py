@@ -234,7 +234,7 @@ def test_a_streamed_answer_is_the_answer_piece_by_piece(sampler, features, answe
 def test_a_character_of_several_tokens_is_streamed_in_one_piece(setting, sampler, features, monkeypatch):
     written = "a na\u00efve \u4f60 hat"
     ids = setting.tokenizer.encode(written, add_special_tokens=False)
-    monkeypatch.setattr(sampler, "_blocks", lambda *_: iter(np.array(ids)[:, None, None]))
+    monkeypatch.setattr(sampler, "blocks", lambda *_: iter(np.array(ids)[:, None, None]))
     pieces = list(sampler.stream(of_clip(features, 0), asked(QUESTIONS[0]), GREEDY))
     assert "".join(pieces) == written
     assert not [piece for piece in pieces if "\ufffd" in piece]

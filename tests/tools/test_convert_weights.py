@@ -40,7 +40,7 @@ class Ended:
 def convert(capsys, monkeypatch):
     """Runs the command within this process, with the sizes of the tiny models in place of the published ones."""
     monkeypatch.setattr(command_line, "_set_up_logging", lambda: None)
-    monkeypatch.setattr(command_line, "_keep_freed_memory", lambda: None)
+    monkeypatch.setattr(command_line, "keep_freed_memory", lambda: None)
     for kind, source in PICKLED.items():
         monkeypatch.setattr(source, "weight_shapes", lambda kind=kind: CASES[kind][1])
 

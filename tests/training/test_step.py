@@ -1,4 +1,5 @@
 import contextlib
+import logging
 
 import jax
 import jax.numpy as jnp
@@ -153,3 +154,26 @@ def test_stream_weights_are_averaged_over_the_questions_that_were_asked(scene):
     asked = batch["loss_mask"].any(-1).sum()
     assert sums["questions"] == asked
     np.testing.assert_allclose(sums["streams"], [asked / 2, asked / 2], rtol=1e-5)  # a fresh gate is undecided
+
+
+def test_nothing_compiles_after_the_first_step_of_each_bucket(scene, caplog):
+    model, weights, batch, _ = scene
+    lengths = [batch["tokens"].shape[-1], batch["tokens"].shape[-1] + 8]
+
+    def padded(length):
+        extra = [(0, 0), (0, 0), (0, length - batch["tokens"].shape[-1])]
+        return {**batch, **{name: np.pad(batch[name], extra) for name in ("tokens", "loss_mask")}}
+
+    optimizer = optax.sgd(1e-3)
+    trainable = {path: leaf for path, leaf in weights.items() if "lora" in path}
+    frozen = {path: leaf for path, leaf in weights.items() if path not in trainable}
+    state = new_state(jax.tree.map(jnp.copy, trainable), optimizer, 0)
+    state, frozen = jax.device_put((state, frozen), jax.devices()[0])
+    update = make_step(model, optimizer, optax.constant_schedule(1e-3), accumulate=1, chunk=64)
+    compiled = []
+    for length in (*lengths, *reversed(lengths)):
+        caplog.clear()
+        with jax.log_compiles(), caplog.at_level(logging.WARNING):
+            state, _ = update(state, frozen, padded(length))
+        compiled.append(sum("Finished XLA compilation" in record.getMessage() for record in caplog.records))
+    assert [count > 0 for count in compiled] == [True, True, False, False]

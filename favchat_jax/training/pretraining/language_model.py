@@ -6,6 +6,7 @@ A tokenizer trained on the corpus and a small Mistral, in a Hugging Face folder.
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -46,34 +47,10 @@ def make_language_model(config: ConfigDict, records: Sequence[Record], frames: C
     """
     del frames
     rng = np.random.default_rng(config.seed)
-    _train_tokenizer(records, config.pretrain.llm.vocabulary).save_pretrained(folder)
+    told = [text for r in records for text in (r.summary, *r.targets.values(), *_spoken(r))]
+    told += [reasoning.response(record, rng) for record in records if reasoning.can_be_told(record)]
+    write_sizes(folder, config.pretrain.llm, told)
     tokenizer = load_tokenizer(folder)
-    sizes = config.pretrain.llm
-    (folder / "config.json").write_text(
-        json.dumps(
-            {
-                "architectures": ["MistralForCausalLM"],
-                "model_type": "mistral",
-                "vocab_size": sizes.vocabulary,
-                "hidden_size": sizes.width,
-                "intermediate_size": sizes.mlp,
-                "num_hidden_layers": sizes.layers,
-                "num_attention_heads": sizes.heads,
-                "num_key_value_heads": sizes.kv_heads,
-                "head_dim": sizes.width // sizes.heads,
-                "rms_norm_eps": 1e-5,
-                "rope_theta": 10000.0,
-                "sliding_window": None,
-                "max_position_embeddings": 512,
-                "tie_word_embeddings": False,
-                "hidden_act": "silu",
-                "bos_token_id": tokenizer.bos_token_id,
-                "eos_token_id": tokenizer.eos_token_id,
-                "torch_dtype": "float32",
-            },
-            indent=1,
-        )
-    )
     model = Mistral(mistral_folder.read_config(folder))
     visual_tokens = config.model.qformer.queries + config.model.qformer.extra_queries
     texts = _texts(Conversation(tokenizer, visual_tokens), tokenizer, records, config.data.buckets[-1], rng)
@@ -103,15 +80,49 @@ def make_language_model(config: ConfigDict, records: Sequence[Record], frames: C
     mistral_folder.write_weights(folder, jax.device_get(weights))
 
 
-def _train_tokenizer(records: Sequence[Record], vocabulary: int) -> PreTrainedTokenizerFast:
+def _spoken(record: Record) -> Iterator[str]:
+    return (f"{q.question} {q.answer}" for q in record.questions)
+
+
+def write_sizes(folder: Path, sizes: Any, texts: Sequence[str]) -> None:
+    """Writes what a Hugging Face folder holds beside its weights: config.json of these sizes, and a tokenizer.
+
+    Args:
+        folder: where to write.
+        sizes: `pretrain.llm` of a config.
+        texts: what the tokenizer learns its pieces from.
+    """
+    _train_tokenizer(texts, sizes.vocabulary).save_pretrained(folder)
+    tokenizer = load_tokenizer(folder)
+    (folder / "config.json").write_text(
+        json.dumps(
+            {
+                "architectures": ["MistralForCausalLM"],
+                "model_type": "mistral",
+                "vocab_size": sizes.vocabulary,
+                "hidden_size": sizes.width,
+                "intermediate_size": sizes.mlp,
+                "num_hidden_layers": sizes.layers,
+                "num_attention_heads": sizes.heads,
+                "num_key_value_heads": sizes.kv_heads,
+                "head_dim": sizes.width // sizes.heads,
+                "rms_norm_eps": 1e-5,
+                "rope_theta": 10000.0,
+                "sliding_window": None,
+                "max_position_embeddings": 512,
+                "tie_word_embeddings": False,
+                "hidden_act": "silu",
+                "bos_token_id": tokenizer.bos_token_id,
+                "eos_token_id": tokenizer.eos_token_id,
+                "torch_dtype": "float32",
+            },
+            indent=1,
+        )
+    )
+
+
+def _train_tokenizer(texts: Sequence[str], vocabulary: int) -> PreTrainedTokenizerFast:
     """Byte-pair encoding over the corpus' text, with Mistral's special tokens."""
-    texts = [
-        text
-        for r in records
-        for text in (r.summary, *r.targets.values(), *(f"{q.question} {q.answer}" for q in r.questions))
-    ]
-    rng = np.random.default_rng(0)
-    texts += [reasoning.response(r, rng) for r in records if reasoning.can_be_told(r)]
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

@@ -1,0 +1,80 @@
+"""The PyTorch FaVChat in memory, with this project's weights and inputs: what the two are compared with.
+
+Imports PyTorch and PEFT, so nothing of the package imports it unless it is asked for.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import peft
+import torch
+from ml_collections import ConfigDict
+
+from favchat_jax.convert import exported, favchat, lora, mistral
+from favchat_jax.convert.pytorch.configuration_favchat import FaVChatConfig
+from favchat_jax.convert.pytorch.modeling_favchat import FaVChatForConditionalGeneration
+from favchat_jax.convert.table import write
+
+# Names of the language model's base in a PEFT model.
+LLM = ("base_model.model.model.", "base_model.model.lm_head.")
+IN_MEMORY = dataclasses.replace(lora.TABLE, rows=lora.rows("default"))
+
+
+def published(weights: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """Weights by path, or gradients of them, under the names of a PEFT model's parameters; empties `weights`.
+
+    A large model exists in one of the two forms at a time.
+    """
+    tensors = {}
+    while weights:
+        path, leaf = weights.popitem()
+        if path.endswith(("lora_a", "lora_b")):
+            tensors |= write(IN_MEMORY, {path: leaf})
+        else:
+            table = mistral.TABLE if path.startswith("llm/") else favchat.TABLE
+            written = write(table, {path.removeprefix("llm/"): leaf})
+            tensors |= {f"base_model.model.{name}": tensor for name, tensor in written}
+    return {name: torch.tensor(tensors.pop(name)) for name in list(tensors)}
+
+
+def torch_favchat(config: ConfigDict, llm: Mapping[str, Any], weights: dict[str, Any]) -> peft.PeftModel:
+    """The PyTorch model of a config with PEFT's adapters, on exactly the weights given: none is missing or left over.
+
+    All that stage 2 trains has gradients; `weights` are used up.
+
+    Args:
+        config: of a run.
+        llm: fields of the language model's config.json.
+        weights: every weight by path.
+    """
+    settings = FaVChatConfig(**exported.favchat_config(config, llm, "float32"))
+    with torch.device("meta"):
+        model = FaVChatForConditionalGeneration(settings)
+    model.model.rotary_emb = type(model.model.rotary_emb)(settings)  # a buffer that no weight fills
+    section = config.model.lora
+    adapters = peft.LoraConfig(r=section.rank, lora_alpha=section.alpha, target_modules=list(section.targets))
+    wrapped = peft.get_peft_model(model, adapters).eval()
+    # PEFT calls an adapted layer's own weight base_layer.
+    tensors = {name.replace(".base_layer.", "."): name for name in wrapped.state_dict()}
+    wrapped.load_state_dict({tensors[name]: tensor for name, tensor in published(weights).items()}, assign=True)
+    for name, parameter in wrapped.named_parameters():
+        parameter.requires_grad_("lora_" in name or not name.startswith(LLM))
+    return wrapped
+
+
+def for_torch(batch: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
+    """The same batch as the PyTorch model takes it."""
+
+    def rows(name: str) -> torch.Tensor:
+        return torch.tensor(batch[name].reshape(-1, batch[name].shape[-1]))
+
+    tokens = rows("tokens").long()
+    return {
+        "input_ids": tokens,
+        "frames": torch.tensor(batch["frames"]),
+        "prompt_ids": rows("prompt").long(),
+        "prompt_mask": rows("prompt_mask"),
+        "labels": tokens.masked_fill(~rows("loss_mask"), -100),
+    }

@@ -1,0 +1,79 @@
+"""Compiled programs: kept in the workdir, so that a run that goes on compiles nothing anew, and traced on request."""
+
+import contextlib
+import hashlib
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.experimental.compilation_cache import compilation_cache
+
+from favchat_jax.errors import UserError
+
+WARM_UP = 2  # steps before a trace begins: they compile and fill queues
+
+
+def keep_programs(workdir: Path) -> None:
+    """Keeps what is compiled from now on in `workdir/compiled`, unless JAX_COMPILATION_CACHE_DIR names another place.
+
+    Programs for a CPU hold its own instructions, so those of each kind of processor have a folder of their own.
+    """
+    if os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        return
+    jax.config.update("jax_compilation_cache_dir", str(workdir / "compiled" / _machine()))
+    compilation_cache.reset_cache()  # of the stage before, if this process trained one
+
+
+def _machine() -> str:
+    if jax.default_backend() != "cpu":
+        return jax.default_backend()
+    with contextlib.suppress(OSError):
+        flags = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith(("flags", "Feat"))]
+        return f"cpu-{hashlib.sha256(''.join(flags[:1]).encode()).hexdigest()[:12]}"
+    return "cpu"
+
+
+@contextlib.contextmanager
+def tracing(workdir: Path, steps: int, first: int) -> Iterator[Callable[[int, Any], None]]:
+    """Writes a trace of some steps to `workdir/profile`, for TensorBoard (xplane) and ui.perfetto.dev.
+
+    Args:
+        workdir: of the run.
+        steps: how many; 0 for no trace.
+        first: the step that the run starts from; the trace begins `WARM_UP` steps later.
+
+    Yields:
+        A function to be called before each step with its number and the state, which is waited for at both ends.
+
+    Raises:
+        UserError: the trace cannot be written.
+    """
+    running = False
+
+    def stop() -> None:
+        nonlocal running
+        running = False
+        try:
+            jax.profiler.stop_trace()
+        except OSError as error:
+            raise UserError(
+                f"{workdir}/profile cannot be written ({error.strerror}): train without --profile"
+            ) from None
+
+    def before(step: int, state: Any) -> None:
+        nonlocal running
+        if steps and step == first + WARM_UP:
+            jax.block_until_ready(state)
+            jax.profiler.start_trace(str(workdir / "profile"), create_perfetto_trace=True)
+            running = True
+        elif running and step == first + WARM_UP + steps:
+            jax.block_until_ready(state)
+            stop()
+
+    try:
+        yield before
+    finally:
+        if running:
+            stop()

@@ -1,0 +1,91 @@
+"""What both sides start from: a config, a language model's folder, weights and inputs, all drawn from one seed."""
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+from flax.traverse_util import unflatten_dict
+
+from favchat_jax.convert import mistral
+from favchat_jax.data.conversation import VISUAL_PLACEHOLDER
+from favchat_jax.data.loader import INSTRUCTIONS
+from favchat_jax.training import assembly
+from favchat_jax.training.pretraining.language_model import write_sizes
+from favchat_jax.training.stages import group_of
+from favchat_jax.weights_folder import load_weights, save_weights
+
+QUESTION = "What can be seen of the face in this video, and which emotion does it show?"
+CLIPS = 4  # in a training step
+
+
+def settings(folder: str, preset: str) -> ml_collections.ConfigDict:
+    """Stage 2's config on the material in `folder`, without dropout, so that both sides compute the same numbers."""
+    config = importlib.import_module("configs.stage2").get_config(f"preset={preset}")
+    config.llm.path = str(Path(folder) / "llm")
+    config.init.update({"umt": "", "facexformer": "", "qformer": "", "from_run": ""})
+    config.model.lora.dropout = config.model.qformer.dropout = 0.0
+    config.model.dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    config.batch = CLIPS
+    return config
+
+
+def make(folder: str, preset: str) -> None:
+    """Draws the language model and all other weights into `folder`."""
+    llm = Path(folder) / "llm"
+    llm.mkdir()
+    config = settings(folder, preset)
+    write_sizes(llm, config.pretrain.llm, INSTRUCTIONS)
+    rng = np.random.default_rng(0)
+    shapes = mistral.weight_shapes(mistral.read_config(llm))
+    mistral.write_weights(llm, unflatten_dict({path: _drawn(rng, path, shapes[path]) for path in shapes}, sep="/"))
+    parts = assembly.assemble(config)
+    weights = assembly.initial_weights(config, parts.model)
+    # Fresh adapters are zero, which would leave them out of what is compared.
+    fresh = {path: _drawn(rng, path, leaf.shape) for path, leaf in weights.items() if path.endswith("lora_b")}
+    weights |= {path: jnp.asarray(leaf) for path, leaf in fresh.items()}
+    # The end of text never comes, so that every answer has all its tokens.
+    head = weights["llm/lm_head/lora_b"]
+    weights["llm/lm_head/lora_b"] = head.at[:, parts.tokenizer.eos_token_id].set(0)
+    save_weights(Path(folder) / "weights", {p: w for p, w in weights.items() if group_of(p) != "llm"}, {})
+
+
+def _drawn(rng: np.random.Generator, path: str, shape: tuple[int, ...]) -> np.ndarray:
+    if path.endswith("scale"):
+        return np.ones(shape, np.float32)
+    drawn = rng.standard_normal(shape, np.float32) * (shape[-1] if "embed" in path else shape[-2]) ** -0.5
+    if path == "lm_head/kernel":
+        drawn[:, 2] = 0  # the end of text
+    return drawn
+
+
+def weights(folder: str) -> dict[str, Any]:
+    """Every weight by path."""
+    return {**assembly.load_llm(str(Path(folder) / "llm")), **load_weights(Path(folder) / "weights")}
+
+
+def batch(config: ml_collections.ConfigDict) -> dict[str, np.ndarray]:
+    """A training step's batch: random frames, and one question a clip whose answer fills half of the text."""
+    rng = np.random.default_rng(0)
+    llm, qformer = mistral.read_config(config.llm.path), config.model.qformer
+    visual, length = qformer.queries + qformer.extra_queries, config.data.buckets[1]
+    tokens = rng.integers(0, llm.vocab_size, (CLIPS, 1, length)).astype(np.int32)
+    tokens[:, :, 2 : 2 + visual] = VISUAL_PLACEHOLDER
+    prompt = (CLIPS, 1, config.data.prompt_length)
+    return {
+        "frames": frames(config, CLIPS),
+        "tokens": tokens,
+        "loss_mask": np.broadcast_to(np.arange(length) >= (length + visual) // 2, tokens.shape),
+        "prompt": rng.integers(0, min(qformer.vocabulary, llm.vocab_size), prompt).astype(np.int32),
+        "prompt_mask": np.ones(prompt, bool),
+    }
+
+
+def frames(config: ml_collections.ConfigDict, clips: int) -> np.ndarray:
+    """Random clips."""
+    size = config.model.image_size
+    shape = (clips, config.model.frames, size, size, 3)
+    return np.random.default_rng(1).integers(0, 256, shape, np.uint8)

@@ -1,0 +1,130 @@
+"""Our side: the training step, the sampler and the loader, as runs that measure themselves."""
+
+import contextlib
+import itertools
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from favchat_jax.data.conversation import Conversation, PromptEncoder
+from favchat_jax.data.datasets import open_dataset
+from favchat_jax.data.loader import training_batches
+from favchat_jax.generation.sampler import Sampler, Sampling
+from favchat_jax.training import assembly, stages
+from favchat_jax.training.step import make_step, new_state
+from tools.beside_pytorch import material
+from tools.beside_pytorch.contest import Runs
+
+BLOCK = 21  # tokens: the first comes from the prompt, three blocks follow
+TOKENS = 1 + 3 * BLOCK
+READ = 2**29  # bytes whose reading measures the memory's bandwidth
+
+
+def train(folder: str, preset: str) -> Runs:
+    """Steps of stage 2, with all activations kept, and rematerialised."""
+    config = material.settings(folder, preset)
+    batch = material.batch(config)
+    weights = {path: jnp.asarray(leaf) for path, leaf in material.weights(folder).items()}
+    trainable, frozen = stages.split(weights, config.variant, config.stage)
+    # Committed to their device, as a run's are: otherwise the second step compiles again.
+    frozen = {path: jnp.asarray(leaf, config.model.dtype) for path, leaf in frozen.items()}
+    trainable, frozen = jax.device_put((trainable, frozen), jax.devices()[0])
+    optimizer = stages.make_optimizer(config.optimizer, 1000)
+
+    def steps(remat: bool):
+        config.model.remat = remat
+        model = assembly.assemble(config).model
+        rate = stages.schedule(config.optimizer, 1000)
+        update = make_step(model, optimizer, rate, accumulate=1, chunk=config.loss_chunk)
+        state = [jax.device_put(new_state(jax.tree.map(jnp.copy, trainable), optimizer, 0), jax.devices()[0])]
+
+        def run() -> tuple[float, dict[str, float]]:
+            started = time.perf_counter()
+            state[0], metrics = update(state[0], frozen, batch)
+            loss = float(jax.block_until_ready((state[0], metrics))[1]["loss"])
+            return time.perf_counter() - started, {"loss": loss}
+
+        return run
+
+    return {"kept": steps(False), "rematerialised": steps(True)}
+
+
+def decode(folder: str, preset: str, batch: int) -> Runs:
+    """Answers of `TOKENS` tokens to one question about each of `batch` clips whose features are there."""
+    config = material.settings(folder, preset)
+    parts = assembly.assemble(config)
+    weights = {path: jnp.asarray(leaf, config.model.dtype) for path, leaf in material.weights(folder).items()}
+    sampler = Sampler(config, weights, parts.tokenizer, parts.prompt_tokenizer)
+    features = sampler.encode(material.frames(config, batch))
+    conversations = [[[(material.QUESTION, None)]]] * batch
+    read = sum(leaf.nbytes for path, leaf in weights.items() if path.startswith("llm/") and path.endswith("kernel"))
+
+    def answer() -> tuple[float, dict[str, Any]]:
+        started = time.perf_counter()
+        written, marks = [], [started]
+        for block in sampler.blocks(features, conversations, Sampling(TOKENS), BLOCK):
+            written.append(block)
+            marks.append(time.perf_counter())
+        tokens = np.concatenate(written, axis=1)
+        blocks = np.diff(marks)[1:] / BLOCK
+        return marks[-1] - started, {"tokens": tokens.tolist(), "per_token": blocks.tolist(), "bytes": read}
+
+    return {"merged": answer, "memory": memory()}
+
+
+def memory() -> Callable[[], tuple[float, float]]:
+    """A run that reads a large array with all cores; its result is bytes a second, of the fastest of several times."""
+    array = jnp.ones((READ // 4096, 1024))
+    read = jax.jit(lambda array: array.sum(axis=1))
+    read(array).block_until_ready()
+
+    def run() -> tuple[float, float]:
+        seconds = []
+        for _ in range(5):
+            started = time.perf_counter()
+            read(array).block_until_ready()
+            seconds.append(time.perf_counter() - started)
+        return min(seconds), READ / min(seconds)
+
+    return run
+
+
+def loader(folder: str, preset: str, name: str, packed: str, workers: tuple[int, ...], seconds: float) -> Runs:
+    """Clips a second of the training stream, by number of worker processes."""
+    config = material.settings(folder, preset)
+    parts = assembly.assemble(config)
+    qformer = config.model.qformer
+
+    def stream(count: int):
+        def run() -> tuple[float, float]:
+            batches = training_batches(
+                open_dataset(name, packed, "train"),
+                Conversation(parts.tokenizer, qformer.queries + qformer.extra_queries),
+                PromptEncoder(parts.prompt_tokenizer, config.data.prompt_length),
+                text="qa",
+                frames=config.model.frames,
+                size=config.model.image_size,
+                batch=material.CLIPS,
+                buckets=config.data.buckets,
+                workers=count,
+            )
+            with contextlib.closing(batches):
+                return seconds_a_clip((len(batch.ids) for batch in batches), seconds)
+
+        return run
+
+    return {f"{count} workers": stream(count) for count in workers}
+
+
+def seconds_a_clip(batches: Any, seconds: float) -> tuple[float, float]:
+    """Time a clip of a stream of batch sizes, after its first batches, over at least `seconds`; and clips a second."""
+    list(itertools.islice(batches, 8))
+    started, clips = time.perf_counter(), 0
+    while time.perf_counter() - started < seconds:
+        clips += next(batches)
+    taken = time.perf_counter() - started
+    return taken / clips, clips / taken

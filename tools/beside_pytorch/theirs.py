@@ -1,0 +1,209 @@
+"""PyTorch's side: the same work with transformers, PEFT and torch's DataLoader, in each of their settings."""
+
+import contextlib
+import functools
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import torch
+from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader, Dataset
+from torch.utils.flop_counter import FlopCounterMode
+from transformers.generation.configuration_utils import CompileConfig
+
+from favchat_jax.convert.files import read_json
+from favchat_jax.convert.torch_model import for_torch, torch_favchat
+from favchat_jax.data.conversation import Conversation, PromptEncoder
+from favchat_jax.data.datasets import open_dataset
+from favchat_jax.data.loader import Example
+from favchat_jax.training import assembly
+from tools.beside_pytorch import material
+from tools.beside_pytorch.contest import Runs
+from tools.beside_pytorch.ours import TOKENS, seconds_a_clip
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def train(folder: str, preset: str) -> Runs:
+    """Steps of stage 2: eager, compiled, and with checkpointed layers."""
+    config, model = _model(folder, preset)
+    model.train()
+    batch = {name: tensor.to(DEVICE) for name, tensor in for_torch(material.batch(config)).items()}
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    section = config.optimizer
+    betas, decay = (section.b1, section.b2), section.weight_decay
+    optimizer = torch.optim.AdamW(trained, 1e-6, betas, weight_decay=decay, fused=True)
+    blocks = model.base_model.model.vision_encoder["encoder"].blocks
+    counted: list[int] = []  # products and attention of one step, as PyTorch counts its own
+    keeping = [block.forward for block in blocks]
+
+    def steps(forward: Callable, checkpointed: bool) -> Callable[[], tuple[float, dict[str, float]]]:
+        def run() -> tuple[float, dict[str, float]]:
+            if checkpointed:
+                model.gradient_checkpointing_enable({"use_reentrant": False})
+            else:
+                model.gradient_checkpointing_disable()
+            for block, plain in zip(blocks, keeping, strict=True):
+                block.forward = functools.partial(checkpoint, plain, use_reentrant=False) if checkpointed else plain
+            # Only the first run, which does not count, is slowed by being counted.
+            counter = FlopCounterMode(display=False) if forward is model and not counted else contextlib.nullcontext()
+            started = time.perf_counter()
+            with counter:
+                with torch.autocast(DEVICE, torch.bfloat16, enabled=DEVICE != "cpu"):
+                    loss = forward(**batch, use_cache=False).loss
+                loss.backward()
+            torch.nn.utils.clip_grad_norm_(trained, section.clip_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+            result = _finished(loss.detach())
+            seconds = time.perf_counter() - started
+            if forward is model and not counted:
+                counted.append(counter.get_total_flops())
+            return seconds, {"loss": result, "flops": counted[0]}
+
+        return run
+
+    return {
+        "eager": steps(model, False),
+        "compiled": steps(torch.compile(model), False),
+        "checkpointed": steps(model, True),
+    }
+
+
+def decode(folder: str, preset: str, batch: int) -> Runs:
+    """`generate` of `TOKENS` tokens: adapters apart or merged, with a growing or a static cache, and compiled."""
+    config, apart = _model(folder, preset)
+    merged = _model(folder, preset)[1].merge_and_unload()
+    if DEVICE != "cpu":
+        merged.to(torch.bfloat16)
+    arrays = _prompt(config, batch)
+    with torch.inference_mode():
+        features = merged.encode(torch.tensor(material.frames(config, batch), device=DEVICE))
+
+    def answers(model: Any, **how: Any) -> Callable[[], tuple[float, dict[str, Any]]]:
+        inner = apart.base_model.model if model is apart else merged
+
+        @torch.inference_mode()
+        def run() -> tuple[float, dict[str, Any]]:
+            started = time.perf_counter()
+            with torch.autocast(DEVICE, torch.bfloat16, enabled=DEVICE != "cpu" and model is apart):
+                visual, _ = inner.visual_tokens(features, arrays["prompt_ids"], arrays["prompt_mask"])
+                embedded = inner.embed(arrays["input_ids"], visual)
+                mask = torch.ones(embedded.shape[:2], dtype=torch.long, device=DEVICE)
+                tokens = model.generate(
+                    inputs_embeds=embedded, attention_mask=mask, do_sample=False, max_new_tokens=TOKENS, **how
+                )
+            result = tokens.tolist()
+            return time.perf_counter() - started, {"tokens": result}
+
+        return run
+
+    compiled = CompileConfig()
+    compiled._compile_all_devices = True  # transformers compiles on GPUs alone otherwise
+    return {
+        "adapters apart": answers(apart),
+        "merged": answers(merged),
+        "merged with a static cache": answers(merged, cache_implementation="static", disable_compile=True),
+        "merged with a static cache and compiled": answers(
+            merged, cache_implementation="static", compile_config=compiled
+        ),
+    }
+
+
+def loader(folder: str, preset: str, name: str, packed: str, workers: tuple[int, ...], seconds: float) -> Runs:
+    """Clips a second of a DataLoader over the same records and the same decoding."""
+    jax.config.update("jax_platforms", "cpu")
+    config = material.settings(folder, preset)
+    parts = assembly.assemble(config)
+    qformer = config.model.qformer
+    example = Example(
+        conversation=Conversation(parts.tokenizer, qformer.queries + qformer.extra_queries),
+        prompt=PromptEncoder(parts.prompt_tokenizer, config.data.prompt_length),
+        text="qa",
+        frames=config.model.frames,
+        size=config.model.image_size,
+        sampling="rand",
+        augment=None,
+        questions=1,
+        max_length=config.data.buckets[-1],
+    )
+    clips = Clips(open_dataset(name, packed, "train"), example)
+
+    def stream(count: int):
+        def run() -> tuple[float, float]:
+            batches = DataLoader(
+                clips,
+                batch_size=material.CLIPS,
+                sampler=torch.utils.data.RandomSampler(clips, replacement=True, num_samples=10**9),
+                num_workers=count,
+                collate_fn=stacked,
+                multiprocessing_context="spawn",
+            )
+            return seconds_a_clip((len(batch["frames"]) for batch in batches), seconds)
+
+        return run
+
+    return {f"{count} workers": stream(count) for count in workers}
+
+
+class Clips(Dataset):
+    """Records as rows of a batch."""
+
+    def __init__(self, source: Any, example: Example):
+        self._source, self._example = source, example
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        torch.set_num_threads(1)
+        return self._example.random_map(self._source[index], np.random.default_rng(index))
+
+
+def stacked(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    """A batch, its texts padded to the longest."""
+    longest = max(row["tokens"].shape[1] for row in rows)
+    batch = {"frames": torch.from_numpy(np.stack([row["frames"] for row in rows]))}
+    for name in ("tokens", "loss_mask"):
+        padded = [np.pad(row[name], [(0, 0), (0, longest - row[name].shape[1])]) for row in rows]
+        batch[name] = torch.from_numpy(np.stack(padded))
+    return batch
+
+
+def _model(folder: str, preset: str) -> tuple[Any, Any]:
+    """The config, and the model with its adapters apart, on PyTorch's device."""
+    jax.config.update("jax_platforms", "cpu")  # the weights pass through jax; the accelerator is PyTorch's
+    torch.set_num_threads(os.cpu_count() or 1)
+    config = material.settings(folder, preset)
+    model = torch_favchat(config, read_json(Path(config.llm.path) / "config.json"), material.weights(folder))
+    if DEVICE != "cpu":
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(DEVICE, None if parameter.requires_grad else torch.bfloat16)
+        model.to(DEVICE)
+    return config, model
+
+
+def _prompt(config: Any, batch: int) -> dict[str, torch.Tensor]:
+    """The question to each clip, as the sampler asks it."""
+    parts = assembly.assemble(config)
+    qformer = config.model.qformer
+    conversation = Conversation(parts.tokenizer, qformer.queries + qformer.extra_queries)
+    turns = [(material.QUESTION, None)]
+    tokens = conversation.encode(turns, config.model.frames, config.data.buckets[-1]).tokens
+    ids, mask = PromptEncoder(parts.prompt_tokenizer, config.data.prompt_length).encode(material.QUESTION)
+    rows = {"input_ids": tokens, "prompt_ids": ids, "prompt_mask": mask}
+    return {
+        name: torch.tensor(np.broadcast_to(row, (batch, len(row))).copy(), device=DEVICE).long()
+        for name, row in rows.items()
+    }
+
+
+def _finished(loss: torch.Tensor) -> float:
+    if DEVICE != "cpu":
+        torch.cuda.synchronize()
+    return float(loss)
