@@ -42,7 +42,7 @@ def published(weights: dict[str, Any]) -> dict[str, torch.Tensor]:
 def torch_favchat(config: ConfigDict, llm: MistralConfig, weights: dict[str, Any]) -> peft.PeftModel:
     """The PyTorch model of a config with PEFT's adapters, on exactly the weights given: none is missing or left over.
 
-    All but the language model's base has gradients; `weights` are used up.
+    All that stage 2 trains has gradients; `weights` are used up.
     """
     settings = FaVChatConfig(**exported.favchat_config(config, config_json(llm), "float32"))
     with torch.device("meta"):
