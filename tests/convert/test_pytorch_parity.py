@@ -87,8 +87,9 @@ def drawn_weights(config, llm, spread, seed=0):
 @pytest.mark.parametrize(
     ("variant", "ablation", "seed"),
     [
-        *((variant, ablation, 0) for variant in VARIANTS for ablation in ABLATIONS),
-        *(("v2", "none", seed) for seed in (1, 2)),
+        *(("v1", ablation, 0) for ablation in ABLATIONS),
+        *(("v2", "none", seed) for seed in (0, 1, 2)),
+        *(pytest.param("v2", ablation, 0, marks=pytest.mark.slow) for ablation in ABLATIONS[1:]),
     ],
 )
 def test_every_model_has_the_logits_and_the_gradient_of_its_pytorch_counterpart(variant, ablation, seed):
@@ -99,17 +100,18 @@ def test_every_model_has_the_logits_and_the_gradient_of_its_pytorch_counterpart(
 
 
 @pytest.mark.parametrize(
-    ("variant", "changes", "window"),
+    ("argument", "changes", "window"),
     [
         # Both position tables are resampled and windows padded.
-        ("v1", {"frames": 5, "image_size": 48, "fusion.residual": False, "qformer.extra_queries": 0}, None),
-        ("v1", {"frames": 1, "qformer.prompt": False}, 4),
-        ("v2", {"frames": 5, "image_size": 48, "fusion.residual": False, "qformer.extra_queries": 0}, 4),
+        ("", {"frames": 5, "image_size": 48, "fusion.residual": False, "qformer.extra_queries": 0}, None),
+        ("", {"frames": 1, "qformer.prompt": False}, 4),
+        ("variant=v2", {"frames": 5, "image_size": 48, "fusion.residual": False, "qformer.extra_queries": 0}, 4),
+        *((f"variant=v2,ablation={ablation}", {}, None) for ablation in ABLATIONS[1:]),
     ],
-    ids=["sizes", "one frame", "sizes of v2"],
+    ids=["sizes", "one frame", "sizes of v2", *(f"v2 {ablation}" for ablation in ABLATIONS[1:])],
 )
-def test_other_settings_mean_the_same_in_pytorch(variant, changes, window):
-    config, llm = tiny_config(f"variant={variant}"), dataclasses.replace(MISTRAL, sliding_window=window)
+def test_other_settings_mean_the_same_in_pytorch(argument, changes, window):
+    config, llm = tiny_config(argument), dataclasses.replace(MISTRAL, sliding_window=window)
     config.model.update_from_flattened_dict(changes)
     weights, batch = drawn_weights(config, llm, 0.3), inputs(config, llm)
     assert logits_error(config, llm, weights, batch) <= LIMIT
