@@ -4,6 +4,7 @@ Asks both, ours in JAX and the exported one in PyTorch, the questions of held-ou
 encoded clip on, and prints how many answers are the same to the letter.
 """
 
+import json
 import time
 from pathlib import Path
 
@@ -11,19 +12,21 @@ from absl import flags
 
 from configs.eval import rendered
 from favchat_jax import command_line
-from favchat_jax.convert.exported import is_exported
+from favchat_jax.convert.exported import favchat_config, is_exported
+from favchat_jax.convert.files import read_json
 from favchat_jax.data.datasets import open_dataset
 from favchat_jax.errors import RunError, UserError
 from favchat_jax.evaluation.benchmarks import rendered as benchmark
 from favchat_jax.evaluation.session import Session
 from favchat_jax.generation.sampler import Sampler
-from favchat_jax.training.assembly import load_run
+from favchat_jax.training.assembly import load_run, run_config
 
 
 def compare(checkpoint: str | Path, export: str | Path, clips: int) -> list[dict[str, str]]:
     """Rows of clip, question, expected, answer (ours) and exported (PyTorch's)."""
     if not is_exported(Path(export)):
         raise UserError(f"--export={export} is not an exported folder: write one with tools.export_pytorch")
+    _check_same_model(checkpoint, export)
     config = rendered.get_config()
     config.limit = clips
     rows = benchmark.run(config, Session.of(Sampler.of(load_run(checkpoint)), config))["samples"]
@@ -37,6 +40,19 @@ def compare(checkpoint: str | Path, export: str | Path, clips: int) -> list[dict
         row["exported"] = model.answer(encoded[row["clip"]], row["question"], max_new_tokens=config.max_new_tokens)
     print(f"PyTorch: {len(rows)} questions in {time.perf_counter() - started:.0f} s")
     return rows
+
+
+def _check_same_model(checkpoint: str | Path, export: str | Path) -> None:
+    """Raises UserError where an export is of another variant, ablation or size than a run."""
+    told = json.loads(json.dumps(favchat_config(run_config(checkpoint), {}, "")))
+    found = read_json(Path(export) / "config.json")
+    del told["dtype"]  # which may have been asked for
+    for name in told:
+        if found.get(name) != told[name]:
+            raise UserError(
+                f"--export={export} is of {name}={found.get(name)}, --checkpoint={checkpoint} of {told[name]}: "
+                "write that checkpoint's with tools.export_pytorch"
+            )
 
 
 def main() -> None:

@@ -33,7 +33,6 @@ from favchat_jax.models.mistral import LoRA
 Weights = Mapping[str, Any]
 
 SHARD_BYTES = 5 * 10**9
-VARIANTS = ("v1",)  # that the PyTorch model has
 MODEL_FILES = Path(__file__).parent / "pytorch"
 VISUAL = "visual.safetensors"
 
@@ -49,10 +48,8 @@ def write_folder(folder: Path, config: Any, weights: Weights, tokenizer: Any, dt
         dtype: of all weights, float32 or bfloat16.
 
     Raises:
-        UserError: a variant that the PyTorch model has not, or a language model's folder that is not whole.
+        UserError: a language model's folder that is not whole.
     """
-    if config.variant not in VARIANTS:
-        raise UserError(f"variant {config.variant} cannot be exported: the PyTorch model has {', '.join(VARIANTS)}")
     adapters = {path: leaf for path, leaf in weights.items() if path.endswith(("lora_a", "lora_b"))}
     visual = {path: leaf for path, leaf in weights.items() if path not in adapters}
     where = {name: f"llm/{file}" for name, file in _write_llm(folder / "llm", config, adapters, dtype).items()}

@@ -250,6 +250,7 @@ def frozen_weights(workdir: Path) -> Weights:
 def _previous_stage(config: ml_collections.ConfigDict, shapes: dict[str, jax.ShapeDtypeStruct]) -> Weights:
     source = config.init.from_run
     before = load_config(source)
+    _refuse_other_folders(Path(source), before)
     for field in ("preset", "variant", "ablation"):
         if before.get(field) != config[field]:
             raise UserError(

@@ -25,7 +25,6 @@ from favchat_jax.errors import UserError
 from favchat_jax.generation.sampler import Sampler, Sampling
 from favchat_jax.training.assembly import load_run
 from tests.conftest import DATA, fill, same_weights, start_module
-from tests.models.tiny_parts import tiny_config
 from tools import export_orbax
 from tools.export_pytorch import export
 
@@ -225,14 +224,6 @@ def test_a_language_model_with_a_missing_shard_leaves_nothing_behind(trained, sm
     with pytest.raises(UserError, match="mistral/model.safetensors is missing"):
         export(workdir, tmp_path / "out")
     assert {entry.name for entry in tmp_path.iterdir()} == {"stage3", "mistral"}
-
-
-def test_a_variant_that_the_pytorch_model_has_not_is_a_users_error(tmp_path):
-    config = tiny_config()
-    config.variant = "v2"
-    with pytest.raises(UserError, match="variant v2 cannot be exported: the PyTorch model has v1"):
-        exported.write_folder(tmp_path, config, {}, None, "float32")
-    assert not list(tmp_path.iterdir())
 
 
 def test_bad_usage_and_bad_input_are_one_line_and_exit_2(trained, folder, tmp_path):

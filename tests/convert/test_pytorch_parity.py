@@ -20,7 +20,7 @@ from favchat_jax.convert.pytorch.inputs_favchat import Prompts
 from favchat_jax.convert.torch_model import for_torch, torch_favchat
 from favchat_jax.generation.sampler import Sampler, Sampling
 from favchat_jax.models import favchat
-from favchat_jax.models.favchat import ABLATIONS
+from favchat_jax.models.favchat import ABLATIONS, VARIANTS
 from favchat_jax.models.mistral import MistralConfig
 from favchat_jax.training.step import batch_loss
 from tests.convert.torch_parts import error, gradient_error, inputs
@@ -29,6 +29,12 @@ from tests.models.tiny_parts import MISTRAL, MISTRAL_7B, config_json, drawn_flat
 
 LIMIT = 1e-4
 READ = ("frames", "tokens", "prompt", "prompt_mask")
+
+
+def built(config, llm) -> favchat.FaVChat:
+    """The model of a config in its training form."""
+    how = {"variant": config.variant, "ablation": config.ablation, "lora_rank": config.model.lora.rank}
+    return favchat.build(config.model, llm, **how)
 
 
 def jax_logits(model, weights, batch):
@@ -41,7 +47,7 @@ def jax_logits(model, weights, batch):
 
 
 def jax_gradient(model, weights, batch):
-    """The mean loss of answer tokens and its gradient for all that stage 2 trains; the configs here have no dropout."""
+    """The mean loss of answer tokens and its gradient for all but the language model's base; there is no dropout."""
     counted = batch["loss_mask"][..., 1:].sum()
     frozen = {path: leaf for path, leaf in weights.items() if path.startswith("llm/") and "lora" not in path}
 
@@ -54,7 +60,7 @@ def jax_gradient(model, weights, batch):
 
 def compare(config, llm, weights, batch) -> dict[str, float]:
     """The errors of logits, loss and gradient."""
-    model = favchat.build(config.model, llm, ablation=config.ablation, lora_rank=config.model.lora.rank)
+    model = built(config, llm)
     logits = np.asarray(jax_logits(model, weights, batch))
     loss, gradient = jax.device_get(jax_gradient(model, weights, batch))
     reference = torch_favchat(config, config_json(llm), weights)
@@ -69,47 +75,58 @@ def compare(config, llm, weights, batch) -> dict[str, float]:
 
 def logits_error(config, llm, weights, batch) -> float:
     """The error of the logits alone."""
-    model = favchat.build(config.model, llm, ablation=config.ablation, lora_rank=config.model.lora.rank)
+    model = built(config, llm)
     logits = np.asarray(jax_logits(model, weights, batch))
     with torch.no_grad():
         return error(logits, torch_favchat(config, config_json(llm), weights)(**for_torch(batch)).logits)
 
 
 def drawn_weights(config, llm, spread, seed=0):
-    model = favchat.build(config.model, llm, ablation=config.ablation, lora_rank=config.model.lora.rank)
-    return drawn_flat(favchat_shapes(model, config.model.frames, config.model.image_size), spread, seed)
+    return drawn_flat(favchat_shapes(built(config, llm), config.model.frames, config.model.image_size), spread, seed)
 
 
-@pytest.mark.parametrize("ablation", ABLATIONS)
-def test_every_ablation_has_the_logits_and_the_gradient_of_its_pytorch_counterpart(ablation):
-    config = tiny_config(f"ablation={ablation}")
-    errors = compare(config, MISTRAL, drawn_weights(config, MISTRAL, 0.3), inputs(config, MISTRAL))
-    print(ablation, errors)
+@pytest.mark.parametrize(
+    ("variant", "ablation", "seed"),
+    [
+        *(("v1", ablation, 0) for ablation in ABLATIONS),
+        *(("v2", "none", seed) for seed in (0, 1, 2)),
+        *(pytest.param("v2", ablation, 0, marks=pytest.mark.slow) for ablation in ABLATIONS[1:]),
+    ],
+)
+def test_every_model_has_the_logits_and_the_gradient_of_its_pytorch_counterpart(variant, ablation, seed):
+    config = tiny_config(f"variant={variant},ablation={ablation}")
+    errors = compare(config, MISTRAL, drawn_weights(config, MISTRAL, 0.3, seed), inputs(config, MISTRAL, seed=seed))
+    print(variant, ablation, seed, errors)
     assert max(errors.values()) <= LIMIT
 
 
 @pytest.mark.parametrize(
-    ("changes", "window"),
+    ("argument", "changes", "window"),
     [
         # Both position tables are resampled and windows padded.
-        ({"frames": 5, "image_size": 48, "fusion.residual": False, "qformer.extra_queries": 0}, None),
-        ({"frames": 1, "qformer.prompt": False}, 4),
+        ("", {"frames": 5, "image_size": 48, "fusion.residual": False, "qformer.extra_queries": 0}, None),
+        ("", {"frames": 1, "qformer.prompt": False}, 4),
+        ("variant=v2", {"frames": 5, "image_size": 48, "fusion.residual": False, "qformer.extra_queries": 0}, 4),
+        *((f"variant=v2,ablation={ablation}", {}, None) for ablation in ABLATIONS[1:]),
     ],
-    ids=["sizes", "one frame"],
+    ids=["sizes", "one frame", "sizes of v2", *(f"v2 {ablation}" for ablation in ABLATIONS[1:])],
 )
-def test_other_settings_mean_the_same_in_pytorch(changes, window):
-    config, llm = tiny_config(), dataclasses.replace(MISTRAL, sliding_window=window)
+def test_other_settings_mean_the_same_in_pytorch(argument, changes, window):
+    config, llm = tiny_config(argument), dataclasses.replace(MISTRAL, sliding_window=window)
     config.model.update_from_flattened_dict(changes)
     weights, batch = drawn_weights(config, llm, 0.3), inputs(config, llm)
     assert logits_error(config, llm, weights, batch) <= LIMIT
 
 
-@pytest.mark.parametrize("ablation", ["none", "no_face"])
-def test_greedy_answers_are_the_same_over_64_tokens(ablation, tmp_path):
-    config = tiny_config(f"ablation={ablation}")
+@pytest.mark.parametrize(
+    ("variant", "ablation", "seed"),
+    [("v1", "none", 0), ("v1", "no_face", 0), *(("v2", "none", seed) for seed in (0, 1, 2))],
+)
+def test_greedy_answers_are_the_same_over_64_tokens(variant, ablation, seed, tmp_path):
+    config = tiny_config(f"variant={variant},ablation={ablation}")
     config.llm.path = str(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(config_json(MISTRAL)))
-    weights, batch = drawn_weights(config, MISTRAL, 0.3), inputs(config, MISTRAL)
+    weights, batch = drawn_weights(config, MISTRAL, 0.3, seed), inputs(config, MISTRAL, seed=seed)
     tokenizer = words(*(f"word{i}" for i in range(MISTRAL.vocab_size - 3)), "<end>")
     tokenizer.eos_token = "<end>"  # which lies beyond the model's vocabulary, so that no answer ends
     sampler = Sampler(config, weights, tokenizer, tokenizer)
@@ -138,14 +155,15 @@ def test_greedy_answers_are_the_same_over_64_tokens(ablation, tmp_path):
     assert ours.shape == (4, 64) and len({tuple(row) for row in ours}) == 4, "four answers, none like another"
 
 
-def wide(share: int = 1, mlp: int = 14336):
+def wide(variant: str = "v1", share: int = 1, mlp: int = 14336):
     """The paper preset in float32 with two layers a part, two frames, few words and no dropout.
 
     Args:
+        variant: v1 or v2.
         share: every width and number of heads is the paper's over this.
         mlp: Mistral's hidden width before that; its weights are two thirds of all at two layers.
     """
-    config = stage2.get_config("preset=paper")
+    config = stage2.get_config(f"preset=paper,variant={variant}")
     model = config.model
     model.update({"dtype": "float32", "remat": False, "frames": 2})
     model.umt.update({"depth": 3, "layers_run": 2, "width": 1024 // share, "heads": 16 // share})
@@ -167,6 +185,11 @@ SIZES = [
     pytest.param({"share": 2}, 0, id="half-0"),
     *(pytest.param({"share": 2}, seed, id=f"half-{seed}", marks=pytest.mark.slow) for seed in (1, 2)),
     pytest.param({"mlp": 2048}, 0, id="narrow MLP-0", marks=pytest.mark.slow),
+    *(
+        pytest.param({"variant": "v2", "share": 2}, seed, id=f"half of v2-{seed}", marks=pytest.mark.slow)
+        for seed in (0, 1, 2)
+    ),
+    pytest.param({"variant": "v2", "mlp": 2048}, 0, id="narrow MLP of v2-0", marks=pytest.mark.slow),
 ]
 
 
@@ -181,9 +204,10 @@ def test_near_the_papers_width_logits_and_gradient_are_those_of_the_pytorch_coun
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_at_the_papers_width_logits_are_those_of_the_pytorch_counterpart(seed):
-    config, llm = wide()
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_at_the_papers_width_logits_are_those_of_the_pytorch_counterpart(variant, seed):
+    config, llm = wide(variant)
     batch = inputs(config, llm, clips=1, questions=1, seed=seed)
     found = logits_error(config, llm, drawn_weights(config, llm, 0.02, seed), batch)
-    print(seed, found)
+    print(variant, seed, found)
     assert found <= LIMIT

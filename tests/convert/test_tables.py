@@ -9,7 +9,7 @@ from favchat_jax.convert import facexformer, favchat, lora, mistral, qformer, um
 from favchat_jax.convert.table import TRANSFORMS, Row, Table, account, is_finite, read, slots, write
 from favchat_jax.errors import UserError
 from favchat_jax.models.facexformer import FaceXFormerEncoder, LinearFuse
-from favchat_jax.models.favchat import ABLATIONS, build
+from favchat_jax.models.favchat import ABLATIONS, VARIANTS, build
 from favchat_jax.models.mistral import LoRA
 from favchat_jax.models.qformer import QFormer
 from favchat_jax.models.umt import UMT
@@ -21,10 +21,10 @@ TINY_QFORMER = QFormer(width=8, depth=3, heads=2, mlp=12, queries=2, extra_queri
 TINY_LORA = LoRA(rank=2)
 
 
-def whole_model(ablation):
+def whole_model(variant, ablation):
     """Shapes of all weights of a FaVChat but its language model's."""
-    config = tiny_config(f"ablation={ablation}")
-    model = build(config.model, MISTRAL, ablation=ablation, lora_rank=2)
+    config = tiny_config(f"variant={variant},ablation={ablation}")
+    model = build(config.model, MISTRAL, variant=variant, ablation=ablation, lora_rank=2)
     shapes = favchat_shapes(model, config.model.frames, config.model.image_size)
     return {path: leaf.shape for path, leaf in shapes.items() if not path.startswith("llm/")}
 
@@ -36,7 +36,11 @@ CASES = {
     "qformer": (qformer.TABLE, qformer.weight_shapes(TINY_QFORMER, visual=6)),
     "lora": (lora.TABLE, lora.weight_shapes(MISTRAL, TINY_LORA)),
     "videochat2": (videochat2.TABLE, videochat2.weight_shapes(TINY_UMT, TINY_QFORMER, MISTRAL, TINY_LORA)),
-    **{f"favchat {ablation}": (favchat.TABLE, whole_model(ablation)) for ablation in ABLATIONS},
+    **{
+        f"favchat {variant} {ablation}": (favchat.TABLE, whole_model(variant, ablation))
+        for variant in VARIANTS
+        for ablation in ABLATIONS
+    },
 }
 
 

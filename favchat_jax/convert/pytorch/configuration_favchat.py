@@ -7,7 +7,7 @@ class FaVChatConfig(MistralConfig):
     """All fields of `MistralConfig`, which describe the language model, and those below. The defaults are the paper's.
 
     Args:
-        variant: v1, the gated mixture.
+        variant: v1 (gated mixture) or v2 (the question guides CA2, Q-Formers and weight adapters).
         ablation: none, no_face, no_granularity or no_moe (the paper's Table 6).
         frames: frames that a clip is sampled to.
         image_size: side of a frame in pixels.
@@ -16,9 +16,9 @@ class FaVChatConfig(MistralConfig):
             position table is computed for.
         no_face_taps: in `no_face`, the general encoder's blocks (1-based) that stand in for the facial encoder's.
         facexformer: facial encoder: width of its first stage, depths, heads, window, patch.
-        fusion: heads of Eq. 2, and whether each step adds its query stream (False is the equation as printed).
+        fusion: heads of Eq. 2 or CA2, and whether each step adds its query stream (False is the equation as printed).
         qformer: both Q-Formers: width, depth, heads, mlp, queries, extra_queries, vocabulary, dropout, prompt.
-        adapter: hidden width of the mixture's gate and experts.
+        adapter: hidden width of v1's gate and experts, and of v2's weight adapters and MLPs after the Q-Formers.
     """
 
     model_type = "favchat"

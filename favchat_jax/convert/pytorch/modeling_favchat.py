@@ -4,6 +4,9 @@
           |                                     |                                     +--> mixture --> Mistral
           +--> FaceXFormer --> e_1..e_N --> fusion --> facial Q-Former --> linear ----+
 
+Both Q-Formers read the question. In v2 so do fusion (CA2, which reads no e_g) and mixture (weight adapters), and an MLP
+follows each linear layer.
+
 Modules bear the names of the published weights, and the language model is transformers' Mistral itself, so that the
 state dict is the union of the exported `llm/` and `visual.safetensors`.
 """
@@ -16,6 +19,7 @@ from transformers import MistralForCausalLM, PreTrainedTokenizerFast
 
 from .configuration_favchat import FaVChatConfig
 from .encoders_favchat import UMT, FaceXFormerEncoder, ProjectedMaps
+from .guidance_favchat import PromptGuidedFusion, TokenMLP, WeightAdapters
 from .inputs_favchat import Prompts, read_frames
 from .qformer_favchat import GatedMixture, GranularityFusion, QFormer, ScalarMixture, add_positions
 
@@ -35,8 +39,10 @@ class FaVChatForConditionalGeneration(MistralForCausalLM):
 
     def __init__(self, config):
         super().__init__(config)
-        if config.variant != "v1":
-            raise ValueError(f"variant={config.variant} is unknown: v1 is the only one")
+        if config.variant not in ("v1", "v2"):
+            raise ValueError(f"variant={config.variant} is unknown: this model has v1 and v2")
+        if config.variant == "v2" and not config.qformer["prompt"]:
+            raise ValueError("qformer.prompt=False leaves v2 without the question that guides it: choose variant=v1")
         width, hidden = config.umt["width"], config.hidden_size
         face, taps = config.facexformer, []
         widths = [face["width"] * 2**i for i in range(len(face["depths"]))]
@@ -51,12 +57,35 @@ class FaVChatForConditionalGeneration(MistralForCausalLM):
             self.linear_c = ProjectedMaps(widths)
             self.linear_fuse = nn.Conv2d(256 * len(widths), 256, kernel_size=1, bias=False)
             self.fuse_proj = nn.Linear(256, width)
-        else:
+            self.fusion = None
+        elif config.variant == "v1":
             self.fusion = GranularityFusion(widths, width, **config.fusion)
+        else:
+            self.fusion = PromptGuidedFusion(widths, width, config.qformer["width"], **config.fusion)
         for stream in ("general", "facial"):
             self._add_stream(stream, config.qformer, width)
-        self.adapter = ScalarMixture() if config.ablation == "no_moe" else GatedMixture(hidden, **config.adapter)
+        if config.ablation == "no_moe":
+            self.adapter = ScalarMixture()
+        elif config.variant == "v1":
+            self.adapter = GatedMixture(hidden, **config.adapter)
+        else:
+            self.adapter = WeightAdapters(hidden, config.qformer["width"], **config.adapter)
         self.post_init()
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info=False, **kwargs):
+        """transformers', but weights that do not belong to the configuration's model are an error, not a warning."""
+        model, loading = super().from_pretrained(
+            pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
+        )
+        for what, names in (("lack", loading["missing_keys"]), ("also hold", loading["unexpected_keys"])):
+            if names:
+                others = f" and {len(names) - 1} more weights" if len(names) > 1 else ""
+                of = f"variant={model.config.variant}, ablation={model.config.ablation}"
+                raise ValueError(
+                    f"{pretrained_model_name_or_path}: config.json says {of}, but its files {what} {min(names)}{others}: export it again"
+                )
+        return (model, loading) if output_loading_info else model
 
     def _add_stream(self, stream, sizes, visual_width):
         for name, count in (("query_tokens", sizes["queries"]), ("extra_query_tokens", sizes["extra_queries"])):
@@ -64,9 +93,14 @@ class FaVChatForConditionalGeneration(MistralForCausalLM):
                 self.register_parameter(f"{stream}_{name}", nn.Parameter(torch.zeros(1, count, sizes["width"])))
         self.add_module(f"{stream}_qformer", QFormer(sizes, visual_width))
         self.add_module(f"{stream}_mistral_proj", nn.Linear(sizes["width"], self.config.hidden_size))
+        if self.config.variant == "v2":
+            self.add_module(f"{stream}_mlp", TokenMLP(self.config.hidden_size, **self.config.adapter))
 
     def encode(self, frames):
-        """Both encoders and the fusion: uint8 frames [B, T, H, W, 3] to general and facial tokens [B, S or F, D]."""
+        """Both encoders and v1's fusion: uint8 frames [B, T, H, W, 3] to general and facial tokens [B, S or F, D].
+
+        Before CA2 the facial ones are a list, one tensor a block.
+        """
         batch, time = frames.shape[:2]
         mean, std = (torch.tensor(channels, device=frames.device) for channels in (PIXEL_MEAN, PIXEL_STD))
         x = ((frames.float() / 255 - mean) / std).to(self.vision_layernorm.weight.dtype)
@@ -77,7 +111,9 @@ class FaVChatForConditionalGeneration(MistralForCausalLM):
         else:
             maps = self.backbone(x.flatten(0, 1))
             granularities = [m.flatten(1, 2).unflatten(0, (batch, time)) for m in maps]
-        if self.config.ablation == "no_granularity":
+        if isinstance(self.fusion, PromptGuidedFusion):
+            return general, self.fusion.read_blocks(granularities)
+        if self.fusion is None:
             facial = self.fuse_proj(self.linear_fuse(self.linear_c(maps)).permute(0, 2, 3, 1))
             facial = facial.flatten(1, 2).unflatten(0, (batch, time))
         else:
@@ -87,14 +123,23 @@ class FaVChatForConditionalGeneration(MistralForCausalLM):
     def visual_tokens(self, features, prompt_ids, prompt_mask):
         """What the language model sees for each question [B*Q, N, D], and each stream's weight in it [B*Q, N, 2]."""
         general, facial = features
+        prompt_mask, facial_mask = prompt_mask.bool(), None
+        if isinstance(self.fusion, PromptGuidedFusion):
+            words = self.facial_qformer.embed_prompt(prompt_ids)
+            facial, facial_mask = self.fusion(facial, words, prompt_mask), prompt_mask
         general = self._read("general", general, prompt_ids, prompt_mask)
-        return self.adapter(general, self._read("facial", facial, prompt_ids, prompt_mask))
+        facial = self._read("facial", facial, prompt_ids, prompt_mask, facial_mask)
+        if not isinstance(self.adapter, WeightAdapters):
+            return self.adapter(general, facial)
+        prompts = [qformer.embed_prompt(prompt_ids) for qformer in (self.general_qformer, self.facial_qformer)]
+        return self.adapter(general, facial, prompts, prompt_mask)
 
-    def _read(self, stream, visual, prompt_ids, prompt_mask):
+    def _read(self, stream, visual, prompt_ids, prompt_mask, visual_mask=None):
         queries = [getattr(self, f"{stream}_{name}", None) for name in ("query_tokens", "extra_query_tokens")]
         queries = torch.cat([tokens[0] for tokens in queries if tokens is not None])
-        tokens = getattr(self, f"{stream}_qformer")(queries, visual, prompt_ids, prompt_mask.bool())
-        return getattr(self, f"{stream}_mistral_proj")(tokens)
+        tokens = getattr(self, f"{stream}_qformer")(queries, visual, prompt_ids, prompt_mask, visual_mask)
+        tokens = getattr(self, f"{stream}_mistral_proj")(tokens)
+        return getattr(self, f"{stream}_mlp")(tokens) if self.config.variant == "v2" else tokens
 
     def embed(self, input_ids, visual):
         """Embedded sequences [B*Q, L, D]; the n-th negative id of a sequence is its n-th visual token."""

@@ -1,4 +1,7 @@
-"""What reads the encoders' tokens, in PyTorch: granularity fusion (Eq. 2), the Q-Former and the mixtures (Eq. 3)."""
+"""What reads the encoders' tokens, in PyTorch: granularity fusion (Eq. 2), the Q-Former and the mixtures (Eq. 3).
+
+What v2 has in the place of fusion and mixture is in `guidance_favchat.py`.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -8,28 +11,28 @@ from .encoders_favchat import attention, sinusoid_table
 
 
 class CrossAttentionStep(nn.Module):
-    """One line of Eq. 2: facial features [B, L, D] query the fused features so far [B, S, d].
+    """One line of Eq. 2, where facial features [B, L, D] query the fused ones so far [B, S, d], or half a CA2.
 
     With `residual` a pre-norm block that adds its projected query stream; without, the equation as printed.
     """
 
-    def __init__(self, facial_width, width, heads, residual):
+    def __init__(self, query_width, width, heads, residual):
         super().__init__()
         self.heads, self.residual = heads, residual
-        self.query = nn.Linear(facial_width, width)
+        self.query = nn.Linear(query_width, width)
         self.key = nn.Linear(width, width)
         self.value = nn.Linear(width, width)
         if residual:
-            self.query_norm = nn.LayerNorm(facial_width, eps=1e-6)
+            self.query_norm = nn.LayerNorm(query_width, eps=1e-6)
             self.value_norm = nn.LayerNorm(width, eps=1e-6)
             self.out = nn.Linear(width, width)
-            self.skip = nn.Linear(facial_width, width)
+            self.skip = nn.Linear(query_width, width)
 
-    def forward(self, facial, fused):
+    def forward(self, queries, values, mask=None):
         if self.residual:
-            facial, fused = self.query_norm(facial), self.value_norm(fused)
-        attended = attention(self.query(facial), self.key(fused), self.value(fused), self.heads)
-        return self.skip(facial) + self.out(attended) if self.residual else attended
+            queries, values = self.query_norm(queries), self.value_norm(values)
+        attended = attention(self.query(queries), self.key(values), self.value(values), self.heads, mask)
+        return self.skip(queries) + self.out(attended) if self.residual else attended
 
 
 class GranularityFusion(nn.Module):
@@ -104,14 +107,15 @@ class QFormerLayer(nn.Module):
             self.intermediate = nn.ModuleDict({"dense": nn.Linear(width, mlp)})
             self.output = Residual(mlp, width, dropout)
 
-    def forward(self, tokens, count, visual, mask):
-        """`tokens` [B*Q, N+P, D] are `count` = N queries and the prompt; `visual` [B, S, E] are their clips' tokens."""
+    def forward(self, tokens, count, visual, mask, visual_mask):
+        """`tokens` [B*Q, N+P, D] are `count` = N queries and the prompt; `visual` what they read: tokens [B, S, E] of
+        their clips, or [B*Q, S, E] of their own."""
         tokens = self.attention(tokens, tokens, mask)
         queries, text = tokens[:, :count], tokens[:, count:]
         if hasattr(self, "crossattention"):
             # All questions of a clip read it in one attention, so that its keys and values exist once.
             folded = queries.reshape(len(visual), -1, queries.shape[-1])
-            queries = self.crossattention(folded, visual).view_as(queries)
+            queries = self.crossattention(folded, visual, visual_mask).view_as(queries)
         queries = self.output_query(F.gelu(self.intermediate_query["dense"](queries)), queries)
         if text.shape[1]:
             text = self.output(F.gelu(self.intermediate["dense"](text)), text)
@@ -135,28 +139,35 @@ class QFormer(nn.Module):
         self.dropout = nn.Dropout(sizes["dropout"])
         self.prompt = sizes["prompt"]
 
-    def forward(self, queries, visual, prompt_ids, prompt_mask):
+    def embed_prompt(self, prompt_ids):
+        """Word plus position embeddings of prompts [B*Q, P], normed: what enters the first layer, without dropout."""
+        embeddings, places = self.bert["embeddings"], torch.arange(prompt_ids.shape[1], device=prompt_ids.device)
+        words = embeddings["word_embeddings"](prompt_ids) + embeddings["position_embeddings"](places)
+        return embeddings["LayerNorm"](words)
+
+    def forward(self, queries, visual, prompt_ids, prompt_mask, visual_mask=None):
         """Reads clips with Q questions each.
 
         Args:
             queries: [N, D], the learned ones.
-            visual: [B, S, E] tokens of each clip.
+            visual: [B, S, E] tokens of each clip, or [B*Q, S, E] of each question.
             prompt_ids: [B*Q, P] word pieces of each question, padded on the right.
             prompt_mask: [B*Q, P], True at word pieces.
+            visual_mask: [B*Q, S], True at the tokens of each question that are read.
 
         Returns:
             [B*Q, N, D], what the queries have become.
         """
-        embeddings, count, questions = self.bert["embeddings"], len(queries), len(prompt_ids)
-        tokens, mask = queries.expand(questions, -1, -1), None
+        count, questions = len(queries), len(prompt_ids)
+        tokens, mask = self.bert["embeddings"]["LayerNorm"](queries).expand(questions, -1, -1), None
         if self.prompt:
-            places = torch.arange(prompt_ids.shape[1], device=prompt_ids.device)
-            text = embeddings["word_embeddings"](prompt_ids) + embeddings["position_embeddings"](places)
-            tokens = torch.cat([tokens, text], dim=1)
+            tokens = torch.cat([tokens, self.embed_prompt(prompt_ids)], dim=1)
             mask = torch.cat([prompt_mask.new_ones(questions, count), prompt_mask], dim=1)[:, None, None]
-        tokens = self.dropout(embeddings["LayerNorm"](tokens))
+        if visual_mask is not None:
+            visual_mask = visual_mask[:, None, None]
+        tokens = self.dropout(tokens)
         for layer in self.bert["encoder"]["layer"]:
-            tokens = layer(tokens, count, visual, mask)
+            tokens = layer(tokens, count, visual, mask, visual_mask)
         return tokens[:, :count]
 
 
@@ -183,7 +194,7 @@ class GatedMixture(nn.Module):
 
 
 class ScalarMixture(nn.Module):
-    """Ablation `no_moe`: a plain sum of the two streams, weighed by two learned scalars."""
+    """Ablation `no_moe` of either variant: a plain sum of the two streams, weighed by two learned scalars."""
 
     def __init__(self):
         super().__init__()

@@ -1,0 +1,138 @@
+"""Exports of v2: loadable without this package, bit for bit the run's, and refused where they are not whole v2s."""
+
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from favchat_jax.chat import ask
+from favchat_jax.convert import favchat, mistral
+from favchat_jax.convert.files import open_tensors
+from favchat_jax.convert.pytorch.modeling_favchat import FaVChatForConditionalGeneration
+from favchat_jax.data.datasets import open_dataset
+from favchat_jax.errors import UserError
+from favchat_jax.generation.sampler import Sampler, Sampling
+from favchat_jax.training.assembly import assemble, initial_weights, load_run, weight_shapes
+from favchat_jax.training.stages import group_of
+from favchat_jax.weights_folder import save_weights
+from tests.conftest import DATA, same_weights
+from tests.convert.test_export_pytorch import ALONE, QUESTION, read_back
+from tests.models.tiny_parts import drawn_flat
+from tools.compare_export import compare
+from tools.export_pytorch import export
+
+
+@dataclasses.dataclass(frozen=True)
+class Exported:
+    """A run of v2 and its export, which no test may change, and the clips of its data."""
+
+    run: Path
+    folder: Path
+    clips: list[bytes]
+
+
+@pytest.fixture(scope="module")
+def exported(small_world, tmp_path_factory) -> Exported:
+    """The run is a self-contained folder of drawn weights: what v2 starts as nothing shows in its answers."""
+    place = tmp_path_factory.mktemp("v2")
+    config = small_world.config("stage3", "variant=v2")
+    shapes = weight_shapes(assemble(config).model, config)
+    weights = drawn_flat({path: leaf for path, leaf in shapes.items() if group_of(path) != "llm"}, 0.3)
+    config.llm.path = "llm"
+    save_weights(place / "run", weights, config.to_dict())
+    shutil.copytree(small_world.llm, place / "run" / "llm")
+    fingerprint = {"fingerprint": mistral.fingerprint(small_world.llm)}
+    (place / "run" / "llm.json").write_text(json.dumps(fingerprint))
+    export(place / "run", place / "out")
+    source = open_dataset(DATA, small_world.packed, "heldout")
+    return Exported(place / "run", place / "out", [source[i].clip for i in range(3)])
+
+
+def changed(folder: Path, into: Path, **fields) -> Path:
+    """A copy of a folder whose config.json says something else."""
+    copy = Path(shutil.copytree(folder, into / "copy"))
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**config, **fields}))
+    return copy
+
+
+def test_a_process_without_jax_and_one_with_it_answer_as_the_run_does(exported, tmp_path):
+    moved = shutil.copytree(exported.folder, tmp_path / "elsewhere")
+    sampler, model = Sampler.of(load_run(exported.run)), FaVChatForConditionalGeneration.from_pretrained(moved)
+    answers = {}
+    for clip in exported.clips:
+        (tmp_path / "clip.mp4").write_bytes(clip)
+        for question in (QUESTION, "Which color is the hair of the person?"):
+            answers[clip, question] = ask(sampler, str(tmp_path / "clip.mp4"), question, Sampling(12))
+            assert model.answer(clip, question, max_new_tokens=12) == answers[clip, question]
+    assert len(set(answers.values())) > 3, "clip and question show in the answer"
+
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    ended = subprocess.run(
+        [sys.executable, "-c", ALONE, str(moved), str(tmp_path / "clip.mp4"), QUESTION],
+        cwd=tmp_path,
+        env={**environment, "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.removesuffix("\n") == answers[exported.clips[-1], QUESTION]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_weights_come_back_bit_for_bit_in_either_dtype(dtype, exported, tmp_path):
+    export(exported.run, tmp_path / "out", dtype)
+    weights = {path: np.asarray(leaf.astype(dtype)) for path, leaf in load_run(exported.run).weights.items()}
+    visual = {path: leaf for path, leaf in weights.items() if not path.startswith("llm/")}
+    assert same_weights(read_back(favchat.TABLE, tmp_path / "out" / "visual.safetensors", visual, dtype), visual)
+    loaded = FaVChatForConditionalGeneration.from_pretrained(tmp_path / "out").state_dict()
+    files = [open_tensors(tmp_path / "out" / name) for name in ("llm", "visual.safetensors")]
+    assert loaded.keys() == {name for file in files for name in file}
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"variant": "v1"}, r"says variant=v1, ablation=none, but its files lack adapter\.facial_in\.bias and \d+ "),
+        ({"ablation": "no_moe"}, r"says variant=v2, ablation=no_moe, but its files lack adapter\.weights: export it"),
+        ({"variant": "v3"}, "variant=v3 is unknown: this model has v1 and v2"),
+        ({"qformer": {"prompt": False}}, "prompt=False leaves v2 without the question that guides it"),
+    ],
+)
+def test_an_export_whose_config_names_another_model_is_refused_in_one_line(fields, says, exported, tmp_path):
+    with pytest.raises(ValueError, match=says) as refused:
+        FaVChatForConditionalGeneration.from_pretrained(changed(exported.folder, tmp_path, **fields))
+    assert "\n" not in str(refused.value)
+
+
+def test_weights_that_no_part_of_the_model_has_are_refused(exported, tmp_path):
+    umt = json.loads((exported.folder / "config.json").read_text())["umt"]
+    copy = changed(exported.folder, tmp_path, umt={**umt, "layers_run": 1})
+    with pytest.raises(ValueError, match=r"but its files also hold vision_encoder\.encoder\.blocks\.1\.attn\.proj"):
+        FaVChatForConditionalGeneration.from_pretrained(copy)
+
+
+def test_a_run_whose_config_names_the_other_variant_is_not_exported(exported, trained, tmp_path):
+    v2_as_v1 = changed(exported.run, tmp_path / "one", variant="v1")
+    v1_as_v2 = changed(trained.folder / "stage3", tmp_path / "two", variant="v2")
+    for run in (v2_as_v1, v1_as_v2):
+        with pytest.raises(UserError, match="copy holds .*, which the model of its config.json has not"):
+            export(run, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_export_is_not_compared_with_a_run_of_the_other_variant(exported, trained):
+    with pytest.raises(UserError, match="is of variant=v2, --checkpoint=.*/stage3 of v1: write that checkpoint's"):
+        compare(trained.folder / "stage3", exported.folder, clips=1)
+
+
+def test_an_export_is_not_the_stage_before(exported, small_world):
+    config = small_world.config("stage3", "variant=v2", init__from_run=str(exported.folder))
+    with pytest.raises(UserError, match="is an export for PyTorch, not a run"):
+        initial_weights(config, assemble(config).model)
