@@ -75,16 +75,13 @@ class FaVChatForConditionalGeneration(MistralForCausalLM):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info=False, **kwargs):
         """transformers', but weights that do not belong to the configuration's model are an error, not a warning."""
-        model, loading = super().from_pretrained(
-            pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
-        )
+        folder = pretrained_model_name_or_path
+        model, loading = super().from_pretrained(folder, *args, output_loading_info=True, **kwargs)
         for what, names in (("lack", loading["missing_keys"]), ("also hold", loading["unexpected_keys"])):
             if names:
-                others = f" and {len(names) - 1} more weights" if len(names) > 1 else ""
-                of = f"variant={model.config.variant}, ablation={model.config.ablation}"
-                raise ValueError(
-                    f"{pretrained_model_name_or_path}: config.json says {of}, but its files {what} {min(names)}{others}: export it again"
-                )
+                named = f"variant={model.config.variant}, ablation={model.config.ablation}"
+                wrong = min(names) + (f" and {len(names) - 1} more weights" if len(names) > 1 else "")
+                raise ValueError(f"{folder}: config.json says {named}, but its files {what} {wrong}: export it again")
         return (model, loading) if output_loading_info else model
 
     def _add_stream(self, stream, sizes, visual_width):
