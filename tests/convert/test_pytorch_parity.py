@@ -197,6 +197,8 @@ SIZES = [
 def test_near_the_papers_width_logits_and_gradient_are_those_of_the_pytorch_counterpart(size, seed):
     config, llm = wide(**size)
     batch = inputs(config, llm, clips=1, questions=1, seed=seed)
+    if config.variant == "v2":  # a single word leaves attention over words nothing to weigh: its gradients vanish
+        batch["prompt_mask"][..., :2] = True
     errors = compare(config, llm, drawn_weights(config, llm, 0.02, seed), batch)
     print(size, seed, errors)
     assert max(errors.values()) <= LIMIT
