@@ -177,7 +177,7 @@ def test_train_refuses_a_workdir_whose_checkpoints_are_all_damaged(command, smal
 def test_in_the_embedded_preset_what_a_stage_needs_is_trained_first(command, monkeypatch):
     made = []
 
-    def train(config, workdir):
+    def train(config, workdir, profile=0):
         made.append(str(workdir))
         return Outcome(step=1, steps=1, resumed_at=0)
 
@@ -195,7 +195,7 @@ def test_train_ends_with_1_where_the_loss_is_not_a_number(command, small_world, 
     from favchat_jax import train
     from favchat_jax.errors import RunError
 
-    def diverge(config, workdir):
+    def diverge(config, workdir, profile):
         raise RunError("the loss of step 7 is nan, clips a, b")
 
     monkeypatch.setattr("favchat_jax.training.loop.train", diverge)

@@ -71,7 +71,9 @@ def test_a_process_without_jax_and_one_with_it_answer_as_the_run_does(exported, 
         for question in (QUESTION, "Which color is the hair of the person?"):
             answers[clip, question] = ask(sampler, str(tmp_path / "clip.mp4"), question, Sampling(12))
             assert model.answer(clip, question, max_new_tokens=12) == answers[clip, question]
-    assert len(set(answers.values())) > 3, "clip and question show in the answer"
+    asked = {question: [answers[clip, question] for clip in exported.clips] for _, question in answers}
+    assert any(len(set(said)) > 1 for said in asked.values()), "the clip shows in the answer"
+    assert len({tuple(said) for said in asked.values()}) > 1, "the question shows in the answer"
 
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     ended = subprocess.run(

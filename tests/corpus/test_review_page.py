@@ -279,7 +279,9 @@ def test_a_reviewer_judges_by_the_keyboard_and_every_verdict_is_kept_at_once(bro
         ada.sees("#name", following)
         assert verdicts(out, "ada")[before] == said
     ada.sees("#count", "3 of 5 judged")
-    ada.press("ArrowLeft", "ArrowRight")  # among those that are left
+    ada.press("ArrowLeft")  # among those that are left
+    ada.sees("#name", "clip004")
+    ada.press("ArrowRight")
     ada.sees("#name", "clip003")
     ada.press("a")
     ada.sees("#name", "clip004")
@@ -319,7 +321,7 @@ def test_clip_labels_and_text_stand_side_by_side_and_text_is_never_taken_for_htm
     assert ada.page.input_value("[aria-label='answer 1']") == "A <b>young</b> man."
     chips = ada.page.locator(".chip").all_text_contents()
     assert chips == ["male", "young", "brown hair", "eyeglasses", "no beard", "talk", "nod", "happy"]
-    ada.page.wait_for_function("document.querySelector('video').readyState >= 2")  # the clip itself plays
+    ada.page.wait_for_function("() => document.querySelector('video').readyState >= 2")  # the clip itself plays
     assert ada.page.evaluate("document.querySelector('video').videoWidth") == 96
     left, right = ada.page.locator(".seen").bounding_box(), ada.page.locator(".written").bounding_box()
     assert left["x"] + left["width"] <= right["x"] + 1 and abs(left["y"] - right["y"]) < 2
@@ -329,7 +331,7 @@ def test_clip_labels_and_text_stand_side_by_side_and_text_is_never_taken_for_htm
 def test_space_and_the_dot_steer_the_clip(browser, server):
     ada = Reviewer(browser, server, "ada")
     ada.page.wait_for_function(
-        "document.querySelector('video').readyState >= 2 && !document.querySelector('video').paused"
+        "() => document.querySelector('video').readyState >= 2 && !document.querySelector('video').paused"
     )
     ada.press(" ")
     assert ada.page.evaluate("document.querySelector('video').paused")
@@ -346,8 +348,8 @@ def test_two_reviewers_see_their_own_verdicts_and_how_far_they_agree(browser, se
             person.sees("#name", f"clip00{number}")
     ada.sees("#count", "3 of 5 judged")
     bob.page.click("#agreement-button")
-    cells = bob.page.locator("#pairs td").all_text_contents()
-    assert cells == ["ada, bob", "3", "0.67", "0.40"]
+    bob.page.wait_for_selector("#pairs td")
+    assert bob.page.locator("#pairs td").all_text_contents() == ["ada, bob", "3", "0.67", "0.40"]
     assert ada.errors == bob.errors == []
 
 

@@ -189,7 +189,7 @@ def test_a_stage_out_of_order_is_a_users_error(small_world, trained):
 
 def test_a_weights_folder_is_no_stage_before(small_world, tmp_path):
     save_weights(tmp_path / "umt", {"a": np.ones(3, np.float32)}, {"kind": "umt"})
-    with pytest.raises(UserError, match="init.from_run=.* is of preset=None"):
+    with pytest.raises(UserError, match=r"is a weights folder \(umt\), not a run"):
         initial(small_world.config("stage2", init__from_run=str(tmp_path / "umt")))
 
 
