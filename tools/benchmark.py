@@ -1,7 +1,9 @@
-"""Our speed beside PyTorch's: python -m tools.benchmark train|decode|loader --preset=base --baseline=pytorch --json=F
+"""Our speed beside PyTorch's: python -m tools.benchmark WORK --preset=base --baseline=pytorch --json=F
 
+WORK is one of
 train   one step of stage 2
 decode  a prompt with its visual tokens, and 64 new tokens, at batch 1 and 8
+rollout 8 responses of 64 tokens to one question, drawn by chance, as the reinforcement stage draws them
 loader  the training stream by worker processes, beside the bare decoding of the same clips
 
 Both sides have the same weights, shapes and inputs, run in a process each, and take turns; before anything is timed,
@@ -32,6 +34,7 @@ from tools.beside_pytorch.contest import Side, Timing, alternate
 
 DATA = "rendered_faces/smoke"  # whose small clips leave the loader the least time for what is not decoding
 LOADER_SECONDS = 5.0  # of each of its runs
+GROUP = 8  # responses to a question: the paper's
 SAME = 1e-3  # how far apart the losses of both sides may be, relative
 # Floating-point operations a second in bfloat16, dense, by what the device's name holds.
 PEAK = {"A100": 312e12, "A800": 312e12, "H100": 989e12, "H200": 989e12, "RTX 4090": 165e12}
@@ -84,6 +87,20 @@ def decode(
     return rows
 
 
+def rollout(folder: str, preset: str, baseline: bool, rounds: int, only: Sequence[str] = ()) -> Rows:
+    """Rows of a group of responses to one question.
+
+    What the sides draw differs, so only its amount is compared; `decode` compares the likeliest tokens.
+    """
+    timings = _contest(folder, preset, baseline, rounds, "rollout", GROUP, only=only)
+    whole = GROUP * ours.TOKENS
+    drawn = {count for side in timings.values() for timing in side.values() for count in timing.results}
+    if drawn != {whole}:
+        raise RunError(f"the sides drew {sorted(drawn)} tokens, not {whole}")
+    rows = _rows(timings, lambda _: "group", work="rollout", batch=GROUP, unit="s a group")
+    return [{**row, "tokens_a_second": whole / row["ours"]} for row in rows]
+
+
 def agreement(ours: list[list[int]], other: list[list[int]]) -> float:
     """The share of tokens before the first that differs, over all rows; drawn weights leave near ties to rounding.
 
@@ -115,7 +132,7 @@ def loader(folder: str, preset: str, baseline: bool, rounds: int, only: Sequence
     return rows
 
 
-WORKS: dict[str, Callable[..., Rows]] = {"train": train, "decode": decode, "loader": loader}
+WORKS: dict[str, Callable[..., Rows]] = {"train": train, "decode": decode, "rollout": rollout, "loader": loader}
 
 
 def _contest(

@@ -96,9 +96,15 @@ def test_decoding_is_measured_without_pytorch_too(folder):
     assert row["over_memory_floor"] > 0.5, "no cache holds what it would take to be faster than the memory"
 
 
+def test_a_group_of_responses_is_measured_as_one(folder):
+    (row,) = benchmark.rollout(folder, "tiny", baseline=False, rounds=1)
+    assert (row["work"], row["batch"]) == ("rollout", 8) and "pytorch" not in row
+    assert row["tokens_a_second"] == pytest.approx(8 * 64 / row["ours"])
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
-@pytest.mark.parametrize("work", ["train", "decode", "loader"])
+@pytest.mark.parametrize("work", ["train", "decode", "rollout", "loader"])
 def test_ours_and_pytorch_compute_the_same_and_every_row_has_both(work, folder, monkeypatch):
     monkeypatch.setattr(benchmark, "LOADER_SECONDS", 0.5)
     rows = benchmark.WORKS[work](folder, "tiny", baseline=True, rounds=1)
@@ -109,7 +115,7 @@ def test_ours_and_pytorch_compute_the_same_and_every_row_has_both(work, folder, 
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ([], "nothing cannot be measured: name one of train, decode, loader first"),
+        ([], "nothing cannot be measured: name one of train, decode, rollout, loader first"),
         (["sleep"], "sleep cannot be measured"),
         (["train", "--preset=paper"], "--preset=paper has no language model to draw"),
         (["train", "--preset=huge"], "preset"),

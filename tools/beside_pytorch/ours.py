@@ -55,11 +55,7 @@ def train(folder: str, preset: str) -> Runs:
 
 def decode(folder: str, preset: str, batch: int) -> Runs:
     """Answers of `TOKENS` tokens to one question about each of `batch` clips whose features are there."""
-    config = material.settings(folder, preset)
-    parts = assembly.assemble(config)
-    weights = {path: jnp.asarray(leaf, config.model.dtype) for path, leaf in material.weights(folder).items()}
-    sampler = Sampler(config, weights, parts.tokenizer, parts.prompt_tokenizer)
-    features = sampler.encode(material.frames(config, batch))
+    sampler, features, weights = _asked(folder, preset, batch)
     conversations = [[[(material.QUESTION, None)]]] * batch
     read = sum(leaf.nbytes for path, leaf in weights.items() if path.startswith("llm/") and path.endswith("kernel"))
 
@@ -74,6 +70,29 @@ def decode(folder: str, preset: str, batch: int) -> Runs:
         return marks[-1] - started, {"tokens": tokens.tolist(), "per_token": blocks.tolist(), "bytes": read}
 
     return {"merged": answer, "memory": memory()}
+
+
+def rollout(folder: str, preset: str, group: int) -> Runs:
+    """A group of responses of `TOKENS` tokens to one question about a clip whose features are there; tokens drawn."""
+    sampler, features, _ = _asked(folder, preset, 1)
+    seeds = itertools.count()
+
+    def respond() -> tuple[float, int]:
+        sampling = Sampling(TOKENS, temperature=1.0, seed=next(seeds))
+        started = time.perf_counter()
+        tokens = sampler.responses(features, [material.QUESTION], group, sampling)
+        return time.perf_counter() - started, tokens.size
+
+    return {"group": respond}
+
+
+def _asked(folder: str, preset: str, clips: int):
+    """The sampler, the features of `clips` clips, and the weights."""
+    config = material.settings(folder, preset)
+    parts = assembly.assemble(config)
+    weights = {path: jnp.asarray(leaf, config.model.dtype) for path, leaf in material.weights(folder).items()}
+    sampler = Sampler(config, weights, parts.tokenizer, parts.prompt_tokenizer)
+    return sampler, sampler.encode(material.frames(config, clips)), weights
 
 
 def memory() -> Callable[[], tuple[float, float]]:

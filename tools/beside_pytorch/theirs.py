@@ -77,13 +77,8 @@ def train(folder: str, preset: str) -> Runs:
 
 def decode(folder: str, preset: str, batch: int) -> Runs:
     """`generate` of `TOKENS` tokens: adapters apart or merged, with a growing or a static cache, and compiled."""
-    config, apart = _model(folder, preset)
-    merged = _model(folder, preset)[1].merge_and_unload()
-    if DEVICE != "cpu":
-        merged.to(torch.bfloat16)
-    arrays = _prompt(config, batch)
-    with torch.inference_mode():
-        features = merged.encode(torch.tensor(material.frames(config, batch), device=DEVICE))
+    apart = _model(folder, preset)[1]
+    merged, features, arrays = _asked(folder, preset, batch)
 
     def answers(model: Any, **how: Any) -> Callable[[], tuple[float, dict[str, Any]]]:
         inner = apart.base_model.model if model is apart else merged
@@ -103,16 +98,55 @@ def decode(folder: str, preset: str, batch: int) -> Runs:
 
         return run
 
+    return {"adapters apart": answers(apart), **{name: answers(merged, **how) for name, how in _caches().items()}}
+
+
+def rollout(folder: str, preset: str, group: int) -> Runs:
+    """`generate` of a group of responses to a prompt, merged: with a growing or a static cache, and compiled."""
+    merged, features, arrays = _asked(folder, preset, 1)
+    drawing = {"do_sample": True, "temperature": 1.0, "top_k": 0, "num_return_sequences": group}
+
+    def responses(**how: Any) -> Callable[[], tuple[float, int]]:
+        @torch.inference_mode()
+        def run() -> tuple[float, int]:
+            started = time.perf_counter()
+            visual, _ = merged.visual_tokens(features, arrays["prompt_ids"], arrays["prompt_mask"])
+            embedded = merged.embed(arrays["input_ids"], visual)
+            mask = torch.ones(embedded.shape[:2], dtype=torch.long, device=DEVICE)
+            drawn = merged.generate(
+                inputs_embeds=embedded, attention_mask=mask, max_new_tokens=TOKENS, **drawing, **how
+            )
+            count = sum(map(len, drawn.tolist()))
+            return time.perf_counter() - started, count
+
+        return run
+
+    return {name: responses(**how) for name, how in _caches().items()}
+
+
+def _caches() -> dict[str, dict[str, Any]]:
+    """Settings of `generate` with adapters merged, by name."""
     compiled = CompileConfig()
     compiled._compile_all_devices = True  # transformers compiles on GPUs alone otherwise
     return {
-        "adapters apart": answers(apart),
-        "merged": answers(merged),
-        "merged with a static cache": answers(merged, cache_implementation="static", disable_compile=True),
-        "merged with a static cache and compiled": answers(
-            merged, cache_implementation="static", compile_config=compiled
-        ),
+        "merged": {},
+        "merged with a static cache": {"cache_implementation": "static", "disable_compile": True},
+        "merged with a static cache and compiled": {"cache_implementation": "static", "compile_config": compiled},
     }
+
+
+def _asked(folder: str, preset: str, clips: int):
+    """The model with adapters merged, the features of `clips` clips, and the prompt to each."""
+    config, apart = _model(folder, preset)
+    merged = apart.merge_and_unload()
+    if DEVICE != "cpu":
+        merged.to(torch.bfloat16)
+    with torch.inference_mode():
+        return (
+            merged,
+            merged.encode(torch.tensor(material.frames(config, clips), device=DEVICE)),
+            _prompt(config, clips),
+        )
 
 
 def loader(folder: str, preset: str, name: str, packed: str, workers: tuple[int, ...], seconds: float) -> Runs:
