@@ -33,7 +33,7 @@ def clipped(tmp_path_factory):
     for index, name in enumerate(entries):
         write(folder / "celebvhq" / f"{name}.mp4", face_video(index, frames=12))
     for index in range(3):
-        write(folder / "others" / f"o{index}.mp4", face_video(10 + index))
+        write(folder / "others" / f"o{index}.mp4", face_video(12 + index))
     out = folder / "out"
     scan([str(folder / "celebvhq"), str(folder / "others")], out)
     kept, dropped = clip(out, Settings())
