@@ -11,7 +11,7 @@ def get_config(argument: str = ""):
     config.optimizer.learning_rate = 2e-4
     config.batch = 8
     if config.preset == "tiny":
-        config.steps = 270
+        config.steps = 240
         config.batch = 16
         config.optimizer.learning_rate = 1e-2
         config.data.questions = 1

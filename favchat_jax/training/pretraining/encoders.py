@@ -85,12 +85,13 @@ def make_facial_encoder(config: ConfigDict, records: Sequence[Record], frames: F
             yield mirror_half(pixels, classes, rng)
 
     model = FrameClassifier(FaceXFormerEncoder(**config.model.facexformer), _counts(labels))
-    # Details are small; eyes, beard and skin had the least share of the features among what has three classes.
-    faint = ("eyes", "beard", "skin")
-    importance = dict.fromkeys((*rendered_faces.DETAILS, *faint), 2.0)
-    softness = dict.fromkeys(faint, 0.65)
     weights = fit_classifier(
-        model, batches(), config.pretrain.facial_steps, config, "facial encoder", importance, softness
+        model,
+        batches(),
+        config.pretrain.facial_steps,
+        config,
+        "facial encoder",
+        dict.fromkeys(rendered_faces.DETAILS, 2.0),
     )
     save_weights(folder, flatten_dict({"facexformer": weights["encoder"]}, sep="/"), {"kind": "facexformer"})
 
@@ -141,22 +142,9 @@ def mirror_half(
     return pixels, mirrored
 
 
-def fit_classifier(
-    model,
-    batches,
-    steps: int,
-    config,
-    name: str,
-    importance: dict[str, float],
-    softness: dict[str, float] | None = None,
-) -> dict:
+def fit_classifier(model, batches, steps: int, config, name: str, importance: dict[str, float]) -> dict:
     """Trains the encoder under heads that stay as they were drawn, so that what the labels need must become most of
-    what a token holds; heads that learn would make do with faint traces, which a fresh Q-Former takes long to find.
-
-    Args:
-        importance: weight of a label's loss where it is not 1.
-        softness: factor on a label's scores where it is not 1; one under 1 asks for a larger share of the features.
-    """
+    what a token holds; heads that learn would make do with faint traces, which a fresh Q-Former takes long to find."""
 
     def loss(weights, pixels, classes):
         x = (pixels.astype(jnp.float32) / 255 - jnp.array(PIXEL_MEAN)) / jnp.array(PIXEL_STD)
@@ -164,8 +152,7 @@ def fit_classifier(
         total = 0.0
         for label, wanted in classes.items():
             known = wanted >= 0
-            soft = scores[label] * (softness or {}).get(label, 1.0)
-            losses = optax.softmax_cross_entropy_with_integer_labels(soft, jnp.where(known, wanted, 0))
+            losses = optax.softmax_cross_entropy_with_integer_labels(scores[label], jnp.where(known, wanted, 0))
             total += importance.get(label, 1.0) * jnp.sum(losses * known) / jnp.maximum(jnp.sum(known), 1)
         return total / len(classes)
 
