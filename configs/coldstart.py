@@ -14,8 +14,8 @@ def get_config(argument: str = ""):
     if config.preset == "tiny":
         config.steps = 150
         config.batch = 16
-        # LoRA has to learn when a thought is asked for, which Adam at the tenth of Muon's rate that LoRA gets does not
-        # within minutes.
+        # The embedded language model has never seen the letters of the tags: LoRA has to learn them, which Adam at the
+        # tenth of Muon's rate that LoRA gets does not within minutes.
         config.optimizer.update({"name": "adamw", "learning_rate": 1e-2})
         config.data.questions = 1
     return config

@@ -15,7 +15,6 @@ from favchat_jax.data.conversation import Conversation, load_tokenizer
 from favchat_jax.data.datasets import open_dataset
 from favchat_jax.errors import UserError
 from favchat_jax.models.facexformer import FaceXFormerEncoder
-from favchat_jax.rl.rewards import FORM, facial_score
 from favchat_jax.training import assembly, pretraining
 from favchat_jax.training.checkpoint import load_config
 from favchat_jax.training.pretraining import encoders, language_model
@@ -140,21 +139,17 @@ def test_the_slot_tells_every_fact_of_the_clip_and_nothing_else(small_world):
         assert set(slot) == facts and len(slot) == np.sum(tokens < 0) == 16
 
 
-def test_texts_about_a_clip_ask_for_its_facts_or_its_summary_or_a_thought_and_an_answer(small_world):
+def test_texts_about_a_clip_ask_for_its_facts_or_for_its_summary(small_world):
     tokenizer, source = load_tokenizer(small_world.llm), open_dataset(DATA, small_world.packed, "train")
-    described = reasoned = 0
+    described = 0
     for record, learned, _, _ in told([source[i] for i in range(36)], tokenizer):
-        if learned.startswith(" <think>"):
-            reasoned += 1
-            thought, answer = FORM.fullmatch(learned.removesuffix("</s>")).groups()
-            assert thought.split()[0] in record.targets["attributes"] and facial_score(answer, record.targets) > 0
-        elif "." in learned:
+        if "." in learned:
             described += 1
             assert learned == f" {record.summary}</s>"
         else:
             true = {rendered_faces.answer(n, rendered_faces.LABELS[n][v]) for n, v in record.labels.items() if v >= 0}
             assert {answer.strip() for answer in learned.split("</s>") if answer} <= true
-    assert 0.1 < described / (36 * 6) < 0.3 and 0.03 < reasoned / (36 * 6) < 0.2
+    assert 0.1 < described / (36 * 6) < 0.3
 
 
 def test_a_mirrored_picture_has_its_lefts_and_rights_swapped():

@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from favchat_jax.convert import mistral as mistral_folder
-from favchat_jax.data import reasoning, rendered_faces
+from favchat_jax.data import rendered_faces
 from favchat_jax.data.conversation import Conversation, load_tokenizer
 from favchat_jax.data.datasets import Record
 from favchat_jax.data.loader import INSTRUCTIONS
@@ -28,10 +28,6 @@ from favchat_jax.training.pretraining.fitting import fit
 from favchat_jax.training.step import chunked_cross_entropy, next_token_targets
 
 DESCRIBED = 0.2  # share of the texts that ask for a description
-# Share of those that ask for a thought and an answer: as a published model does, the stand-in knows how to write both,
-# and the cold start teaches when. Asked with `reasoning.QUESTION`, it would do so in stage 1 as well.
-REASONED = 0.1
-THINK = "Think first, then answer: what can be seen in this video?"
 QUESTIONS = 6  # in each of the others
 NOISE = 0.5  # in a told fact, as a share of its size
 
@@ -48,7 +44,6 @@ def make_language_model(config: ConfigDict, records: Sequence[Record], frames: C
     del frames
     rng = np.random.default_rng(config.seed)
     told = [text for r in records for text in (r.summary, *r.targets.values(), *_spoken(r))]
-    told += [reasoning.response(record, rng) for record in records if reasoning.can_be_told(record)]
     write_sizes(folder, config.pretrain.llm, told)
     tokenizer = load_tokenizer(folder)
     model = Mistral(mistral_folder.read_config(folder))
@@ -185,11 +180,9 @@ def texts_about(
         for name, value in labels.items()
     ]
     askable = [name for name in labels if name in rendered_faces.QUESTIONS]
-    for lot in rng.random(count):
-        if lot < DESCRIBED:
+    for describe in rng.random(count) < DESCRIBED:
+        if describe:
             turns = [(str(rng.choice(INSTRUCTIONS)), record.summary)]
-        elif lot < DESCRIBED + REASONED and reasoning.can_be_told(record):
-            turns = [(THINK, reasoning.response(record, rng))]
         else:
             turns = [
                 (str(rng.choice(rendered_faces.QUESTIONS[name])), rendered_faces.answer(name, labels[name]))
