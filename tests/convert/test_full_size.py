@@ -26,6 +26,7 @@ SHARD_BYTES = 10**9  # the test itself holds one of them
 def make_folder(folder: Path) -> None:
     """A Hugging Face folder of random bfloat16 weights in shards, as Mistral-7B is published."""
     folder.mkdir()
+    (folder / "tokenizer.json").write_text("{}")
     (folder / "config.json").write_text(json.dumps(MISTRAL_7B))
     shapes = mistral.weight_shapes(mistral.read_config(folder))
     rng, where, shard, size = np.random.default_rng(0), {}, {}, 0
