@@ -7,7 +7,6 @@ description of each clip before the question. Stopped, the same command goes on 
 import hashlib
 import importlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -108,9 +107,7 @@ def check(config: ml_collections.ConfigDict, out: Path) -> None:
     ):
         if config[field] < least:
             raise UserError(f"{field}={config[field]} is too small: give at least {least}")
-    parent = out.absolute().parent
-    if out.is_dir() or not (parent.is_dir() and os.access(parent, os.W_OK)):
-        raise UserError(f"--out={out} cannot be written: name a file in a folder that exists")
+    command_line.check_output("--out", str(out))
 
 
 def main() -> None:

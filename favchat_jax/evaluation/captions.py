@@ -3,12 +3,40 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import ml_collections
+
 from favchat_jax.evaluation.judge import Judge, Question
 from favchat_jax.evaluation.metrics import cider, mean_figure, rouge_l, words
 from favchat_jax.evaluation.respondents import Unanswered
-from favchat_jax.evaluation.result import Figure
+from favchat_jax.evaluation.result import Figure, Result, make_result
+from favchat_jax.evaluation.session import Session
 
 NO_JUDGE = "no judge: its figures are left out; name one with --config.judge.url and --config.judge.model"
+
+
+def all_figures(
+    session: Session, samples: Sequence[dict[str, Any]], rubrics: Mapping[str, str], seed: int
+) -> tuple[dict[str, Figure], list[str]]:
+    """Figures by the judge for each rubric, where there is one, and by words; notes on what is not there."""
+    by_words = word_figures(samples, seed)
+    if session.judge is None:
+        return by_words, [NO_JUDGE]
+    judged, notes = judged_figures(session.judge, samples, rubrics, seed)
+    return {**judged, **by_words}, notes
+
+
+def captions_result(
+    config: ml_collections.ConfigDict,
+    session: Session,
+    samples: Sequence[dict[str, Any]],
+    figures: Mapping[str, Figure],
+    notes: Sequence[str],
+    **more: Any,
+) -> Result:
+    """The benchmark's result; whatever a note is on makes it incomplete. `more` is `make_result`'s."""
+    judge = session.judge and session.judge.summary()
+    told = {"missing": session.missing, "notes": notes, "judge": judge, "complete": not notes}
+    return make_result(config.benchmark, samples, figures, **told, **more)
 
 
 def word_figures(samples: Sequence[dict[str, Any]], seed: int) -> dict[str, Figure]:

@@ -16,13 +16,13 @@ import ml_collections
 
 from favchat_jax.errors import UserError
 from favchat_jax.evaluation import published
-from favchat_jax.evaluation.captions import NO_JUDGE, judged_figures, note_score, unjudged_note, word_figures
+from favchat_jax.evaluation.captions import all_figures, captions_result, note_score, unjudged_note
 from favchat_jax.evaluation.footage import Footage
 from favchat_jax.evaluation.judge import Judge, Question
 from favchat_jax.evaluation.layout import described, first_of, root_of
 from favchat_jax.evaluation.metrics import event_figures
 from favchat_jax.evaluation.respondents import Ask, Unanswered
-from favchat_jax.evaluation.result import Figure, Result, make_result
+from favchat_jax.evaluation.result import Figure, Result
 from favchat_jax.evaluation.session import Session, present
 
 SOURCE = "test.json is at https://github.com/Jiaxing-star/FacialDynamic, which says where its clips come from"
@@ -51,23 +51,18 @@ def run(config: ml_collections.ConfigDict, session: Session) -> Result:
         for row in listed
         if row["id"] in said
     ]
-    figures, notes = word_figures(samples, config.seed), []
-    if session.judge is None:
-        notes.append(NO_JUDGE)
-    else:
-        scores, notes = judged_figures(session.judge, samples, {name: name for name in ASPECTS}, config.seed)
+    figures, notes = all_figures(session, samples, {name: name for name in ASPECTS}, config.seed)
+    if session.judge is not None:
         events, unjudged = _event_figures(session.judge, samples, config.seed)
-        figures, notes = {**scores, **figures, **events}, notes + unjudged
-    return make_result(
-        config.benchmark,
+        figures, notes = {**figures, **events}, notes + unjudged
+    return captions_result(
+        config,
+        session,
         samples,
         figures,
-        missing=session.missing,
-        notes=notes,
-        judge=session.judge and session.judge.summary(),
+        notes,
         data=described("DFEC", root, [path], [clip for _, clip in there], len(listed)),
         published=published.rows(published.DFEC, *ASPECTS, "cider", "rouge_l", "autodq"),
-        complete=not notes,
     )
 
 

@@ -11,11 +11,11 @@ from pathlib import Path
 import ml_collections
 
 from favchat_jax.evaluation import published
-from favchat_jax.evaluation.captions import NO_JUDGE, judged_figures, word_figures
+from favchat_jax.evaluation.captions import all_figures, captions_result
 from favchat_jax.evaluation.footage import Footage
 from favchat_jax.evaluation.layout import described, find_clip, first_of, read_table, root_of
 from favchat_jax.evaluation.respondents import Ask
-from favchat_jax.evaluation.result import Result, make_result
+from favchat_jax.evaluation.result import Result
 from favchat_jax.evaluation.session import Session, present
 
 SOURCE = (
@@ -48,21 +48,16 @@ def run(config: ml_collections.ConfigDict, session: Session) -> Result:
         }
         for name, (answer,) in said.items()
     ]
-    figures, notes = word_figures(samples, config.seed), [NO_JUDGE]
-    if session.judge is not None:
-        overlaps = {"clue_overlap": "clues", "label_overlap": "emotions"}
-        scores, notes = judged_figures(session.judge, samples, overlaps, config.seed)
-        figures = {**scores, **figures}
-    return make_result(
-        config.benchmark,
+    overlaps = {"clue_overlap": "clues", "label_overlap": "emotions"}
+    figures, notes = all_figures(session, samples, overlaps, config.seed)
+    return captions_result(
+        config,
+        session,
         samples,
         figures,
-        missing=session.missing,
-        notes=notes,
-        judge=session.judge and session.judge.summary(),
+        notes,
         data=described("EMER", root, [path], [clip for _, clip in there], len(reasons)),
         published=published.rows(published.EMER, "clue_overlap", "label_overlap"),
-        complete=not notes,
     )
 
 

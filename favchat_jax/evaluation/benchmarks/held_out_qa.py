@@ -16,11 +16,11 @@ import numpy as np
 
 from favchat_jax.errors import UserError
 from favchat_jax.evaluation import published
-from favchat_jax.evaluation.captions import NO_JUDGE, judged_figures, word_figures
+from favchat_jax.evaluation.captions import all_figures, captions_result
 from favchat_jax.evaluation.footage import Footage
 from favchat_jax.evaluation.layout import described, first_of, root_of
 from favchat_jax.evaluation.respondents import Ask
-from favchat_jax.evaluation.result import Result, make_result
+from favchat_jax.evaluation.result import Result
 from favchat_jax.evaluation.session import Session, present
 
 SOURCE = "write one line a clip: clip, video, and qa, a list of q and a"
@@ -40,22 +40,17 @@ def run(config: ml_collections.ConfigDict, session: Session) -> Result:
         answers = [answer for ask in parts for answer in said.get(ask.id, [None] * len(ask.conversations))]
         pairs = zip(clips[name]["qa"], answers, strict=True)
         samples += [_row(name, number, *both) for number, both in enumerate(pairs) if both[1] is not None]
-    figures, notes = word_figures(samples, config.seed), [NO_JUDGE]
-    if session.judge is not None:
-        scores, notes = judged_figures(session.judge, samples, {"score": "qa"}, config.seed)
-        figures = {**scores, **figures}
-    return make_result(
-        config.benchmark,
+    figures, notes = all_figures(session, samples, {"score": "qa"}, config.seed)
+    return captions_result(
+        config,
+        session,
         samples,
         figures,
-        missing=session.missing,
-        notes=notes,
-        judge=session.judge and session.judge.summary(),
+        notes,
         data=described(
             "held-out questions", root, [path], [video for _, video in there], sum(len(c["qa"]) for c in clips.values())
         ),
         published=published.rows(published.HELD_OUT_QA, "score"),
-        complete=not notes,
     )
 
 
