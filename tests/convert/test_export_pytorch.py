@@ -76,6 +76,20 @@ def ours(sampler, clip, folder, question=QUESTION, tokens=12) -> str:
     return ask(sampler, str(folder / "clip.mp4"), question, Sampling(max_new_tokens=tokens))
 
 
+def alone(folder: Path, place: Path) -> str:
+    """What a process that runs in `place` and has no JAX answers about `clip.mp4` there."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    ended = subprocess.run(
+        [sys.executable, "-c", ALONE, str(folder), str(place / "clip.mp4"), QUESTION],
+        cwd=place,
+        env={**environment, "HF_MODULES_CACHE": str(place / "modules"), "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert ended.returncode == 0, ended.stderr
+    return ended.stdout.removesuffix("\n")
+
+
 def read_back(table: Table, file: Path, weights: dict[str, np.ndarray], dtype: str) -> dict[str, np.ndarray]:
     """What a file of published names says of `weights`."""
     shapes = {path: leaf.shape for path, leaf in weights.items()}
@@ -87,16 +101,7 @@ def test_a_process_without_jax_loads_the_folder_where_it_was_moved_and_answers_a
 ):
     moved = shutil.copytree(folder, tmp_path / "elsewhere")
     expected = ours(sampler, clips[0].clip, tmp_path)
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    ended = subprocess.run(
-        [sys.executable, "-c", ALONE, str(moved), str(tmp_path / "clip.mp4"), QUESTION],
-        cwd=tmp_path,
-        env={**environment, "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert ended.returncode == 0, ended.stderr
-    assert ended.stdout.removesuffix("\n") == expected
+    assert alone(moved, tmp_path) == expected
 
 
 def test_answers_are_those_of_the_run_for_every_question_of_some_clips(model, sampler, clips, tmp_path):

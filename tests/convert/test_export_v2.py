@@ -2,10 +2,7 @@
 
 import dataclasses
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +19,7 @@ from favchat_jax.training.assembly import assemble, initial_weights, load_run, w
 from favchat_jax.training.stages import group_of
 from favchat_jax.weights_folder import save_weights
 from tests.conftest import DATA, same_weights
-from tests.convert.test_export_pytorch import ALONE, QUESTION, read_back
+from tests.convert.test_export_pytorch import QUESTION, alone, read_back
 from tests.models.tiny_parts import drawn_flat
 from tools.compare_export import compare
 from tools.export_pytorch import export
@@ -74,17 +71,7 @@ def test_a_process_without_jax_and_one_with_it_answer_as_the_run_does(exported, 
     asked = {question: [answers[clip, question] for clip in exported.clips] for _, question in answers}
     assert any(len(set(said)) > 1 for said in asked.values()), "the clip shows in the answer"
     assert len({tuple(said) for said in asked.values()}) > 1, "the question shows in the answer"
-
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    ended = subprocess.run(
-        [sys.executable, "-c", ALONE, str(moved), str(tmp_path / "clip.mp4"), QUESTION],
-        cwd=tmp_path,
-        env={**environment, "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert ended.returncode == 0, ended.stderr
-    assert ended.stdout.removesuffix("\n") == answers[exported.clips[-1], QUESTION]
+    assert alone(moved, tmp_path) == answers[exported.clips[-1], QUESTION]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
