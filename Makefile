@@ -2,8 +2,9 @@
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
+PLANNING := .venv-aot
 
-.PHONY: demo test test-slow lint
+.PHONY: demo test test-slow lint plan
 
 demo: $(VENV)/ready
 	$(RUN) -m tools.demo
@@ -13,6 +14,10 @@ test: $(VENV)/ready-dev
 
 test-slow: $(VENV)/ready-dev
 	$(RUN) -m pytest -m "slow or not slow"
+
+# What fits on which accelerator; its compilers need an environment of their own.
+plan: $(PLANNING)/ready
+	$(PLANNING)/bin/python -m tools.aot_compile --all --json=runs/plans.json
 
 lint: $(VENV)/ready-dev
 	$(RUN) -m ruff check .
@@ -27,4 +32,9 @@ $(VENV)/ready: requirements.txt
 
 $(VENV)/ready-dev: $(VENV)/ready requirements-convert.txt requirements-dev.txt
 	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	touch $@
+
+$(PLANNING)/ready: requirements.txt requirements-aot.txt
+	$(PYTHON) -m venv $(PLANNING)
+	$(PLANNING)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-aot.txt
 	touch $@

@@ -16,7 +16,7 @@ from ml_collections import config_flags
 from favchat_jax import command_line
 from favchat_jax.errors import UserError
 from favchat_jax.rl import de_grpo
-from favchat_jax.training import pretraining, stages
+from favchat_jax.training import pretraining, processes, stages
 from favchat_jax.training.checks import check
 from favchat_jax.training.loop import Outcome, is_finished, train
 
@@ -37,7 +37,7 @@ def train_stage(config: ml_collections.ConfigDict, workdir: Path) -> Outcome:
     """
     check(config)
     if config.preset == "tiny":
-        pretraining.make_missing_parts(config)
+        processes.first_alone(lambda: pretraining.make_missing_parts(config))
     else:
         _require_sources(config)
     previous = stages.STAGES[config.stage].before
@@ -113,12 +113,19 @@ def main() -> None:
     if config is None:
         raise UserError("--config is missing: for example --config=configs/stage3.py")
     command_line.check_kind(_CONFIG, "stage", "configs/stage1.py, stage2.py, stage3.py, coldstart.py, grpo.py")
-    train_stage(config, Path(_WORKDIR.value or default_workdir(config)))
+    processes.join(_PROCESSES.value)
+    with processes.deaths_told():
+        train_stage(config, Path(_WORKDIR.value or default_workdir(config)))
 
 
 if __name__ == "__main__":
     _CONFIG = config_flags.DEFINE_config_file("config", None, "Config of the stage, for example configs/stage3.py")
     _WORKDIR = flags.DEFINE_string(
         "workdir", None, "Folder of the run; runs/PRESET-VARIANT[-ABLATION]/STAGE by default"
+    )
+    _PROCESSES = flags.DEFINE_string(
+        "processes",
+        "",
+        "Run on several hosts, this command on each: auto where the cluster tells it, or HOST:PORT,COUNT,INDEX",
     )
     command_line.start(main)
