@@ -113,8 +113,7 @@ def main() -> None:
     if config is None:
         raise UserError("--config is missing: for example --config=configs/stage3.py")
     command_line.check_kind(_CONFIG, "stage", "configs/stage1.py, stage2.py, stage3.py, coldstart.py, grpo.py")
-    processes.join(_PROCESSES.value)
-    with processes.deaths_told():
+    with processes.joined(_PROCESSES.value):
         train_stage(config, Path(_WORKDIR.value or default_workdir(config)))
 
 

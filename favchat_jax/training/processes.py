@@ -1,12 +1,17 @@
 """What the processes of one run, one a host, do together. With a single process everything here is immediate.
 
-A process that dies is noticed by the others in seconds where they exchange results with it, and otherwise after
-`SILENCE` seconds without a sign of life; both end them with one line.
+jax itself notices a process that died only after a while, and then aborts the others with a stack trace. Here each
+holds a connection to the first one, which the system closes when either dies: whoever sees that ends with one line, so
+that all of them end at once.
 """
 
 import contextlib
 import json
+import os
 import re
+import socket
+import sys
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -16,11 +21,13 @@ from jax.experimental import multihost_utils
 
 from favchat_jax.errors import RunError, UserError
 
-SILENCE = 30  # seconds
+SILENCE = 25  # seconds after which a host that does not answer any more counts as dead
+RESTART = "the last checkpoint is intact: start all processes again, and they go on"
 
 
-def join(processes: str) -> None:
-    """Connects this process to the others of its run; has to come before any work on a device.
+@contextlib.contextmanager
+def joined(processes: str) -> Iterator[None]:
+    """Connects this process to the others of its run, before any work on a device, and lets go of them afterwards.
 
     Args:
         processes: `auto` where a cluster's own settings say it (TPU slices, Slurm), or HOST:PORT,COUNT,INDEX with the
@@ -28,31 +35,74 @@ def join(processes: str) -> None:
 
     Raises:
         UserError: of another form, or the others do not answer.
+        RunError: jax lost another process. Where the connection to it is lost first, this process ends at once with
+            exit code 1 and one line.
     """
     if not processes:
+        yield
         return
-    given = re.fullmatch(r"([^,]+:\d+),(\d+),(\d+)", processes)
+    given = re.fullmatch(r"([^,]+):(\d+),(\d+),(\d+)", processes)
     if not given and processes != "auto":
         raise UserError(f"--processes={processes}: give auto, or HOST:PORT,COUNT,INDEX as in 10.0.0.1:9000,2,0")
-    address, count, index = (given[1], int(given[2]), int(given[3])) if given else (None, None, None)
+    host, place = socket.gethostname(), {}
+    if given:
+        host = given[1]
+        place = {
+            "coordinator_address": f"{host}:{given[2]}",
+            "num_processes": int(given[3]),
+            "process_id": int(given[4]),
+        }
     try:
-        jax.distributed.initialize(address, count, index, heartbeat_timeout_seconds=SILENCE)
+        # Later than what is noticed here, so that its stack trace is seen only where that fails.
+        jax.distributed.initialize(**place, heartbeat_timeout_seconds=2 * SILENCE, shutdown_timeout_seconds=SILENCE)
     except (RuntimeError, ValueError) as error:
         raise UserError(f"--processes={processes}: {_first_line(error)}") from None
-
-
-@contextlib.contextmanager
-def deaths_told() -> Iterator[None]:
-    """Turns what jax raises where another process of the run is gone into one line."""
+    others = _connect(host)
+    for other in others:
+        threading.Thread(target=_watch, args=(other,), daemon=True).start()
     try:
         yield
+        for other in others:
+            other.sendall(b".")  # this process ends as it should
     except jax.errors.JaxRuntimeError as error:
-        if jax.process_count() == 1:
-            raise
-        raise RunError(
-            f"process {jax.process_index()} of {jax.process_count()} lost another one ({_first_line(error)}): "
-            "the last checkpoint is intact; start all processes again"
-        ) from None
+        raise RunError(f"{_who()} lost another one ({_first_line(error)}); {RESTART}") from None
+    finally:
+        for other in others:
+            with contextlib.suppress(OSError):
+                other.shutdown(socket.SHUT_WR)
+
+
+def _connect(host: str) -> list[socket.socket]:
+    """The first process's connections to all others, or theirs to it."""
+    server = socket.create_server(("", 0), backlog=jax.process_count())
+    first = gathered({"host": host, "port": server.getsockname()[1]})[0]
+    if is_first():
+        others = [server.accept()[0] for _ in range(jax.process_count() - 1)]
+    else:
+        others = [socket.create_connection((first["host"], first["port"]), timeout=SILENCE)]
+    server.close()
+    for other in others:
+        other.settimeout(None)
+        other.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for option, value in (("TCP_KEEPIDLE", SILENCE - 15), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 3)):
+            if hasattr(socket, option):
+                other.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
+    return others
+
+
+def _watch(other: socket.socket) -> None:
+    """Ends this process when the one at the other end ends without having said so."""
+    try:
+        said = other.recv(1)
+    except OSError:  # the host does not answer
+        said = b""
+    if not said:
+        print(f"{_who()} lost another one, which died or was ended; {RESTART}", file=sys.stderr, flush=True)
+        os._exit(1)
+
+
+def _who() -> str:
+    return f"process {jax.process_index()} of {jax.process_count()}"
 
 
 def is_first() -> bool:

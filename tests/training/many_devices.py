@@ -1,8 +1,8 @@
 """Trains a shrunken stage on a mesh, in processes of its own, since a process has one number of devices.
 
-python many_devices.py SPEC, where SPEC is JSON: stage, argument and changes of a config; mesh, three sizes; processes,
-as train.py takes them; batches, a file of five or more whole ones; jobs, a list of a workdir and a number of steps to
-go on there. Prints what `main` returns.
+python many_devices.py SPEC, where SPEC is JSON: stage and changes of a config; processes, as train.py takes them;
+batches, a file of whole ones, one a step; runs, a list of a mesh (three sizes) and its jobs, each a workdir and a
+number of steps to go on there. Prints what `main` returns.
 """
 
 import importlib
@@ -26,29 +26,33 @@ class Clips:
         """Takes where the stream stood."""
 
 
-def main(spec: dict[str, Any]) -> dict[str, Any]:
-    """Does the jobs, each from the newest checkpoint of its workdir, if any, to one after its last step.
+def main(spec: dict[str, Any]) -> list[dict[str, Any]]:
+    """Does the jobs of each run, from the newest checkpoint of a workdir, if any, to one after the job's last step.
 
     Returns:
-        losses: of each job, step by step. shares: path -> share of the trained weight that a device holds.
-        compilations: of the step, in all jobs.
+        Of each run: losses, of its jobs, step by step; shares, path -> share of the trained weight that a device
+        holds; compilations of the step in all its jobs.
     """
-    processes.join(spec["processes"])
-    config = importlib.import_module(f"configs.{spec['stage']}").get_config(spec["argument"])
+    with np.load(spec["batches"]) as stored:
+        batches = dict(stored)
+    with processes.joined(spec["processes"]):
+        return [_run(spec, batches, sizes, jobs) for sizes, jobs in spec["runs"]]
+
+
+def _run(spec, batches, sizes, jobs):
+    config = importlib.import_module(f"configs.{spec['stage']}").get_config()
     tuples = {path: tuple(value) for path, value in spec["changes"].items() if isinstance(value, list)}
     config.update_from_flattened_dict({**spec["changes"], **tuples})
-    config.mesh.update(dict(zip(sharding.AXES, spec["mesh"], strict=True)))
+    config.mesh.update(dict(zip(sharding.AXES, sizes, strict=True)))
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_batch(config.batch, config.accumulate, mesh)
     parts = assembly.assemble(config)
     optimizer, rate = stages.make_optimizer(config.optimizer, 20), stages.schedule(config.optimizer, 20)
     step = make_step(parts.model, optimizer, rate, accumulate=config.accumulate, chunk=config.loss_chunk, mesh=mesh)
-    with np.load(spec["batches"]) as stored:
-        batches = dict(stored)
     losses = []
-    for workdir, steps in spec["jobs"]:
+    for workdir, steps in jobs:
         Path(workdir).mkdir(parents=True, exist_ok=True)
-        checkpoints = Checkpoints(workdir)
+        checkpoints = Checkpoints(workdir, keep=20)
         state, frozen = loop.start(config, Path(workdir), parts, optimizer, checkpoints, Clips(), mesh)
         losses.append([])
         for _ in range(steps):

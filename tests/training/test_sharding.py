@@ -27,6 +27,7 @@ PUBLISHED = MistralConfig.from_json(MISTRAL_7B)
 STEPS = 5
 # Name -> (sizes of the mesh, processes that share its devices).
 MESHES = {
+    "one device": ((1, 1, 1), 1),
     "8x1x1": ((8, 1, 1), 1),
     "2x4x1": ((2, 4, 1), 1),
     "2x2x2": ((2, 2, 2), 1),
@@ -39,9 +40,12 @@ def abstract_mesh(*sizes: int) -> AbstractMesh:
     return AbstractMesh(sizes, sharding.AXES)
 
 
-@pytest.mark.parametrize("ablation", ABLATIONS)
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("preset", ["tiny", "base", "paper"])
+# What an ablation changes is the same in all presets.
+@pytest.mark.parametrize(
+    ("preset", "variant", "ablation"),
+    [("tiny", variant, ablation) for variant in VARIANTS for ablation in ABLATIONS]
+    + [(preset, variant, "none") for preset in ("base", "paper") for variant in VARIANTS],
+)
 def test_every_weight_of_every_model_has_one_row_in_the_table(preset, variant, ablation):
     config = stage2.get_config(f"preset={preset},variant={variant},ablation={ablation}")
     # One block stands for the many of the same kind, whose paths differ by a number.
@@ -116,83 +120,101 @@ def test_a_batch_that_the_mesh_does_not_divide_is_refused():
 
 @pytest.fixture(scope="module")
 def spec(small_world, tmp_path_factory):
-    """What `many_devices.py` is told but for mesh and jobs: stage 2, in which most weights train."""
-    changes = {**small_world.changes, "batch": 8, "optimizer.name": "adamw"}
+    """What `many_devices.py` is told but for its runs: stage 2, in which most weights train."""
+    changes = {**small_world.changes, "batch": 8, "data.buckets": (160,)}
     config = small_world.config("stage2", batch=8)
     with contextlib.closing(loop.open_batches(config, assembly.assemble(config))) as stream:
         batches = [{k: v for k, v in next(stream).arrays.items() if k != "length"} for _ in range(STEPS + 1)]
     file = tmp_path_factory.mktemp("batches") / "batches.npz"
     np.savez(file, **{name: np.stack([batch[name] for batch in batches]) for name in batches[0]})
-    return {"stage": "stage2", "argument": "", "changes": changes, "batches": str(file)}
+    return {"stage": "stage2", "changes": changes, "batches": str(file)}
 
 
-def on_mesh(spec: dict, sizes: tuple[int, int, int], processes: int, jobs: list) -> dict:
-    """Does jobs on a mesh in one or more new processes; what the first of them prints."""
-    count = int(np.prod(sizes)) // processes
-    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={count}"
+def in_processes(spec: dict, runs: list, processes: int) -> list[dict]:
+    """Does runs on eight devices, in new processes that share them; what the first process prints."""
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={8 // processes}"
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
-    started = []
-    for index in range(processes):
-        told = {**spec, "mesh": sizes, "jobs": jobs}
-        told["processes"] = f"{address},{processes},{index}" if processes > 1 else ""
-        started.append(
-            subprocess.Popen(
-                [sys.executable, str(ROOT / "tests" / "training" / "many_devices.py"), json.dumps(told)],
-                cwd=ROOT,
-                env={**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": flags},
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
+    started = [
+        subprocess.Popen(
+            [
+                sys.executable,
+                str(ROOT / "tests" / "training" / "many_devices.py"),
+                json.dumps(
+                    {
+                        **spec,
+                        "runs": runs,
+                        "processes": f"{address},{processes},{index}" if processes > 1 else "",
+                    }
+                ),
+            ],
+            cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": flags},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
         )
+        for index in range(processes)
+    ]
     outputs = [process.communicate() for process in started]
-    assert [process.returncode for process in started] == [0] * processes, (
-        outputs[0][1][-2000:] + outputs[-1][1][-2000:]
-    )
+    codes = [process.returncode for process in started]
+    assert codes == [0] * processes, "\n".join(errors[-2000:] for _, errors in outputs)
     return json.loads(outputs[0][0].splitlines()[-1])
 
 
 @pytest.fixture(scope="module")
-def on_all_meshes(spec, tmp_path_factory):
-    """What each mesh's processes print: five steps of their own, then a sixth from the checkpoint of another mesh."""
+def on_meshes(spec, tmp_path_factory):
+    """What each mesh's runs return: five steps of its own, then a sixth from a copy of another mesh's checkpoint."""
     folder = tmp_path_factory.mktemp("meshes")
-    results = {"one device": on_mesh(spec, (1, 1, 1), 1, [(str(folder / "one device"), STEPS)])}
-    before = "one device"
-    for name, (sizes, processes) in MESHES.items():
-        shutil.copytree(folder / before, folder / f"{before} to {name}")
-        jobs = [(str(folder / name), STEPS), (str(folder / f"{before} to {name}"), 1)]
-        results[name] = on_mesh(spec, sizes, processes, jobs)
-        before = name
-    shutil.copytree(folder / "one device", folder / "to itself")
-    jobs = [(str(folder / "to itself"), 1), (str(folder / before), 1)]
-    results["back on one device"] = on_mesh(spec, (1, 1, 1), 1, jobs)
-    return results
+    names = list(MESHES)
+
+    def own(name: str) -> tuple[str, int]:
+        return str(folder / name), STEPS
+
+    alone = [name for name in names if MESHES[name][1] == 1]
+    first = in_processes(spec, [(MESHES[name][0], [own(name)]) for name in alone], 1)
+    results = dict(zip(alone, first, strict=True))
+    # A ring through all meshes, so that each reads what another wrote.
+    for before, name in zip([names[-1], *names[:-1]], names, strict=True):
+        if MESHES[name][1] > 1:
+            shutil.copytree(folder / before, folder / f"to {name}")
+            sizes, processes = MESHES[name]
+            (results[name],) = in_processes(spec, [(sizes, [own(name), (str(folder / f"to {name}"), 1)])], processes)
+    for before, name in zip([names[-1], *names[:-1]], names, strict=True):
+        if MESHES[name][1] == 1:
+            shutil.copytree(folder / before, folder / f"to {name}")
+    second = in_processes(spec, [(MESHES[name][0], [(str(folder / f"to {name}"), 1)]) for name in alone], 1)
+    moved = {name: run["losses"][0] for name, run in zip(alone, second, strict=True)}
+    moved |= {name: results[name]["losses"][1] for name in names if name not in alone}
+    (reference,) = in_processes(spec, [(MESHES["one device"][0], [own("one device")[:1] + (1,)])], 1)
+    return results, moved, reference["losses"][0]
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("name", MESHES)
-def test_five_steps_on_a_mesh_have_the_losses_of_a_single_device(name, on_all_meshes):
-    expected, losses = on_all_meshes["one device"]["losses"][0], on_all_meshes[name]["losses"][0]
+def test_five_steps_on_a_mesh_have_the_losses_of_a_single_device(name, on_meshes):
+    results, _, _ = on_meshes
+    expected, losses = results["one device"]["losses"][0], results[name]["losses"][0]
     assert len(set(expected)) == STEPS
     np.testing.assert_allclose(losses, expected, rtol=1e-5)
-    assert on_all_meshes[name]["compilations"] == 1
+    assert results[name]["compilations"] == 1
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_a_checkpoint_of_any_mesh_goes_on_on_another(on_all_meshes):
-    expected, back = on_all_meshes["back on one device"]["losses"]
-    moved = [on_all_meshes[name]["losses"][1] for name in MESHES]
-    np.testing.assert_allclose([*moved, back], [expected] * (len(MESHES) + 1), rtol=1e-5)
+@pytest.mark.parametrize("name", MESHES)
+def test_a_checkpoint_of_another_mesh_goes_on(name, on_meshes):
+    _, moved, expected = on_meshes
+    np.testing.assert_allclose(moved[name], expected, rtol=1e-5)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_no_device_holds_more_than_its_share_of_a_matrix(on_all_meshes):
+def test_no_device_holds_more_than_its_share_of_a_matrix(on_meshes):
+    results, _, _ = on_meshes
     for name, share in (("8x1x1", 1), ("2x4x1", 1 / 4), ("2x2x2", 1 / 4), ("two processes", 1 / 4)):
-        shares = on_all_meshes[name]["shares"]
+        shares = results[name]["shares"]
         assert shares["umt/blocks/attn/qkv/kernel"] == share, name
         assert shares["general_proj/kernel"] == share, name
