@@ -36,7 +36,9 @@ def check(config: ml_collections.ConfigDict) -> None:
     flat = flatten_dict(config.to_dict(), sep=".")
     for field, known in ONE_OF.items():
         if flat[field] not in known:
-            raise UserError(f"{field}={flat[field]} is unknown: choose one of {', '.join(map(repr, known))}")
+            raise UserError(
+                f"{field}={flat[field]} is unknown: choose one of {', '.join(name or 'nothing' for name in known)}"
+            )
     for least, fields in AT_LEAST.items():
         for field in fields:
             if flat[field] < least:

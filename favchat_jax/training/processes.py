@@ -58,8 +58,9 @@ def joined(processes: str) -> Iterator[None]:
     except (RuntimeError, ValueError) as error:
         raise UserError(f"--processes={processes}: {_first_line(error)}") from None
     others = _connect(host)
+    left = threading.Event()
     for other in others:
-        threading.Thread(target=_watch, args=(other,), daemon=True).start()
+        threading.Thread(target=_watch, args=(other, left), daemon=True).start()
     try:
         yield
         for other in others:
@@ -67,6 +68,7 @@ def joined(processes: str) -> Iterator[None]:
     except jax.errors.JaxRuntimeError as error:
         raise RunError(f"{_who()} lost another one ({_first_line(error)}); {RESTART}") from None
     finally:
+        left.set()
         for other in others:
             with contextlib.suppress(OSError):
                 other.shutdown(socket.SHUT_WR)
@@ -90,13 +92,13 @@ def _connect(host: str) -> list[socket.socket]:
     return others
 
 
-def _watch(other: socket.socket) -> None:
+def _watch(other: socket.socket, left: threading.Event) -> None:
     """Ends this process when the one at the other end ends without having said so."""
     try:
         said = other.recv(1)
     except OSError:  # the host does not answer
         said = b""
-    if not said:
+    if not said and not left.is_set():
         print(f"{_who()} lost another one, which died or was ended; {RESTART}", file=sys.stderr, flush=True)
         os._exit(1)
 
