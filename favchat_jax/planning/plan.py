@@ -195,7 +195,8 @@ def export_step(arguments: Arguments, platform: str) -> bytes:
     """`save` of a step that is laid out."""
     leaves, tree = jax.tree.flatten((arguments.state, arguments.frozen, arguments.batch))
     shards = [leaf.sharding for leaf in leaves]
-    flat = jax.jit(lambda *leaves: jax.tree.leaves(arguments.step(*tree.unflatten(leaves))), in_shardings=shards)
+    step = arguments.step.__wrapped__  # what is compiled within another function may have no options of its own
+    flat = jax.jit(lambda *leaves: jax.tree.leaves(step(*tree.unflatten(leaves))), in_shardings=shards)
     return export.export(flat, platforms=[platform])(*leaves).serialize()
 
 
@@ -228,7 +229,7 @@ def _of_one_clip(config_json: str) -> tuple[float, int]:
     """(operations of the forward and backward pass without rematerialisation, bytes of activations with it)."""
     config = ml_collections.ConfigDict(json.loads(config_json))
     trainable, frozen = stages.split(_model(config_json)[1], config.variant, config.stage)
-    frozen = {path: jax.ShapeDtypeStruct(leaf.shape, config.model.dtype) for path, leaf in frozen.items()}
+    frozen = {path: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(config.model.dtype)) for path, leaf in frozen.items()}
     batch = batch_shapes(config, 1)
 
     def loss(model):
@@ -239,7 +240,7 @@ def _of_one_clip(config_json: str) -> tuple[float, int]:
 
     def forward(weights, frozen, batch):
         value, backward = jax.vjp(lambda w: loss(_model(config_json)[0])(w, frozen, batch), weights)
-        return value, jax.tree.leaves(backward)
+        return value, [leaf for leaf in jax.tree.leaves(backward) if isinstance(leaf, jax.Array)]
 
     kept = jax.make_jaxpr(forward)(trainable, frozen, batch)
     config.model.remat = ""

@@ -100,6 +100,9 @@ def devices(name: str) -> list[jax.Device]:
         UserError: the compiler for its platform is not installed.
     """
     target, options = find(name), {}
+    if target.platform == "tpu":  # it must not ask the network which machine this is
+        os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+        os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     if target.platform == "cuda":
         os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")  # there is no driver to check
         chip = dict(target.chip, bandwidth=int(target.bandwidth), memory=target.memory, name=name)

@@ -58,7 +58,7 @@ def test_a_product_of_large_matrices_is_bound_by_arithmetic_and_one_with_a_vecto
 def test_activations_are_what_a_forward_pass_keeps_beside_its_arguments():
     def forward(a, b):
         value, backward = jax.vjp(lambda b: jnp.sum(jnp.sin(jnp.exp(a @ b))), b)
-        return value, jax.tree.leaves(backward)
+        return value, [leaf for leaf in jax.tree.leaves(backward) if isinstance(leaf, jax.Array)]
 
     kept = cost.saved_bytes(jax.make_jaxpr(forward)(A, B), weights={(5, 7)})
     assert kept == 4 + 2 * 3 * 7 * 4  # the loss, cos(exp(a b)) and exp(a b)
