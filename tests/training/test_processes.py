@@ -59,7 +59,7 @@ def test_when_a_process_is_killed_the_other_ends_with_one_line(victim):
         for index in range(2)
     ]
     try:
-        assert [process.stdout.readline() for process in started] == ["met\n"] * 2
+        assert all("met\n" in process.stdout for process in started)  # after lines of the library that connects them
         started[victim].send_signal(signal.SIGKILL)
         before = time.monotonic()
         other = started[1 - victim]
