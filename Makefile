@@ -2,10 +2,11 @@
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
+PLANNING := .venv-aot
 # A file of tests at a time on each core, on four at most: a worker takes about 3 GiB.
 TEST := $(RUN) -m pytest -n auto --maxprocesses=4 --dist=loadfile
 
-.PHONY: demo test test-slow lint
+.PHONY: demo test test-slow lint plan
 
 demo: $(VENV)/ready
 	$(RUN) -m tools.demo
@@ -15,6 +16,10 @@ test: $(VENV)/ready-dev
 
 test-slow: $(VENV)/ready-dev
 	$(TEST) -m "slow or not slow"
+
+# What fits on which accelerator; its compilers need an environment of their own.
+plan: $(PLANNING)/ready
+	$(PLANNING)/bin/python -m tools.aot_compile --all --json=runs/plans.json
 
 lint: $(VENV)/ready-dev
 	$(RUN) -m ruff check .
@@ -29,4 +34,9 @@ $(VENV)/ready: requirements.txt
 
 $(VENV)/ready-dev: $(VENV)/ready $(foreach name,convert corpus evaluation dev,requirements-$(name).txt)
 	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	touch $@
+
+$(PLANNING)/ready: requirements.txt requirements-aot.txt
+	$(PYTHON) -m venv $(PLANNING)
+	$(PLANNING)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-aot.txt
 	touch $@

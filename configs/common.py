@@ -48,6 +48,8 @@ def get_config(stage: str, argument: str = "") -> ConfigDict:
     config.epochs = 3.0  # VideoChat2's
     config.batch = 4  # clips
     config.accumulate = 1  # parts that a batch is cut into, to save memory
+    # Devices along each axis of the mesh (training/sharding.py); -1 takes all that the others leave.
+    config.mesh = ConfigDict({"data": 1, "fsdp": -1, "tensor": 1})
     config.loss_chunk = 256  # positions whose scores over the vocabulary exist at once
     config.log_every = 10  # steps
     config.checkpoint_every = 500  # steps
@@ -73,7 +75,9 @@ def _model(preset: str, variant: str) -> ConfigDict:
     model.image_size = 224
     model.frames = 16  # VideoChat2-Mistral's demo; it trains on 8
     model.dtype = "bfloat16"  # of the computation; weights that train are float32
-    model.remat = True
+    # What each layer keeps for the backward pass: nothing but its input (block), its products with weights too
+    # (products), or, where empty, all of it. Less memory, more work.
+    model.remat = "block"
     model.umt = ConfigDict({"width": 1024, "depth": 24, "layers_run": 23, "heads": 16, "patch": 16})
     model.no_face_taps = (6, 12, 18, 23)  # ablation no_face: UMT blocks that stand in for e_1..e_4
     model.facexformer = ConfigDict(
@@ -119,7 +123,7 @@ def _model(preset: str, variant: str) -> ConfigDict:
         model.image_size = 64
         model.frames = 8
         model.dtype = "float32"  # bfloat16 is slower on a CPU
-        model.remat = False
+        model.remat = ""
         model.umt.update({"width": 64, "depth": 5, "layers_run": 4, "heads": 4, "checkpoint_size": 64})
         model.no_face_taps = (1, 2, 3, 4)
         model.facexformer.update({"width": 24, "depths": (1, 1, 2, 1), "heads": (2, 2, 4, 4), "window": 4})

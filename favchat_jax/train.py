@@ -16,7 +16,7 @@ from ml_collections import config_flags
 from favchat_jax import command_line
 from favchat_jax.errors import UserError
 from favchat_jax.rl import de_grpo
-from favchat_jax.training import pretraining, stages
+from favchat_jax.training import pretraining, processes, stages
 from favchat_jax.training.checks import check
 from favchat_jax.training.loop import Outcome, is_finished, train
 
@@ -39,7 +39,7 @@ def train_stage(config: ml_collections.ConfigDict, workdir: Path, profile: int =
     if profile and config.stage == "grpo":
         raise UserError("--profile traces the stages that learn from text; grpo is not one of them")
     if config.preset == "tiny":
-        pretraining.make_missing_parts(config)
+        processes.first_alone(lambda: pretraining.make_missing_parts(config))
     else:
         _require_sources(config)
     previous = stages.STAGES[config.stage].before
@@ -115,7 +115,8 @@ def main() -> None:
     if config is None:
         raise UserError("--config is missing: for example --config=configs/stage3.py")
     command_line.check_kind(_CONFIG, "stage", "configs/stage1.py, stage2.py, stage3.py, coldstart.py, grpo.py")
-    train_stage(config, Path(_WORKDIR.value or default_workdir(config)), _PROFILE.value)
+    with processes.joined(_PROCESSES.value):
+        train_stage(config, Path(_WORKDIR.value or default_workdir(config)), _PROFILE.value)
 
 
 if __name__ == "__main__":
@@ -128,5 +129,10 @@ if __name__ == "__main__":
         0,
         "Steps of which a trace is written to WORKDIR/profile, for TensorBoard and Perfetto",
         lower_bound=0,
+    )
+    _PROCESSES = flags.DEFINE_string(
+        "processes",
+        "",
+        "Run on several hosts, this command on each: auto where the cluster tells it, or HOST:PORT,COUNT,INDEX",
     )
     command_line.start(main)

@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.experimental import multihost_utils
 
 from favchat_jax.errors import UserError
 
@@ -28,11 +30,18 @@ class DamagedError(Exception):
     """A checkpoint that does not read back as it was written."""
 
 
+def whole(array: Any) -> np.ndarray:
+    """All of an array in host memory, wherever its shards lie; all processes of a run have to ask."""
+    if isinstance(array, jax.Array) and not array.is_fully_addressable and not array.is_fully_replicated:
+        array = multihost_utils.process_allgather(array, tiled=True)
+    return np.asarray(array)
+
+
 def describe_leaves(tree: Any) -> dict[str, dict]:
     """Path -> shape, dtype and CRC-32 of each leaf's bytes."""
     leaves = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        array = np.ascontiguousarray(leaf)
+        array = np.ascontiguousarray(whole(leaf))
         crc = zlib.crc32(array.reshape(-1).view(np.uint8))
         leaves[jax.tree_util.keystr(path)] = {"shape": list(array.shape), "dtype": str(array.dtype), "crc32": crc}
     return leaves
@@ -52,18 +61,27 @@ def draft_of(folder: Path) -> Path:
 
 
 def save_weights(folder: str | Path, weights: Weights, config: Mapping[str, Any]) -> None:
-    """Writes a weights folder, beside its place first, so that a folder that is there is whole."""
+    """Writes a weights folder, beside its place first, so that a folder that is there is whole.
+
+    Of several processes all have to call it, and the first one writes.
+    """
     folder = Path(folder).absolute()
     draft = draft_of(folder)
-    tree = unflatten_dict(dict(weights), sep="/")
+    tree = unflatten_dict({path: whole(leaf) for path, leaf in weights.items()}, sep="/")
+    if jax.process_index():
+        return
+    alone = ocp.options.MultiprocessingOptions(primary_host=0, active_processes={0}, barrier_sync_key_prefix="alone")
     # Uncompressed: random bits hardly shrink, and trying takes twice the time.
-    handler = ocp.PyTreeCheckpointHandler(use_compression=False)
+    handler = ocp.PyTreeCheckpointHandler(use_compression=False, multiprocessing_options=alone)
     try:
-        with full_disk_told(folder), contextlib.closing(ocp.Checkpointer(handler)) as checkpointer:
+        with (
+            full_disk_told(folder),
+            contextlib.closing(ocp.Checkpointer(handler, multiprocessing_options=alone)) as checkpointer,
+        ):
             shutil.rmtree(draft, ignore_errors=True)  # of a run that was killed
             draft.mkdir(parents=True)
             checkpointer.save(draft / "weights", args=ocp.args.PyTreeSave(tree))
-            (draft / "leaves.json").write_text(json.dumps(describe_leaves(dict(weights)), indent=1))
+            (draft / "leaves.json").write_text(json.dumps(describe_leaves(flatten_dict(tree, sep="/")), indent=1))
             (draft / "config.json").write_text(json.dumps(dict(config), indent=1))
             shutil.rmtree(folder, ignore_errors=True)
             draft.rename(folder)
@@ -76,8 +94,8 @@ def weight_shapes(folder: str | Path) -> dict[str, tuple[int, ...]]:
     return {path[2:-2]: tuple(leaf["shape"]) for path, leaf in _leaves(Path(folder)).items()}
 
 
-def load_weights(folder: str | Path) -> dict[str, jax.Array]:
-    """Reads a weights folder as a flat dictionary; raises UserError where it is missing or damaged."""
+def load_weights(folder: str | Path) -> dict[str, np.ndarray]:
+    """Reads a weights folder as a flat dictionary in host memory; raises UserError where it is missing or damaged."""
     folder = Path(folder).absolute()
     leaves = _leaves(folder)
     try:
@@ -102,8 +120,8 @@ def _leaves(folder: Path) -> dict[str, dict]:
 
 
 def abstract(leaves: Mapping[str, dict]) -> dict:
-    """The nested tree of shapes that Orbax restores into; keys of `leaves` read like ['umt/norm/scale']."""
-    flat = {path[2:-2]: jax.ShapeDtypeStruct(leaf["shape"], leaf["dtype"]) for path, leaf in leaves.items()}
+    """The nested tree that Orbax restores arrays of host memory like; keys of `leaves` read like ['umt/norm/scale']."""
+    flat = {path[2:-2]: np.empty(leaf["shape"], jnp.dtype(leaf["dtype"])) for path, leaf in leaves.items()}
     return unflatten_dict(flat, sep="/")
 
 

@@ -109,6 +109,11 @@ class SmallWorld:
         values = [f"--config.{path}={value}" for path, value in self._values(changes).items()]
         return [f"--config=configs/{stage}.py" + (f":{argument}" if argument else ""), *values]
 
+    @property
+    def changes(self) -> dict[str, Any]:
+        """What every config here has changed, by path."""
+        return self._values({})
+
     def _values(self, changes: dict[str, Any]) -> dict[str, Any]:
         ours = {path.replace("__", "."): value for path, value in changes.items()}
         return {**SHRUNKEN, "data.packed": self.packed, "llm.path": self.llm, **ours}

@@ -53,7 +53,7 @@ def errors(folder: str) -> list[dict[str, Any]]:
     ]
     for name, storage in STORED.items():
         narrow = {p: x.astype(jnp.bfloat16) if p.endswith("kernel") else x for p, x in weights.items()}
-        stored = narrow if storage == "full" else store(weights, storage)
+        stored = narrow if storage == "full" else store(dict(weights), storage)
         scores, loss = read(stored)
         off = jnp.linalg.norm(scores - exact) / jnp.linalg.norm(exact)
         same = jnp.mean(jnp.argmax(scores, -1) == jnp.argmax(exact, -1), where=counted[:, 1:])

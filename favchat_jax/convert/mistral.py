@@ -13,7 +13,7 @@ import dataclasses
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import UnionType
@@ -26,7 +26,7 @@ from safetensors.numpy import save_file
 
 from favchat_jax.convert.files import PARTS, open_tensors, read_json, shards
 from favchat_jax.convert.folder import copy_tokenizer, replacing
-from favchat_jax.convert.table import Row, Shape, Table, account, check, finite, linear, prefixed, read, slots, write
+from favchat_jax.convert.table import Row, Shape, Table, account, check, each, finite, linear, prefixed, slots, write
 from favchat_jax.errors import UserError
 from favchat_jax.models.mistral import LoRA, Mistral, MistralConfig
 from favchat_jax.weights_folder import save_weights
@@ -101,8 +101,8 @@ def _check_fit(config: MistralConfig, fields: Mapping[str, Any], path: Path) -> 
         raise UserError(f"{path}: hidden_act is {activation!r}, but Mistral's is 'silu': {MEND}")
 
 
-def read_weights(folder: str | Path, dtype=np.float32) -> dict:
-    """All weights of the folder as `Mistral`'s tree with stacked layers, read one tensor at a time.
+def each_weight(folder: str | Path, dtype=np.float32) -> Iterator[tuple[str, np.ndarray]]:
+    """Path and array of each weight of `Mistral`'s tree with stacked layers, one after another, read tensor by tensor.
 
     Args:
         folder: the Hugging Face folder, or a copy of one.
@@ -112,7 +112,12 @@ def read_weights(folder: str | Path, dtype=np.float32) -> dict:
         UserError: a shard is missing or damaged, a key is missing or unknown, or a shape contradicts config.json.
     """
     shapes = weight_shapes(read_config(folder))
-    return unflatten_dict(read(TABLE, open_tensors(folder).items(), shapes, folder, dtype), sep="/")
+    return each(TABLE, open_tensors(folder).items(), shapes, folder, dtype)
+
+
+def read_weights(folder: str | Path, dtype=np.float32) -> dict:
+    """All weights of the folder as `Mistral`'s tree; arguments and errors as `each_weight`."""
+    return unflatten_dict(dict(each_weight(folder, dtype)), sep="/")
 
 
 def write_weights(folder: str | Path, tree: Mapping) -> None:

@@ -185,15 +185,15 @@ def check(table: Table, found: Account, source: object) -> None:
         raise UserError(f"{source} lacks {missing[0]}{_others(missing)}: fetch it again")
 
 
-def read(
+def each(
     table: Table,
     tensors: Iterable[tuple[str, Any]],
     shapes: Mapping[str, Shape],
     source: object,
     dtype=np.float32,
     progress: Callable[[Iterable], Iterable] = iter,
-) -> dict[str, Array]:
-    """The weights of `shapes` from published tensors, one tensor at a time into arrays made beforehand.
+) -> Iterator[tuple[str, Array]]:
+    """The weights of `shapes` from published tensors, one after another, each read tensor by tensor.
 
     Args:
         table: names and transforms.
@@ -204,8 +204,8 @@ def read(
         dtype: of the result, whatever the source's.
         progress: wraps the tensors as they are read, for example `tqdm`.
 
-    Returns:
-        Path -> array; without the optional weights that the source lacks.
+    Yields:
+        Path and array; without the optional weights that the source lacks.
 
     Raises:
         UserError: a key is unknown or missing, a shape is not as expected, or a weight is NaN or infinite.
@@ -213,13 +213,17 @@ def read(
     tensors = dict(tensors)
     found = account(table, tensors, shapes)
     check(table, found, source)
-    weights: dict[str, Array] = {}
-    for name, slot in progress(found.used.items()):
-        tensor = finite(tensors[name], name, source)
-        if slot.path not in weights:
-            weights[slot.path] = np.empty(shapes[slot.path], dtype)
-        _copy(weights[slot.path][(*slot.place, ...)], slot.transform.ours(tensor))
-    return weights
+    in_order = sorted(found.used.items(), key=lambda item: item[1].path)
+    for path, group in itertools.groupby(progress(in_order), lambda item: item[1].path):
+        weight = np.empty(shapes[path], dtype)
+        for name, slot in group:
+            _copy(weight[(*slot.place, ...)], slot.transform.ours(finite(tensors[name], name, source)))
+        yield path, weight
+
+
+def read(*of, **options) -> dict[str, Array]:
+    """All weights that `each` yields with the same arguments, by path."""
+    return dict(each(*of, **options))
 
 
 def write(table: Table, weights: Mapping[str, Any]) -> Iterator[tuple[str, Array]]:

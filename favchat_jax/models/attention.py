@@ -25,11 +25,14 @@ from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float
 
+from favchat_jax.models.partition import CLIPS
+
 LANES = 128  # a TPU's; splash attention takes lengths in multiples of it
 BLOCK = 512  # queries and keys that a splash kernel holds at once, at most
 SHORTEST = 64  # queries from which on a flash kernel pays
 CUDNN_HEAD = 128  # channels of a head that cuDNN takes on every card
 LOWEST = -1e30  # the score of what is hidden
+SCOPE = "dot_product_attention"  # by which a trace, or a count of the program's work, tells these products
 _TARGET: ContextVar[str | None] = ContextVar("attention_target", default=None)
 
 
@@ -73,7 +76,8 @@ def attention(
     if causal:
         chex.assert_equal(query.shape[1], key.shape[1])
     run = {"xla": _plain, "cudnn": _cudnn, "splash": _splash}[kernel_for(query, key, bias, mask)]
-    return run(query, key, value, bias=bias, mask=mask, causal=causal, window=window)
+    with jax.named_scope(SCOPE):
+        return run(query, key, value, bias=bias, mask=mask, causal=causal, window=window)
 
 
 def kernel_for(query: Array, key: Array, bias: Array | None, mask: Array | None) -> str:
@@ -184,7 +188,7 @@ def _on_own_shard(run, heads: int, key_heads: int, batch: int):
     if mesh.empty or mesh.size == 1:
         return run
     size = dict(zip(mesh.axis_names, mesh.axis_sizes, strict=True))
-    rows = tuple(axis for axis in ("data", "fsdp") if size.get(axis, 1) > 1)
+    rows = tuple(axis for axis in CLIPS if size.get(axis, 1) > 1)
     if batch % int(np.prod([size[axis] for axis in rows])):
         rows = ()
     tensor = size.get("tensor", 1)

@@ -26,6 +26,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from favchat_jax.models.attention import attention
 from favchat_jax.models.linear import Linear, flat_product
+from favchat_jax.models.partition import by_clip
+from favchat_jax.models.remat import remat
 from favchat_jax.models.umt import MLP, PatchEmbedding
 
 
@@ -133,13 +135,14 @@ class SwinStage(nn.Module):
     window: int
     mlp_ratio: int
     dtype: jnp.dtype = jnp.float32
-    remat: bool = False
+    remat: str = ""
 
     @nn.compact
     def __call__(self, tokens: Float[Array, "B H W D"]) -> Float[Array, "B H W D"]:
-        block = nn.remat(SwinBlock) if self.remat else SwinBlock
+        block = remat(SwinBlock, self.remat)
         for j in range(self.depth):
-            tokens = block(self.heads, self.window, j % 2 == 1, self.mlp_ratio, self.dtype, name=f"blocks_{j}")(tokens)
+            layer = block(self.heads, self.window, j % 2 == 1, self.mlp_ratio, self.dtype, name=f"blocks_{j}")
+            tokens = by_clip(layer(tokens))
         return tokens
 
 
@@ -169,7 +172,7 @@ class FaceXFormerEncoder(nn.Module):
         mlp_ratio: hidden channels of a block's MLP over its width.
         patch: side of a patch in pixels.
         dtype: compute dtype; weights are float32.
-        remat: recompute each block in the backward pass instead of keeping its activations.
+        remat: what a block keeps for the backward pass (`remat.POLICIES`).
     """
 
     width: int = 128
@@ -179,7 +182,7 @@ class FaceXFormerEncoder(nn.Module):
     mlp_ratio: int = 4
     patch: int = 4
     dtype: jnp.dtype = jnp.float32
-    remat: bool = False
+    remat: str = ""
 
     @nn.compact
     def __call__(self, frames: Float[Array, "N H W 3"]) -> list[Float[Array, "N h w D"]]:

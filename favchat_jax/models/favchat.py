@@ -239,13 +239,15 @@ def build(
         raise UserError("model.qformer.prompt=False leaves v2 without the question that guides it: choose variant=v1")
     dtype = jnp.dtype(model.dtype)
     taps = tuple(model.no_face_taps) if ablation == "no_face" else ()
-    qformer = dict(model.qformer, dtype=dtype)
+    qformer = dict(model.qformer, remat=model.remat, dtype=dtype)
     # Visual tokens start as large as word embeddings. At the size of a Q-Former's normed output they would drown what
     # the language model's layers add to them.
     word_scale = nn.initializers.variance_scaling(1 / llm.hidden_size, "fan_in", "normal")
     return FaVChat(
         umt=UMT(**model.umt, taps=taps, remat=model.remat, dtype=dtype),
-        facexformer=None if ablation == "no_face" else FaceXFormerEncoder(**model.facexformer, dtype=dtype),
+        facexformer=None
+        if ablation == "no_face"
+        else FaceXFormerEncoder(**model.facexformer, remat=model.remat, dtype=dtype),
         fusion=_fusion(model, variant, ablation, dtype),
         general_qformer=QFormer(**qformer),
         facial_qformer=QFormer(**qformer),

@@ -28,6 +28,7 @@ from jaxtyping import Array, Bool, Float
 
 from favchat_jax.models.attention import attention
 from favchat_jax.models.linear import Linear
+from favchat_jax.models.partition import by_clip
 from favchat_jax.models.umt import sinusoid_table
 
 
@@ -88,7 +89,7 @@ class GranularityFusion(nn.Module):
         fused = rearrange(general, "B T S d -> (B T) S d")
         for i, features in enumerate(facial, start=1):
             step = CrossAttentionStep(self.width, self.heads, self.residual, self.dtype, name=f"step_{i}")
-            fused = step(rearrange(features, "B T L D -> (B T) L D"), fused)
+            fused = by_clip(step(rearrange(features, "B T L D -> (B T) L D"), fused))
         return rearrange(fused, "(B T) L d -> B T L d", B=batch)
 
 
@@ -170,7 +171,7 @@ class PromptGuidedFusion(nn.Module):
         """h_N: what the words of each question found in the blocks; nothing of use where `prompt_mask` is False."""
         found = prompt
         for ca2, block in zip(self.ca2, blocks, strict=True):
-            found = ca2(found, block, prompt, prompt_mask)
+            found = by_clip(ca2(found, block, prompt, prompt_mask))
         return found
 
 

@@ -19,6 +19,8 @@ from jaxtyping import Array, Bool, Float, Int
 from favchat_jax.errors import UserError
 from favchat_jax.models.attention import attention
 from favchat_jax.models.lora import LoRADense
+from favchat_jax.models.partition import by_clip
+from favchat_jax.models.remat import remat
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,9 +162,9 @@ class Block(nn.Module):
         attended, cache = Attention(config, self.lora, self.dtype, name="self_attn")(
             normed, positions, mask, cache, deterministic
         )
-        x = x + attended
+        x = by_clip(x + attended)
         normed = RMSNorm(config.rms_norm_eps, self.dtype, name="post_attention_layernorm")(x)
-        return x + MLP(config, self.lora, self.dtype, name="mlp")(normed, deterministic), cache
+        return by_clip(x + MLP(config, self.lora, self.dtype, name="mlp")(normed, deterministic)), cache
 
 
 class MLP(nn.Module):
@@ -193,14 +195,14 @@ class Mistral(nn.Module):
         lora: adapters; their weights sit beside the kernels as `lora_a`, `lora_b`.
         dtype: dtype of the computation.
         scan: one stacked block over the layers (training), or layers apart (decoding).
-        remat: recompute each layer in the backward pass instead of keeping its activations (with `scan`).
+        remat: what a layer keeps for the backward pass (`remat.POLICIES`; with `scan`).
     """
 
     config: MistralConfig
     lora: LoRA = LoRA()
     dtype: jnp.dtype = jnp.float32
     scan: bool = True
-    remat: bool = False
+    remat: str = ""
 
     def setup(self):
         config = self.config
@@ -208,7 +210,7 @@ class Mistral(nn.Module):
             config.vocab_size, config.hidden_size, embedding_init=nn.initializers.normal(config.hidden_size**-0.5)
         )
         if self.scan:
-            block = nn.remat(Block, prevent_cse=False, static_argnums=(5,)) if self.remat else Block
+            block = remat(Block, self.remat, prevent_cse=False, static_argnums=(5,))
             self.layers = nn.scan(
                 block,
                 variable_axes={"params": 0},
@@ -256,7 +258,7 @@ class Mistral(nn.Module):
         mask = None if valid is None else valid[:, None, None, :]
         if cache is not None:
             mask = causal_mask(positions, cache[0].keys.shape[2], self.config.sliding_window)
-        x = embeddings.astype(self.dtype)
+        x = by_clip(embeddings.astype(self.dtype))
         if self.scan:
             if cache is not None:
                 raise ValueError("a cache needs scan=False")

@@ -24,6 +24,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from favchat_jax.models.attention import attention
 from favchat_jax.models.linear import Linear
+from favchat_jax.models.partition import by_clip
+from favchat_jax.models.remat import remat
 
 _EMBEDDING_INIT = nn.initializers.normal(0.02)
 
@@ -145,7 +147,7 @@ class QFormer(nn.Module):
         dropout: rate on embeddings and on the output of attentions and MLPs.
         drop_path: stochastic depth of the last layer; it rises linearly from 0 at the first.
         dtype: compute dtype; weights are float32.
-        remat: recompute each layer in the backward pass instead of keeping its activations.
+        remat: what a layer keeps for the backward pass (`remat.POLICIES`).
     """
 
     width: int = 768
@@ -161,7 +163,7 @@ class QFormer(nn.Module):
     dropout: float = 0.1
     drop_path: float = 0.0
     dtype: jnp.dtype = jnp.float32
-    remat: bool = False
+    remat: str = ""
 
     def setup(self):
         self.query_tokens = self.param("query_tokens", _EMBEDDING_INIT, (self.queries, self.width))
@@ -178,7 +180,7 @@ class QFormer(nn.Module):
                 self.positions, self.width, dtype=self.dtype, embedding_init=_EMBEDDING_INIT
             )
         self.embeddings_dropout = nn.Dropout(self.dropout)
-        layer = nn.remat(Layer, static_argnums=(6,)) if self.remat else Layer
+        layer = remat(Layer, self.remat, static_argnums=(6,))
         self.layer = [
             layer(
                 self.heads,
@@ -238,7 +240,7 @@ class QFormer(nn.Module):
         if visual.ndim == 3:
             visual = visual[:, None]
         for layer in self.layer:
-            tokens, text = layer(tokens, text, visual, mask, visual_mask, deterministic)
+            tokens, text = layer(by_clip(tokens), text, visual, mask, visual_mask, deterministic)
         if prompt is not None:
             tokens = jnp.broadcast_to(tokens, (*prompt.shape[:2], *tokens.shape[2:]))
         return tokens

@@ -5,8 +5,6 @@ converted, within the matrix product. int4 has one for each `GROUP` inputs of ea
 levels are too few for a whole column; its kernel is dequantised a layer at a time.
 """
 
-from collections.abc import Mapping
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Num
@@ -38,17 +36,19 @@ def product(x: Float[Array, "*B D"], kernel: Num[Array, "D F"], scale: Float[Arr
     return flat_product(x, wide.reshape(kernel.shape))
 
 
-def store(weights: Mapping[str, Array], storage: str) -> dict[str, Array]:
+def store(weights: dict[str, Array], storage: str) -> dict[str, Array]:
     """Frozen weights by path, the language model's kernels among them quantised, each with a `kernel_scale` beside it.
 
     Args:
-        weights: by path; every `llm/.../kernel` is taken.
+        weights: by path; every `llm/.../kernel` is quantised. They are taken out one after another, so that a small
+            card does not hold all of them in both forms.
         storage: int8 or int4, or full for weights as they are.
     """
     if storage == "full":
-        return dict(weights)
+        return weights
     stored = {}
-    for path, leaf in weights.items():
+    while weights:
+        path, leaf = weights.popitem()
         if path.startswith("llm/") and path.endswith("/kernel"):
             stored[path], stored[f"{path}_scale"] = jax.jit(quantize, static_argnums=1)(leaf, storage)
         else:

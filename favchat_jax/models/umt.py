@@ -17,6 +17,8 @@ from jaxtyping import Array, Float
 
 from favchat_jax.models.attention import attention
 from favchat_jax.models.linear import Linear
+from favchat_jax.models.partition import by_clip
+from favchat_jax.models.remat import remat
 
 VISION_LAYERNORM_EPSILON = 1e-12
 
@@ -149,7 +151,7 @@ class UMT(nn.Module):
         checkpoint_size: side in pixels of the frames that the position table is computed for.
         taps: ascending 1-based blocks whose outputs are returned too.
         dtype: compute dtype; weights are float32.
-        remat: recompute each block in the backward pass instead of keeping its activations.
+        remat: what a block keeps for the backward pass (`remat.POLICIES`).
     """
 
     width: int = 1024
@@ -162,7 +164,7 @@ class UMT(nn.Module):
     checkpoint_size: int = 224
     taps: tuple[int, ...] = ()
     dtype: jnp.dtype = jnp.float32
-    remat: bool = False
+    remat: str = ""
 
     def setup(self):
         if not 0 < self.layers_run <= self.depth:
@@ -191,7 +193,7 @@ class UMT(nn.Module):
             checkpoint_grid=self.checkpoint_size // self.patch,
         )
         tokens = rearrange(patches + jnp.asarray(positions, self.dtype), "b t h w d -> b (t h w) d")
-        return self._run_blocks(tokens)
+        return self._run_blocks(by_clip(tokens))
 
     def _run_blocks(self, tokens):
         # Tapped outputs ride in the carry, written outside the rematerialised call: stacked scan outputs would hold
@@ -208,10 +210,9 @@ class UMT(nn.Module):
             return (tokens, tapped), None
 
         def call(block, tokens):
-            return block(tokens)
+            return by_clip(block(tokens))
 
-        if self.remat:
-            call = nn.remat(call, prevent_cse=False)
+        call = remat(call, self.remat, prevent_cse=False)
         tapped = jnp.zeros((len(self.taps) + 1, *tokens.shape), tokens.dtype) if self.taps else None
         scan = nn.scan(body, variable_axes={"params": 0}, split_rngs={"params": True}, length=self.layers_run)
         (tokens, tapped), _ = scan(self.blocks, (tokens, tapped), slots)

@@ -35,6 +35,7 @@ from favchat_jax.training import assembly, loop, stages
 from favchat_jax.training.checkpoint import Checkpoints
 from favchat_jax.training.checks import claim
 from favchat_jax.training.programs import keep_programs
+from favchat_jax.training.sharding import one_device
 from favchat_jax.training.step import TrainState, Weights, compiler_options, next_token_targets
 from favchat_jax.weights_folder import load_weights, save_weights
 
@@ -63,7 +64,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> loop.Outcom
     optimizer = stages.make_optimizer(config.optimizer, config.steps * settings.updates)
     checkpoints = Checkpoints(workdir, config.checkpoints_kept)
     try:
-        state, frozen = loop.start(config, workdir, parts, optimizer, checkpoints, pool)
+        state, frozen = loop.start(config, workdir, parts, optimizer, checkpoints, pool, one_device())
         if int(state.step) == 0:
             save_weights(workdir / "reference", state.trainable, {"of": "the policy that a run started from"})
         reference = {path: jnp.asarray(leaf) for path, leaf in load_weights(workdir / "reference").items()}

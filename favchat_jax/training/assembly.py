@@ -3,12 +3,14 @@
 import dataclasses
 import json
 import logging
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import ml_collections
+import numpy as np
 from flax.traverse_util import flatten_dict
 from transformers import PreTrainedTokenizerBase
 
@@ -16,6 +18,7 @@ from favchat_jax.convert import mistral as mistral_folder
 from favchat_jax.data.conversation import load_tokenizer
 from favchat_jax.errors import UserError
 from favchat_jax.models import favchat
+from favchat_jax.training import sharding
 from favchat_jax.training.checkpoint import Checkpoints, load_config
 from favchat_jax.training.stages import STAGES, group_of
 from favchat_jax.weights_folder import load_weights
@@ -72,8 +75,10 @@ def weight_shapes(model: favchat.FaVChat, config: ml_collections.ConfigDict) -> 
     return flatten_dict(jax.eval_shape(lambda: _initialise(model, config.model, 0)), sep="/")
 
 
-def initial_weights(config: ml_collections.ConfigDict, model: favchat.FaVChat) -> Weights:
-    """Every weight that a stage starts from.
+def initial_weights(
+    config: ml_collections.ConfigDict, model: favchat.FaVChat, mesh: jax.sharding.Mesh | None = None
+) -> Weights:
+    """Every weight that a stage starts from, each on its shards from the first; by default on the first device.
 
     The language model's base comes from its folder; the rest from the stage before (`init.from_run`) or, where none is
     named, from the folders of `init.umt`, `init.facexformer` and `init.qformer`. What none of them has comes from
@@ -82,35 +87,36 @@ def initial_weights(config: ml_collections.ConfigDict, model: favchat.FaVChat) -
     Raises:
         UserError: a source is missing, damaged, or holds a weight of another shape.
     """
+    mesh = mesh or sharding.one_device()
     shapes = weight_shapes(model, config)
     weights: Weights = {}
 
-    def take(source: str, loaded: dict[str, Any]) -> None:
-        for path, leaf in loaded.items():
+    def take(source: str, loaded: Iterable[tuple[str, Any]], dtype: Any = jnp.float32) -> None:
+        for path, leaf in loaded:
             if path not in shapes:
                 raise UserError(f"{source} holds {path}, which this model has not: check variant, ablation and preset")
             if leaf.shape != shapes[path].shape:
                 raise UserError(f"{source}: {path} has shape {leaf.shape}, expected {shapes[path].shape}")
-            weights[path] = jnp.asarray(leaf, shapes[path].dtype)
+            weights[path] = sharding.place(path, leaf, mesh, dtype)
 
-    take(config.llm.path, load_llm(config.llm.path))
+    take(config.llm.path, load_llm(config.llm.path, config.model.dtype), config.model.dtype)
     for part in ("videochat2", "umt", "facexformer", "qformer"):
         source = config.init[part]
         if source and (part == "videochat2" or not config.init.from_run):
             loaded = _converted(part, source).items()
-            take(source, {place: leaf for path, leaf in loaded for place in _places(path, config)})
+            take(source, [(place, leaf) for path, leaf in loaded for place in _places(path, config)])
     if config.init.from_run:
-        take(config.init.from_run, _previous_stage(config, shapes))
+        take(config.init.from_run, _previous_stage(config, shapes).items())
     missing = sorted(set(shapes) - set(weights))
     if missing:
         log.info("%d of %d weight arrays start afresh", len(missing), len(shapes))
 
-        @jax.jit
         def fresh() -> Weights:
             drawn = flatten_dict(_initialise(model, config.model, config.seed), sep="/")
             return {path: drawn[path] for path in missing}
 
-        weights |= fresh()
+        shards = sharding.partitions({path: shapes[path] for path in missing}, mesh)
+        weights |= jax.jit(fresh, out_shardings=shards)()
     return weights
 
 
@@ -137,9 +143,9 @@ def _places(path: str, config: ml_collections.ConfigDict) -> list[str]:
     return [] if any(path.startswith(part) and lacks for part, lacks in absent.items()) else [path]
 
 
-def load_llm(folder: str) -> dict[str, Any]:
-    """The language model's base weights under their paths in the whole model."""
-    return {f"llm/{path}": leaf for path, leaf in flatten_dict(mistral_folder.read_weights(folder), sep="/").items()}
+def load_llm(folder: str, dtype: Any = jnp.float32) -> Iterator[tuple[str, np.ndarray]]:
+    """The language model's base weights under their paths in the whole model, one after another."""
+    return ((f"llm/{path}", leaf) for path, leaf in mistral_folder.each_weight(folder, jnp.dtype(dtype)))
 
 
 def load_run(workdir: str | Path) -> Run:
@@ -151,7 +157,7 @@ def load_run(workdir: str | Path) -> Run:
     """
     config = run_config(workdir)
     parts = assemble(config)
-    weights = {**load_llm(config.llm.path), **whole_visual_and_lora(workdir, config, parts.model)}
+    weights = {**dict(load_llm(config.llm.path)), **whole_visual_and_lora(workdir, config, parts.model)}
     weights = {path: jnp.asarray(leaf) for path, leaf in weights.items()}
     return Run(config, weights, parts.tokenizer, parts.prompt_tokenizer)
 
@@ -268,5 +274,6 @@ def _previous_stage(config: ml_collections.ConfigDict, shapes: dict[str, jax.Sha
 def _initialise(model: favchat.FaVChat, section: ml_collections.ConfigDict, seed: int) -> dict:
     frames = jnp.zeros((1, section.frames, section.image_size, section.image_size, 3), jnp.uint8)
     ids = jnp.zeros((1, 1, 4), jnp.int32)
-    # With `rbg`, drawing some hundred arrays compiles a fifth faster than with the default generator.
+    # With `rbg`, drawing some hundred arrays compiles a fifth faster than with the default generator. It draws the same
+    # numbers however arrays are cut over devices, since each device draws a whole one and keeps its part.
     return model.init(jax.random.key(seed, impl="rbg"), frames, ids, ids, ids == 0)["params"]

@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from favchat_jax.errors import UserError
+from favchat_jax.training.processes import first_alone, gathered
 from favchat_jax.training.step import TrainState
 from favchat_jax.weights_folder import abstract, check_leaves, describe_leaves, full_disk_told, one_line
 
@@ -66,20 +68,22 @@ class Checkpoints:
             UserError: this or the write before it failed (full disk); the checkpoints before stay.
         """
         step = int(state.step)
-        host = jax.device_get(state)
+        # What this process holds whole is copied, since the next step gives the state's memory away.
+        state = jax.tree.map(lambda leaf: np.asarray(leaf) if leaf.is_fully_addressable else leaf, state)
+        hosts = gathered(dict(iterator_state))
         with full_disk_told(self._folder):
             manager = self._open()
             manager.wait_until_finished()
             manager.save(
                 step,
                 args=ocp.args.Composite(
-                    weights=ocp.args.StandardSave(unflatten_dict(dict(host.trainable), sep="/")),
-                    optimizer=ocp.args.StandardSave(_optimizer_part(host)),
-                    data=ocp.args.JsonSave(dict(iterator_state)),
+                    weights=ocp.args.StandardSave(unflatten_dict(dict(state.trainable), sep="/")),
+                    optimizer=ocp.args.StandardSave(_optimizer_part(state)),
+                    data=ocp.args.JsonSave({"hosts": hosts} if len(hosts) > 1 else hosts[0]),
                     leaves=ocp.args.JsonSave(
                         {
-                            "weights": describe_leaves(dict(host.trainable)),
-                            "optimizer": describe_leaves(_optimizer_part(host)),
+                            "weights": describe_leaves(dict(state.trainable)),
+                            "optimizer": describe_leaves(_optimizer_part(state)),
                         }
                     ),
                 ),
@@ -91,8 +95,9 @@ class Checkpoints:
             with full_disk_told(self._folder):
                 self._manager.wait_until_finished()
 
-    def restore(self, like: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
-        """The newest whole checkpoint: (state shaped as `like`, iterator state), or None where none was ever saved.
+    def restore(self, like: TrainState) -> tuple[TrainState, dict[str, Any] | None] | None:
+        """The newest whole checkpoint: (state with the shapes and shards of `like`, iterator state), or None where none
+        was ever saved. The iterator state is None where another number of processes saved it.
 
         A damaged checkpoint is named in the log, moved to WORKDIR/damaged, and the one before it is taken.
 
@@ -102,18 +107,17 @@ class Checkpoints:
 
         def read(step: int, leaves: Mapping) -> tuple[TrainState, dict]:
             item = ocp.args.Composite(
-                weights=ocp.args.StandardRestore(abstract(leaves["weights"])),
-                optimizer=ocp.args.StandardRestore(
-                    jax.tree.map(ocp.utils.to_shape_dtype_struct, _optimizer_part(like))
-                ),
+                weights=ocp.args.StandardRestore(_abstract(unflatten_dict(dict(like.trainable), sep="/"))),
+                optimizer=ocp.args.StandardRestore(_abstract(_optimizer_part(like))),
                 data=ocp.args.JsonRestore(),
             )
             restored = self._open().restore(step, args=item)
             weights = flatten_dict(restored.weights, sep="/")
             check_leaves(weights, leaves["weights"])
             check_leaves(restored.optimizer, leaves["optimizer"])
-            part = restored.optimizer
-            return TrainState(part["step"], weights, part["moments"], part["key"]), restored.data
+            part, hosts = restored.optimizer, restored.data.get("hosts", [restored.data])
+            data = hosts[jax.process_index()] if len(hosts) == jax.process_count() else None
+            return TrainState(part["step"], weights, part["moments"], part["key"]), data
 
         return self._newest(read, move_damaged=True)
 
@@ -165,15 +169,23 @@ class Checkpoints:
     def _move_away(self, step: int) -> None:
         self.close()
         damaged = self._folder.parent / "damaged"
-        damaged.mkdir(exist_ok=True)
-        shutil.rmtree(damaged / str(step), ignore_errors=True)
-        (self._folder / str(step)).rename(damaged / str(step))
+
+        def move() -> None:
+            damaged.mkdir(exist_ok=True)
+            shutil.rmtree(damaged / str(step), ignore_errors=True)
+            (self._folder / str(step)).rename(damaged / str(step))
+
+        first_alone(move)
 
     def _open(self) -> ocp.CheckpointManager:
         if self._manager is None:
             options = ocp.CheckpointManagerOptions(max_to_keep=self._keep, cleanup_tmp_directories=True)
             self._manager = ocp.CheckpointManager(self._folder, options=options)
         return self._manager
+
+
+def _abstract(tree: Any) -> Any:
+    return jax.tree.map(ocp.utils.to_shape_dtype_struct, tree)
 
 
 def _optimizer_part(state: TrainState) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from flax.traverse_util import flatten_dict
 
 from favchat_jax.errors import UserError
 from favchat_jax.models.favchat import ABLATIONS, VARIANTS
+from favchat_jax.models.remat import POLICIES
 from favchat_jax.training.checkpoint import load_config
 from favchat_jax.training.stages import STAGES
 
@@ -19,12 +20,14 @@ AT_LEAST = {
     + ("data.questions", "data.prompt_length", "model.frames", "model.image_size"),
     0: ("steps", "seed", "data.workers"),
 }
+FREE = ("mesh", "model.remat")  # fields that change where and how a run is computed, not what: they may differ
 ONE_OF = {
     "variant": VARIANTS,
     "ablation": ABLATIONS,
     "stage": tuple(STAGES),
     "model.dtype": ("float32", "bfloat16"),
     "llm.storage": ("full", "int8", "int4"),
+    "model.remat": tuple(POLICIES),
     "data.sampling": ("rand", "middle"),
 }
 
@@ -34,7 +37,9 @@ def check(config: ml_collections.ConfigDict) -> None:
     flat = flatten_dict(config.to_dict(), sep=".")
     for field, known in ONE_OF.items():
         if flat[field] not in known:
-            raise UserError(f"{field}={flat[field]} is unknown: choose one of {', '.join(known)}")
+            raise UserError(
+                f"{field}={flat[field]} is unknown: choose one of {', '.join(name or 'nothing' for name in known)}"
+            )
     for least, fields in AT_LEAST.items():
         for field in fields:
             if flat[field] < least:
@@ -58,7 +63,8 @@ def claim(workdir: Path, config: ml_collections.ConfigDict) -> None:
         raise UserError(f"workdir {workdir} cannot be written ({error.strerror}): choose another --workdir") from None
     if not (workdir / "config.json").exists():
         return
-    fields = sorted(differing(load_config(workdir), json.loads(config.to_json())))
+    found = differing(load_config(workdir), json.loads(config.to_json()))
+    fields = sorted(field for field in found if not field.startswith(FREE))
     if fields:
         raise UserError(
             f"{workdir} was made with another config; these fields differ: {', '.join(fields)}. "

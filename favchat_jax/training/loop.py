@@ -7,6 +7,7 @@ saved iterator stands exactly after the last trained batch.
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import logging
 import math
@@ -31,9 +32,10 @@ from favchat_jax.data.loader import Batch, BatchIterator, training_batches
 from favchat_jax.data.video import Augment
 from favchat_jax.errors import RunError, UserError
 from favchat_jax.models.quantized import store
-from favchat_jax.training import assembly, stages
+from favchat_jax.training import assembly, sharding, stages
 from favchat_jax.training.checkpoint import Checkpoints, load_config
 from favchat_jax.training.checks import check, claim
+from favchat_jax.training.processes import anyone, first_alone, is_first
 from favchat_jax.training.programs import keep_programs, tracing
 from favchat_jax.training.step import TrainState, make_step, new_state
 from favchat_jax.weights_folder import save_weights
@@ -75,25 +77,29 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path, profile: int =
     """
     workdir = Path(workdir)
     check(config)
+    mesh = sharding.make_mesh(config.mesh)
+    sharding.check_batch(config.batch, config.accumulate, mesh)
     claim(workdir, config)
     keep_programs(workdir)
-    prepare(config.data.name, config.data.root or None, config.data.packed)
+    first_alone(lambda: prepare(config.data.name, config.data.root or None, config.data.packed))
     parts = assembly.assemble(config)
     with contextlib.closing(open_batches(config, parts)) as batches:
         steps = total_steps(config)
         optimizer = stages.make_optimizer(config.optimizer, steps)
         checkpoints = Checkpoints(workdir, config.checkpoints_kept)
         try:
-            state, frozen = start(config, workdir, parts, optimizer, checkpoints, batches)
+            state, frozen = start(config, workdir, parts, optimizer, checkpoints, batches, mesh)
             resumed_at = int(state.step)
             if resumed_at < steps:
                 rate = stages.schedule(config.optimizer, steps)
-                update = make_step(parts.model, optimizer, rate, accumulate=config.accumulate, chunk=config.loss_chunk)
+                update = make_step(
+                    parts.model, optimizer, rate, accumulate=config.accumulate, chunk=config.loss_chunk, mesh=mesh
+                )
                 with (
-                    Metrics(workdir, resumed_at, config.log_every) as metrics,
+                    Metrics(workdir, resumed_at, config.log_every) if is_first() else NoMetrics() as metrics,
                     tracing(workdir, profile, resumed_at) as trace,
                 ):
-                    state = _run(config, steps, state, frozen, update, batches, checkpoints, metrics, trace)
+                    state = _run(config, steps, state, frozen, update, batches, checkpoints, metrics, trace, mesh)
         finally:
             checkpoints.close()
     return Outcome(int(state.step), steps, resumed_at)
@@ -117,10 +123,6 @@ def is_finished(workdir: str | Path) -> bool:
 def open_batches(config: ml_collections.ConfigDict, parts: assembly.Assembly) -> BatchIterator:
     """The stage's training stream on this host."""
     data, hosts = config.data, jax.process_count()
-    if config.batch % (hosts * config.accumulate):
-        raise UserError(
-            f"batch={config.batch} does not divide into {hosts} hosts x accumulate={config.accumulate} parts"
-        )
     qformer = config.model.qformer
     return training_batches(
         open_dataset(data.name, data.packed, training_split(data.name, config.stage)),
@@ -193,54 +195,86 @@ class Metrics:
         self.latest, self._window, self._since = line, [], time.perf_counter()
 
 
-def start(config, workdir, parts, optimizer, checkpoints, batches) -> tuple[TrainState, dict[str, jax.Array]]:
-    """The state and frozen weights to go on from; `batches.set_state` gets what was saved beside the state."""
+class NoMetrics(contextlib.nullcontext):
+    """In place of `Metrics` in the processes that write none."""
+
+    latest: dict[str, float] = {}
+
+    def __enter__(self) -> "NoMetrics":
+        return self
+
+    def add(self, step: int, values: dict[str, float], clips: int, waited: float) -> None:
+        """Forgets the metrics of a step."""
+
+    def flush(self, step: int) -> None:
+        """Has nothing to write."""
+
+
+def start(config, workdir, parts, optimizer, checkpoints, batches, mesh) -> tuple[TrainState, dict[str, jax.Array]]:
+    """The state and frozen weights to go on from, on their shards; `batches.set_state` gets what was saved beside."""
     shapes = assembly.weight_shapes(parts.model, config)
     trainable, frozen_shapes = stages.split(shapes, config.variant, config.stage)
     like = jax.eval_shape(
         lambda: new_state({p: jnp.zeros(s.shape, s.dtype) for p, s in trainable.items()}, optimizer, config.seed)
     )
-    restored = checkpoints.restore(like)
+    shards = sharding.state_partitions(like, mesh)
+    dtype = jnp.dtype(config.model.dtype)
+    restored = checkpoints.restore(sharding.as_placed(like, shards))
     if restored:
         state, iterator_state = restored
-        batches.set_state(iterator_state)
+        if iterator_state is None:
+            log.warning("another number of processes read the clips until here: their stream starts anew")
+        else:
+            batches.set_state(iterator_state)
         assembly.check_llm(workdir, config)
-        frozen = {**assembly.load_llm(config.llm.path), **assembly.frozen_weights(workdir)}
+        loaded = itertools.chain(assembly.load_llm(config.llm.path, dtype), assembly.frozen_weights(workdir).items())
+        frozen = {path: sharding.place(path, leaf, mesh, dtype) for path, leaf in loaded}
         log.info("resuming at step %d", int(state.step))
     else:
-        weights = assembly.initial_weights(config, parts.model)
-        trainable, frozen = stages.split(weights, config.variant, config.stage)
+        trainable, frozen = stages.split(
+            assembly.initial_weights(config, parts.model, mesh), config.variant, config.stage
+        )
         kept = {path: leaf for path, leaf in frozen.items() if stages.group_of(path) != "llm"}
         if kept:
             save_weights(workdir / "frozen", kept, {"of": "frozen weights of a run"})
-        llm = {"path": config.llm.path, "fingerprint": fingerprint(config.llm.path)}
-        write(workdir / "llm.json", json.dumps(llm))
-        # Last, so that a start that failed over a wrong path does not bind the workdir to that path.
-        write(workdir / "config.json", json.dumps(json.loads(config.to_json()), indent=1))
-        state = new_state(trainable, optimizer, config.seed)
+        first_alone(lambda: _bind(workdir, config))
+        state = jax.jit(new_state, static_argnums=(1, 2), out_shardings=shards, donate_argnums=0)(
+            trainable, optimizer, config.seed
+        )
+        frozen = {path: jnp.asarray(leaf, dtype) for path, leaf in frozen.items()}
     if set(frozen) != set(frozen_shapes):
         raise UserError(f"{workdir}/frozen is not of this config: delete the workdir and train again")
-    dtype = jnp.dtype(config.model.dtype)
-    frozen = store({path: jnp.asarray(leaf, dtype) for path, leaf in frozen.items()}, config.llm.storage)
-    # Committed to their device from the start, as the step's results are: otherwise its second call compiles again.
-    return jax.device_put((state, frozen), jax.devices()[0])
+    frozen = store(frozen, config.llm.storage)
+    return state, jax.device_put(frozen, sharding.partitions(frozen, mesh))
 
 
-def _run(config, steps, state, frozen, update, batches, checkpoints, metrics, trace) -> TrainState:
+def _bind(workdir: Path, config: ml_collections.ConfigDict) -> None:
+    """Writes what a workdir is of: the language model and the config."""
+    llm = {"path": config.llm.path, "fingerprint": fingerprint(config.llm.path)}
+    write(workdir / "llm.json", json.dumps(llm))
+    # Last, so that a start that failed over a wrong path does not bind the workdir to that path.
+    write(workdir / "config.json", json.dumps(json.loads(config.to_json()), indent=1))
+
+
+def _run(config, steps, state, frozen, update, batches, checkpoints, metrics, trace, mesh) -> TrainState:
     """Steps until the end, SIGTERM or Ctrl-C, which save first."""
-    step = int(state.step)
-    with termination() as stop, tqdm(total=steps, initial=step, desc=config.stage, unit="step", mininterval=1) as bar:
+    step, stopping = int(state.step), False
+    with (
+        termination() as stop,
+        tqdm(total=steps, initial=step, desc=config.stage, unit="step", mininterval=1, disable=not is_first()) as bar,
+    ):
         pending: _Pending | None = None
-        while step < steps and not stop.is_set():
+        while step < steps and not stopping:
             batch, waited = _next(batches, pending)
             arrays = {k: v for k, v in batch.arrays.items() if k != "length"}
             trace(step, state)
-            state, values = update(state, frozen, arrays)
+            state, values = update(state, frozen, sharding.place_batch(arrays, mesh))
             step += 1
             if pending:
                 pending.read(metrics)
             pending = _Pending(step, values, batch, waited)
-            if step % config.checkpoint_every == 0 or step == steps or stop.is_set():
+            stopping = anyone(stop.is_set())
+            if step % config.checkpoint_every == 0 or step == steps or stopping:
                 pending.read(metrics)
                 pending = None
                 checkpoints.save(state, batches.get_state())
@@ -249,9 +283,6 @@ def _run(config, steps, state, frozen, update, batches, checkpoints, metrics, tr
                 bar.set_postfix(
                     loss=f"{metrics.latest['loss']:.3f}", clips=f"{metrics.latest['clips_per_second']:.0f}/s"
                 )
-        if pending:  # the signal arrived while a batch was awaited
-            pending.read(metrics)
-            checkpoints.save(state, batches.get_state())
         metrics.flush(step)
         checkpoints.wait()
     return state
@@ -275,8 +306,9 @@ class _Pending:
                     f"the {name} of step {self.step} is {values[name]}, clips {', '.join(self.batch.ids)}; "
                     "the last checkpoint is intact: lower optimizer.learning_rate or remove the clips"
                 )
-        values["tokens"] = float(self.batch.arrays["length"].sum())
-        metrics.add(self.step, values, len(self.batch.ids), self.waited)
+        # Every process has its share of a batch; that of the first stands for all.
+        values["tokens"] = float(self.batch.arrays["length"].sum()) * jax.process_count()
+        metrics.add(self.step, values, len(self.batch.ids) * jax.process_count(), self.waited)
 
     def done(self) -> bool:
         """Whether the device has finished the step."""

@@ -13,9 +13,12 @@ import optax
 from einops import rearrange
 from flax import struct
 from flax.traverse_util import unflatten_dict
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
+from favchat_jax.models.attention import compiling_for
 from favchat_jax.models.favchat import FaVChat
+from favchat_jax.training.sharding import one_device, partitions, state_partitions
 
 Weights = Mapping[str, Array]
 
@@ -109,13 +112,23 @@ def batch_loss(
     return loss, {"hits": hits, "streams": streams, "questions": jnp.sum(asked)}
 
 
-def compiler_options() -> dict[str, bool] | None:
-    """What compiled training steps ask of XLA: on a CPU its older code generator, whose fusions run a third faster."""
-    return {"xla_cpu_use_fusion_emitters": False} if jax.default_backend() == "cpu" else None
+def compiler_options(platform: str | None = None) -> dict[str, bool] | None:
+    """What compiled training steps ask of XLA: on a CPU its older code generator, whose fusions run a third faster.
+
+    Args:
+        platform: what is compiled for; by default what is here.
+    """
+    return {"xla_cpu_use_fusion_emitters": False} if (platform or jax.default_backend()) == "cpu" else None
 
 
 def make_step(
-    model: FaVChat, optimizer: optax.GradientTransformation, rate: optax.Schedule, *, accumulate: int, chunk: int
+    model: FaVChat,
+    optimizer: optax.GradientTransformation,
+    rate: optax.Schedule,
+    *,
+    accumulate: int,
+    chunk: int,
+    mesh: Mesh | None = None,
 ) -> Callable[[TrainState, Weights, Mapping[str, Array]], tuple[TrainState, dict[str, Array]]]:
     """Compiles one update: (state, frozen, batch) -> (state, metrics). The state is donated.
 
@@ -126,7 +139,13 @@ def make_step(
         accumulate: parts that the batch is cut into along its clips; gradients are summed over them, so that the
             result is that of the whole batch.
         chunk: positions whose scores exist at once.
+        mesh: devices that share the work, on which state, frozen weights and batch lie; by default the first device.
     """
+    mesh = mesh or one_device()
+    platform = mesh.devices.flat[0].platform
+
+    def place(state: TrainState) -> TrainState:
+        return jax.lax.with_sharding_constraint(state, state_partitions(state, mesh))
 
     def step(state: TrainState, frozen: Weights, batch: Mapping[str, Array]):
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
@@ -136,11 +155,17 @@ def make_step(
             loss, sums = batch_loss(model, {**trainable, **frozen}, part, key, chunk)
             return loss / answer_tokens, sums
 
-        gradient = jax.value_and_grad(part_loss, has_aux=True)
+        def gradient(trainable, part, key):
+            with compiling_for(platform), jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+                value, grads = jax.value_and_grad(part_loss, has_aux=True)(trainable, part, key)
+            # Each device sums its own shards alone, in place of the whole gradient everywhere.
+            return value, jax.lax.with_sharding_constraint(grads, partitions(grads, mesh))
+
         if accumulate == 1:
             (loss, sums), grads = gradient(state.trainable, batch, key)
         else:
-            parts = jax.tree.map(lambda x: rearrange(x, "(A B) ... -> A B ...", A=accumulate), dict(batch))
+            # Every part has clips of every device.
+            parts = jax.tree.map(lambda x: rearrange(x, "(B A) ... -> A B ...", A=accumulate), dict(batch))
 
             def add(total, part_and_key):
                 return jax.tree.map(jnp.add, total, gradient(state.trainable, *part_and_key)), None
@@ -161,6 +186,6 @@ def make_step(
             "facial_weight": streams[1],
             "answer_tokens": answer_tokens,
         }
-        return TrainState(state.step + 1, trainable, moments, state.key), metrics
+        return place(TrainState(state.step + 1, trainable, moments, state.key)), metrics
 
-    return jax.jit(step, donate_argnums=0, compiler_options=compiler_options())
+    return jax.jit(step, donate_argnums=0, compiler_options=compiler_options(platform))

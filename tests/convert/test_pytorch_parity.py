@@ -166,7 +166,7 @@ def wide(variant: str = "v1", share: int = 1, mlp: int = 14336):
     """
     config = stage2.get_config(f"preset=paper,variant={variant}")
     model = config.model
-    model.update({"dtype": "float32", "remat": False, "frames": 2})
+    model.update({"dtype": "float32", "remat": "", "frames": 2})
     model.umt.update({"depth": 3, "layers_run": 2, "width": 1024 // share, "heads": 16 // share})
     heads = tuple(count // share for count in (4, 8, 16, 32))
     model.facexformer.update({"depths": (2, 2, 2, 2), "width": 128 // share, "heads": heads})

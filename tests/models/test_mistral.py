@@ -193,17 +193,18 @@ def test_rotation_is_computed_in_float32_for_bfloat16_inputs():
     np.testing.assert_allclose(np.asarray(turned, np.float32).ravel(), expected, atol=0.01)
 
 
-def test_rematerialisation_changes_no_gradient(stacked, embeddings):
+@pytest.mark.parametrize("policy", ["block", "products"])
+def test_rematerialisation_changes_no_gradient(stacked, embeddings, policy):
     def gradient(remat):
         model = Mistral(MISTRAL, LoRA(), remat=remat)
         return jax.jit(jax.grad(lambda weights: jnp.sum(model.apply({"params": weights}, embeddings)[0] ** 3)))(stacked)
 
-    kept, recomputed = gradient(False), gradient(True)
+    kept, recomputed = gradient(""), gradient(policy)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3), kept, recomputed)
 
 
 def test_in_bfloat16_the_computation_is_bfloat16_and_the_weights_stay_float32():
-    model = Mistral(MISTRAL, LoRA(rank=2), dtype=jnp.bfloat16, remat=True)
+    model = Mistral(MISTRAL, LoRA(rank=2), dtype=jnp.bfloat16, remat="block")
     shapes = mistral_shapes(model)
     assert {leaf.dtype for leaf in jax.tree.leaves(shapes)} == {jnp.dtype("float32")}
     states, _ = jax.eval_shape(model.apply, {"params": shapes}, jax.ShapeDtypeStruct((1, 3, 16), jnp.float32))

@@ -44,12 +44,12 @@ def test_the_product_is_that_with_the_dequantised_kernel(storage):
 
 @pytest.mark.parametrize("storage", ["int8", "int4"])
 def test_a_scanned_language_model_with_adapters_computes_and_learns_on_a_quantised_base(storage):
-    model = Mistral(MISTRAL, LoRA(rank=2), remat=True)
+    model = Mistral(MISTRAL, LoRA(rank=2), remat="block")
     weights = flatten_dict(drawn(mistral_shapes(model), spread=0.3), sep="/")
     weights = {f"llm/{path}": leaf for path, leaf in weights.items()}
     adapters = {path: leaf for path, leaf in weights.items() if "lora" in path}
     frozen = {path: leaf for path, leaf in weights.items() if path not in adapters}
-    stored = store(frozen, storage)
+    stored = store(dict(frozen), storage)
     plain = {
         path: dequantized(leaf, stored[f"{path}_scale"]) if f"{path}_scale" in stored else leaf
         for path, leaf in stored.items()
@@ -72,6 +72,6 @@ def test_a_scanned_language_model_with_adapters_computes_and_learns_on_a_quantis
 def test_full_storage_changes_nothing_and_other_parts_are_never_quantised():
     weights = {"llm/lm_head/kernel": draw(GROUP, 2), "umt/proj/kernel": draw(GROUP, 2), "llm/norm/scale": draw(2)}
     assert store(weights, "full") == weights
-    stored = store(weights, "int8")
+    stored = store(dict(weights), "int8")
     assert stored["llm/lm_head/kernel"].dtype == jnp.int8
     assert all(stored[path] is weights[path] for path in ("umt/proj/kernel", "llm/norm/scale"))

@@ -53,7 +53,7 @@ def test_stage_2_moves_the_adapters_that_it_starts(runs):
 
 
 def test_the_language_model_is_that_of_its_folder_in_every_stage(runs, small_world):
-    base = assembly.load_llm(small_world.llm)
+    base = dict(assembly.load_llm(small_world.llm))
     for weights in runs.values():
         assert all(np.array_equal(weights[path], leaf) for path, leaf in base.items())
 

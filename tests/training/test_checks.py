@@ -20,6 +20,7 @@ from favchat_jax.training import loop
         ({"steps": -3}, "steps=-3 is too small"),
         ({"data__workers": -1}, "data.workers=-1 is too small"),
         ({"model__dtype": "float15"}, "model.dtype=float15 is unknown: choose one of float32, bfloat16"),
+        ({"model__remat": "all"}, "model.remat=all is unknown: choose one of nothing, block, products"),
         ({"data__sampling": "all"}, "data.sampling=all is unknown: choose one of rand, middle"),
         ({"data__buckets": ()}, "data.buckets=(): give whole numbers"),
         ({"data__buckets": (128, 48)}, "data.buckets=(128, 48): give whole numbers"),
@@ -30,7 +31,7 @@ from favchat_jax.training import loop
         ({"data__questions": -1}, "data.questions=-1 is too small"),
         ({"log_every": 0}, "log_every=0 is too small"),
         ({"steps": 0, "epochs": 0.0}, "steps=0 and epochs=0.0: one of them must be a number above 0"),
-        ({"accumulate": 3}, "batch=4 does not divide into 1 hosts x accumulate=3 parts"),
+        ({"accumulate": 3}, "batch=4 does not divide over mesh.data=1 x mesh.fsdp=1 devices x accumulate=3 parts"),
     ],
 )
 def test_a_value_that_suits_no_run_is_a_users_error_that_names_it(changes, message, small_world, tmp_path):

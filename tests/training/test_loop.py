@@ -31,16 +31,16 @@ def compiled_steps():
     """Traces each program once for all runs of this file, which mostly train the same; yields the compiled steps."""
     steps, weights, shapes = {}, {}, {}
 
-    def step_once(model, optimizer, rate, *, accumulate, chunk):
+    def step_once(model, optimizer, rate, *, accumulate, chunk, mesh):
         key = (str(model), *(float(rate(step)) for step in range(4)), accumulate, chunk)
         if key not in steps:
-            steps[key] = make_step(model, optimizer, rate, accumulate=accumulate, chunk=chunk)
+            steps[key] = make_step(model, optimizer, rate, accumulate=accumulate, chunk=chunk, mesh=mesh)
         return steps[key]
 
-    def weights_once(config, model):
+    def weights_once(config, model, mesh):
         key = (str(model), config.seed, config.init.from_run, config.llm.path)
         if key not in weights:
-            weights[key] = initial_weights(config, model)
+            weights[key] = initial_weights(config, model, mesh)
         return jax.tree.map(jnp.copy, weights[key])  # a run gives its own away
 
     def shapes_once(model, config):

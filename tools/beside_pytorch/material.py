@@ -64,7 +64,7 @@ def _drawn(rng: np.random.Generator, path: str, shape: tuple[int, ...]) -> np.nd
 
 def weights(folder: str) -> dict[str, Any]:
     """Every weight by path."""
-    return {**assembly.load_llm(str(Path(folder) / "llm")), **load_weights(Path(folder) / "weights")}
+    return {**dict(assembly.load_llm(str(Path(folder) / "llm"))), **load_weights(Path(folder) / "weights")}
 
 
 def batch(config: ml_collections.ConfigDict) -> dict[str, np.ndarray]:

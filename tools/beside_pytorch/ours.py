@@ -14,7 +14,7 @@ from favchat_jax.data.conversation import Conversation, PromptEncoder
 from favchat_jax.data.datasets import open_dataset
 from favchat_jax.data.loader import training_batches
 from favchat_jax.generation.sampler import Sampler, Sampling
-from favchat_jax.training import assembly, stages
+from favchat_jax.training import assembly, sharding, stages
 from favchat_jax.training.step import make_step, new_state
 from tools.beside_pytorch import material
 from tools.beside_pytorch.contest import Runs
@@ -30,17 +30,18 @@ def train(folder: str, preset: str) -> Runs:
     batch = material.batch(config)
     weights = {path: jnp.asarray(leaf) for path, leaf in material.weights(folder).items()}
     trainable, frozen = stages.split(weights, config.variant, config.stage)
-    # Committed to their device, as a run's are: otherwise the second step compiles again.
-    frozen = {path: jnp.asarray(leaf, config.model.dtype) for path, leaf in frozen.items()}
-    trainable, frozen = jax.device_put((trainable, frozen), jax.devices()[0])
+    # Committed to their places, as a run's are: otherwise the second step compiles again.
+    mesh = sharding.one_device()
+    frozen = {path: sharding.place(path, leaf, mesh, config.model.dtype) for path, leaf in frozen.items()}
     optimizer = stages.make_optimizer(config.optimizer, 1000)
 
-    def steps(remat: bool):
+    def steps(remat: str):
         config.model.remat = remat
         model = assembly.assemble(config).model
         rate = stages.schedule(config.optimizer, 1000)
         update = make_step(model, optimizer, rate, accumulate=1, chunk=config.loss_chunk)
-        state = [jax.device_put(new_state(jax.tree.map(jnp.copy, trainable), optimizer, 0), jax.devices()[0])]
+        fresh = new_state(jax.tree.map(jnp.copy, trainable), optimizer, 0)
+        state = [jax.device_put(fresh, sharding.state_partitions(fresh, mesh))]
 
         def run() -> tuple[float, dict[str, float]]:
             started = time.perf_counter()
@@ -50,7 +51,7 @@ def train(folder: str, preset: str) -> Runs:
 
         return run
 
-    return {"kept": steps(False), "rematerialised": steps(True)}
+    return {"kept": steps(""), "rematerialised": steps("block")}
 
 
 def decode(folder: str, preset: str, batch: int) -> Runs:

@@ -1,0 +1,99 @@
+"""Counting a program's work before it is compiled: a walk over its jaxpr.
+
+XLA's own count takes a loop's body once, whatever its length, and some backends give none.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import jax
+from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
+
+from favchat_jax.models.attention import SCOPE
+
+
+@dataclasses.dataclass(frozen=True)
+class Product:
+    """A product of matrices (`dot_general`).
+
+    Attributes:
+        flops: its operations, a multiplication and an addition each counted.
+        bytes: of its operands and its result, each moved once; none in attention, whose scores need not leave the chip.
+        times: how often it runs.
+    """
+
+    flops: float
+    bytes: float
+    times: int
+
+
+def products(jaxpr: Jaxpr | ClosedJaxpr, times: int = 1, fused: bool = False) -> Iterator[Product]:
+    """All products of a program, those in loops as often as they run, of branches those of the costliest one.
+
+    Args:
+        jaxpr: the program, with attention in its plain form; a kernel of its own hides its products.
+        times: how often it runs.
+        fused: whether it is a part of attention.
+    """
+    for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
+        name, inner = equation.primitive.name, list(_inner(equation))
+        within = fused or SCOPE in str(equation.source_info.name_stack)
+        if name == "dot_general":
+            yield _product(equation, times, within)
+        elif name == "cond":
+            branches = [list(products(branch, times, within)) for branch in inner]
+            yield from max(branches, key=lambda branch: sum(p.flops * p.times for p in branch))
+        elif name == "while" and any(True for body in inner for _ in products(body)):
+            raise ValueError("a loop of unknown length holds a product: its work cannot be counted")
+        else:
+            length = equation.params["length"] if name == "scan" else 1
+            for body in inner:
+                yield from products(body, times * length, within)
+
+
+def total_flops(program: Iterable[Product]) -> float:
+    """Operations of all products of a program."""
+    return sum(product.flops * product.times for product in program)
+
+
+def roofline_seconds(program: Iterable[Product], devices: int, flops: float, bandwidth: float) -> float:
+    """The least time that a program's products take: each at the peak rate, or at that of moving its numbers.
+
+    Everything else is thought of as fused into them.
+
+    Args:
+        program: its products, of all devices together.
+        devices: how many share each product evenly.
+        flops: operations a second of a device.
+        bandwidth: bytes a second of a device.
+    """
+    return sum(p.times * max(p.flops / flops, p.bytes / bandwidth) for p in program) / devices
+
+
+def saved_bytes(jaxpr: ClosedJaxpr, weights: set[tuple[int, ...]]) -> int:
+    """Bytes of a program's results that are neither its arguments nor of a weight's shape.
+
+    Of a forward pass that returns what its backward pass needs, these are the activations.
+    """
+    given = set(jaxpr.jaxpr.invars) | set(jaxpr.jaxpr.constvars)
+    kept = {v for v in jaxpr.jaxpr.outvars if not isinstance(v, Literal) and v not in given}
+    return sum(v.aval.size * v.aval.dtype.itemsize for v in kept if v.aval.shape not in weights)
+
+
+def _inner(equation: Any) -> Iterator[Jaxpr | ClosedJaxpr]:
+    for value in equation.params.values():
+        yield from (v for v in jax.tree.leaves(value, is_leaf=_is_jaxpr) if _is_jaxpr(v))
+
+
+def _is_jaxpr(value: Any) -> bool:
+    return isinstance(value, Jaxpr | ClosedJaxpr)
+
+
+def _product(equation: Any, times: int, fused: bool) -> Product:
+    (contracted, _), _ = equation.params["dimension_numbers"]
+    left, right, result = (*(v.aval for v in equation.invars), equation.outvars[0].aval)
+    length = math.prod(left.shape[axis] for axis in contracted)
+    moved = sum(array.size * array.dtype.itemsize for array in (left, right, result))
+    return Product(2.0 * result.size * length, 0 if fused else moved, times)

@@ -1,0 +1,300 @@
+"""A stage's training step, compiled for devices that are not here: what it needs of them.
+
+The step is the very one that `training.loop` runs; only its arguments are shapes. No weight is ever made.
+"""
+
+import dataclasses
+import functools
+import json
+import math
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+from jax import export
+from jax.sharding import Mesh
+
+from favchat_jax.convert.mistral import read_config
+from favchat_jax.errors import UserError
+from favchat_jax.models import favchat
+from favchat_jax.models.mistral import MistralConfig
+from favchat_jax.models.quantized import store
+from favchat_jax.planning import cost
+from favchat_jax.planning.targets import GIB, Target, devices, find
+from favchat_jax.training import assembly, sharding, stages
+from favchat_jax.training.step import batch_loss, make_step, new_state
+
+# Triton's products are chosen by trying them out, for which there is no GPU; cuBLAS's take as much memory or more.
+OPTIONS = {"cuda": {"xla_gpu_enable_triton_gemm": False}}
+STEPS = 1000  # of the schedule, whose length changes nothing here
+# Mistral-7B-Instruct-v0.2's published sizes, for plans made before its folder is there.
+MISTRAL_7B = MistralConfig(
+    vocab_size=32000,
+    hidden_size=4096,
+    intermediate_size=14336,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    head_dim=128,
+    rms_norm_eps=1e-5,
+    rope_theta=1e6,
+    sliding_window=None,
+    max_position_embeddings=32768,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a compiled step needs. Bytes are a device's; the rest is of all devices together.
+
+    Attributes:
+        frozen_bytes, trained_bytes, optimizer_bytes: weights that do not and do learn, and moments.
+        activation_bytes: what the forward pass keeps for the backward pass.
+        temporary_bytes: the rest of what the step takes beside its arguments: gradients, gathered weights, scratch.
+        argument_bytes, temp_bytes, peak_bytes_per_device: the compiler's own account.
+        flops_per_step: products that the model needs; `executed_flops` has those of rematerialisation besides.
+        roofline_seconds: least time of a step: of its products, or of moving weights and gradients between devices.
+        mfu_ceiling: flops_per_step in that time, as a share of what the devices can do.
+        fits: whether the peak is within the usable memory; headroom_bytes: by how much, or how little.
+        advice: which option would make it fit; empty where it does.
+    """
+
+    target: str
+    stage: str
+    devices: int
+    clips: int
+    frozen_bytes: int
+    trained_bytes: int
+    optimizer_bytes: int
+    activation_bytes: int
+    temporary_bytes: int
+    argument_bytes: int
+    temp_bytes: int
+    peak_bytes_per_device: int
+    flops_per_step: float
+    executed_flops: float
+    roofline_seconds: float
+    mfu_ceiling: float
+    compile_seconds: float
+    fits: bool
+    headroom_bytes: int
+    advice: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """The shapes of a step's arguments and where they lie, and the step."""
+
+    model: favchat.FaVChat
+    step: Any
+    state: Any
+    frozen: Any
+    batch: Any
+
+
+def make_plan(config: ml_collections.ConfigDict, name: str, clips: int | None = None) -> Plan:
+    """Compiles the step of a config for a target.
+
+    Args:
+        config: of a training stage.
+        name: the target's.
+        clips: of a step, on all devices; by default as the target says.
+
+    Raises:
+        UserError: the target is unknown or its compiler missing, the batch does not divide, the stage is no training.
+    """
+    target = find(name)
+    mesh = sharding.make_mesh(config.mesh, devices(name))
+    clips = clips or target.clips or config.batch * target.devices
+    arguments = lay_out(config, mesh, clips)
+    started = time.perf_counter()
+    lowered = arguments.step.lower(arguments.state, arguments.frozen, arguments.batch)
+    memory = lowered.compile(compiler_options=OPTIONS.get(target.platform)).memory_analysis()
+    seconds = time.perf_counter() - started
+    frozen, trained = _held(arguments.frozen), _held(arguments.state.trainable)
+    optimizer = _held(arguments.state.moments)
+    flops, activations = _of_one_clip(config.to_json())
+    executed = _executed(config.to_json(), clips)
+    activations = activations * clips // (mesh.shape["data"] * mesh.shape["fsdp"] * config.accumulate)
+    least = max(
+        cost.roofline_seconds(executed, target.devices, target.flops, target.bandwidth),
+        _moved(arguments, config) / target.link if target.link else 0.0,
+    )
+    peak = memory.peak_memory_in_bytes
+    headroom = target.usable - peak
+    return Plan(
+        target=name,
+        stage=config.stage,
+        devices=target.devices,
+        clips=clips,
+        frozen_bytes=frozen,
+        trained_bytes=trained,
+        optimizer_bytes=optimizer,
+        activation_bytes=activations,
+        temporary_bytes=max(0, memory.temp_size_in_bytes - activations),
+        argument_bytes=memory.argument_size_in_bytes,
+        temp_bytes=memory.temp_size_in_bytes,
+        peak_bytes_per_device=peak,
+        flops_per_step=flops * clips,
+        executed_flops=cost.total_flops(executed),
+        roofline_seconds=least,
+        mfu_ceiling=flops * clips / (target.devices * target.flops * least),
+        compile_seconds=seconds,
+        fits=headroom >= 0,
+        headroom_bytes=headroom,
+        advice="" if headroom >= 0 else _advice(config, target, clips, -headroom, memory.temp_size_in_bytes, frozen),
+    )
+
+
+def lay_out(config: ml_collections.ConfigDict, mesh: Mesh, clips: int) -> Arguments:
+    """The step of a config on a mesh, with the shapes of all that goes into it."""
+    stage = stages.STAGES[config.stage]
+    if stage.text is None:
+        raise UserError(f"stage={config.stage} draws its own responses, and has no single step: plan stage1 to stage3")
+    sharding.check_batch(clips, config.accumulate, mesh)
+    model, shapes = _model(config.to_json())
+    trainable, frozen = stages.split(shapes, config.variant, config.stage)
+    dtype = jnp.dtype(config.model.dtype)
+    frozen = {path: jax.ShapeDtypeStruct(leaf.shape, dtype) for path, leaf in frozen.items()}
+    frozen = jax.eval_shape(lambda weights: store(weights, config.llm.storage), frozen)
+    optimizer, rate = stages.make_optimizer(config.optimizer, STEPS), stages.schedule(config.optimizer, STEPS)
+    state = jax.eval_shape(lambda weights: new_state(weights, optimizer, config.seed), trainable)
+    batch = batch_shapes(config, clips)
+    return Arguments(
+        model=model,
+        step=make_step(model, optimizer, rate, accumulate=config.accumulate, chunk=config.loss_chunk, mesh=mesh),
+        state=sharding.as_placed(state, sharding.state_partitions(state, mesh)),
+        frozen=sharding.as_placed(frozen, sharding.partitions(frozen, mesh)),
+        batch=sharding.as_placed(batch, jax.tree.map(lambda _: sharding.batch_partition(mesh), batch)),
+    )
+
+
+def batch_shapes(config: ml_collections.ConfigDict, clips: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """A batch in the longest bucket, as `data.loader` makes it."""
+    size, words, longest = config.model.image_size, config.data.prompt_length, config.data.buckets[-1]
+    questions = config.data.questions if stages.STAGES[config.stage].text in ("qa", "face_qa") else 1
+    shapes = {
+        "frames": ((config.model.frames, size, size, 3), jnp.uint8),
+        "tokens": ((questions, longest), jnp.int32),
+        "loss_mask": ((questions, longest), jnp.bool_),
+        "prompt": ((questions, words), jnp.int32),
+        "prompt_mask": ((questions, words), jnp.bool_),
+    }
+    return {name: jax.ShapeDtypeStruct((clips, *shape), dtype) for name, (shape, dtype) in shapes.items()}
+
+
+def save(config: ml_collections.ConfigDict, name: str, clips: int | None = None) -> bytes:
+    """The step of a config, lowered for a target, as bytes that `load` turns into a function wherever the devices are.
+
+    It holds the program and where everything lies, no weights and no Python; arguments and results are flat.
+    """
+    target = find(name)
+    mesh = sharding.make_mesh(config.mesh, devices(name))
+    arguments = lay_out(config, mesh, clips or target.clips or config.batch * target.devices)
+    return export_step(arguments, target.platform)
+
+
+def export_step(arguments: Arguments, platform: str) -> bytes:
+    """`save` of a step that is laid out."""
+    leaves, tree = jax.tree.flatten((arguments.state, arguments.frozen, arguments.batch))
+    shards = [leaf.sharding for leaf in leaves]
+    step = arguments.step.__wrapped__  # what is compiled within another function may have no options of its own
+    flat = jax.jit(lambda *leaves: jax.tree.leaves(step(*tree.unflatten(leaves))), in_shardings=shards)
+    return export.export(flat, platforms=[platform])(*leaves).serialize()
+
+
+def load(artefact: bytes) -> export.Exported:
+    """A saved step: `.call(*leaves)` runs it; raises UserError for other bytes. Nothing is unpickled."""
+    try:
+        return export.deserialize(bytearray(artefact))
+    except Exception as error:  # the reader of the format raises what it stumbles over
+        said = (str(error).splitlines() or [type(error).__name__])[0][:120]
+        raise UserError(f"this is no saved step ({said}): make it again with tools.aot_compile --save") from None
+
+
+@functools.lru_cache(maxsize=8)
+def _model(config_json: str) -> tuple[favchat.FaVChat, dict[str, jax.ShapeDtypeStruct]]:
+    config = ml_collections.ConfigDict(json.loads(config_json))
+    model = _build(config)
+    return model, assembly.weight_shapes(model, config)
+
+
+def _llm(config: ml_collections.ConfigDict) -> MistralConfig:
+    if config.preset == "paper" and not config.llm.path:
+        return MISTRAL_7B
+    if not config.llm.path:
+        raise UserError("llm.path is not set: name the Hugging Face folder of a Mistral with --config.llm.path=DIR")
+    return read_config(config.llm.path)
+
+
+@functools.lru_cache(maxsize=8)
+def _of_one_clip(config_json: str) -> tuple[float, int]:
+    """(operations of the forward and backward pass without rematerialisation, bytes of activations with it)."""
+    config = ml_collections.ConfigDict(json.loads(config_json))
+    trainable, frozen = stages.split(_model(config_json)[1], config.variant, config.stage)
+    frozen = {path: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(config.model.dtype)) for path, leaf in frozen.items()}
+    batch = batch_shapes(config, 1)
+
+    def loss(model):
+        def of(weights, frozen, batch):
+            return batch_loss(model, {**weights, **frozen}, batch, jax.random.key(0), config.loss_chunk)[0]
+
+        return of
+
+    def forward(weights, frozen, batch):
+        value, backward = jax.vjp(lambda w: loss(_model(config_json)[0])(w, frozen, batch), weights)
+        return value, [leaf for leaf in jax.tree.leaves(backward) if isinstance(leaf, jax.Array)]
+
+    kept = jax.make_jaxpr(forward)(trainable, frozen, batch)
+    config.model.remat = ""
+    gradient = jax.make_jaxpr(jax.value_and_grad(loss(_build(config))))(trainable, frozen, batch)
+    weights = {leaf.shape for leaf in (*trainable.values(), *frozen.values())}
+    return cost.total_flops(cost.products(gradient)), cost.saved_bytes(kept, weights)
+
+
+@functools.lru_cache(maxsize=8)
+def _executed(config_json: str, clips: int) -> list[cost.Product]:
+    """The products of the whole step, traced for a CPU, where attention is plain and its products can be counted."""
+    config = ml_collections.ConfigDict(json.loads(config_json))
+    arguments = lay_out(config, sharding.one_device(), clips)
+    return list(cost.products(arguments.step.trace(arguments.state, arguments.frozen, arguments.batch).jaxpr))
+
+
+def _build(config: ml_collections.ConfigDict) -> favchat.FaVChat:
+    rank = config.model.lora.rank if stages.STAGES[config.stage].lora else 0
+    return favchat.build(config.model, _llm(config), variant=config.variant, ablation=config.ablation, lora_rank=rank)
+
+
+def _held(tree: Any) -> int:
+    """Bytes of a tree on one device."""
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def _moved(arguments: Arguments, config: ml_collections.ConfigDict) -> float:
+    """Bytes that a device receives in a step: cut weights, gathered for the forward and for the backward pass in the
+    computation's dtype, and gradients in float32, summed where they lie."""
+    width = jnp.dtype(config.model.dtype).itemsize
+
+    def elsewhere(tree):
+        return sum(leaf.size - math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in jax.tree.leaves(tree))
+
+    trained = elsewhere(arguments.state.trainable)
+    return 2 * width * (elsewhere(arguments.frozen) + trained) + 4 * trained
+
+
+def _advice(config: Any, target: Target, clips: int, lacking: int, temp: int, frozen: int) -> str:
+    """Which option frees what is lacking, by estimate: the parts of a batch take turns with what a step needs beside
+    its arguments."""
+    if not config.model.remat:
+        return "model.remat=block"
+    share = clips // target.devices
+    for parts in (2, 4, 8, 16):
+        if share % parts == 0 and temp * (1 - 1 / parts) >= lacking:
+            return f"accumulate={parts}"
+    if config.llm.storage == "full" and lacking <= 0.4 * frozen:
+        return "llm.storage=int8"
+    if lacking <= temp * (1 - 1 / max(share, 1)) + 0.9 * frozen:
+        return f"accumulate={max(share, 1)} on two or more devices"
+    return f"more devices: {lacking / GIB:.1f} GiB are lacking on each"

@@ -1,0 +1,76 @@
+import dataclasses
+import importlib.util
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import stage3
+from favchat_jax.errors import UserError
+from favchat_jax.planning import plan, targets
+from favchat_jax.training import sharding
+
+
+def test_an_unknown_target_is_refused_with_those_there_are():
+    with pytest.raises(UserError, match="--target=a900 is unknown: choose one of a800-80gb, a800-80gb-x8"):
+        targets.find("a900")
+
+
+def test_a_target_whose_compiler_is_missing_is_refused_with_the_mend():
+    if importlib.util.find_spec("libtpu"):
+        pytest.skip("libtpu is here")
+    with pytest.raises(UserError, match="needs the compiler for tpu .* `make plan` sets up"):
+        targets.devices("v6e-4")
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="libtpu, which compiles for TPUs, is not installed")
+def test_the_tiny_preset_compiles_for_a_tpu_slice_and_fits(small_world):
+    made = plan.make_plan(small_world.config("stage2", batch=8), "v5e-8")
+    assert made.devices == made.clips == 8
+    assert made.fits and made.headroom_bytes == targets.find("v5e-8").usable - made.peak_bytes_per_device
+    held = made.frozen_bytes + made.trained_bytes + made.optimizer_bytes
+    assert held <= made.argument_bytes <= made.peak_bytes_per_device
+    assert made.executed_flops >= made.flops_per_step > 0
+    assert 0 < made.mfu_ceiling <= 1
+
+
+def test_a_stage_without_a_step_of_its_own_cannot_be_planned(small_world):
+    with pytest.raises(UserError, match="stage=grpo draws its own responses"):
+        plan.lay_out(small_world.config("grpo"), sharding.one_device(), 4)
+
+
+def test_a_saved_step_does_what_the_step_does(small_world):
+    config = small_world.config("stage3", batch=2)
+    laid_out = plan.lay_out(config, sharding.one_device(), 2)
+    rng = np.random.default_rng(0)
+
+    def draw(leaf):
+        if jnp.issubdtype(leaf.dtype, jnp.floating):
+            return jnp.asarray(np.abs(rng.normal(0, 0.05, leaf.shape)), leaf.dtype)
+        return jnp.asarray(rng.integers(0, 2, leaf.shape), leaf.dtype)
+
+    arguments = jax.tree.map(draw, (laid_out.state, laid_out.frozen, laid_out.batch))
+    loaded = plan.load(plan.export_step(laid_out, "cpu"))
+    again = loaded.call(*jax.tree.leaves(arguments))
+    expected = jax.tree.leaves(laid_out.step(*arguments))
+    assert len(again) == len(expected)
+    for one, other in zip(again, expected, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6)
+
+
+def test_bytes_that_are_no_saved_step_are_refused():
+    with pytest.raises(UserError, match="this is no saved step"):
+        plan.load(b"\x80\x04K\x01.")
+
+
+@pytest.mark.parametrize(
+    ("clips", "lacking", "says"),
+    [(8, 5, "accumulate=2"), (8, 7, "accumulate=4"), (1, 5, "more devices: 0.0 GiB are lacking on each")],
+)
+def test_what_would_make_a_step_fit_is_named(clips, lacking, says):
+    config, target = stage3.get_config("preset=paper"), targets.find("a100-40gb")
+    assert plan._advice(config, target, clips, lacking, temp=10, frozen=0) == says
+    config.model.remat = ""
+    assert plan._advice(config, target, clips, lacking, temp=10, frozen=0) == "model.remat=block"
+    assert dataclasses.replace(target, memory=10).usable == 9

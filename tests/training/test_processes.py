@@ -1,0 +1,75 @@
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+
+from favchat_jax.errors import UserError
+from favchat_jax.training import processes
+from tests.conftest import ROOT
+
+# Meets the others again and again, as a run does with its steps.
+MEETING = """
+import sys, time
+from favchat_jax import command_line
+from favchat_jax.training import processes
+
+def main():
+    with processes.joined(sys.argv[2]):
+        while True:
+            processes.anyone(False)
+            print("met", flush=True)
+            time.sleep(0.2)
+
+command_line.parse = lambda argv: None
+command_line.start(main)
+"""
+
+
+@pytest.mark.parametrize("value", ["here", "localhost:80,2", "localhost,2,0"])
+def test_a_place_among_processes_of_another_form_is_refused(value):
+    with pytest.raises(UserError, match="give auto, or HOST:PORT,COUNT,INDEX"), processes.joined(value):
+        pass
+
+
+def test_a_single_process_asks_nobody():
+    with processes.joined(""):
+        assert processes.anyone(True) and not processes.anyone(False)
+        assert processes.gathered({"a": 1}) == [{"a": 1}]
+        done = []
+        processes.first_alone(lambda: done.append(1))
+    assert done == [1]
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_when_a_process_is_killed_the_other_ends_with_one_line(victim):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", MEETING, "--", f"{address},2,{index}"],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for index in range(2)
+    ]
+    try:
+        assert all("met\n" in process.stdout for process in started)  # after lines of the library that connects them
+        started[victim].send_signal(signal.SIGKILL)
+        before = time.monotonic()
+        other = started[1 - victim]
+        _, errors = other.communicate(timeout=120)
+        assert time.monotonic() - before < 60
+        assert other.returncode == 1
+        said = [line for line in errors.splitlines() if "lost another one" in line]
+        assert said and "the last checkpoint is intact: start all processes again" in said[0]
+        assert "Traceback" not in errors and "stack trace" not in errors
+    finally:
+        for process in started:
+            process.kill()
+            process.communicate()

@@ -1,0 +1,112 @@
+"""Compiles a training step for hardware that is not here and tells whether it fits, and how fast it can be at best.
+
+python -m tools.aot_compile --config=configs/stage3.py:preset=paper --target=a800-80gb --json=plan.json
+python -m tools.aot_compile --all --json=plans.json          all targets, stages 1 to 3 of the paper's preset
+
+It runs in an environment of its own, .venv-aot, which `make plan` sets up.
+"""
+
+import dataclasses
+import importlib
+import json
+import os
+from pathlib import Path
+
+from absl import flags
+from ml_collections import config_flags
+
+from favchat_jax import command_line
+from favchat_jax.errors import UserError
+
+# Before jax is imported: it must not look for the devices of the compilers that are installed here.
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+from favchat_jax.planning import plan  # noqa: E402
+from favchat_jax.planning.targets import GIB, TARGETS, find  # noqa: E402
+
+STAGES = ("stage1", "stage2", "stage3")
+COLUMNS = (
+    ("target", lambda p: p.target),
+    ("stage", lambda p: p.stage),
+    ("clips", lambda p: str(p.clips)),
+    ("frozen", lambda p: _gib(p.frozen_bytes)),
+    ("trained", lambda p: _gib(p.trained_bytes)),
+    ("optimiser", lambda p: _gib(p.optimizer_bytes)),
+    ("activations", lambda p: _gib(p.activation_bytes)),
+    ("temporaries", lambda p: _gib(p.temporary_bytes)),
+    ("peak", lambda p: _gib(p.peak_bytes_per_device)),
+    ("fits", lambda p: "yes" if p.fits else "no"),
+    ("head-room", lambda p: _gib(p.headroom_bytes)),
+    ("TFLOP", lambda p: f"{p.flops_per_step / 1e12:.1f}"),
+    ("least s", lambda p: f"{p.roofline_seconds:.3f}"),
+    ("MFU at most", lambda p: f"{p.mfu_ceiling:.0%}"),
+)
+
+
+def _gib(size: int) -> str:
+    return f"{size / GIB:.1f}"
+
+
+def table(plans: list[plan.Plan]) -> str:
+    """A Markdown table of plans; memory in GiB a device."""
+    rows = [[name for name, _ in COLUMNS], *([cell(p) for _, cell in COLUMNS] for p in plans)]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(COLUMNS))]
+    lines = [
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows
+    ]
+    rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
+    return "\n".join([lines[0], rule, *lines[1:]])
+
+
+def _verdict(made: plan.Plan) -> str:
+    where = f"{made.stage} on {made.target}, {made.clips} clips a step"
+    if made.fits:
+        return f"{where}: fits, {_gib(made.headroom_bytes)} GiB a device are left"
+    return f"{where}: does not fit, {_gib(-made.headroom_bytes)} GiB a device are lacking; try {made.advice}"
+
+
+def main() -> None:
+    """Plans what the flags say."""
+    wanted = []
+    if _ALL.value:
+        chosen = [_TARGET.value] if _TARGET.value else list(TARGETS)
+        for target in chosen:
+            for stage in STAGES:
+                config = importlib.import_module(f"configs.{stage}").get_config("preset=paper")
+                config.llm.storage = find(target).storage
+                wanted.append((config, target))
+    else:
+        if _CONFIG.value is None or not _TARGET.value:
+            raise UserError("--config and --target are needed, or --all")
+        command_line.check_kind(_CONFIG, "stage", "configs/stage1.py, stage2.py, stage3.py")
+        wanted.append((_CONFIG.value, _TARGET.value))
+    if _SAVE.value:
+        if _ALL.value:
+            raise UserError("--save is for one --config and one --target")
+        _write(Path(_SAVE.value), plan.save(*wanted[0], _CLIPS.value))
+    plans = []
+    for config, target in wanted:
+        plans.append(plan.make_plan(config, target, _CLIPS.value))
+        print(_verdict(plans[-1]), flush=True)
+        if _JSON.value:
+            made = [dataclasses.asdict(p) for p in plans]
+            _write(Path(_JSON.value), json.dumps(made if _ALL.value else made[0], indent=1).encode())
+    if _ALL.value:
+        print(table(plans))
+
+
+def _write(path: Path, content: bytes) -> None:
+    draft = path.with_name(path.name + ".draft")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft.write_bytes(content)
+    draft.replace(path)
+
+
+if __name__ == "__main__":
+    _CONFIG = config_flags.DEFINE_config_file("config", None, "Config of a stage, for example configs/stage3.py")
+    _TARGET = flags.DEFINE_string("target", None, f"One of {', '.join(TARGETS)}; with --all the only one")
+    _ALL = flags.DEFINE_bool("all", False, "Stages 1 to 3 of the paper's preset, a table")
+    _CLIPS = flags.DEFINE_integer("clips", None, "Clips of a step on all devices", lower_bound=1)
+    _JSON = flags.DEFINE_string("json", None, "File for the figures")
+    _SAVE = flags.DEFINE_string("save", None, "File for the lowered step, which runs where the devices are")
+    command_line.start(main)
