@@ -273,7 +273,9 @@ def _run(config, steps, state, frozen, update, batches, checkpoints, metrics, tr
             if pending:
                 pending.read(metrics)
             pending = _Pending(step, values, batch, waited)
-            stopping = anyone(stop.is_set())
+            # Processes ask each other now and then alone, since the answer waits for the device.
+            if jax.process_count() == 1 or step % config.log_every == 0:
+                stopping = anyone(stop.is_set())
             if step % config.checkpoint_every == 0 or step == steps or stopping:
                 pending.read(metrics)
                 pending = None

@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
 from configs import stage3
 from favchat_jax.errors import UserError
@@ -40,6 +41,14 @@ def test_a_stage_without_a_step_of_its_own_cannot_be_planned(small_world):
         plan.lay_out(small_world.config("grpo"), sharding.one_device(), 4)
 
 
+def test_a_narrow_base_is_planned_as_it_is_stored(small_world):
+    laid_out = plan.lay_out(small_world.config("stage3", llm__storage="int8"), sharding.one_device(), 4)
+    kernel = laid_out.frozen["llm/layers/mlp/up_proj/kernel"]
+    scale = laid_out.frozen["llm/layers/mlp/up_proj/kernel_scale"]
+    assert kernel.dtype == jnp.int8 and scale.shape == (*kernel.shape[:-2], 1, kernel.shape[-1])
+    assert scale.sharding.spec == P(None, None, None)
+
+
 def test_a_saved_step_does_what_the_step_does(small_world):
     config = small_world.config("stage3", batch=2)
     laid_out = plan.lay_out(config, sharding.one_device(), 2)
@@ -65,12 +74,17 @@ def test_bytes_that_are_no_saved_step_are_refused():
 
 
 @pytest.mark.parametrize(
-    ("clips", "lacking", "says"),
-    [(8, 5, "accumulate=2"), (8, 7, "accumulate=4"), (1, 5, "more devices: 0.0 GiB are lacking on each")],
+    ("clips", "lacking", "frozen", "says"),
+    [
+        (8, 5, 0, "accumulate=2"),
+        (8, 7, 0, "accumulate=4"),
+        (1, 5, 20, "llm.storage=int8"),
+        (1, 5, 0, "more devices: 0.0 GiB are lacking on each"),
+    ],
 )
-def test_what_would_make_a_step_fit_is_named(clips, lacking, says):
+def test_what_would_make_a_step_fit_is_named(clips, lacking, frozen, says):
     config, target = stage3.get_config("preset=paper"), targets.find("a100-40gb")
-    assert plan._advice(config, target, clips, lacking, temp=10, frozen=0) == says
+    assert plan._advice(config, target, clips, lacking, temp=10, frozen=frozen) == says
     config.model.remat = ""
-    assert plan._advice(config, target, clips, lacking, temp=10, frozen=0) == "model.remat=block"
+    assert plan._advice(config, target, clips, lacking, temp=10, frozen=frozen) == "model.remat=block"
     assert dataclasses.replace(target, memory=10).usable == 9
