@@ -52,9 +52,12 @@ def make_language_model(config: ConfigDict, records: Sequence[Record], frames: C
     texts = _texts(Conversation(tokenizer, visual_tokens), tokenizer, records, config.data.buckets[-1], rng)
 
     def embed(mdl: Mistral, tokens, slot, is_name, seed):
-        """Word embeddings, and in the n-th place of the slot the average of its n-th fact's words, its name fainter by a
-        random share, with noise: a visual token will hold more than one fact's words too, and what it shows before it
-        says what that is. An answer that can be told from either alone gives each a gradient before the other is there."""
+        """Word embeddings, and in the n-th place of the slot the average of its n-th fact's words.
+
+        Its name is fainter by a random share: a fresh visual token shows something before it says what that is, and
+        where both only together tell an answer, neither gets a gradient before the other is there. And there is noise:
+        a visual token will hold more than one fact's words too.
+        """
         named, noise = jax.random.split(jax.random.key(seed))
         share = jax.random.uniform(named, (*slot.shape[:2], 1))
         weight = (slot >= 0) * jnp.where(is_name, share, 1.0)
@@ -179,7 +182,7 @@ def _texts(
 def texts_about(
     record: Record, conversation: Conversation, tokenizer, rng: np.random.Generator, count: int = 6
 ) -> Iterator[tuple]:
-    """(tokens, counted, slot) of `count` texts about one clip; a place of the slot has the words of a name, of a value."""
+    """(tokens, counted, slot) of `count` texts about one clip; a place of the slot has a name's words and a value's."""
     labels = {name: rendered_faces.LABELS[name][value] for name, value in record.labels.items() if value >= 0}
     words = functools.partial(tokenizer.encode, add_special_tokens=False)
     facts = [
