@@ -36,8 +36,10 @@ def train_stage(config: ml_collections.ConfigDict, workdir: Path, profile: int =
         UserError: something is missing that cannot be made here; the message names the command that makes it.
     """
     check(config)
-    if profile and config.stage == "grpo":
-        raise UserError("--profile traces the stages that learn from text; grpo is not one of them")
+    if config.stage == "grpo":
+        de_grpo.check(config)
+        if profile:
+            raise UserError("--profile traces the stages that learn from text; grpo is not one of them")
     if config.preset == "tiny":
         processes.first_alone(lambda: pretraining.make_missing_parts(config))
     else:

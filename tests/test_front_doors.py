@@ -191,6 +191,13 @@ def test_in_the_embedded_preset_what_a_stage_needs_is_trained_first(command, mon
     assert made == ["runs/tiny-v1/stage1", *(f"runs/tiny-v2-no_moe/{stage}" for stage in stages)]
 
 
+def test_settings_of_the_last_stage_are_refused_before_anything_is_made_for_it(command, monkeypatch):
+    monkeypatch.setattr("favchat_jax.training.pretraining.make_missing_parts", lambda config: pytest.fail("made"))
+    assert command("train", "--config=configs/grpo.py", "--config.rl.group=1").is_refusal("rl.group=1 is too small")
+    path = "--config.rl.rewards.facial.path=nowhere:facial"
+    assert command("train", "--config=configs/grpo.py", path).is_refusal("reward 'nowhere:facial' cannot be imported")
+
+
 def test_train_ends_with_1_where_the_loss_is_not_a_number(command, small_world, tmp_path, monkeypatch):
     from favchat_jax import train
     from favchat_jax.errors import RunError

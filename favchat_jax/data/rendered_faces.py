@@ -308,26 +308,33 @@ def _list(parts: list[str]) -> str:
 
 
 def _summary(classes: dict[str, str], rng: np.random.Generator) -> str:
-    """One or two sentences with all that is seen, in one of several wordings."""
-    hair = f"{classes['hair_length']} {classes['hair']} hair"
-    parts = [f"{classes['eyes']} eyes", f"{classes['skin']} skin"]
-    if classes["beard"] != "none":
-        parts.append(f"a {classes['beard']}")
-    parts += [f"a mole on the {classes['mole']} cheek"] * (classes["mole"] != "none")
-    parts += [f"a scar on the {classes['scar']} cheek"] * (classes["scar"] != "none")
-    rng.shuffle(parts)
+    """Two or three sentences with all that is seen, in one of several wordings."""
+    length, hair, eyes, skin, beard = (classes[name] for name in ("hair_length", "hair", "eyes", "skin", "beard"))
+    emotion, motion = answer("emotion", classes["emotion"]), answer("motion", classes["motion"])
+    has = [f"a {mark} on the {classes[mark]} cheek" for mark in ("mole", "scar") if classes[mark] != "none"]
     wears = ["glasses"] * (classes["glasses"] == "yes") + ["a hat"] * (classes["hat"] == "yes")
     wears += [f"an earring in the {classes['earring']} ear"] * (classes["earring"] != "none")
-    emotion, motion = answer("emotion", classes["emotion"]), answer("motion", classes["motion"])
-    person = f"The person has {_list([hair, *parts])}"
-    if wears:
-        person += f" and wears {_list(wears)}"
+    sentences = []
+    # A thing's name comes after what it looks like, or before, where nothing but what it looks like is left to tell.
+    if rng.integers(2):
+        has += [f"{eyes} eyes", f"{skin} skin", "no beard" if beard == "none" else f"a {beard}"]
+        rng.shuffle(has)
+        has.insert(0, f"{length} {hair} hair")
+    else:
+        looks = [f"the hair is {length} and {hair}", f"the eyes are {eyes}", f"the skin is {skin}"]
+        looks.append("there is no beard" if beard == "none" else f"the beard is a {beard}")
+        rng.shuffle(looks)
+        sentences.append(f"{_list(looks).capitalize()}.")
+    told = [f"{verb} {_list(things)}" for verb, things in (("has", has), ("wears", wears)) if things]
+    if told:
+        sentences.append(f"The person {' and '.join(told)}.")
     does = (
         f"The person looks {emotion} and is {motion}.",
         f"The person is {motion} and looks {emotion}.",
         f"The face is {emotion} and the person is {motion}.",
     )[rng.integers(3)]
-    return f"{person}. {does}" if rng.integers(2) else f"{does} {person}."
+    sentences.insert(len(sentences) * rng.integers(2), does)
+    return " ".join(sentences)
 
 
 def _targets(classes: dict[str, str]) -> dict[str, str]:

@@ -182,9 +182,9 @@ def _nose(head: Head) -> None:
 
 def _beard(head: Head) -> None:
     look, m = head.look, head.look.mouth_height
-    color = mix(shade(look.hair, 0.8), (40, 28, 22), 0.35)
+    color = mix(shade(look.hair, 0.7), (40, 28, 22), 0.6)  # darker than the hair, as a blonde goatee on tan skin needs
     if look.beard == "goatee":
-        right = [[0.34, m + 0.06], [0.3, m + 0.34], [0.16, 1.2]]
+        right = [[0.4, m + 0.06], [0.36, m + 0.34], [0.2, 1.2]]
         chin = [*([-x, y] for x, y in right), *reversed(right), [0.2, m + 0.22], [-0.2, m + 0.22]]
         head.face(np.array(chin), color)
     if look.beard == "mustache":

@@ -91,6 +91,8 @@ def check(config: ml_collections.ConfigDict) -> None:
         raise UserError(f"rl.utility={settings.utility} is unknown: choose scale_free or published")
     if not settings.rewards:
         raise UserError("rl.rewards is empty: give at least one, with its path (module:function) and weight")
+    for reward in settings.rewards.values():
+        rewards.load(reward.path)
     if config.steps < 1 or settings.updates < 1:
         raise UserError(f"steps={config.steps} and rl.updates={settings.updates}: give at least 1 of each")
 

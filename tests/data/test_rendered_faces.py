@@ -87,6 +87,12 @@ def test_answers_summaries_and_attributes_agree_with_the_labels(records):
         for mark in ("mole", "scar"):
             told = f"a {mark} on the {classes[mark]} cheek" in record.summary
             assert told == (classes[mark] != "none")
+        text, hair, length = record.summary.lower(), classes["hair"], classes["hair_length"]
+        assert f"{length} {hair} hair" in text or f"the hair is {length} and {hair}" in text
+        assert f"{classes['eyes']} eyes" in text or f"the eyes are {classes['eyes']}" in text
+        assert f"{classes['skin']} skin" in text or f"the skin is {classes['skin']}" in text
+        assert ("no beard" in text) == (classes["beard"] == "none")
+        assert classes["beard"] == "none" or f"a {classes['beard']}" in text
 
 
 @pytest.mark.parametrize("label", ["mole", "scar", "earring"])

@@ -125,7 +125,12 @@ def told(records, tokenizer, visual_tokens=16):
     conversation = Conversation(tokenizer, visual_tokens)
     for record in records:
         for tokens, learned, slot in language_model.texts_about(record, conversation, tokenizer, rng):
-            yield record, tokenizer.decode(tokens[learned]), tokens, [tokenizer.decode(words) for words in slot]
+            yield (
+                record,
+                tokenizer.decode(tokens[learned]),
+                tokens,
+                [tokenizer.decode([*name, *value]) for name, value in slot],
+            )
 
 
 def test_the_slot_tells_every_fact_of_the_clip_and_nothing_else(small_world):

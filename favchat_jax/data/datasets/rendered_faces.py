@@ -33,7 +33,7 @@ class RenderedFaces(RecordBuilder, skip_registration=True):
     """Procedurally drawn face clips in CelebV-HQ's vocabulary, one clip in six a general one without a face."""
 
     name = "rendered_faces"
-    VERSION = tfds.core.Version("1.3.0")  # raised whenever clips are drawn or stored differently
+    VERSION = tfds.core.Version("1.5.0")  # raised whenever clips are drawn or stored differently
     BUILDER_CONFIGS = [
         Size(name="full", description="The demo's clips.", train=3000, heldout=480),
         Size(name="smoke", description="A few clips, for tests.", train=36, heldout=18),
