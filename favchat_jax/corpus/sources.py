@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from favchat_jax.corpus.manifest import SOURCES
+from favchat_jax.corpus.manifest import SOURCES, is_box, is_time
 from favchat_jax.data import celebvhq_vocabulary as vocabulary
 from favchat_jax.data.datasets import celebvhq
 from favchat_jax.errors import UserError
@@ -115,9 +115,9 @@ def guess_layout(root: Path) -> str:
 def _id(video: Found) -> str:
     """A file name that tells the source and the video, made unique by a hash where characters had to go."""
     plain = re.sub(r"[^A-Za-z0-9_-]+", "_", video.name)
-    if video.source == "celebvhq" and plain == video.name and len(plain) <= 100:
+    if video.source == "celebvhq" and plain == video.name and 1 <= len(plain) <= 100:
         return plain
-    digest = hashlib.sha256(f"{video.source}/{video.name}".encode("utf-8", "surrogateescape")).hexdigest()[:8]
+    digest = hashlib.sha256(f"{video.source}/{video.name}".encode("utf-8", "surrogatepass")).hexdigest()[:8]
     return f"{video.source}-{plain[-80:].strip('_')}-{digest}"
 
 
@@ -162,7 +162,7 @@ def _cut_from(videos: dict[str, Path], video: Found, entry: dict) -> Found:
     try:
         start, end = (float(entry["duration"][name]) for name in ("start_sec", "end_sec"))
         box = [float(entry["bbox"][name]) for name in ("top", "bottom", "left", "right")]
-        valid = 0 <= start < end and 0 <= box[0] < box[1] <= 1 and 0 <= box[2] < box[3] <= 1
+        valid = is_time(start, end) and is_box(box)
     except (KeyError, TypeError, ValueError):
         valid = False
     if not valid:

@@ -246,6 +246,22 @@ def test_an_8k_video_is_shrunk(tmp_path, face_between):
         assert (container.streams.video[0].width, container.streams.video[0].height) == (1280, 720)
 
 
+@pytest.mark.parametrize("size", [(4000, 16), (16, 4000)])
+def test_a_banner_is_judged_like_any_other_video(tmp_path, size):
+    width, height = size
+    content = encode_video(5, width=width, height=height, options={"preset": "ultrafast"})
+    write(tmp_path / "raw" / "banner.mp4", content)
+    assert "a face in 0%" in build(tmp_path / "raw", tmp_path / "out")[1]["banner.mp4"]
+
+
+def test_a_clip_that_would_be_too_small_to_read_is_dropped(tmp_path):
+    box = {"top": 0.5, "bottom": 0.501, "left": 0.0, "right": 1.0}
+    write(tmp_path / "raw" / "celebvhq_info.json", celebvhq_info(c=celebvhq_entry(bbox=box)))
+    write(tmp_path / "raw" / "video.mp4", encode_video(40))
+    kept, dropped = build(tmp_path / "raw", tmp_path / "out")
+    assert not kept and "its clip would be 96x2 pixels" in dropped["video.mp4"]
+
+
 def edited(out, change):
     rows = pq.read_table(out / MANIFEST).to_pylist()
     table = change(rows)
@@ -263,6 +279,15 @@ def edited(out, change):
         (lambda rows: rows[0].update(status="fine"), "status 'fine'"),
         (lambda rows: rows[0].update(path=None), "has no path"),
         (lambda rows: rows[0].update(attributes="[1"), "attributes are not JSON"),
+        (lambda rows: rows[0].update(attributes='{"emotion": [{"start_sec": 0}]}'), "attributes are not JSON"),
+        (lambda rows: rows[0].update(source="elsewhere"), "source 'elsewhere'"),
+        (lambda rows: rows[0].update(fps=0.0), "fps 0.0"),
+        (lambda rows: rows[0].update(fps=None), "fps None"),
+        (lambda rows: rows[0].update(frames=0), "frames 0"),
+        (lambda rows: rows[0].update(start=float("nan")), "start nan"),
+        (lambda rows: rows[0].update(start=1.0, end=0.5), "end 0.5"),
+        (lambda rows: rows[0].update(box="everything"), "box 'everything'"),
+        (lambda rows: rows[0].update(box="[1, 0, 0, 1]"), r"box '\[1, 0, 0, 1\]'"),
         (lambda rows: __import__("pyarrow").Table.from_pylist([{"id": "a"}]), "has no column"),
     ],
 )
