@@ -195,7 +195,8 @@ def frame_files(folder: Path) -> list[Path]:
 
 def _read_picture(file: Path) -> np.ndarray | None:
     data = np.frombuffer(file.read_bytes(), np.uint8)
-    return cv2.imdecode(data, cv2.IMREAD_COLOR) if data.size else None
+    with contextlib.suppress(cv2.error):  # of a head that tells of more pixels than OpenCV takes
+        return cv2.imdecode(data, cv2.IMREAD_COLOR) if data.size else None
 
 
 def _rate(stream: av.VideoStream) -> float:

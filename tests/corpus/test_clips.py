@@ -4,6 +4,8 @@ import io
 import json
 import os
 import shutil
+import struct
+import zlib
 
 import av
 import cv2
@@ -172,6 +174,20 @@ def test_a_folder_of_frames_becomes_a_clip(tmp_path):
     row = build(tmp_path / "raw", tmp_path / "out")[0]["1"]
     assert row["frames"] == 40 and row["fps"] == 25 and row["group"] == "youtube_faces/Ann"
     assert decode(tmp_path / "out" / row["path"], frames=8, size=64).frames.std() > 10
+
+
+def test_frames_that_are_no_pictures_are_passed_over(tmp_path):
+    """Among them one whose head claims 60,000 x 60,000 pixels."""
+    folder = tmp_path / "raw" / "person" / "0"
+    picture = cv2.imencode(".png", np.zeros((100, 100, 3), np.uint8))[1].tobytes()
+    large = picture[:16] + struct.pack(">II", 60_000, 60_000) + picture[24:29]
+    large += struct.pack(">I", zlib.crc32(large[12:])) + picture[33:]
+    for number, content in enumerate([picture] * 38 + [large, b"", b"no picture"]):
+        write(folder / f"0.{number}.jpg", content)
+    write(tmp_path / "raw" / "another" / "0" / "0.1.jpg", large)
+    kept, dropped = build(f"youtube_faces:{tmp_path / 'raw'}", tmp_path / "out", min_share=0.0, shortest=38)
+    assert [row["frames"] for row in kept.values()] == [38]
+    assert "cannot be read as a picture" in dropped["0"]
 
 
 @pytest.mark.parametrize("rotation", [90, 180, -90])
