@@ -81,7 +81,7 @@ def find(given: str) -> list[Found]:
     layout = layout or guess_layout(root)
     found = [replace(video, id=_id(video)) for video in LAYOUTS[layout](root)]
     if not found:
-        raise UserError(f"--source={given}: nothing there is laid out as {layout}; name the layout, LAYOUT:FOLDER")
+        raise UserError(f"--source={given}: no video there is laid out as {layout}; name the layout, LAYOUT:FOLDER")
     return found
 
 
