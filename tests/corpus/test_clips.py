@@ -337,6 +337,16 @@ def test_a_missing_video_is_dropped_with_its_reason(tmp_path):
     assert len(read_table(tmp_path / "out", DROPPED)) == 1
 
 
+def test_a_folder_that_was_named_from_elsewhere_is_found_from_here(tmp_path, monkeypatch, face_between):
+    write(tmp_path / "there" / "raw" / "a.mp4", encode_video(40))
+    (tmp_path / "out").mkdir()
+    monkeypatch.chdir(tmp_path / "there")
+    scan(["raw"], tmp_path / "out")
+    monkeypatch.chdir(tmp_path)
+    face_between(0, 5000)
+    assert len(clip(tmp_path / "out", Settings())[0]) == 1
+
+
 def test_what_is_done_is_not_done_again_and_what_changed_is(tmp_path, face_between):
     for frames, name in enumerate("ab", start=40):
         write(tmp_path / "raw" / f"{name}.mp4", encode_video(frames, options=EXACT))
