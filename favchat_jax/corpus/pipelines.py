@@ -6,6 +6,7 @@ runner takes it as well, where all its workers see the videos and the corpus fol
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import logging
@@ -94,6 +95,7 @@ def quiet_beam() -> Iterator[ModuleType]:
 
     Raises:
         UserError: one that a worker raised, as it raised it; Beam adds where, and from other processes hands on text.
+            A full disk too, which ArrayRecord tells in text alone.
     """
     logging.disable(logging.WARNING)
     try:
@@ -106,6 +108,10 @@ def quiet_beam() -> Iterator[ModuleType]:
     try:
         yield apache_beam
     except Exception as error:
+        if os.strerror(errno.ENOSPC) in str(error):
+            raise UserError(
+                f"the disk: {os.strerror(errno.ENOSPC)}; make room, and run the same command again"
+            ) from None
         told = re.search("(.*)" if isinstance(error, UserError) else "UserError: (.*)", str(error))
         if told is None:
             raise
