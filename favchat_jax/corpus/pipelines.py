@@ -25,6 +25,9 @@ log = logging.getLogger("favchat_jax")
 
 Work = Callable[[Any], dict[str, Any]]
 
+# Videos of one pipeline on one machine: DirectRunner keeps all that it ever handed on until its pipeline ends.
+PORTION = 500
+
 
 def run(
     step: str,
@@ -48,7 +51,6 @@ def run(
         UserError: what ends the whole run, such as a full disk; what was done until then is kept.
     """
     folder = str((out / "work" / step).resolve())
-    todo = Path(f"{folder}.todo.jsonl")  # a file, since the description of a pipeline is limited in size
     keys, left = {}, []
     for name, key, item in items:
         keys[name] = _digest(key)
@@ -56,9 +58,11 @@ def run(
             left.append(json.dumps([name, keys[name], item]))
     _forget_others(folder, keys)
     log.info("%s: %d of %d videos are left to do", step, len(left), len(keys))
-    if left:
-        write_whole(todo, "\n".join(left).encode())
-        del left
+    todo = Path(f"{folder}.todo.jsonl")  # a file, since the description of a pipeline is limited in size
+    here = all(not option.startswith("--runner=") or option == "--runner=DirectRunner" for option in options)
+    portion = PORTION if here else max(1, len(left))
+    for start in range(0, len(left), portion):
+        write_whole(todo, "\n".join(left[start : start + portion]).encode())
         _run_pipeline(work, todo, folder, options)
     todo.unlink(missing_ok=True)
     return [_finished(folder, name, key) for name, key in keys.items()]
