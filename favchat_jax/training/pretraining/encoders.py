@@ -91,7 +91,7 @@ def make_facial_encoder(config: ConfigDict, records: Sequence[Record], frames: F
         config.pretrain.facial_steps,
         config,
         "facial encoder",
-        dict.fromkeys(rendered_faces.DETAILS, 2.0) | {"beard": 1.5},  # small, and a token has to say it loudly
+        dict.fromkeys(rendered_faces.DETAILS, 2.5) | {"beard": 1.5},  # small, and a token has to say it loudly
     )
     save_weights(folder, flatten_dict({"facexformer": weights["encoder"]}, sep="/"), {"kind": "facexformer"})
 
