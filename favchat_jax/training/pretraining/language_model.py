@@ -182,8 +182,10 @@ def _texts(
 def texts_about(
     record: Record, conversation: Conversation, tokenizer, rng: np.random.Generator, count: int = 6
 ) -> Iterator[tuple]:
-    """(tokens, counted, slot) of `count` texts about one clip; a place of the slot has words that may be fainter, and the
-    others. Names may, but those of details: whether a "left cheek" is a mole's or a scar's is told by nothing else."""
+    """(tokens, counted, slot) of `count` texts about one clip; a place has words that may be fainter, and the others.
+
+    Names may, but those of details: whether a "left cheek" is a mole's or a scar's is told by nothing else.
+    """
     labels = {name: rendered_faces.LABELS[name][value] for name, value in record.labels.items() if value >= 0}
     words = functools.partial(tokenizer.encode, add_special_tokens=False)
     facts = []
