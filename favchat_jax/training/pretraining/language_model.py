@@ -54,12 +54,12 @@ def make_language_model(config: ConfigDict, records: Sequence[Record], frames: C
     def embed(mdl: Mistral, tokens, slot, fading, seed):
         """Word embeddings, and in the n-th place of the slot the average of its n-th fact's words.
 
-        Half of the names that may are fainter by a random share: a fresh visual token shows something before it says
-        what that is, and where both only together tell an answer, neither gets a gradient before the other is there.
-        And there is noise: a visual token will hold more than one fact's words too.
+        Names that may are fainter by a random share: a fresh visual token shows something before it says what that is,
+        and where both only together tell an answer, neither gets a gradient before the other is there. And there is
+        noise: a visual token will hold more than one fact's words too.
         """
         named, noise = jax.random.split(jax.random.key(seed))
-        share = jnp.minimum(jax.random.uniform(named, (*slot.shape[:2], 1), maxval=2), 1)
+        share = jax.random.uniform(named, (*slot.shape[:2], 1))
         weight = (slot >= 0) * jnp.where(fading, share, 1.0)
         facts = jnp.einsum("bnw,bnwd->bnd", weight, mdl.embed(slot)) / jnp.sum(slot >= 0, axis=2, keepdims=True)
         size = jnp.sqrt(jnp.mean(facts**2, axis=-1, keepdims=True))
