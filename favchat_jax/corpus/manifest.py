@@ -27,6 +27,7 @@ OK, UNREADABLE, DUPLICATE = STATUSES = ("ok", "unreadable", "duplicate")
 SOURCES = ("celebvhq", "hmdb51", "youtube_faces", "faceforensics", "ferv39k", "folder")
 FPS = (0.001, 1000.0)  # the slowest and the fastest rate that a video can state
 LONGEST = 1e9  # seconds; no time of a video lies beyond
+GROUP = 1000  # rows that are written at a time
 
 # `id` is safe as a file name. Splits are disjoint by `group`, the source video, or the person where a source names one.
 # `attributes` is JSON: {"appearance": [labels], "action": [labels], "emotion": [labels, or timed segments
@@ -75,7 +76,9 @@ def write_table(folder: str | os.PathLike, name: str, rows: Iterable[dict[str, A
     rows = sorted(rows, key=lambda row: row["id"])
     path = Path(folder) / name
     draft = path.with_name(f".{name}.part")
-    pq.write_table(pa.Table.from_pylist(rows, SCHEMAS[name]), draft)
+    with pq.ParquetWriter(draft, SCHEMAS[name]) as writer:
+        for start in range(0, max(1, len(rows)), GROUP):
+            writer.write_table(pa.Table.from_pylist(rows[start : start + GROUP], SCHEMAS[name]))
     os.replace(draft, path)
 
 
