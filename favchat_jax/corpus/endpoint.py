@@ -136,9 +136,7 @@ class Endpoint:
                 self._failures = 0
                 return reply
             if retry < self._limits.retries:
-                pause = max(
-                    random.uniform(0.5, 1) * min(LONGEST_PAUSE, FIRST_PAUSE * 2**retry), asked
-                )  # not if it is nan
+                pause = max(asked, random.uniform(0.5, 1) * min(LONGEST_PAUSE, FIRST_PAUSE * 2**retry))
                 log.info("%s; again in %.1f s", reason, pause)
                 if self._stop.wait(pause):
                     raise Stopped
@@ -240,9 +238,11 @@ def _counted(usage: object) -> tuple[int, int] | None:
 
 
 def _retry_after(error: openai.APIStatusError) -> float:
+    """Seconds that the endpoint asks for; 0 where it gives a date, which hardly any does, or no number above 0."""
     with contextlib.suppress(ValueError):
-        return min(float(error.response.headers.get("retry-after", 0)), 600.0)
-    return 0.0  # a date, which hardly any endpoint sends
+        asked = float(error.response.headers.get("retry-after", 0))
+        return min(asked, 600.0) if asked > 0 else 0.0
+    return 0.0
 
 
 class _Pace:

@@ -50,7 +50,7 @@ def run(
         still_there: (result) -> whether the files that the work left besides are still there.
 
     Raises:
-        UserError: what ends the whole run, such as a full disk; what was done until then is kept.
+        UserError, OSError: what ends the whole run, the latter a full disk; what was done until then is kept.
     """
     folder = str((out / "work" / step).resolve())
     todo = Path(f"{folder}.todo.jsonl")  # a file, since the description of a pipeline is limited in size
@@ -103,7 +103,7 @@ def quiet_beam() -> Iterator[ModuleType]:
 
     Raises:
         UserError: one that a worker raised, as it raised it; Beam adds where, and from other processes hands on text.
-            A full disk too, which ArrayRecord tells in text alone.
+        OSError: a full disk, which ArrayRecord tells in text alone.
     """
     logging.disable(logging.WARNING)
     try:
@@ -117,9 +117,7 @@ def quiet_beam() -> Iterator[ModuleType]:
         yield apache_beam
     except Exception as error:
         if os.strerror(errno.ENOSPC) in str(error):
-            raise UserError(
-                f"the disk: {os.strerror(errno.ENOSPC)}; make room, and run the same command again"
-            ) from None
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from None
         told = re.search("(.*)" if isinstance(error, UserError) else "UserError: (.*)", str(error))
         if told is None:
             raise
