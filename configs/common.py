@@ -187,7 +187,7 @@ def _embedded(config: ConfigDict) -> None:
             # Steps of each part: text in batches of 16, single frames in batches of 128, clips in batches of 32.
             "llm_steps": 700,
             "facial_steps": 400,
-            "general_steps": 500,
+            "general_steps": 420,
             "stills": 8000,  # faces that are drawn for the facial encoder beside those of the clips
             "general_clips": 3000,  # clips without a face that are drawn for the general encoder
             "learning_rate": 0.02,  # Muon's

@@ -42,9 +42,11 @@ def start(main: Callable[[], None], argv: list[str] | None = None) -> None:
     except RunError as error:
         _end(name, error, 1)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT) and error.filename is None:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        if not full and error.filename is None:
             raise
-        _end(name, f"{error.filename or 'a file'}: {error.strerror}; the run needs to read and write here", 2)
+        mend = "make room, and run the same command again" if full else "the run needs to read and write here"
+        _end(name, f"{error.filename or 'the disk'}: {error.strerror}; {mend}", 2)
     except KeyboardInterrupt:
         _end(name, "interrupted", 130)
     sys.exit(0)

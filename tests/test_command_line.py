@@ -56,7 +56,7 @@ def test_a_command_that_did_its_work_exits_with_0(capsys, options):
         (UserError("clip.mp4 is empty: give another"), 2, "clip.mp4 is empty: give another"),
         (RunError("the loss of step 3 is nan"), 1, "the loss of step 3 is nan"),
         (KeyboardInterrupt(), 130, "interrupted"),
-        (OSError(errno.ENOSPC, "No space left on device"), 2, "a file: No space left on device"),
+        (OSError(errno.ENOSPC, "No space left on device"), 2, "the disk: No space left on device; make room"),
         (PermissionError(errno.EACCES, "Permission denied", "runs/x"), 2, "runs/x: Permission denied"),
     ],
 )

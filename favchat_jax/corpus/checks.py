@@ -93,6 +93,7 @@ def _parse(text: str, schema: str) -> tuple[dict, list[str]]:
         return {}, ["the text is empty"]
     try:
         published = json.loads(text)
+        json.dumps(published, ensure_ascii=False).encode()  # half of a surrogate pair can be escaped, and is no text
     except (ValueError, RecursionError):
         refused = REFUSAL.search(text.replace("\u2019", "'"))
         return {}, ["the text is a refusal" if refused else "the text is not JSON"]

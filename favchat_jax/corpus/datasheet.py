@@ -78,7 +78,9 @@ def write(out: Path, figures: dict[str, Any], left_out: dict[str, int], heldout_
         scanned=_listed(f"{source}: {n} videos {status}" for (source, status), n in sorted(scanned.items())),
         settings=settings.read_text().strip() if settings.is_file() else "not recorded",
         dropped=_listed(f"{n} x {reason}" for reason, n in dropped.most_common(20)) or "None.",
-        annotated=_listed(f"{n} texts by {b} {m}, prompts {p}".strip() for (b, m, p), n in sorted(backends.items()))
+        annotated=_listed(
+            f"{n} texts by {f'{b} {m}'.strip()}, prompts {p}" for (b, m, p), n in sorted(backends.items())
+        )
         + f"\n\n{len(reviews)} verdicts of {len(reviewers)} reviewers.",
         left_out=_listed(f"{n} clips left out: {reason}" for reason, n in left_out.items())
         or "No kept clip is left out.",

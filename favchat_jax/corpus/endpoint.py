@@ -81,7 +81,10 @@ class Endpoint:
         if not self._key.isascii() or not self._key.isprintable() or " " in self._key:
             raise UserError("OPENAI_API_KEY holds a character that no key has: set it again")
         # Retries are made here, where a stop, the pace and the limits are known.
-        self._client = openai.OpenAI(base_url=url, api_key=self._key, timeout=limits.timeout, max_retries=0)
+        try:
+            self._client = openai.OpenAI(base_url=url, api_key=self._key, timeout=limits.timeout, max_retries=0)
+        except Exception:  # httpx's own, of which the client exports none
+            raise UserError("OPENAI_BASE_URL must be an address, which its host or its port is not") from None
 
     @property
     def spent(self) -> float:
@@ -153,14 +156,16 @@ class Endpoint:
         headers = {"Idempotency-Key": key}
         body = bytearray()
         completions = self._client.chat.completions.with_streaming_response
-        with completions.create(**request, extra_headers=headers) as response:
-            try:
+        try:
+            with completions.create(**request, extra_headers=headers) as response:
                 for chunk in response.iter_bytes():
                     body += chunk
                     if len(body) > LARGEST_REPLY:
                         break
-            except Exception as error:  # httpx's own, which the client lets through here
-                raise openai.APIConnectionError(request=response.http_request) from error
+        except openai.OpenAIError:
+            raise
+        except Exception as error:  # httpx's own, which the client lets through while it reads a body
+            raise ConnectionError from error
         text, problem, used = _read(bytes(body))
         tokens = used or (math.ceil(expected), math.ceil(len(text) / 4))
         return Reply(text, problem, *tokens, time.monotonic() - started)
@@ -215,26 +220,29 @@ def _read(body: bytes) -> tuple[str, str, tuple[int, int] | None]:
         published = json.loads(body)
         choice = published["choices"][0]
         text = choice["message"].get("content") or choice["message"].get("refusal") or ""
-        reason = choice.get("finish_reason")
-        if not isinstance(text, str):
-            raise TypeError
+        reason = str(choice.get("finish_reason"))
+        text.encode()  # half of a surrogate pair is no text
     except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError):
         return "", "the reply is not a chat completion", None
     cut = {
         "length": "the text was cut off: it is too long",
         "content_filter": "the endpoint's filter withheld the text",
     }
-    try:
-        used = int(published["usage"]["prompt_tokens"]), int(published["usage"]["completion_tokens"])
-    except (KeyError, TypeError, ValueError):  # some servers count nothing
-        used = None
-    return text, cut.get(reason, ""), used
+    return text, cut.get(reason, ""), _counted(published.get("usage"))
+
+
+def _counted(usage: object) -> tuple[int, int] | None:
+    """Tokens asked and answered, where the endpoint counts them and the counts can be true."""
+    counts = [usage.get(name) if isinstance(usage, dict) else None for name in ("prompt_tokens", "completion_tokens")]
+    return tuple(counts) if all(isinstance(n, int) and 0 <= n < 2**31 for n in counts) else None
 
 
 def _retry_after(error: openai.APIStatusError) -> float:
+    """Seconds that the endpoint asks for; 0 where it gives a date, which hardly any does, or no number above 0."""
     with contextlib.suppress(ValueError):
-        return min(float(error.response.headers.get("retry-after", 0)), 600.0)
-    return 0.0  # a date, which hardly any endpoint sends
+        asked = float(error.response.headers.get("retry-after", 0))
+        return min(asked, 600.0) if asked > 0 else 0.0
+    return 0.0
 
 
 class _Pace:

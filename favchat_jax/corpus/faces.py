@@ -11,8 +11,9 @@ from typing import Protocol
 import av
 import cv2
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import Float
 
+from favchat_jax.data.video import SMALLEST_SIDE
 from favchat_jax.errors import UserError
 
 DETECTORS = ("haar", "scrfd")
@@ -47,6 +48,7 @@ class Haar:
     """OpenCV's cascades on grey pictures of 360 pixels at the shorter side."""
 
     SIDE = 360
+    LONGEST = 4 * SIDE  # a banner is shrunk further: enlarged to SIDE it would take minutes a frame
     MARGIN = 90  # pixels that the border is stretched by, so that faces that fill the picture are found
     SPREAD = (255 * (np.arange(256) / 255) ** 0.5).astype(np.uint8)  # makes dark tones lighter
 
@@ -57,30 +59,28 @@ class Haar:
             cv2.CascadeClassifier(str(folder / f"haarcascade_{name}.xml"))
             for name in ("frontalface_alt2", "profileface")
         )
-        self._smallest = max(20, round(smallest * self.SIDE))
+        self._smallest = smallest
 
     def __call__(self, frame: av.VideoFrame) -> Float[np.ndarray, "N 4"]:
         """See `Detector`."""
-        scale = self.SIDE / min(frame.width, frame.height)
-        width, height = round(frame.width * scale), round(frame.height * scale)
+        scale = min(self.SIDE / min(frame.width, frame.height), self.LONGEST / max(frame.width, frame.height))
+        width, height = (max(SMALLEST_SIDE, round(side * scale)) for side in (frame.width, frame.height))
+        least = {"minSize": (max(20, round(self._smallest * min(width, height))),) * 2}
         grey = frame.reformat(width, height, "gray").to_ndarray()
         margins = [self.MARGIN] * 4
         plain = cv2.copyMakeBorder(grey, *margins, cv2.BORDER_REPLICATE)
-        found = self._detect(self._frontal, plain, 1.1, 3)
+        found = self._frontal.detectMultiScale(plain, 1.1, 3, **least)
         if not len(found):
-            found = self._detect(self._frontal, cv2.LUT(plain, self.SPREAD), 1.05, 2)
+            found = self._frontal.detectMultiScale(cv2.LUT(plain, self.SPREAD), 1.05, 2, **least)
         if not len(found):
-            found = self._detect(self._profile, plain, 1.1, 2)
+            found = self._profile.detectMultiScale(plain, 1.1, 2, **least)
         if not len(found):  # the cascade knows faces turned to one side
-            found = self._detect(self._profile, plain[:, ::-1].copy(), 1.1, 2)
+            found = self._profile.detectMultiScale(plain[:, ::-1].copy(), 1.1, 2, **least)
             if len(found):
                 found[:, 0] = plain.shape[1] - found[:, 0] - found[:, 2]
         left, top, wide, high = (np.array(found, np.float64).reshape(-1, 4) - [self.MARGIN, self.MARGIN, 0, 0]).T
         boxes = np.stack([top / height, (top + high) / height, left / width, (left + wide) / width], axis=1)
         return _largest_first(boxes.clip(0, 1))
-
-    def _detect(self, cascade: cv2.CascadeClassifier, grey: UInt8[np.ndarray, "H W"], step: float, neighbours: int):
-        return cascade.detectMultiScale(grey, step, neighbours, minSize=(self._smallest, self._smallest))
 
 
 class Scrfd:
@@ -117,7 +117,7 @@ class Scrfd:
     def __call__(self, frame: av.VideoFrame) -> Float[np.ndarray, "N 4"]:
         """See `Detector`."""
         scale = self.SIDE / max(frame.width, frame.height)
-        width, height = max(1, round(frame.width * scale)), max(1, round(frame.height * scale))
+        width, height = (max(SMALLEST_SIDE, round(side * scale)) for side in (frame.width, frame.height))
         square = np.zeros((self.SIDE, self.SIDE, 3), np.uint8)
         square[:height, :width] = frame.reformat(width, height, "rgb24").to_ndarray()
         pixels = ((square.astype(np.float32) - 127.5) / 128).transpose(2, 0, 1)[None]

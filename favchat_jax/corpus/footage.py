@@ -14,6 +14,7 @@ import cv2
 import numpy as np
 from av.video.frame import PictureType
 
+from favchat_jax.corpus.manifest import FPS
 from favchat_jax.data.video import SMALLEST_SIDE, VideoError, open_video
 
 RATE = 25.0  # frames a second where a file states none, and of folders of frames
@@ -155,14 +156,17 @@ def encode(pictures: Iterable[av.VideoFrame], fps: float, largest_side: int) -> 
     """H.264 mp4 bytes at a constant rate and the number of frames; pictures over `largest_side` pixels are shrunk.
 
     One thread and no dates: equal frames give equal bytes.
+
+    Raises:
+        VideoError: the pictures are too small to be read again.
     """
     buffer, count, stream = io.BytesIO(), 0, None
     with av.open(buffer, "w", format="mp4") as container:
         for picture in pictures:
             if stream is None:
+                width, height = _encoded_size(picture, largest_side)
                 stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001), options=QUALITY)
-                shrunk = min(1.0, largest_side / max(picture.width, picture.height))
-                stream.width, stream.height = (2 * max(1, round(side * shrunk / 2)) for side in _size(picture))
+                stream.width, stream.height = width, height
                 stream.pix_fmt = "yuv420p"
                 stream.thread_count = 1
             frame = picture.reformat(stream.width, stream.height, "yuv420p")
@@ -174,8 +178,13 @@ def encode(pictures: Iterable[av.VideoFrame], fps: float, largest_side: int) -> 
     return buffer.getvalue(), count
 
 
-def _size(picture: av.VideoFrame) -> tuple[int, int]:
-    return picture.width, picture.height
+def _encoded_size(picture: av.VideoFrame, largest_side: int) -> tuple[int, int]:
+    """Width and height of the clip, both even."""
+    shrunk = min(1.0, largest_side / max(picture.width, picture.height))
+    width, height = (2 * round(side * shrunk / 2) for side in (picture.width, picture.height))
+    if min(width, height) < SMALLEST_SIDE:
+        raise VideoError(f"its clip would be {width}x{height} pixels, at least {SMALLEST_SIDE} a side are needed")
+    return width, height
 
 
 def frame_files(folder: Path) -> list[Path]:
@@ -186,13 +195,14 @@ def frame_files(folder: Path) -> list[Path]:
 
 def _read_picture(file: Path) -> np.ndarray | None:
     data = np.frombuffer(file.read_bytes(), np.uint8)
-    return cv2.imdecode(data, cv2.IMREAD_COLOR) if data.size else None
+    with contextlib.suppress(cv2.error):  # of a head that tells of more pixels than OpenCV takes
+        return cv2.imdecode(data, cv2.IMREAD_COLOR) if data.size else None
 
 
 def _rate(stream: av.VideoStream) -> float:
     """Frames a second, where the file states a sensible one."""
     rate = float(stream.average_rate or stream.base_rate or 0)
-    return rate if 0 < rate <= 1000 else RATE
+    return rate if FPS[0] <= rate <= FPS[1] else RATE
 
 
 def _check_size(path: Path, frames: int, width: int, height: int) -> None:

@@ -12,7 +12,7 @@ Rows are sorted by id and hold nothing of the run that wrote them, so that equal
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,9 @@ MANIFEST, KEPT, DROPPED = "manifest.parquet", "kept.parquet", "dropped.parquet"
 ANNOTATIONS, REVIEWS = "annotations.jsonl", "reviews.jsonl"
 OK, UNREADABLE, DUPLICATE = STATUSES = ("ok", "unreadable", "duplicate")
 SOURCES = ("celebvhq", "hmdb51", "youtube_faces", "faceforensics", "ferv39k", "folder")
+FPS = (0.001, 1000.0)  # the slowest and the fastest rate that a video can state
+LONGEST = 1e9  # seconds; no time of a video lies beyond
+GROUP = 1000  # rows that are written at a time
 
 # `id` is safe as a file name. Splits are disjoint by `group`, the source video, or the person where a source names one.
 # `attributes` is JSON: {"appearance": [labels], "action": [labels], "emotion": [labels, or timed segments
@@ -73,7 +76,9 @@ def write_table(folder: str | os.PathLike, name: str, rows: Iterable[dict[str, A
     rows = sorted(rows, key=lambda row: row["id"])
     path = Path(folder) / name
     draft = path.with_name(f".{name}.part")
-    pq.write_table(pa.Table.from_pylist(rows, SCHEMAS[name]), draft)
+    with pq.ParquetWriter(draft, SCHEMAS[name]) as writer:
+        for start in range(0, max(1, len(rows)), GROUP):
+            writer.write_table(pa.Table.from_pylist(rows[start : start + GROUP], SCHEMAS[name]))
     os.replace(draft, path)
 
 
@@ -117,8 +122,39 @@ def _check_rows(path: Path, name: str, rows: list[dict[str, Any]]) -> None:
             raise UserError(f"{path}: {clip} has status {row['status']!r}: choose one of {', '.join(STATUSES)}")
         if empty:
             raise UserError(f"{path}: {clip} has no {empty[0]}: fill it in, or make the table again")
+        if row["source"] not in SOURCES:
+            raise UserError(f"{path}: {clip} has source {row['source']!r}: choose one of {', '.join(SOURCES)}")
+        if row.get("status", OK) == OK and name != DROPPED and (odd := _odd_column(row)):
+            raise UserError(
+                f"{path}: {clip} has {odd} {row[odd]!r}, which no video has: mend it or make the table again"
+            )
         if "attributes" in row:
             read_attributes(row["attributes"], f"{path}: {clip}")
+
+
+def _odd_column(row: dict[str, Any]) -> str:
+    """The column of a usable video or clip that cannot be right; "" where all can."""
+    if not FPS[0] <= (row["fps"] or 0) <= FPS[1]:
+        return "fps"
+    if (row["frames"] or 0) < 1:
+        return "frames"
+    if not is_time(row.get("start"), row.get("end")):
+        return "end" if is_time(row["start"], None) else "start"
+    try:
+        return "" if not row.get("box") or is_box(json.loads(row["box"])) else "box"
+    except (ValueError, TypeError):
+        return "box"
+
+
+def is_time(start: float | None, end: float | None) -> bool:
+    """Whether these are a stretch of a video in seconds; None stands for its beginning and its end."""
+    return 0 <= (start or 0) < (LONGEST if end is None else end) <= LONGEST
+
+
+def is_box(sides: Sequence[float]) -> bool:
+    """Whether these are top, bottom, left and right of a part of a picture, in shares of it."""
+    top, bottom, left, right = sides
+    return 0 <= top < bottom <= 1 and 0 <= left < right <= 1
 
 
 def is_safe_id(name: str) -> bool:
@@ -136,9 +172,12 @@ def read_attributes(text: str, label: str) -> dict[str, list]:
     """
     try:
         attributes = json.loads(text) if text else {}
-        if all(isinstance(attributes.get(group, []), list) for group in ("appearance", "action", "emotion")):
+        held = {group: attributes.get(group, []) for group in ("appearance", "action", "emotion")}
+        timed = [item["emotion"] if isinstance(item, dict) else item for item in held["emotion"]]
+        names = [*held["appearance"], *held["action"], *timed]
+        if all(isinstance(part, list) for part in held.values()) and all(isinstance(name, str) for name in names):
             return attributes
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError, KeyError, TypeError):
         pass
     raise UserError(f"{label}: attributes are not JSON of appearance, action and emotion, each a list: mend them")
 

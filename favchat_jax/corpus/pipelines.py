@@ -6,11 +6,14 @@ runner takes it as well, where all its workers see the videos and the corpus fol
 """
 
 import contextlib
+import errno
 import hashlib
+import itertools
 import json
 import logging
 import os
 import re
+import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -23,6 +26,9 @@ from favchat_jax.errors import UserError
 log = logging.getLogger("favchat_jax")
 
 Work = Callable[[Any], dict[str, Any]]
+
+# Videos of one pipeline on one machine: DirectRunner keeps all that it ever handed on until its pipeline ends.
+PORTION = 500
 
 
 def run(
@@ -44,38 +50,41 @@ def run(
         still_there: (result) -> whether the files that the work left besides are still there.
 
     Raises:
-        UserError: what ends the whole run, such as a full disk; what was done until then is kept.
+        UserError, OSError: what ends the whole run, the latter a full disk; what was done until then is kept.
     """
     folder = str((out / "work" / step).resolve())
     todo = Path(f"{folder}.todo.jsonl")  # a file, since the description of a pipeline is limited in size
-    keys, left = {}, []
-    for name, key, item in items:
-        keys[name] = _digest(key)
-        if not _is_done(_finished(folder, name, keys[name]), still_there):
-            left.append(json.dumps([name, keys[name], item]))
+    todo.parent.mkdir(parents=True, exist_ok=True)
+    keys, left = {}, 0
+    with todo.open("w", encoding="utf-8") as file:
+        for name, key, item in items:
+            keys[name] = _digest(key)
+            if not _is_done(_finished(folder, name, keys[name]), still_there):
+                file.write(json.dumps([name, keys[name], item]) + "\n")
+                left += 1
     _forget_others(folder, keys)
-    log.info("%s: %d of %d videos are left to do", step, len(left), len(keys))
-    if left:
-        write_whole(todo, "\n".join(left).encode())
-        del left
-        _run_pipeline(work, todo, folder, options)
-    todo.unlink(missing_ok=True)
+    log.info("%s: %d of %d videos are left to do", step, left, len(keys))
+    here = all(not option.startswith("--runner=") or option == "--runner=DirectRunner" for option in options)
+    portion = PORTION if here else max(1, left)
+    for start in range(0, left, portion):
+        _run_pipeline(work, todo, range(start, start + portion), folder, options)
+    todo.unlink()
     return [_finished(folder, name, key) for name, key in keys.items()]
 
 
-def _run_pipeline(work: Work, todo: Path, folder: str, options: Sequence[str]) -> None:
+def _run_pipeline(work: Work, todo: Path, lines: range, folder: str, options: Sequence[str]) -> None:
     with (
         quiet_beam() as beam,
         beam.Pipeline(options=beam.options.pipeline_options.PipelineOptions(list(options))) as pipeline,
     ):
         # Reshuffled, since a runner keeps what one file gave in one worker otherwise.
-        lines = pipeline | beam.Create([str(todo)]) | beam.FlatMap(_lines) | beam.Reshuffle()
-        _ = lines | beam.Map(_do, work=work, folder=folder)
+        each = pipeline | beam.Create([str(todo)]) | beam.FlatMap(_lines, lines) | beam.Reshuffle()
+        _ = each | beam.Map(_do, work=work, folder=folder)
 
 
-def _lines(path: str) -> Iterator[str]:
+def _lines(path: str, lines: range) -> Iterator[str]:
     with open(path, encoding="utf-8") as file:
-        yield from file
+        yield from itertools.islice(file, lines.start, lines.stop)
 
 
 def _do(line: str, work: Work, folder: str) -> None:
@@ -94,6 +103,7 @@ def quiet_beam() -> Iterator[ModuleType]:
 
     Raises:
         UserError: one that a worker raised, as it raised it; Beam adds where, and from other processes hands on text.
+        OSError: a full disk, which ArrayRecord tells in text alone.
     """
     logging.disable(logging.WARNING)
     try:
@@ -106,6 +116,8 @@ def quiet_beam() -> Iterator[ModuleType]:
     try:
         yield apache_beam
     except Exception as error:
+        if os.strerror(errno.ENOSPC) in str(error):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from None
         told = re.search("(.*)" if isinstance(error, UserError) else "UserError: (.*)", str(error))
         if told is None:
             raise
@@ -120,10 +132,15 @@ def _is_done(result: dict[str, Any] | None, still_there: Callable[[dict[str, Any
 
 def _finished(folder: str, name: str, key: str) -> dict[str, Any] | None:
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        found = json.loads(_result(folder, name).read_bytes())
+        found = json.loads(_result(folder, name).read_bytes(), object_pairs_hook=_with_shared_names)
         if found["key"] == key:
             return found["result"]
     return None
+
+
+def _with_shared_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of a result; every result has the same fields, whose names take as much memory as what they hold."""
+    return {sys.intern(name): value for name, value in pairs}
 
 
 def _result(folder: str, name: str) -> Path:

@@ -94,7 +94,7 @@ def fingerprint(video: Found) -> list:
         status = video.path.stat()
         files = footage.frame_files(video.path) if stat.S_ISDIR(status.st_mode) else [video.path]
         seen = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
-    except OSError:
+    except (OSError, ValueError):  # the latter of a name that no file can have
         seen = []
     return [video.to_json(), seen]
 
@@ -116,5 +116,8 @@ def _is_text(path: object) -> bool:
 
 
 def _printable(name: object) -> str:
-    """A name as UTF-8 text, with escapes for bytes that are none."""
-    return str(name).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    """A name as UTF-8 text, with escapes for bytes that are none, and for halves of surrogate pairs out of JSON."""
+    try:
+        return str(name).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    except UnicodeEncodeError:
+        return str(name).encode("utf-8", "backslashreplace").decode()

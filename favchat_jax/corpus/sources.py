@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from favchat_jax.corpus.manifest import SOURCES
+from favchat_jax.corpus.manifest import SOURCES, is_box, is_time
 from favchat_jax.data import celebvhq_vocabulary as vocabulary
 from favchat_jax.data.datasets import celebvhq
 from favchat_jax.errors import UserError
@@ -81,7 +81,7 @@ def find(given: str) -> list[Found]:
     layout = layout or guess_layout(root)
     found = [replace(video, id=_id(video)) for video in LAYOUTS[layout](root)]
     if not found:
-        raise UserError(f"--source={given}: nothing there is laid out as {layout}; name the layout, LAYOUT:FOLDER")
+        raise UserError(f"--source={given}: no video there is laid out as {layout}; name the layout, LAYOUT:FOLDER")
     return found
 
 
@@ -90,7 +90,7 @@ def parse_source(given: str) -> tuple[str, Path]:
     layout, colon, folder = given.partition(":")
     if not colon or layout not in SOURCES:
         layout, folder = "", given
-    root = Path(folder).expanduser()
+    root = Path(folder).expanduser().absolute()  # the next step may run in another folder, or on another machine
     if not root.is_dir():
         raise UserError(f"--source={given}: {root} is no folder; name one, or LAYOUT:FOLDER ({', '.join(SOURCES)})")
     return layout, root
@@ -115,9 +115,9 @@ def guess_layout(root: Path) -> str:
 def _id(video: Found) -> str:
     """A file name that tells the source and the video, made unique by a hash where characters had to go."""
     plain = re.sub(r"[^A-Za-z0-9_-]+", "_", video.name)
-    if video.source == "celebvhq" and plain == video.name and len(plain) <= 100:
+    if video.source == "celebvhq" and plain == video.name and 1 <= len(plain) <= 100:
         return plain
-    digest = hashlib.sha256(f"{video.source}/{video.name}".encode("utf-8", "surrogateescape")).hexdigest()[:8]
+    digest = hashlib.sha256(f"{video.source}/{video.name}".encode("utf-8", "surrogatepass")).hexdigest()[:8]
     return f"{video.source}-{plain[-80:].strip('_')}-{digest}"
 
 
@@ -162,7 +162,7 @@ def _cut_from(videos: dict[str, Path], video: Found, entry: dict) -> Found:
     try:
         start, end = (float(entry["duration"][name]) for name in ("start_sec", "end_sec"))
         box = [float(entry["bbox"][name]) for name in ("top", "bottom", "left", "right")]
-        valid = 0 <= start < end and 0 <= box[0] < box[1] <= 1 and 0 <= box[2] < box[3] <= 1
+        valid = is_time(start, end) and is_box(box)
     except (KeyError, TypeError, ValueError):
         valid = False
     if not valid:

@@ -315,7 +315,7 @@ def _summary(classes: dict[str, str], rng: np.random.Generator) -> str:
     wears = ["glasses"] * (classes["glasses"] == "yes") + ["a hat"] * (classes["hat"] == "yes")
     wears += [f"an earring in the {classes['earring']} ear"] * (classes["earring"] != "none")
     sentences = []
-    # A thing's name comes after what it looks like, or before, where nothing but what it looks like is left to tell.
+    # "blue eyes" in one wording; "the eyes are blue" in the other, where what comes next is a look and nothing else.
     if rng.integers(2):
         has += [f"{eyes} eyes", f"{skin} skin", "no beard" if beard == "none" else f"a {beard}"]
         rng.shuffle(has)

@@ -1,6 +1,8 @@
 """Annotating against a real HTTP server on loopback: what goes out, what comes back, and what becomes of it."""
 
+import contextlib
 import dataclasses
+import json
 import shutil
 import threading
 from collections import Counter
@@ -12,12 +14,13 @@ import pytest
 from favchat_jax.corpus import clip_frames
 from favchat_jax.corpus.annotate import write_texts
 from favchat_jax.corpus.annotations import Annotation, read_annotations
+from favchat_jax.corpus.calls import Calls
 from favchat_jax.corpus.kept import read_kept
 from favchat_jax.corpus.manifest import KEPT, write_table
 from favchat_jax.corpus.reviews import Review, Reviews
 from favchat_jax.errors import UserError
 from tests.corpus.annotating import LIMITS, for_step, run, unannotated
-from tests.corpus.chat_server import PAIRS, SUMMARY, Answer, good
+from tests.corpus.chat_server import FEATURES, PAIRS, SUMMARY, Answer, completion, good
 from tests.corpus.corpus_folder import LABELS, fill, row
 from tests.data.video_files import encode_video
 
@@ -82,6 +85,8 @@ def test_a_changed_clip_is_asked_about_anew_and_the_others_are_not(start, tmp_pa
         ("features", Answer("not json"), "not JSON"),
         ("features", Answer(raw=b"<html>gateway</html>"), "not a chat completion"),
         ("features", Answer(raw=b'{"choices": []}'), "not a chat completion"),
+        ("features", Answer("half of an emoji: \ud83d"), "not a chat completion"),
+        ("features", Answer(json.dumps({**FEATURES, "hair": "half of an emoji: \ud83d"})), "not JSON"),
         ("summary", Answer(""), "empty"),
         (
             "summary",
@@ -101,6 +106,19 @@ def test_an_answer_that_will_not_do_is_asked_for_anew_with_the_reason(start, tmp
     assert len(texts) == 2 and refused_for in texts[1].removeprefix(texts[0])
     one = read_annotations(out)["clip000"]
     assert (one.attempts, one.problems, len(one.questions)) == (4, (), 4)
+
+
+@pytest.mark.parametrize(
+    ("told", "instead"),
+    [(b"1000", b"-1000"), (b"1000", b"1" + b"0" * 30), (b"1000", b"1e999"), (b"1000", b"[]"), (b'"stop"', b'["stop"]')],
+)
+def test_counts_and_endings_that_cannot_be_do_not_spoil_an_answer(start, tmp_path, told, instead):
+    raw = completion(Answer(json.dumps(FEATURES))).replace(told, instead)
+    server, out = start(for_step("features", Answer(raw=raw))), fill(tmp_path / "out", 1)
+    run(out)
+    assert len(server.asked) == 3 and list(read_annotations(out)) == ["clip000"]
+    with contextlib.closing(Calls(out)) as calls:
+        assert 0 < calls.totals()["features"].input_tokens < 10_000
 
 
 def test_after_the_last_attempt_the_text_is_left_to_the_reviewers_with_its_problems(start, tmp_path):

@@ -37,8 +37,11 @@ from tests.corpus.corpus_folder import fill, row
         Answer(status=503, raw=b""),
         Answer(delay=1.2),
         Answer(raw=b"{", headers={"Content-Length": "100"}),
+        Answer(status=500, raw=b"{", headers={"Content-Length": "100"}),
+        Answer(status=500, raw=b"not packed", headers={"Content-Encoding": "gzip"}),
+        Answer(status=429, raw=b"{}", headers={"Retry-After": "nan"}),
     ],
-    ids=["429", "500", "503", "timeout", "cut short"],
+    ids=["429", "500", "503", "timeout", "cut short", "500 cut short", "garbled", "no time to wait"],
 )
 def test_trouble_that_passes_is_waited_out_and_leaves_no_trace(start, tmp_path, trouble):
     out, reference = fill(tmp_path / "out", 1), fill(tmp_path / "reference", 1)
@@ -122,7 +125,13 @@ def test_a_variable_that_is_not_set_is_named(start, tmp_path, monkeypatch, name)
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("API_KEY", "sk-\u20ac"), ("API_KEY", "sk-a\nb"), ("BASE_URL", "localhost:8000/v1")]
+    ("name", "value"),
+    [
+        ("API_KEY", "sk-\u20ac"),
+        ("API_KEY", "sk-a\nb"),
+        ("BASE_URL", "localhost:8000/v1"),
+        ("BASE_URL", "http://[::8000/v1"),
+    ],
 )
 def test_a_variable_that_cannot_be_right_is_named(start, tmp_path, monkeypatch, name, value):
     start()

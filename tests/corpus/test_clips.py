@@ -4,6 +4,8 @@ import io
 import json
 import os
 import shutil
+import struct
+import zlib
 
 import av
 import cv2
@@ -174,6 +176,20 @@ def test_a_folder_of_frames_becomes_a_clip(tmp_path):
     assert decode(tmp_path / "out" / row["path"], frames=8, size=64).frames.std() > 10
 
 
+def test_frames_that_are_no_pictures_are_passed_over(tmp_path):
+    """Among them one whose head claims 60,000 x 60,000 pixels."""
+    folder = tmp_path / "raw" / "person" / "0"
+    picture = cv2.imencode(".png", np.zeros((100, 100, 3), np.uint8))[1].tobytes()
+    large = picture[:16] + struct.pack(">II", 60_000, 60_000) + picture[24:29]
+    large += struct.pack(">I", zlib.crc32(large[12:])) + picture[33:]
+    for number, content in enumerate([picture] * 38 + [large, b"", b"no picture"]):
+        write(folder / f"0.{number}.jpg", content)
+    write(tmp_path / "raw" / "another" / "0" / "0.1.jpg", large)
+    kept, dropped = build(f"youtube_faces:{tmp_path / 'raw'}", tmp_path / "out", min_share=0.0, shortest=38)
+    assert [row["frames"] for row in kept.values()] == [38]
+    assert "cannot be read as a picture" in dropped["0"]
+
+
 @pytest.mark.parametrize("rotation", [90, 180, -90])
 def test_turned_videos_are_set_upright(tmp_path, rotation):
     path = write(tmp_path / "turned.mp4", encode_video(3, width=120, height=96, rotation=rotation))
@@ -246,6 +262,22 @@ def test_an_8k_video_is_shrunk(tmp_path, face_between):
         assert (container.streams.video[0].width, container.streams.video[0].height) == (1280, 720)
 
 
+@pytest.mark.parametrize("size", [(4000, 16), (16, 4000)])
+def test_a_banner_is_judged_like_any_other_video(tmp_path, size):
+    width, height = size
+    content = encode_video(5, width=width, height=height, options={"preset": "ultrafast"})
+    write(tmp_path / "raw" / "banner.mp4", content)
+    assert "a face in 0%" in build(tmp_path / "raw", tmp_path / "out")[1]["banner.mp4"]
+
+
+def test_a_clip_that_would_be_too_small_to_read_is_dropped(tmp_path):
+    box = {"top": 0.5, "bottom": 0.501, "left": 0.0, "right": 1.0}
+    write(tmp_path / "raw" / "celebvhq_info.json", celebvhq_info(c=celebvhq_entry(bbox=box)))
+    write(tmp_path / "raw" / "video.mp4", encode_video(40))
+    kept, dropped = build(tmp_path / "raw", tmp_path / "out")
+    assert not kept and "its clip would be 96x2 pixels" in dropped["video.mp4"]
+
+
 def edited(out, change):
     rows = pq.read_table(out / MANIFEST).to_pylist()
     table = change(rows)
@@ -263,6 +295,15 @@ def edited(out, change):
         (lambda rows: rows[0].update(status="fine"), "status 'fine'"),
         (lambda rows: rows[0].update(path=None), "has no path"),
         (lambda rows: rows[0].update(attributes="[1"), "attributes are not JSON"),
+        (lambda rows: rows[0].update(attributes='{"emotion": [{"start_sec": 0}]}'), "attributes are not JSON"),
+        (lambda rows: rows[0].update(source="elsewhere"), "source 'elsewhere'"),
+        (lambda rows: rows[0].update(fps=0.0), "fps 0.0"),
+        (lambda rows: rows[0].update(fps=None), "fps None"),
+        (lambda rows: rows[0].update(frames=0), "frames 0"),
+        (lambda rows: rows[0].update(start=float("nan")), "start nan"),
+        (lambda rows: rows[0].update(start=1.0, end=0.5), "end 0.5"),
+        (lambda rows: rows[0].update(box="everything"), "box 'everything'"),
+        (lambda rows: rows[0].update(box="[1, 0, 0, 1]"), r"box '\[1, 0, 0, 1\]'"),
         (lambda rows: __import__("pyarrow").Table.from_pylist([{"id": "a"}]), "has no column"),
     ],
 )
@@ -294,6 +335,16 @@ def test_a_missing_video_is_dropped_with_its_reason(tmp_path):
     shutil.rmtree(tmp_path / "raw")
     assert "does not exist" in clip(tmp_path / "out", Settings())[1][0]["reason"]
     assert len(read_table(tmp_path / "out", DROPPED)) == 1
+
+
+def test_a_folder_that_was_named_from_elsewhere_is_found_from_here(tmp_path, monkeypatch, face_between):
+    write(tmp_path / "there" / "raw" / "a.mp4", encode_video(40))
+    (tmp_path / "out").mkdir()
+    monkeypatch.chdir(tmp_path / "there")
+    scan(["raw"], tmp_path / "out")
+    monkeypatch.chdir(tmp_path)
+    face_between(0, 5000)
+    assert len(clip(tmp_path / "out", Settings())[0]) == 1
 
 
 def test_what_is_done_is_not_done_again_and_what_changed_is(tmp_path, face_between):

@@ -17,26 +17,9 @@ from favchat_jax.data.datasets import open_dataset
 from favchat_jax.errors import UserError
 from tests.conftest import ROOT, fill
 from tests.corpus.corpus_files import annotate, contents, face_video, shapes_video, write
+from tests.corpus.processes import command, finish
 
 SETTINGS = ["--shortest=12", "--longest=16", "--every=8"]
-
-
-def command(name, out, *arguments):
-    """`python -m tools.build_dataset NAME --out=OUT ...`, started."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "tools.build_dataset", name, f"--out={out}", *arguments],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def finish(process):
-    """Its exit code and what it said on stderr."""
-    errors = process.communicate()[1]
-    return process.returncode, errors
 
 
 @pytest.fixture(scope="module")
@@ -163,6 +146,24 @@ def test_a_full_disk_ends_a_step_in_one_line_and_it_goes_on_when_there_is_room(r
     assert code == 0, errors
     kept = read_table(out, KEPT)
     assert kept and all(json.dumps(row) and (out / row["path"]).stat().st_size for row in kept)
+
+
+def test_a_disk_that_fills_up_while_it_packs_leaves_the_older_corpus(raw, small_disk):
+    out = small_disk / "out"
+    for name, *arguments in (("scan", f"--source=folder:{raw}"), ("clip", *SETTINGS)):
+        assert finish(command(name, out, *arguments))[0] == 0
+    kept = [row["id"] for row in read_table(out, KEPT)]
+    annotate(out, kept)
+    assert finish(command("pack", out))[0] == 0
+    annotate(out, kept, summary="Another one.")
+    ballast = fill(small_disk)
+    os.truncate(ballast, ballast.stat().st_size - (out / "records.jsonl").stat().st_size - (64 << 10))
+    code, errors = finish(command("pack", out))
+    assert code == 2 and "No space left" in errors.splitlines()[-1] and "Traceback" not in errors
+    assert open_dataset("corpus", str(out / "packed"), "train")[0].summary.startswith("A happy person")
+    ballast.unlink()
+    assert finish(command("pack", out))[0] == 0
+    assert open_dataset("corpus", str(out / "packed"), "train")[0].summary == "Another one."
 
 
 @pytest.mark.parametrize(

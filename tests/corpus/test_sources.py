@@ -5,6 +5,8 @@ import dataclasses
 import pytest
 
 from favchat_jax.corpus import sources
+from favchat_jax.corpus.manifest import MANIFEST, read_table
+from favchat_jax.corpus.scan import scan
 from favchat_jax.errors import UserError
 from tests.corpus.corpus_files import celebvhq_entry, celebvhq_info, write
 
@@ -53,6 +55,22 @@ def test_a_celebvhq_entry_that_does_not_fit_is_recorded_and_the_others_are_found
     write(tmp_path / "video.mp4", b"x")
     videos = found(tmp_path)
     assert reason in videos["odd"].problem and not videos["good"].problem
+
+
+@pytest.mark.parametrize("name", ["", "../up", "\ud800", "a" * 300])
+def test_a_name_that_no_file_can_have_is_recorded(tmp_path, name):
+    write(tmp_path / "raw" / "celebvhq_info.json", celebvhq_info(**{name: celebvhq_entry(ytb_id=name)}))
+    (tmp_path / "out").mkdir()
+    (row,) = scan([str(tmp_path / "raw")], tmp_path / "out")
+    assert row["status"] == "unreadable" and row["id"].startswith("celebvhq-")
+    assert [row["id"] for row in read_table(tmp_path / "out", MANIFEST)] == [row["id"]]
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "[" * 100_000, '{"clips": {}}'], ids=lambda text: text[:15])
+def test_what_is_no_annotation_file_is_named(tmp_path, text):
+    write(tmp_path / "celebvhq_info.json", text)
+    with pytest.raises(UserError, match=r"celebvhq_info.json: .*; download it again$"):
+        found(tmp_path)
 
 
 def test_hmdb51_names_the_action_and_the_video_that_clips_were_cut_from(tmp_path):

@@ -129,7 +129,7 @@ def told(records, tokenizer, visual_tokens=16):
                 record,
                 tokenizer.decode(tokens[learned]),
                 tokens,
-                [tokenizer.decode([*name, *value]) for name, value in slot],
+                [tokenizer.decode([*faint, *clear]) for faint, clear in slot],
             )
 
 

@@ -105,7 +105,7 @@ def read_annotation(text: str, path: Path) -> dict[str, dict]:
     try:
         published = json.loads(text)
         clips, mappings = dict(published["clips"].items()), dict((published.get("meta_info") or {}).items())
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise UserError(f"{path}: not CelebV-HQ's annotation file (JSON with 'clips'); download it again") from None
     if not clips:
         raise UserError(f"{path}: 'clips' is empty; download it again")

@@ -85,14 +85,9 @@ def make_facial_encoder(config: ConfigDict, records: Sequence[Record], frames: F
             yield mirror_half(pixels, classes, rng)
 
     model = FrameClassifier(FaceXFormerEncoder(**config.model.facexformer), _counts(labels))
-    weights = fit_classifier(
-        model,
-        batches(),
-        config.pretrain.facial_steps,
-        config,
-        "facial encoder",
-        dict.fromkeys(rendered_faces.DETAILS, 2.0) | {"beard": 1.5},  # small, and a token has to say it loudly
-    )
+    # Small things, which a token has to say loudly.
+    importance = dict.fromkeys(rendered_faces.DETAILS, 2.5) | {"beard": 1.5}
+    weights = fit_classifier(model, batches(), config.pretrain.facial_steps, config, "facial encoder", importance)
     save_weights(folder, flatten_dict({"facexformer": weights["encoder"]}, sep="/"), {"kind": "facexformer"})
 
 

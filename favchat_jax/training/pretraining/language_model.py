@@ -51,24 +51,24 @@ def make_language_model(config: ConfigDict, records: Sequence[Record], frames: C
     visual_tokens = config.model.qformer.queries + config.model.qformer.extra_queries
     texts = _texts(Conversation(tokenizer, visual_tokens), tokenizer, records, config.data.buckets[-1], rng)
 
-    def embed(mdl: Mistral, tokens, slot, is_name, seed):
+    def embed(mdl: Mistral, tokens, slot, fading, seed):
         """Word embeddings, and in the n-th place of the slot the average of its n-th fact's words.
 
-        Half of the names are fainter by a random share: a fresh visual token shows something before it says what that
-        is, and where both only together tell an answer, neither gets a gradient before the other is there. And there is
+        Names that may are fainter by a random share: a fresh visual token shows something before it says what that is,
+        and where both only together tell an answer, neither gets a gradient before the other is there. And there is
         noise: a visual token will hold more than one fact's words too.
         """
         named, noise = jax.random.split(jax.random.key(seed))
-        share = jnp.minimum(jax.random.uniform(named, (*slot.shape[:2], 1), maxval=2), 1)
-        weight = (slot >= 0) * jnp.where(is_name, share, 1.0)
+        share = jax.random.uniform(named, (*slot.shape[:2], 1))
+        weight = (slot >= 0) * jnp.where(fading, share, 1.0)
         facts = jnp.einsum("bnw,bnwd->bnd", weight, mdl.embed(slot)) / jnp.sum(slot >= 0, axis=2, keepdims=True)
         size = jnp.sqrt(jnp.mean(facts**2, axis=-1, keepdims=True))
         facts += NOISE * size * jax.random.normal(noise, facts.shape)
         return favchat.place_visual_tokens(mdl.embed(tokens), tokens, facts)
 
-    def loss(weights, tokens: Int[Array, "B L"], counted, slot: Int[Array, "B N W"], is_name, seed):
+    def loss(weights, tokens: Int[Array, "B L"], counted, slot: Int[Array, "B N W"], fading, seed):
         params = {"params": weights}
-        hidden, _ = model.apply(params, tokens, slot, is_name, seed, method=lambda m, *x: m(embed(m, *x)))
+        hidden, _ = model.apply(params, tokens, slot, fading, seed, method=lambda m, *x: m(embed(m, *x)))
         targets, counted = next_token_targets(tokens, counted)
         total, _ = chunked_cross_entropy(
             lambda h: model.apply(params, h, method="logits"), hidden, targets, counted, 4096
@@ -156,39 +156,42 @@ def _texts(
     rng: np.random.Generator,
     batch: int = 16,
 ) -> Iterator[tuple]:
-    """Endless batches (tokens, counted, slot, is_name, seed) of conversations about clips that are told in words.
+    """Endless batches (tokens, counted, slot, fading, seed) of conversations about clips that are told in words.
 
     Questions, or a request to describe; answers are counted. A place of the slot holds the words of one fact, ids
     padded with -1, as a visual token stands for one thing seen; facts come in random order, so that any place may hold
-    any of them. `is_name` marks the words that name it; the seed is of all else that is drawn for the batch.
+    any of them. `fading` marks words that may be fainter; the seed is of all else that is drawn for the batch.
     """
     pool = [text for record in records for text in texts_about(record, conversation, tokenizer, rng)]
     pool = [text for text in pool if len(text[0]) <= length]
     length = max(len(text[0]) for text in pool)
-    widest = max(len(name) + len(value) for *_, slot in pool for name, value in slot)
+    widest = max(len(faint) + len(clear) for *_, slot in pool for faint, clear in slot)
     while True:
         tokens = np.zeros((batch, length), np.int32)
         counted = np.zeros((batch, length), bool)
         slots = np.full((batch, conversation.visual_tokens, widest), -1, np.int32)
-        is_name = np.zeros(slots.shape, bool)
+        fading = np.zeros(slots.shape, bool)
         for row, i in enumerate(rng.integers(len(pool), size=batch)):
             tokens[row, : len(pool[i][0])], counted[row, : len(pool[i][1])], slot = pool[i]
-            for n, (name, value) in enumerate(slot):
-                slots[row, n, : len(name) + len(value)] = [*name, *value]
-                is_name[row, n, : len(name)] = True
-        yield tokens, counted, slots, is_name, rng.integers(2**31)
+            for n, (faint, clear) in enumerate(slot):
+                slots[row, n, : len(faint) + len(clear)] = [*faint, *clear]
+                fading[row, n, : len(faint)] = True
+        yield tokens, counted, slots, fading, rng.integers(2**31)
 
 
 def texts_about(
     record: Record, conversation: Conversation, tokenizer, rng: np.random.Generator, count: int = 6
 ) -> Iterator[tuple]:
-    """(tokens, counted, slot) of `count` texts about one clip; a place of the slot has a name's words and a value's."""
+    """(tokens, counted, slot) of `count` texts about one clip; a place has words that may be fainter, and the others.
+
+    Names may, but those of details: whether a "left cheek" is a mole's or a scar's is told by nothing else.
+    """
     labels = {name: rendered_faces.LABELS[name][value] for name, value in record.labels.items() if value >= 0}
     words = functools.partial(tokenizer.encode, add_special_tokens=False)
-    facts = [
-        (words(f" {name.replace('_', ' ')}"), words(f" {rendered_faces.answer(name, value)}"))
-        for name, value in labels.items()
-    ]
+    facts = []
+    for label, value in labels.items():
+        name, told = words(f" {label.replace('_', ' ')}"), words(f" {rendered_faces.answer(label, value)}")
+        facts.append(([], name + told) if label in rendered_faces.DETAILS else (name, told))
     askable = [name for name in labels if name in rendered_faces.QUESTIONS]
     for describe in rng.random(count) < DESCRIBED:
         if describe:
