@@ -88,9 +88,14 @@ def partition(path: str, shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
 
     def cut(size: int, axis: Any) -> Any:
         names = axis if isinstance(axis, tuple) else (axis,) if axis else ()
-        return axis if size % math.prod(mesh.shape[name] for name in names) == 0 else None
+        names = tuple(name for name in names if mesh.shape[name] > 1)
+        return names if names and size % math.prod(mesh.shape[name] for name in names) == 0 else None
 
-    return NamedSharding(mesh, P(*map(cut, shape, axes)))
+    # In the shortest form, which is what the compiler gives results: the step must not compile again for another.
+    spec = [cut(size, axis) for size, axis in zip(shape, axes, strict=True)]
+    while spec and spec[-1] is None:
+        spec.pop()
+    return NamedSharding(mesh, P(*spec))
 
 
 def partitions(weights: Mapping[str, Any], mesh: Mesh) -> dict[str, NamedSharding]:
