@@ -3,15 +3,18 @@
 python -m tools.aot_compile --config=configs/stage3.py:preset=paper --target=a800-80gb --json=plan.json
 python -m tools.aot_compile --all --json=plans.json          all targets, stages 1 to 3 of the paper's preset
 
+Stopped, the second goes on: plans in its file that were made of the same configs by the same jax are taken from there.
 It runs in an environment of its own, .venv-aot, which `make plan` sets up.
 """
 
 import dataclasses
+import hashlib
 import importlib
 import json
 import os
 from pathlib import Path
 
+import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
@@ -20,6 +23,8 @@ from favchat_jax.errors import UserError
 
 # Before jax is imported: it must not look for the devices of the compilers that are installed here.
 os.environ["JAX_PLATFORMS"] = "cpu"
+
+import jax  # noqa: E402
 
 from favchat_jax.planning import plan  # noqa: E402
 from favchat_jax.planning.targets import GIB, TARGETS, find  # noqa: E402
@@ -67,6 +72,8 @@ def _verdict(made: plan.Plan) -> str:
 
 def main() -> None:
     """Plans what the flags say."""
+    if _JSON.value:
+        command_line.check_output("--json", _JSON.value)
     wanted = []
     if _ALL.value:
         chosen = [_TARGET.value] if _TARGET.value else list(TARGETS)
@@ -84,15 +91,34 @@ def main() -> None:
         if _ALL.value:
             raise UserError("--save is for one --config and one --target")
         _write(Path(_SAVE.value), plan.save(*wanted[0], _CLIPS.value))
-    plans = []
+    kept = _kept(Path(_JSON.value)) if _ALL.value and _JSON.value else {}
+    plans, made = [], []
     for config, target in wanted:
-        plans.append(plan.make_plan(config, target, _CLIPS.value))
+        of = _digest(config, target, _CLIPS.value)
+        plans.append(kept.get(of) or plan.make_plan(config, target, _CLIPS.value))
+        made.append({**dataclasses.asdict(plans[-1]), "of": of})
         print(_verdict(plans[-1]), flush=True)
         if _JSON.value:
-            made = [dataclasses.asdict(p) for p in plans]
-            _write(Path(_JSON.value), json.dumps(made if _ALL.value else made[0], indent=1).encode())
+            rest = [{**dataclasses.asdict(p), "of": of} for of, p in kept.items() if of not in {m["of"] for m in made}]
+            _write(Path(_JSON.value), json.dumps(made + rest if _ALL.value else made[0], indent=1).encode())
     if _ALL.value:
         print(table(plans))
+
+
+def _digest(config: ml_collections.ConfigDict, target: str, clips: int | None) -> str:
+    """What a plan is of: config, target, clips of a step and the jax that compiled it."""
+    return hashlib.sha256(json.dumps([config.to_json(), target, clips, jax.__version__]).encode()).hexdigest()[:16]
+
+
+def _kept(path: Path) -> dict[str, plan.Plan]:
+    """Digest -> plan, of those in a file that an earlier run of --all wrote."""
+    if not path.exists():
+        return {}
+    try:
+        rows = json.loads(path.read_text())
+        return {row.pop("of"): plan.Plan(**row) for row in rows}
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise UserError(f"--json={path} has no plans of --all in it: name another file, or delete it") from None
 
 
 def _write(path: Path, content: bytes) -> None:

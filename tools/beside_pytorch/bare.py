@@ -6,21 +6,20 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from favchat_jax.data.datasets import open_dataset
 from favchat_jax.data.video import decode
 from tools.beside_pytorch import material
 from tools.beside_pytorch.contest import Runs
 
 
-def loop(folder: str, preset: str, name: str, packed: str, workers: tuple[int, ...], seconds: float) -> Runs:
-    """Clips a second of the bare loop, in as many processes as the loader has workers."""
+def loop(folder: str, preset: str, workers: tuple[int, ...], sides: tuple[int, ...], seconds: float) -> Runs:
+    """Seconds a clip of the bare loop, in as many processes as the loader has workers, by clips' size."""
     model = material.settings(folder, preset).model
 
-    def run(count: int):
+    def run(count: int, side: int):
         def measured() -> tuple[float, float]:
             context = multiprocessing.get_context("spawn")
             together, counts = context.Barrier(count), context.Queue()
-            arguments = (name, packed, model.frames, model.image_size, seconds, together, counts)
+            arguments = (folder, side, model.frames, model.image_size, seconds, together, counts)
             processes = [context.Process(target=_decode, args=arguments) for _ in range(count)]
             for process in processes:
                 process.start()
@@ -31,13 +30,12 @@ def loop(folder: str, preset: str, name: str, packed: str, workers: tuple[int, .
 
         return measured
 
-    return {f"{count} workers": run(count) for count in workers}
+    return {material.loader_setting(count, side): run(count, side) for count in workers for side in sides}
 
 
-def _decode(name, packed, frames, size, seconds, together, counts) -> None:
+def _decode(folder, side, frames, size, seconds, together, counts) -> None:
     """Puts its clips a second into `counts`."""
-    source = open_dataset(name, packed, "train")
-    clips = [source[i].clip for i in range(len(source))]
+    clips = [record.clip for record in material.footage(folder, side).records]
     rng = np.random.default_rng(0)
 
     def decoded() -> Iterator[None]:

@@ -1,9 +1,13 @@
 """What both sides start from: a config, a language model's folder, weights and inputs, all drawn from one seed."""
 
+import dataclasses
 import importlib
+import io
 from pathlib import Path
 from typing import Any
 
+import av
+import cv2
 import jax
 import jax.numpy as jnp
 import ml_collections
@@ -11,7 +15,9 @@ import numpy as np
 from flax.traverse_util import unflatten_dict
 
 from favchat_jax.convert import mistral
+from favchat_jax.data import rendered_faces
 from favchat_jax.data.conversation import VISUAL_PLACEHOLDER
+from favchat_jax.data.datasets import Record, open_dataset, prepare
 from favchat_jax.data.loader import INSTRUCTIONS
 from favchat_jax.training import assembly
 from favchat_jax.training.pretraining.language_model import write_sizes
@@ -20,6 +26,8 @@ from favchat_jax.weights_folder import load_weights, save_weights
 
 QUESTION = "What can be seen of the face in this video, and which emotion does it show?"
 CLIPS = 4  # in a training step
+DATA = "rendered_faces/smoke"
+SMALL, LARGE = 128, 512  # pixels a side: the rendered clips', and CelebV-HQ's
 
 
 def settings(folder: str, preset: str) -> ml_collections.ConfigDict:
@@ -89,3 +97,46 @@ def frames(config: ml_collections.ConfigDict, clips: int) -> np.ndarray:
     size = config.model.image_size
     shape = (clips, config.model.frames, size, size, 3)
     return np.random.default_rng(1).integers(0, 256, shape, np.uint8)
+
+
+@dataclasses.dataclass(frozen=True)
+class Footage:
+    """A few records, again and again: as many as CelebV-HQ has, since to permute a few takes Grain longer than many."""
+
+    records: tuple[Record, ...]
+
+    def __len__(self) -> int:
+        return 35_000
+
+    def __getitem__(self, index: int) -> Record:
+        return self.records[index % len(self.records)]
+
+
+def make_footage(folder: str) -> None:
+    """Puts rendered clips into `folder`: as they are, and some enlarged to CelebV-HQ's size, of as many frames."""
+    large, packed = Path(folder) / "large", str(Path(folder) / "data")
+    large.mkdir()
+    prepare(DATA, None, packed)
+    source = open_dataset(DATA, packed, "train")
+    for record in (source[index] for index in range(0, len(source), 3)):
+        with av.open(io.BytesIO(record.clip)) as container:
+            frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+        enlarged = [cv2.resize(frame, (LARGE, LARGE), interpolation=cv2.INTER_CUBIC) for frame in frames]
+        (large / record.id).write_bytes(rendered_faces.encode(np.stack(enlarged * 6)))  # 96 frames
+
+
+def footage(folder: str, side: int) -> Footage:
+    """The clips of `make_footage` that are `side` pixels wide."""
+    source = open_dataset(DATA, str(Path(folder) / "data"), "train")
+    records = [source[index] for index in range(len(source))]
+    if side == LARGE:
+        files = {path.name: path for path in (Path(folder) / "large").iterdir()}
+        records = [
+            dataclasses.replace(record, clip=files[record.id].read_bytes()) for record in records if record.id in files
+        ]
+    return Footage(tuple(records))
+
+
+def loader_setting(workers: int, side: int) -> str:
+    """What rows of the loader call a setting."""
+    return f"{workers} workers, {side} pixels"

@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from favchat_jax.data.conversation import Conversation, PromptEncoder
-from favchat_jax.data.datasets import open_dataset
 from favchat_jax.data.loader import training_batches
 from favchat_jax.generation.sampler import Sampler, Sampling
 from favchat_jax.training import assembly, sharding, stages
@@ -113,16 +112,16 @@ def memory() -> Callable[[], tuple[float, float]]:
     return run
 
 
-def loader(folder: str, preset: str, name: str, packed: str, workers: tuple[int, ...], seconds: float) -> Runs:
-    """Clips a second of the training stream, by number of worker processes."""
+def loader(folder: str, preset: str, workers: tuple[int, ...], sides: tuple[int, ...], seconds: float) -> Runs:
+    """Seconds a clip of the training stream, by number of worker processes and clips' size."""
     config = material.settings(folder, preset)
     parts = assembly.assemble(config)
     qformer = config.model.qformer
 
-    def stream(count: int):
+    def stream(count: int, side: int):
         def run() -> tuple[float, float]:
             batches = training_batches(
-                open_dataset(name, packed, "train"),
+                material.footage(folder, side),
                 Conversation(parts.tokenizer, qformer.queries + qformer.extra_queries),
                 PromptEncoder(parts.prompt_tokenizer, config.data.prompt_length),
                 text="qa",
@@ -137,7 +136,7 @@ def loader(folder: str, preset: str, name: str, packed: str, workers: tuple[int,
 
         return run
 
-    return {f"{count} workers": stream(count) for count in workers}
+    return {material.loader_setting(count, side): stream(count, side) for count in workers for side in sides}
 
 
 def seconds_a_clip(batches: Any, seconds: float) -> tuple[float, float]:

@@ -19,7 +19,6 @@ from transformers.generation.configuration_utils import CompileConfig
 from favchat_jax.convert.files import read_json
 from favchat_jax.convert.torch_model import for_torch, torch_favchat
 from favchat_jax.data.conversation import Conversation, PromptEncoder
-from favchat_jax.data.datasets import open_dataset
 from favchat_jax.data.loader import Example
 from favchat_jax.training import assembly
 from tools.beside_pytorch import material
@@ -149,8 +148,8 @@ def _asked(folder: str, preset: str, clips: int):
         )
 
 
-def loader(folder: str, preset: str, name: str, packed: str, workers: tuple[int, ...], seconds: float) -> Runs:
-    """Clips a second of a DataLoader over the same records and the same decoding."""
+def loader(folder: str, preset: str, workers: tuple[int, ...], sides: tuple[int, ...], seconds: float) -> Runs:
+    """Seconds a clip of a DataLoader over the same records and the same decoding."""
     jax.config.update("jax_platforms", "cpu")
     config = material.settings(folder, preset)
     parts = assembly.assemble(config)
@@ -166,10 +165,10 @@ def loader(folder: str, preset: str, name: str, packed: str, workers: tuple[int,
         questions=1,
         max_length=config.data.buckets[-1],
     )
-    clips = Clips(open_dataset(name, packed, "train"), example)
 
-    def stream(count: int):
+    def stream(count: int, side: int):
         def run() -> tuple[float, float]:
+            clips = Clips(material.footage(folder, side), example)
             batches = DataLoader(
                 clips,
                 batch_size=material.CLIPS,
@@ -182,7 +181,7 @@ def loader(folder: str, preset: str, name: str, packed: str, workers: tuple[int,
 
         return run
 
-    return {f"{count} workers": stream(count) for count in workers}
+    return {material.loader_setting(count, side): stream(count, side) for count in workers for side in sides}
 
 
 class Clips(Dataset):
