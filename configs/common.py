@@ -145,6 +145,8 @@ def _data(preset: str) -> ConfigDict:
     data.sampling = "rand"  # training frames: one at random from each of `frames` equal parts
     data.random_crop = preset == "paper"  # VideoChat2's random resized crop
     data.flip = False  # a flip would swap left and right in the answers
+    # From stage 3 on: what the frozen encoders make of a clip is kept in the workdir (training/features.py).
+    data.keep_features = False
     data.questions = 1  # questions of a clip in a batch; they share the clip's encoders
     data.buckets = (128, 256, 512)  # lengths that sequences are padded to, visual tokens included
     data.prompt_length = 32  # tokens of the question that a Q-Former reads, cut on the left

@@ -144,14 +144,18 @@ class FaVChat(nn.Module):
 
     def __call__(
         self,
-        frames: UInt8[Array, "B T H W 3"],
+        clips: UInt8[Array, "B T H W 3"] | ClipFeatures,
         tokens: Int[Array, "B Q L"],
         prompt: Int[Array, "B Q P"],
         prompt_mask: Bool[Array, "B Q P"],
         deterministic: bool = True,
     ) -> Output:
-        """Hidden states of Q right-padded sequences about each of B clips; `llm.logits` turns them into scores."""
-        visual, stream_weights = self.visual_tokens(self.encode(frames), prompt, prompt_mask, deterministic)
+        """Hidden states of Q right-padded sequences about each of B clips; `llm.logits` turns them into scores.
+
+        Clips are frames, or what `encode` made of them.
+        """
+        features = clips if isinstance(clips, ClipFeatures) else self.encode(clips)
+        visual, stream_weights = self.visual_tokens(features, prompt, prompt_mask, deterministic)
         embeddings = rearrange(self.embed(tokens, visual), "B Q L D -> (B Q) L D")
         hidden, _ = self.llm(embeddings, deterministic=deterministic)
         if self.is_initializing():

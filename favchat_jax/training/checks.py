@@ -13,6 +13,7 @@ from favchat_jax.errors import UserError
 from favchat_jax.models.favchat import ABLATIONS, VARIANTS
 from favchat_jax.models.remat import POLICIES
 from favchat_jax.training.checkpoint import load_config
+from favchat_jax.training.features import check_keeping
 from favchat_jax.training.stages import STAGES
 
 AT_LEAST = {
@@ -20,7 +21,11 @@ AT_LEAST = {
     + ("data.questions", "data.prompt_length", "model.frames", "model.image_size"),
     0: ("steps", "seed", "data.workers"),
 }
-FREE = ("mesh", "model.remat")  # fields that change where and how a run is computed, not what: they may differ
+FREE = (
+    "mesh",
+    "model.remat",
+    "data.keep_features",
+)  # fields that change where and how a run is computed, not what: they may differ
 ONE_OF = {
     "variant": VARIANTS,
     "ablation": ABLATIONS,
@@ -52,6 +57,8 @@ def check(config: ml_collections.ConfigDict) -> None:
     whole = all(isinstance(length, int) and length > 0 for length in buckets)
     if not buckets or not whole or list(buckets) != sorted(set(buckets)):
         raise UserError(f"data.buckets={buckets}: give whole numbers above 0 in ascending order, as in (48,128)")
+    if config.data.keep_features:
+        check_keeping(config)
 
 
 def claim(workdir: Path, config: ml_collections.ConfigDict) -> None:

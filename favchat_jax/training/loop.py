@@ -14,8 +14,9 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +36,7 @@ from favchat_jax.models.quantized import store
 from favchat_jax.training import assembly, sharding, stages
 from favchat_jax.training.checkpoint import Checkpoints, load_config
 from favchat_jax.training.checks import check, claim
+from favchat_jax.training.features import KeptFeatures
 from favchat_jax.training.processes import anyone, first_alone, is_first
 from favchat_jax.training.programs import keep_programs, tracing
 from favchat_jax.training.step import TrainState, make_step, new_state
@@ -99,7 +101,8 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path, profile: int =
                     Metrics(workdir, resumed_at, config.log_every) if is_first() else NoMetrics() as metrics,
                     tracing(workdir, profile, resumed_at) as trace,
                 ):
-                    state = _run(config, steps, state, frozen, update, batches, checkpoints, metrics, trace, mesh)
+                    place = _placement(config, workdir, parts.model, frozen, mesh)
+                    state = _run(config, steps, state, frozen, update, batches, checkpoints, metrics, trace, place)
         finally:
             checkpoints.close()
     return Outcome(int(state.step), steps, resumed_at)
@@ -256,7 +259,21 @@ def _bind(workdir: Path, config: ml_collections.ConfigDict) -> None:
     write(workdir / "config.json", json.dumps(json.loads(config.to_json()), indent=1))
 
 
-def _run(config, steps, state, frozen, update, batches, checkpoints, metrics, trace, mesh) -> TrainState:
+def _placement(config, workdir, model, frozen, mesh) -> Callable[[Batch], dict[str, Any]]:
+    """What a step takes of a batch, on its devices: all arrays, or kept features in place of the frames."""
+    size = config.model.image_size
+    frames = (config.batch, config.model.frames, size, size, 3)
+    kept = KeptFeatures(workdir / "features", model, frozen, mesh, frames) if config.data.keep_features else None
+
+    def place(batch: Batch) -> dict[str, Any]:
+        left_out = ("length", "frames") if kept else ("length",)
+        arrays = {name: array for name, array in batch.arrays.items() if name not in left_out}
+        return sharding.place_batch({**arrays, "features": kept.of(batch)} if kept else arrays, mesh)
+
+    return place
+
+
+def _run(config, steps, state, frozen, update, batches, checkpoints, metrics, trace, place) -> TrainState:
     """Steps until the end, SIGTERM or Ctrl-C, which save first."""
     step, stopping = int(state.step), False
     with (
@@ -266,9 +283,8 @@ def _run(config, steps, state, frozen, update, batches, checkpoints, metrics, tr
         pending: _Pending | None = None
         while step < steps and not stopping:
             batch, waited = _next(batches, pending)
-            arrays = {k: v for k, v in batch.arrays.items() if k != "length"}
             trace(step, state)
-            state, values = update(state, frozen, sharding.place_batch(arrays, mesh))
+            state, values = update(state, frozen, place(batch))
             step += 1
             if pending:
                 pending.read(metrics)

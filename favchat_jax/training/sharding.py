@@ -136,7 +136,7 @@ def batch_partition(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P(CLIPS))
 
 
-def place_batch(arrays: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """This process's part of a batch as part of the whole one, each device with its own clips."""
+def place_batch(arrays: Mapping[str, Any], mesh: Mesh) -> dict[str, Any]:
+    """This process's part of a batch, a tree of arrays, as part of the whole one, each device with its own clips."""
     sharding = batch_partition(mesh)
-    return {name: jax.make_array_from_process_local_data(sharding, array) for name, array in arrays.items()}
+    return jax.tree.map(lambda array: jax.make_array_from_process_local_data(sharding, array), dict(arrays))

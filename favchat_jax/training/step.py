@@ -91,7 +91,7 @@ def batch_loss(
     body_key, head_key = jax.random.split(key)
     output = model.apply(
         {"params": params},
-        batch["frames"],
+        batch["features"] if "features" in batch else batch["frames"],
         batch["tokens"],
         batch["prompt"],
         batch["prompt_mask"],

@@ -1,0 +1,88 @@
+"""What frozen encoders make of each clip, kept beside the run: later epochs read it and do not run them again.
+
+From stage 3 on nothing in the encoders and in v1's fusion learns, so that the same frames of a clip have the same
+features in every epoch. Q-Formers, which read the question and have dropout, still run in each step.
+"""
+
+import hashlib
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+from flax.traverse_util import unflatten_dict
+from jax.sharding import Mesh
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from favchat_jax.data.loader import Batch
+from favchat_jax.errors import UserError
+from favchat_jax.models.favchat import ClipFeatures, FaVChat
+from favchat_jax.training import sharding
+from favchat_jax.training.stages import STAGES, TRAINS, group_of
+from favchat_jax.weights_folder import Weights
+
+ENCODING = ("encoders", "fusion")  # groups of weights that make a clip's features
+
+
+def check_keeping(config: ml_collections.ConfigDict) -> None:
+    """Raises UserError where a run cannot keep features, as its config asks."""
+    learning = [group for group in ENCODING if group in TRAINS[config.variant][config.stage]]
+    data = config.data
+    if learning or STAGES[config.stage].text is None:
+        raise UserError(f"data.keep_features=True is for stage3 and coldstart, not for {config.stage}: leave it out")
+    if data.sampling != "middle" or data.random_crop or data.flip:
+        raise UserError(
+            "data.keep_features=True needs the same frames of a clip in every epoch: set data.sampling=middle, "
+            "data.random_crop=False and data.flip=False besides"
+        )
+    if jax.process_count() > 1:
+        raise UserError("data.keep_features=True is for a single process: leave it out where there are several")
+
+
+class KeptFeatures:
+    """A folder with a file of features for every clip that a run has seen.
+
+    Args:
+        folder: where they lie; made where it is missing.
+        model: whose `encode` makes them, of `frozen`, its weights by path, on `mesh`.
+        frames: shape of a batch's frames, [B, T, H, W, 3].
+    """
+
+    def __init__(self, folder: Path, model: FaVChat, frozen: Weights, mesh: Mesh, frames: tuple[int, ...]):
+        folder.mkdir(exist_ok=True)
+        self._folder, self._mesh = folder, mesh
+        weights = {path: leaf for path, leaf in frozen.items() if group_of(path) in ENCODING}
+        self._params = unflatten_dict(weights, sep="/")
+        self._encode = jax.jit(lambda params, frames: model.apply({"params": params}, frames, method="encode"))
+        shapes = jax.eval_shape(self._encode, self._params, jax.ShapeDtypeStruct(frames, jnp.uint8))
+        self._tree = jax.tree.structure(shapes)
+
+    def of(self, batch: Batch) -> ClipFeatures:
+        """A batch's features in host memory; where a clip has none yet, all of its frames are encoded."""
+        rows = [self._read(name) for name in batch.ids]
+        if None in rows:
+            frames = sharding.place_batch({"frames": batch.arrays["frames"]}, self._mesh)["frames"]
+            encoded = jax.tree.leaves(jax.device_get(self._encode(self._params, frames)))
+            rows = [[leaf[i] for leaf in encoded] for i in range(len(batch.ids))]
+            for name, row in zip(batch.ids, rows, strict=True):
+                self._write(name, row)
+        return self._tree.unflatten([np.stack(leaves) for leaves in zip(*rows, strict=True)])
+
+    def _file(self, name: str) -> Path:
+        return self._folder / f"{hashlib.sha256(name.encode()).hexdigest()[:32]}.safetensors"
+
+    def _read(self, name: str) -> list[np.ndarray] | None:
+        try:
+            stored = load_file(self._file(name))
+        except (FileNotFoundError, SafetensorError):  # not seen yet, or damaged
+            return None
+        return [stored[key] for key in sorted(stored, key=int)]
+
+    def _write(self, name: str, row: list[np.ndarray]) -> None:
+        """Beside its place first, so that a file is whole or not there."""
+        file = self._file(name)
+        draft = file.with_suffix(".draft")
+        save_file({str(i): np.ascontiguousarray(leaf) for i, leaf in enumerate(row)}, draft)
+        draft.replace(file)

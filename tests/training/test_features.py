@@ -1,0 +1,73 @@
+import contextlib
+import json
+
+import chex
+import numpy as np
+import pytest
+
+from favchat_jax.errors import UserError
+from favchat_jax.training import assembly, loop, sharding, stages
+from favchat_jax.training.checks import check
+from favchat_jax.training.features import KeptFeatures
+
+SAME_FRAMES = {"data__sampling": "middle", "steps": 18, "checkpoint_every": 9}  # 72 clips: each is seen twice
+
+
+def losses(workdir):
+    return [json.loads(line)["loss"] for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture
+def encoded(monkeypatch):
+    """The clips whose features were written, in turn."""
+    written, write = [], KeptFeatures._write
+    monkeypatch.setattr(KeptFeatures, "_write", lambda kept, name, row: (written.append(name), write(kept, name, row)))
+    return written
+
+
+@pytest.mark.parametrize("variant", ["v1", pytest.param("v2", marks=pytest.mark.slow)])
+def test_a_run_that_keeps_features_learns_what_one_does_that_encodes_each_clip_anew(
+    variant, small_world, tmp_path, encoded
+):
+    config = small_world.config("stage3", f"variant={variant}", **SAME_FRAMES)
+    loop.train(config, tmp_path / "anew")
+    config.data.keep_features = True
+    loop.train(config, tmp_path / "kept")
+    np.testing.assert_allclose(losses(tmp_path / "kept"), losses(tmp_path / "anew"), rtol=1e-5)
+    files = list((tmp_path / "kept" / "features").iterdir())
+    assert 0 < len(set(encoded)) == len(files) < config.steps * config.batch
+    seen = 0
+    for start in range(0, len(encoded), config.batch):  # a batch is encoded where it has a clip that is new
+        assert len(set(encoded[: start + config.batch])) > seen
+        seen = len(set(encoded[: start + config.batch]))
+
+
+def test_a_damaged_file_of_features_is_made_again(small_world, tmp_path, encoded):
+    config = small_world.config("stage3", **SAME_FRAMES)
+    parts, mesh = assembly.assemble(config), sharding.one_device()
+    _, frozen = stages.split(assembly.initial_weights(config, parts.model, mesh), "v1", "stage3")
+    with contextlib.closing(loop.open_batches(config, parts)) as batches:
+        batch = next(batches)
+    kept = KeptFeatures(tmp_path / "features", parts.model, frozen, mesh, batch.arrays["frames"].shape)
+    first = kept.of(batch)
+    files = {path: path.read_bytes() for path in (tmp_path / "features").iterdir()}
+    victim = min(files)
+    victim.write_bytes(files[victim][:100])
+    again = kept.of(batch)
+    assert len(encoded) == 2 * config.batch and victim.read_bytes() == files[victim]
+    chex.assert_trees_all_equal(first, again, kept.of(batch))
+    assert len(encoded) == 2 * config.batch, "what is whole is read"
+
+
+@pytest.mark.parametrize(
+    ("stage", "changes", "says"),
+    [
+        ("stage2", {"data__sampling": "middle"}, "is for stage3 and coldstart, not for stage2"),
+        ("grpo", {"data__sampling": "middle"}, "not for grpo"),
+        ("stage3", {}, "set data.sampling=middle"),
+        ("stage3", {"data__sampling": "middle", "data__flip": True}, "data.flip=False"),
+    ],
+)
+def test_features_that_change_from_epoch_to_epoch_cannot_be_kept(stage, changes, says, small_world):
+    with pytest.raises(UserError, match=says):
+        check(small_world.config(stage, data__keep_features=True, **changes))
