@@ -19,6 +19,7 @@ test-slow: $(VENV)/ready-dev
 
 # What fits on which accelerator; its compilers need an environment of their own.
 plan: $(PLANNING)/ready
+	mkdir -p runs
 	$(PLANNING)/bin/python -m tools.aot_compile --all --json=runs/plans.json
 
 lint: $(VENV)/ready-dev

@@ -16,7 +16,7 @@ from ml_collections import config_flags
 from favchat_jax import command_line
 from favchat_jax.errors import UserError
 from favchat_jax.rl import de_grpo
-from favchat_jax.training import pretraining, processes, stages
+from favchat_jax.training import pretraining, processes, sharding, stages
 from favchat_jax.training.checks import check
 from favchat_jax.training.loop import Outcome, is_finished, train
 
@@ -40,6 +40,8 @@ def train_stage(config: ml_collections.ConfigDict, workdir: Path, profile: int =
         de_grpo.check(config)
         if profile:
             raise UserError("--profile traces the stages that learn from text; grpo is not one of them")
+    else:  # before anything is made that it needs
+        sharding.check_batch(config.batch, config.accumulate, sharding.make_mesh(config.mesh))
     if config.preset == "tiny":
         processes.first_alone(lambda: pretraining.make_missing_parts(config))
     else:

@@ -72,10 +72,13 @@ def _verdict(made: plan.Plan) -> str:
 
 def main() -> None:
     """Plans what the flags say."""
-    if _JSON.value:
-        command_line.check_output("--json", _JSON.value)
+    for option, path in (("--json", _JSON.value), ("--save", _SAVE.value)):
+        if path:
+            command_line.check_output(option, path)
     wanted = []
     if _ALL.value:
+        if _CONFIG.value is not None or _SAVE.value:
+            raise UserError("--all is of the paper's preset, and saves no step: leave out --config and --save")
         chosen = [_TARGET.value] if _TARGET.value else list(TARGETS)
         for target in chosen:
             for stage in STAGES:
@@ -88,8 +91,6 @@ def main() -> None:
         command_line.check_kind(_CONFIG, "stage", "configs/stage1.py, stage2.py, stage3.py")
         wanted.append((_CONFIG.value, _TARGET.value))
     if _SAVE.value:
-        if _ALL.value:
-            raise UserError("--save is for one --config and one --target")
         _write(Path(_SAVE.value), plan.save(*wanted[0], _CLIPS.value))
     kept = _kept(Path(_JSON.value)) if _ALL.value and _JSON.value else {}
     plans, made = [], []
@@ -123,7 +124,6 @@ def _kept(path: Path) -> dict[str, plan.Plan]:
 
 def _write(path: Path, content: bytes) -> None:
     draft = path.with_name(path.name + ".draft")
-    path.parent.mkdir(parents=True, exist_ok=True)
     draft.write_bytes(content)
     draft.replace(path)
 

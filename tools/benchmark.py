@@ -198,6 +198,11 @@ def main(work: str) -> None:
         raise UserError(f"{work or 'nothing'} cannot be measured: name one of {', '.join(WORKS)} first")
     if _PRESET.value == "paper":
         raise UserError("--preset=paper has no language model to draw: choose tiny or base")
+    if not all(batch.isdecimal() and int(batch) for batch in _BATCHES.value or [""]):
+        raise UserError(f"--batches={','.join(_BATCHES.value)}: give whole numbers above 0, as in 1,8")
+    if _JSON.value:
+        command_line.check_output("--json", _JSON.value)
+        _others(Path(_JSON.value), [])
     jax.config.update("jax_platforms", "cpu")  # of this process: an accelerator belongs to the sides
     with tempfile.TemporaryDirectory() as folder:
         material.make(folder, _PRESET.value)
@@ -217,16 +222,20 @@ def _which(row: dict[str, Any]) -> tuple:
     return row["work"], row["batch"], row["ours_setting"], row.get("pytorch_setting")
 
 
-def _merge(path: Path, rows: Rows) -> None:
-    """Writes the rows; those of other settings that the file holds stay."""
+def _others(path: Path, rows: Rows) -> Rows:
+    """The rows of a file, where there is one, whose settings are not those of `rows`."""
     try:
         measured = {_which(row) for row in rows}
-        others = json.loads(path.read_text()) if path.exists() else []
-        others = [row for row in others if _which(row) not in measured]
+        held = json.loads(path.read_text()) if path.exists() else []
+        return [row for row in held if _which(row) not in measured]
     except (ValueError, KeyError, TypeError):
         raise UserError(f"--json={path} is there and holds no rows of a benchmark: name another file") from None
+
+
+def _merge(path: Path, rows: Rows) -> None:
+    """Writes the rows; those of other settings that the file holds stay."""
     draft = path.with_name(path.name + ".draft")
-    draft.write_text(json.dumps([*others, *rows], indent=1) + "\n")
+    draft.write_text(json.dumps([*_others(path, rows), *rows], indent=1) + "\n")
     draft.replace(path)
 
 

@@ -18,6 +18,7 @@ one, with kernels transposed:
 """
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from einops import rearrange
 from jaxtyping import Array, Bool, Float, Int

@@ -22,8 +22,9 @@ from favchat_jax.models import favchat
 from favchat_jax.models.mistral import MistralConfig
 from favchat_jax.models.quantized import store
 from favchat_jax.planning import cost
-from favchat_jax.planning.targets import GIB, Target, devices, find
+from favchat_jax.planning.targets import GIB, devices, find
 from favchat_jax.training import assembly, sharding, stages
+from favchat_jax.training.checks import check
 from favchat_jax.training.step import batch_loss, make_step, new_state
 
 # Triton's products are chosen by trying them out, for which there is no GPU; cuBLAS's take as much memory or more.
@@ -103,11 +104,11 @@ def make_plan(config: ml_collections.ConfigDict, name: str, clips: int | None = 
         clips: of a step, on all devices; by default as the target says.
 
     Raises:
-        UserError: the target is unknown or its compiler missing, the batch does not divide, the stage is no training.
+        UserError: the target is unknown or its compiler missing, the batch does not divide, the stage is no training,
+            or a value of the config suits no run.
     """
     target = find(name)
-    mesh = sharding.make_mesh(config.mesh, devices(name))
-    clips = clips or target.clips or config.batch * target.devices
+    mesh, clips = _mesh_and_clips(config, name, clips)
     arguments = lay_out(config, mesh, clips)
     started = time.perf_counter()
     lowered = arguments.step.lower(arguments.state, arguments.frozen, arguments.batch)
@@ -117,9 +118,10 @@ def make_plan(config: ml_collections.ConfigDict, name: str, clips: int | None = 
     optimizer = _held(arguments.state.moments)
     flops, activations = _of_one_clip(config.to_json())
     executed = _executed(config.to_json(), clips)
-    activations = activations * clips // (mesh.shape["data"] * mesh.shape["fsdp"] * config.accumulate)
+    share = clips // (mesh.shape["data"] * mesh.shape["fsdp"] * config.accumulate)
+    activations = activations * share
     least = max(
-        cost.roofline_seconds(executed, target.devices, target.flops, target.bandwidth),
+        cost.roofline_seconds(executed, mesh.size, target.flops, target.bandwidth),
         _moved(arguments, config) / target.link if target.link else 0.0,
     )
     peak = memory.peak_memory_in_bytes
@@ -127,7 +129,7 @@ def make_plan(config: ml_collections.ConfigDict, name: str, clips: int | None = 
     return Plan(
         target=name,
         stage=config.stage,
-        devices=target.devices,
+        devices=mesh.size,
         clips=clips,
         frozen_bytes=frozen,
         trained_bytes=trained,
@@ -140,11 +142,11 @@ def make_plan(config: ml_collections.ConfigDict, name: str, clips: int | None = 
         flops_per_step=flops * clips,
         executed_flops=cost.total_flops(executed),
         roofline_seconds=least,
-        mfu_ceiling=flops * clips / (target.devices * target.flops * least),
+        mfu_ceiling=flops * clips / (mesh.size * target.flops * least),
         compile_seconds=seconds,
         fits=headroom >= 0,
         headroom_bytes=headroom,
-        advice="" if headroom >= 0 else _advice(config, target, clips, -headroom, memory.temp_size_in_bytes, frozen),
+        advice="" if headroom >= 0 else _advice(config, share, -headroom, memory.temp_size_in_bytes, frozen),
     )
 
 
@@ -190,10 +192,14 @@ def save(config: ml_collections.ConfigDict, name: str, clips: int | None = None)
 
     It holds the program and where everything lies, no weights and no Python; arguments and results are flat.
     """
-    target = find(name)
+    return export_step(lay_out(config, *_mesh_and_clips(config, name, clips)), find(name).platform)
+
+
+def _mesh_and_clips(config: ml_collections.ConfigDict, name: str, clips: int | None) -> tuple[Mesh, int]:
+    """The mesh of a config over a target's devices, not all of which it has to take, and the clips of a step there."""
+    check(config)
     mesh = sharding.make_mesh(config.mesh, devices(name))
-    arguments = lay_out(config, mesh, clips or target.clips or config.batch * target.devices)
-    return export_step(arguments, target.platform)
+    return mesh, clips or find(name).clips or config.batch * mesh.size
 
 
 def export_step(arguments: Arguments, platform: str) -> bytes:
@@ -284,17 +290,17 @@ def _moved(arguments: Arguments, config: ml_collections.ConfigDict) -> float:
     return 2 * width * (elsewhere(arguments.frozen) + trained) + 4 * trained
 
 
-def _advice(config: Any, target: Target, clips: int, lacking: int, temp: int, frozen: int) -> str:
+def _advice(config: Any, share: int, lacking: int, temp: int, frozen: int) -> str:
     """Which option frees what is lacking, by estimate: the parts of a batch take turns with what a step needs beside
-    its arguments."""
+    its arguments. `share` is a device's clips in a part."""
     if not config.model.remat:
         return "model.remat=block"
-    share = clips // target.devices
     for parts in (2, 4, 8, 16):
         if share % parts == 0 and temp * (1 - 1 / parts) >= lacking:
-            return f"accumulate={parts}"
+            return f"accumulate={config.accumulate * parts}"
     if config.llm.storage == "full" and lacking <= 0.4 * frozen:
         return "llm.storage=int8"
-    if lacking <= temp * (1 - 1 / max(share, 1)) + 0.9 * frozen:
-        return f"accumulate={max(share, 1)} on two or more devices"
+    if lacking <= temp * (1 - 1 / share) + 0.9 * frozen:
+        parts = f"accumulate={config.accumulate * share} on " if share > 1 else ""
+        return f"{parts}two or more devices"
     return f"more devices: {lacking / GIB:.1f} GiB are lacking on each"

@@ -105,6 +105,7 @@ def devices(name: str) -> list[jax.Device]:
     if target.platform == "tpu":  # it must not ask the network which machine this is
         os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
         os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+        os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # a plan holds no chip, so several may be made at once
     if target.platform == "cuda":
         os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")  # there is no driver to check
         chip = dict(target.chip, bandwidth=int(target.bandwidth), memory=target.memory, name=name)

@@ -81,6 +81,8 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> loop.Outcom
 def check(config: ml_collections.ConfigDict) -> None:
     """Raises UserError where the reinforcement stage's own settings suit no run."""
     settings = config.rl
+    if jax.process_count() > 1:
+        raise UserError("stage=grpo computes on one device, in one process: leave out --processes")
     if settings.group < 2:
         raise UserError(
             f"rl.group={settings.group} is too small: a group of one has nothing to compare; give 2 or more"

@@ -21,11 +21,8 @@ AT_LEAST = {
     + ("data.questions", "data.prompt_length", "model.frames", "model.image_size"),
     0: ("steps", "seed", "data.workers"),
 }
-FREE = (
-    "mesh",
-    "model.remat",
-    "data.keep_features",
-)  # fields that change where and how a run is computed, not what: they may differ
+# Fields that change where and how a run is computed, not what: they may differ. Dropout draws anew for other parts.
+FREE = ("mesh", "model.remat", "accumulate", "loss_chunk", "data.keep_features")
 ONE_OF = {
     "variant": VARIANTS,
     "ablation": ABLATIONS,

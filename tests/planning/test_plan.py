@@ -74,17 +74,48 @@ def test_bytes_that_are_no_saved_step_are_refused():
 
 
 @pytest.mark.parametrize(
-    ("clips", "lacking", "frozen", "says"),
+    ("share", "lacking", "frozen", "says"),
     [
         (8, 5, 0, "accumulate=2"),
         (8, 7, 0, "accumulate=4"),
         (1, 5, 20, "llm.storage=int8"),
+        (4, 25, 20, "accumulate=4 on two or more devices"),
+        (1, 15, 20, "two or more devices"),
         (1, 5, 0, "more devices: 0.0 GiB are lacking on each"),
     ],
 )
-def test_what_would_make_a_step_fit_is_named(clips, lacking, frozen, says):
-    config, target = stage3.get_config("preset=paper"), targets.find("a100-40gb")
-    assert plan._advice(config, target, clips, lacking, temp=10, frozen=frozen) == says
+def test_what_would_make_a_step_fit_is_named(share, lacking, frozen, says):
+    config = stage3.get_config("preset=paper")
+    assert plan._advice(config, share, lacking, temp=10, frozen=frozen) == says
     config.model.remat = ""
-    assert plan._advice(config, target, clips, lacking, temp=10, frozen=frozen) == "model.remat=block"
-    assert dataclasses.replace(target, memory=10).usable == 9
+    assert plan._advice(config, share, lacking, temp=10, frozen=frozen) == "model.remat=block"
+    assert dataclasses.replace(targets.find("a100-40gb"), memory=10).usable == 9
+
+
+def test_more_parts_are_advised_than_a_batch_is_cut_into_already():
+    config = stage3.get_config("preset=paper")
+    config.accumulate = 2
+    assert plan._advice(config, share=4, lacking=7, temp=10, frozen=0) == "accumulate=8"
+    assert plan._advice(config, share=4, lacking=25, temp=10, frozen=20) == "accumulate=8 on two or more devices"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model__remat": "all"}, "model.remat=all is unknown"),
+        ({"llm__storage": "int3"}, "llm.storage=int3 is unknown"),
+        ({"accumulate": 0}, "accumulate=0 is too small"),
+    ],
+)
+def test_a_config_that_suits_no_run_is_neither_planned_nor_saved(changes, message, small_world):
+    for do in (plan.make_plan, plan.save):
+        with pytest.raises(UserError, match=message):
+            do(small_world.config("stage3", **changes), "v5e-8")
+
+
+def test_a_mesh_may_leave_devices_of_a_target_out_and_has_as_many_clips_as_it_takes(small_world, monkeypatch):
+    monkeypatch.setattr(plan, "devices", lambda name: jax.devices() * 8)
+    config = small_world.config("stage3", batch=4, mesh__fsdp=1)
+    mesh, clips = plan._mesh_and_clips(config, "a800-80gb-x8", None)
+    assert (mesh.size, clips) == (1, 4)
+    assert plan._mesh_and_clips(config, "a800-80gb-x8", 2)[1] == 2

@@ -139,6 +139,12 @@ def test_settings_that_suit_no_run_are_refused(changes, says, config_of, tmp_pat
         de_grpo.train(config_of(**changes), tmp_path / "grpo")
 
 
+def test_several_processes_are_refused_by_a_stage_that_computes_on_one_device(config_of, tmp_path, monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(UserError, match="stage=grpo computes on one device, in one process"):
+        de_grpo.train(config_of(), tmp_path / "grpo")
+
+
 def test_the_temporal_reward_gets_responses_about_shuffled_frames_where_they_are_asked_for(config_of, tmp_path):
     settings = {"steps": 1, "rl__rewards__facial__path": "favchat_jax.rl.rewards:temporal"}
     with pytest.raises(UserError, match="needs responses about shuffled frames"):

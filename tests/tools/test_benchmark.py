@@ -119,6 +119,11 @@ def test_ours_and_pytorch_compute_the_same_and_every_row_has_both(work, folder, 
         (["sleep"], "sleep cannot be measured"),
         (["train", "--preset=paper"], "--preset=paper has no language model to draw"),
         (["train", "--preset=huge"], "preset"),
+        (["decode", "--batches=1,many"], "--batches=1,many: give whole numbers above 0"),
+        (["decode", "--batches=0"], "--batches=0: give whole numbers above 0"),
+        (["decode", "--batches="], "--batches=: give whole numbers above 0"),
+        (["decode", "--json=nowhere/rows.json"], "--json=nowhere/rows.json cannot be written"),
+        (["decode", "--json=pyproject.toml"], "--json=pyproject.toml is there and holds no rows"),
     ],
 )
 def test_a_mistake_on_the_command_line_is_one_line_and_exit_code_2(words, said):

@@ -253,6 +253,14 @@ def test_a_workdir_of_another_config_is_refused_with_the_fields_that_differ(smal
         loop.train(other, whole)
 
 
+def test_a_mesh_that_does_not_fit_is_refused_before_a_stage_before_is_asked_for(small_world, tmp_path):
+    refused = {"mesh.data=64.* does not divide": {"mesh__data": 64}, "batch=4 does not": {"accumulate": 3}}
+    for message, changes in refused.items():
+        config = small_world.config("stage3", init__from_run=str(tmp_path / "nowhere"), **changes)
+        with pytest.raises(UserError, match=message):
+            train_stage(config, tmp_path / "run")
+
+
 def test_a_start_that_failed_over_a_wrong_path_does_not_bind_the_workdir_to_it(small_world, settings, tmp_path):
     wrong = small_world.config("stage2", init__from_run=str(tmp_path / "nowhere"))
     with pytest.raises(UserError, match="nowhere"):
