@@ -119,7 +119,10 @@ class Layer(nn.Module):
     ) -> tuple[Float[Array, "B Q N D"], Float[Array, "B Q L D"] | None]:
         rates = {"dropout": self.dropout, "drop_path": self.drop_path, "dtype": self.dtype}
         count = queries.shape[2]
-        tokens = queries if text is None else jnp.concatenate([queries, text], axis=2)
+        tokens = queries
+        if text is not None:
+            # Barred from fusions: XLA's Triton code for GPUs cannot compile a norm of one half of a concatenation.
+            tokens = jax.lax.optimization_barrier(jnp.concatenate([queries, text], axis=2))
         tokens = Attention(**rates, heads=self.heads, name="attention")(tokens, mask=mask, deterministic=deterministic)
         queries = tokens[:, :, :count]
         if self.cross:

@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 from favchat_jax.convert.mistral import read_config
 from favchat_jax.errors import UserError
 from favchat_jax.models import favchat
+from favchat_jax.models.attention import compiling_for
 from favchat_jax.models.mistral import MistralConfig
 from favchat_jax.models.quantized import store
 from favchat_jax.planning import cost
@@ -116,10 +117,10 @@ def make_plan(config: ml_collections.ConfigDict, name: str, clips: int | None = 
     seconds = time.perf_counter() - started
     frozen, trained = _held(arguments.frozen), _held(arguments.state.trainable)
     optimizer = _held(arguments.state.moments)
-    flops, activations = _of_one_clip(config.to_json())
+    flops, activations = _of_one_clip(config.to_json(), mesh.devices.flat[0].platform)
     executed = _executed(config.to_json(), clips)
     share = clips // (mesh.shape["data"] * mesh.shape["fsdp"] * config.accumulate)
-    activations = activations * share
+    activations = min(activations * share, memory.temp_size_in_bytes)
     least = max(
         cost.roofline_seconds(executed, mesh.size, target.flops, target.bandwidth),
         _moved(arguments, config) / target.link if target.link else 0.0,
@@ -135,7 +136,7 @@ def make_plan(config: ml_collections.ConfigDict, name: str, clips: int | None = 
         trained_bytes=trained,
         optimizer_bytes=optimizer,
         activation_bytes=activations,
-        temporary_bytes=max(0, memory.temp_size_in_bytes - activations),
+        temporary_bytes=memory.temp_size_in_bytes - activations,
         argument_bytes=memory.argument_size_in_bytes,
         temp_bytes=memory.temp_size_in_bytes,
         peak_bytes_per_device=peak,
@@ -236,8 +237,11 @@ def _llm(config: ml_collections.ConfigDict) -> MistralConfig:
 
 
 @functools.lru_cache(maxsize=8)
-def _of_one_clip(config_json: str) -> tuple[float, int]:
-    """(operations of the forward and backward pass without rematerialisation, bytes of activations with it)."""
+def _of_one_clip(config_json: str, platform: str) -> tuple[float, int]:
+    """(operations of the forward and backward pass without rematerialisation, bytes of activations with it).
+
+    The operations are those of plain attention, whose products can be counted, the bytes those of the platform's.
+    """
     config = ml_collections.ConfigDict(json.loads(config_json))
     trainable, frozen = stages.split(_model(config_json)[1], config.variant, config.stage)
     frozen = {path: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(config.model.dtype)) for path, leaf in frozen.items()}
@@ -253,7 +257,8 @@ def _of_one_clip(config_json: str) -> tuple[float, int]:
         value, backward = jax.vjp(lambda w: loss(_model(config_json)[0])(w, frozen, batch), weights)
         return value, [leaf for leaf in jax.tree.leaves(backward) if isinstance(leaf, jax.Array)]
 
-    kept = jax.make_jaxpr(forward)(trainable, frozen, batch)
+    with compiling_for(platform):
+        kept = jax.make_jaxpr(forward)(trainable, frozen, batch)
     config.model.remat = ""
     gradient = jax.make_jaxpr(jax.value_and_grad(loss(_build(config))))(trainable, frozen, batch)
     weights = {leaf.shape for leaf in (*trainable.values(), *frozen.values())}
