@@ -70,6 +70,7 @@ def draw(rows: list[dict[str, Any]], trained_on: int, path: str) -> None:
 
     figure, (ours, published) = pyplot.subplots(1, 2, figsize=(10, 3.6), constrained_layout=True)
     at = [row["frames"] for row in rows]
+    ours.set_prop_cycle(color=pyplot.colormaps["tab20"].colors)  # more kinds than the default has colours
     for kind in rows[0]["figures"]:
         cells = [row["figures"][kind] for row in rows]
         values = np.array([cell["value"] for cell in cells])
