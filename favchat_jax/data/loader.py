@@ -326,8 +326,9 @@ class BatchIterator(grain.DatasetIterator):
 def _start_worker(index: int, count: int) -> None:
     """Runs first in every worker process."""
     del index, count
-    # Ctrl-C reaches the whole process group; the main process decides what becomes of the run.
+    # Ctrl-C and a scheduler's SIGTERM reach the whole process group; the main process decides what becomes of the run.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     threading.Thread(target=_follow_parent, daemon=True).start()
 
 

@@ -1,4 +1,5 @@
 import dataclasses
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -197,6 +198,22 @@ def test_a_restored_stream_goes_on_bit_identically_and_is_the_same_for_any_numbe
     assert all(same(next(restored), batch) for batch in expected[5:])
     assert (restored.seen, restored.bad, restored.bad_ids) == (reference.seen, reference.bad, reference.bad_ids)
     assert list(restored.bad_ids) == ["clip-20"]
+
+
+def test_workers_leave_it_to_the_main_process_what_a_signal_to_all_of_them_means(records, open_stream):
+    stream = open_stream(records, workers=1)
+    next(stream)
+    workers = multiprocessing.active_children()
+    assert workers
+    for worker in workers:
+        os.kill(worker.pid, signal.SIGTERM)
+        os.kill(worker.pid, signal.SIGINT)
+    for _ in range(12):  # more than they have ready
+        next(stream)
+    stream.close()
+    for worker in workers:
+        worker.join(30)
+        assert not worker.is_alive()
 
 
 def test_a_stream_read_with_other_workers_cannot_be_continued(records, open_stream):

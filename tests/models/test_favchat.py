@@ -62,7 +62,7 @@ class Tiny:
         tokens = rng.integers(0, MISTRAL.vocab_size, (2, 3, 9))
         tokens[:, :, 2:5] = -1
         self.inputs = {
-            "frames": rng.integers(0, 256, (2, 2, 32, 32, 3), np.uint8),
+            "clips": rng.integers(0, 256, (2, 2, 32, 32, 3), np.uint8),
             "tokens": tokens.astype(np.int32),
             "prompt": rng.integers(0, 512, (2, 3, 4)).astype(np.int32),
             "prompt_mask": np.arange(4) < rng.integers(1, 5, (2, 3, 1)),
@@ -250,7 +250,7 @@ def test_three_questions_at_once_give_what_each_gives_alone(either):
     together = either.forward()
     for question in range(3):
         own = {
-            name: value if name == "frames" else value[:, question : question + 1]
+            name: value if name == "clips" else value[:, question : question + 1]
             for name, value in either.inputs.items()
         }
         output = either.forward(**own)
@@ -259,9 +259,9 @@ def test_three_questions_at_once_give_what_each_gives_alone(either):
 
 
 def test_a_clips_frames_reach_its_own_answers_and_no_other_clips(either):
-    frames = either.inputs["frames"].copy()
+    frames = either.inputs["clips"].copy()
     frames[1, 0, 8:24, 8:24] = 255
-    before, after = either.forward(), either.forward(frames=frames)
+    before, after = either.forward(), either.forward(clips=frames)
     moved = np.abs(before.hidden - after.hidden).max((1, 3))
     np.testing.assert_array_equal(moved[0], 0)
     np.testing.assert_array_equal(moved[1, :2], 0)  # text before the visual tokens
@@ -296,7 +296,7 @@ def test_v2_weighs_the_streams_once_a_question():
 
 def test_the_frames_of_a_still_clip_differ_in_their_blocks_by_their_time_alone_in_v2():
     model = tiny_model("v2")
-    frames = np.repeat(model.inputs["frames"][:, :1], 2, axis=1)
+    frames = np.repeat(model.inputs["clips"][:, :1], 2, axis=1)
     encode = jax.jit(lambda frames: model.model.apply(model.params, frames, method="encode").facial)
     for block in encode(frames):
         first, second = jnp.split(block, 2, axis=1)
@@ -312,7 +312,7 @@ def test_the_frames_of_a_still_clip_differ_in_their_facial_tokens_by_their_time_
     params["params"]["fusion"]["step_2"]["out"] = jax.tree.map(
         jnp.zeros_like, params["params"]["fusion"]["step_2"]["out"]
     )
-    frames = np.repeat(tiny.inputs["frames"][:, :1], 2, axis=1)
+    frames = np.repeat(tiny.inputs["clips"][:, :1], 2, axis=1)
     encode = jax.jit(lambda params, frames: tiny.model.apply(params, frames, method="encode").facial)
     first, second = jnp.split(encode(params, frames), 2, axis=1)
     half = first.shape[-1] // 2  # of the channels; the other holds the place, which is the same
