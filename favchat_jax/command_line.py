@@ -76,10 +76,10 @@ def keep_freed_memory() -> None:
     """
     with contextlib.suppress(OSError, AttributeError):  # not glibc
         mallopt = ctypes.CDLL(None).mallopt
-        arena_max, mmap_threshold, trim_threshold = -8, -3, -1  # malloc.h
+        arena_max, mmap_max, trim_threshold = -8, -4, -1  # malloc.h
         mallopt(arena_max, 1)
-        mallopt(mmap_threshold, 2**30)
-        mallopt(trim_threshold, 2**31 - 1)
+        mallopt(mmap_max, 0)
+        mallopt(trim_threshold, -1)  # never
 
 
 def parse(argv: list[str]) -> None:

@@ -9,6 +9,7 @@ import contextlib
 import errno
 import json
 import shutil
+import time
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -86,7 +87,16 @@ def save_weights(folder: str | Path, weights: Weights, config: Mapping[str, Any]
             shutil.rmtree(folder, ignore_errors=True)
             draft.rename(folder)
     finally:
-        shutil.rmtree(draft, ignore_errors=True)
+        _remove(draft)
+
+
+def _remove(folder: Path) -> None:
+    """Removes a folder for good: after a write that failed, Orbax's threads go on with others for a moment."""
+    for _ in range(50):
+        shutil.rmtree(folder, ignore_errors=True)
+        time.sleep(0.02)
+        if not folder.exists():
+            return
 
 
 def weight_shapes(folder: str | Path) -> dict[str, tuple[int, ...]]:

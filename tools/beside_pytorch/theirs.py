@@ -36,7 +36,8 @@ def train(folder: str, preset: str) -> Runs:
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     section = config.optimizer
     betas, decay = (section.b1, section.b2), section.weight_decay
-    optimizer = torch.optim.AdamW(trained, 1e-6, betas, weight_decay=decay, fused=True)
+    # At a rate of 0, which costs the same, so that every setting's first loss is of the weights that ours starts from.
+    optimizer = torch.optim.AdamW(trained, 0.0, betas, weight_decay=decay, fused=True)
     blocks = model.base_model.model.vision_encoder["encoder"].blocks
     counted: list[int] = []  # products and attention of one step, as PyTorch counts its own
     keeping = [block.forward for block in blocks]
