@@ -100,9 +100,66 @@ def _plain(query, key, value, *, bias=None, mask=None, causal=False, window=None
     by_head = mask is not None and mask.shape[1] > 1
     if query.shape[1] == 1 and bias is None and not (causal or by_head):
         return _one_query(query, key, value, mask)
+    if causal:
+        distance = jnp.arange(query.shape[1])[:, None] - jnp.arange(key.shape[1])
+        ahead = (distance >= 0) & (distance < (window or query.shape[1]))
+        mask = ahead[None, None] if mask is None else mask & ahead
     # Products of four dimensions; those of grouped heads would have five, which XLA lays out anew.
     key, value = (jnp.repeat(x, query.shape[2] // x.shape[2], axis=2) for x in (key, value))
-    return _dot_product(query, key, value, bias, mask, causal, window, "xla")
+    query, key, value = (jnp.swapaxes(x, 1, 2) for x in (query * query.shape[3] ** -0.5, key, value))
+    return jnp.swapaxes(_scored(query, key, value, bias, mask), 1, 2)
+
+
+@jax.custom_vjp
+def _scored(query, key, value, bias, mask):
+    """Attention with all of its scores, [B, H, L, S], and a gradient that passes over them half as often as autodiff's.
+
+    Values are summed under weights that do not add up to 1 yet, since dividing the sums is less to divide. In the
+    backward pass the sum over a row of the weights times their gradients is the product of the output with its own
+    (as in flash attention), and gradients of keys and values are products whose small factor is the transposed one.
+    """
+    return _scored_forward(query, key, value, bias, mask)[0]
+
+
+def _scored_forward(query, key, value, bias, mask):
+    scores = jnp.einsum("BHLD,BHSD->BHLS", query, key, preferred_element_type=jnp.float32)
+    if bias is not None:
+        scores = scores + bias.astype(jnp.float32)
+    if mask is not None:
+        scores = jnp.where(mask, scores, LOWEST)
+    weights = jnp.exp(scores - scores.max(axis=-1, keepdims=True))
+    total = weights.sum(axis=-1, keepdims=True)
+    weights = weights.astype(value.dtype)
+    summed = jnp.einsum("BHLS,BHSD->BHLD", weights, value, preferred_element_type=jnp.float32)
+    out = (summed / total).astype(query.dtype)
+    return out, (query, key, value, bias, mask, weights, total, out)
+
+
+def _scored_backward(saved, d_out):
+    query, key, value, bias, mask, weights, total, out = saved
+    along = jnp.sum(out.astype(jnp.float32) * d_out, axis=-1, keepdims=True) / total
+    d_sum = (d_out / total).astype(value.dtype)
+    d_weights = jnp.einsum("BHLD,BHSD->BHLS", d_sum, value, preferred_element_type=jnp.float32)
+    d_scores = weights * (d_weights - along)
+    if mask is not None:
+        d_scores = jnp.where(mask, d_scores, 0)
+    # Behind a barrier it exists once; fused into both products below it would be computed for each.
+    d_scores = jax.lax.optimization_barrier(d_scores)
+    d_bias = None if bias is None else _summed_to(bias, d_scores)
+    d_scores = d_scores.astype(query.dtype)
+    d_query = jnp.einsum("BHLS,BHSD->BHLD", d_scores, key)
+    d_key = jnp.einsum("BHLD,BHLS->BHDS", query, d_scores)
+    d_value = jnp.einsum("BHLD,BHLS->BHDS", d_sum, weights)
+    return d_query, jnp.swapaxes(d_key, 2, 3), jnp.swapaxes(d_value, 2, 3), d_bias, None
+
+
+def _summed_to(bias, d_scores):
+    """The gradient of what was broadcast over the scores."""
+    repeated = [axis for axis, size in enumerate(bias.shape) if size != d_scores.shape[axis]]
+    return d_scores.sum(axis=repeated, keepdims=True).astype(bias.dtype)
+
+
+_scored.defvjp(_scored_forward, _scored_backward)
 
 
 def _one_query(query, key, value, mask):
@@ -118,10 +175,6 @@ def _one_query(query, key, value, mask):
 def _cudnn(query, key, value, *, bias=None, mask=None, causal=False, window=None):
     if mask is not None:  # becomes a bias, which cuDNN wants whole
         mask = jnp.broadcast_to(mask, (*mask.shape[:2], query.shape[1], key.shape[1]))
-    return _dot_product(query, key, value, bias, mask, causal, window, "cudnn")
-
-
-def _dot_product(query, key, value, bias, mask, causal, window, implementation):
     return jax.nn.dot_product_attention(
         query,
         key,
@@ -130,7 +183,7 @@ def _dot_product(query, key, value, bias, mask, causal, window, implementation):
         mask=mask,
         is_causal=causal,
         local_window_size=(window - 1, 0) if window else None,
-        implementation=implementation,
+        implementation="cudnn",
     )
 
 
