@@ -25,6 +25,7 @@ from favchat_jax.models.favchat import ClipFeatures
 from favchat_jax.models.mistral import LayerCache, empty_cache
 
 Turn = tuple[str, str | None]
+SHORTEST_STEP = 32  # tokens between two buckets of prompts, at least
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +101,7 @@ class Sampler:
         qformer = config.model.qformer
         self.conversation = Conversation(tokenizer, qformer.queries + qformer.extra_queries)
         self.prompt = PromptEncoder(prompt_tokenizer, config.data.prompt_length)
-        self._buckets = sorted(config.data.buckets)
+        self._longest = max(config.data.buckets)
         self._dtype = jnp.dtype(config.model.dtype)
         self._encode = jax.jit(lambda params, frames: self._model.apply(params, frames, method="encode"))
         self._weigh = jax.jit(lambda params, *x: self._model.apply(params, *x, method="visual_tokens")[1].mean(axis=2))
@@ -160,7 +161,7 @@ class Sampler:
         asked = [self._encoded(turns) for turns in conversations]
         told = [[self._encoded([*turns[:-1], (turns[-1][0], a)]) for a in answers] for turns in conversations]
         longest = max(len(tokens) for row in told for tokens in row)
-        bucket = next(size for size in self._buckets if size >= longest)
+        bucket = self._padded(longest)
         most = max(len(whole) - len(start) for start, row in zip(asked, told, strict=True) for whole in row)
         tokens = np.full((len(told), len(answers), bucket), self.conversation.pad, np.int32)
         places = np.ones((len(told), len(answers), most), np.int32)
@@ -225,14 +226,19 @@ class Sampler:
             left -= count
 
     def _encoded(self, turns: Sequence[Turn]) -> Int[np.ndarray, " L"]:
-        return self.conversation.encode(turns, self.frames, self._buckets[-1]).tokens
+        return self.conversation.encode(turns, self.frames, self._longest).tokens
+
+    def _padded(self, length: int) -> int:
+        """The bucket of a prompt: four sizes an octave, so that few are compiled and little padding is computed."""
+        step = max(SHORTEST_STEP, 2 ** ((length - 1).bit_length() - 3))
+        return min(-(-length // step) * step, self._longest)
 
     def _arrays(self, conversations) -> dict[str, np.ndarray]:
         clips, questions = len(conversations), max(len(asked) for asked in conversations)
         rows = [list(asked) + [asked[0]] * (questions - len(asked)) for asked in conversations]
         encoded = [[self._encoded(turns) for turns in asked] for asked in rows]
         lengths = np.array([[len(tokens) for tokens in asked] for asked in encoded], np.int32)
-        bucket = next(size for size in self._buckets if size >= lengths.max())
+        bucket = self._padded(int(lengths.max()))
         arrays = {
             "tokens": np.full((clips, questions, bucket), self.conversation.pad, np.int32),
             "last": lengths.reshape(-1) - 1,

@@ -1,11 +1,11 @@
-"""Scaled dot-product attention, the one function that every module calls, and the only place that picks a kernel.
+"""Scaled dot-product attention, which every module calls, and the only place that picks a kernel.
 
 | who calls | on an NVIDIA GPU | on a TPU | on a CPU |
 |---|---|---|---|
 | joint space-time attention, cross-attention | cuDNN flash attention | splash attention | XLA |
 | causal with grouped heads (`causal`, `window`) | cuDNN flash attention | splash attention | XLA |
 | a padding mask over keys | cuDNN flash attention | splash attention | XLA |
-| windows with a bias, one query a sequence (decoding), masks by query | XLA | XLA | XLA |
+| windows with a bias, few queries, masks by query; one more token and a cache (`one_more`) | XLA | XLA | XLA |
 
 Flash kernels never hold the L x S scores, which at the paper's 3136 tokens would be 300 MB a clip and layer. A window
 of 49 tokens or a single query has next to none, and a learned bias would need them for its gradient.
@@ -80,6 +80,28 @@ def attention(
         return run(query, key, value, bias=bias, mask=mask, causal=causal, window=window)
 
 
+def one_more(
+    query: Float[Array, "B 1 H D"],
+    keys: Float[Array, "B K D S"],
+    values: Float[Array, "B K S D"],
+    mask: Bool[Array, "B S"],
+) -> Float[Array, "B 1 H D"]:
+    """A token that is decoded reads the slots of a cache at which `mask` is True.
+
+    The cache lies as the two products read it, group by group.
+    """
+    with jax.named_scope(SCOPE):
+        rows, heads = keys.shape[:2]
+        keys, values = (x.reshape(-1, *x.shape[2:]).astype(query.dtype) for x in (keys, values))
+        query = rearrange(query * query.shape[3] ** -0.5, "B 1 (K G) D -> (B K) G D", K=heads)
+        scores = jnp.einsum("NGD,NDS->NGS", query, keys, preferred_element_type=jnp.float32)
+        scores = jnp.where(jnp.repeat(mask, heads, axis=0)[:, None], scores, LOWEST)
+        weights = jnp.exp(scores - scores.max(axis=-1, keepdims=True))
+        total = weights.sum(axis=-1, keepdims=True)
+        read = jnp.einsum("NGS,NSD->NGD", weights.astype(query.dtype), values, preferred_element_type=jnp.float32)
+        return rearrange((read / total).astype(query.dtype), "(B K) G D -> B 1 (K G) D", B=rows)
+
+
 def kernel_for(query: Array, key: Array, bias: Array | None, mask: Array | None) -> str:
     """Which of "xla", "cudnn" and "splash" these arrays go to, by the platform that is compiled for."""
     platform = _TARGET.get() or jax.default_backend()
@@ -97,9 +119,6 @@ def kernel_for(query: Array, key: Array, bias: Array | None, mask: Array | None)
 
 
 def _plain(query, key, value, *, bias=None, mask=None, causal=False, window=None):
-    by_head = mask is not None and mask.shape[1] > 1
-    if query.shape[1] == 1 and bias is None and not (causal or by_head):
-        return _one_query(query, key, value, mask)
     if causal:
         distance = jnp.arange(query.shape[1])[:, None] - jnp.arange(key.shape[1])
         ahead = (distance >= 0) & (distance < (window or query.shape[1]))
@@ -160,16 +179,6 @@ def _summed_to(bias, d_scores):
 
 
 _scored.defvjp(_scored_forward, _scored_backward)
-
-
-def _one_query(query, key, value, mask):
-    """A token that is decoded: its heads read the cache group by group, where jax's form would first transpose it."""
-    grouped = rearrange(query, "B 1 (K G) D -> B K G D", K=key.shape[2])
-    scores = jnp.einsum("BKGD,BSKD->BKGS", grouped, key, preferred_element_type=jnp.float32) * query.shape[3] ** -0.5
-    if mask is not None:
-        scores = jnp.where(mask, scores, LOWEST)
-    weights = jax.nn.softmax(scores).astype(query.dtype)
-    return rearrange(jnp.einsum("BKGS,BSKD->BKGD", weights, value), "B K G D -> B 1 (K G) D")
 
 
 def _cudnn(query, key, value, *, bias=None, mask=None, causal=False, window=None):

@@ -17,7 +17,7 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
 from favchat_jax.errors import UserError
-from favchat_jax.models.attention import attention
+from favchat_jax.models.attention import attention, one_more
 from favchat_jax.models.lora import LoRADense
 from favchat_jax.models.partition import by_clip
 from favchat_jax.models.remat import remat
@@ -82,17 +82,18 @@ class MistralConfig:
 class LayerCache:
     """Keys and values of one layer, slot s holding position s. S is static.
 
-    A head's slots lie together, so that a token's queries read them where they are.
+    Each lies as the product of a token's queries with it reads it: nothing is transposed for a token.
     """
 
-    keys: Float[Array, "B K S H"]
+    keys: Float[Array, "B K H S"]
     values: Float[Array, "B K S H"]
 
 
 def empty_cache(config: MistralConfig, batch: int, length: int, dtype=jnp.float32) -> list[LayerCache]:
     """One zeroed cache a layer, for `batch` sequences of at most `length` tokens."""
-    shape = (batch, config.num_key_value_heads, length, config.head_dim)
-    return [LayerCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(config.num_hidden_layers)]
+    rows = (batch, config.num_key_value_heads)
+    keys, values = (*rows, config.head_dim, length), (*rows, length, config.head_dim)
+    return [LayerCache(jnp.zeros(keys, dtype), jnp.zeros(values, dtype)) for _ in range(config.num_hidden_layers)]
 
 
 def rotate(x: Float[Array, "B L N H"], positions: Int[Array, "B L"], theta: float) -> Float[Array, "B L N H"]:
@@ -139,12 +140,13 @@ class Attention(nn.Module):
             query, key, value = project("q_proj", own, x), project("k_proj", shared, x), project("v_proj", shared, x)
         query, key, value = (rearrange(t, "B L (N H) -> B L N H", H=config.head_dim) for t in (query, key, value))
         query, key = rotate(query, positions, config.rope_theta), rotate(key, positions, config.rope_theta)
-        if cache is None:
+        if cache is not None:
+            keys = _write(cache.keys, rearrange(key, "B L K H -> B K H L"), positions, axis=1)
+            cache = LayerCache(keys, _write(cache.values, rearrange(value, "B L K H -> B K L H"), positions, axis=0))
+        if cache is None or value.shape[1] > 1:
             y = attention(query, key, value, mask=mask, causal=True, window=config.sliding_window)
         else:
-            cache = LayerCache(_write(cache.keys, key, positions), _write(cache.values, value, positions))
-            key, value = (jnp.swapaxes(x, 1, 2).astype(self.dtype) for x in (cache.keys, cache.values))
-            y = attention(query, key, value, mask=mask)
+            y = one_more(query, cache.keys, cache.values, mask)
         return project("o_proj", config.hidden_size, rearrange(y, "B L N H -> B L (N H)")), cache
 
 
@@ -248,16 +250,17 @@ class Mistral(nn.Module):
                 consecutive from the first one on.
             valid: False at padding, which nothing reads (without a cache only). Padding on the right needs none:
                 causality hides it.
-            cache: one a layer (with `scan=False` only); keys of earlier tokens are read from it.
+            cache: one a layer (with `scan=False` only). A single token reads the tokens before it there; several are
+                the beginning of their sequence.
             deterministic: no dropout.
         """
         batch, length, _ = embeddings.shape
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(length), (batch, length))
-        # Without a cache tokens lie in the order of their slots, so that causality needs no mask.
+        # Tokens lie in the order of their positions, so that causality needs no mask.
         mask = None if valid is None else valid[:, None, None, :]
         if cache is not None:
-            mask = causal_mask(positions, cache[0].keys.shape[2], self.config.sliding_window)
+            mask = readable(positions, cache[0].values.shape[2], self.config.sliding_window) if length == 1 else None
         x = by_clip(embeddings.astype(self.dtype))
         if self.scan:
             if cache is not None:
@@ -278,16 +281,19 @@ def adapted(target: str, features: int, lora: LoRA, dtype: jnp.dtype, name: str 
     return LoRADense(features, rank, lora.alpha, lora.dropout, dtype, name=name)
 
 
-def causal_mask(slots: Int[Array, "B L"], keys: int, window: int | None) -> Bool[Array, "B 1 L S"]:
-    """Over a cache: True where a query's slot may read key slot s: s <= slot, s > slot - window if there is one."""
-    distance = slots[:, :, None] - jnp.arange(keys)
-    mask = distance >= 0
-    if window is not None:
-        mask &= distance < window
-    return mask[:, None]
+def readable(positions: Int[Array, "B L"], slots: int, window: int | None) -> Bool[Array, "B S"]:
+    """True at the slots of a cache that a token at each row's first position may read: its own, and those before it
+    that are in the window."""
+    distance = positions[:, :1] - jnp.arange(slots)
+    return (distance >= 0) & (distance < (window or slots))
 
 
-def _write(cache: Float[Array, "B K S H"], new: Float[Array, "B L K H"], positions: Int[Array, "B L"]):
-    """Writes each row's new entries into its slots from positions[row, 0] on."""
-    update = jax.vmap(lambda row, entries, start: jax.lax.dynamic_update_slice(row, entries, (0, start, 0)))
-    return update(cache, jnp.swapaxes(new, 1, 2).astype(cache.dtype), positions[:, 0])
+def _write(cache: Float[Array, "B K ..."], new: Float[Array, "B K ..."], positions: Int[Array, "B L"], axis: int):
+    """Writes each row's new entries into its slots, which are along a head's `axis`, from positions[row, 0] on.
+
+    Head by head: on a CPU, XLA would do the write of a whole row a second time for what reads it, into a copy.
+    """
+    rows, heads = cache.shape[:2]
+    flat, new = (x.reshape(rows * heads, *x.shape[2:]) for x in (cache, new.astype(cache.dtype)))
+    update = jax.vmap(lambda row, entries, first: jax.lax.dynamic_update_slice_in_dim(row, entries, first, axis))
+    return update(flat, new, jnp.repeat(positions[:, 0], heads)).reshape(cache.shape)
