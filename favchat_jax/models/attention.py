@@ -121,8 +121,8 @@ def kernel_for(query: Array, key: Array, bias: Array | None, mask: Array | None)
 def _plain(query, key, value, *, bias=None, mask=None, causal=False, window=None):
     if causal:
         distance = jnp.arange(query.shape[1])[:, None] - jnp.arange(key.shape[1])
-        ahead = (distance >= 0) & (distance < (window or query.shape[1]))
-        mask = ahead[None, None] if mask is None else mask & ahead
+        behind = (distance >= 0) & (distance < (window or query.shape[1]))
+        mask = behind[None, None] if mask is None else mask & behind
     # Products of four dimensions; those of grouped heads would have five, which XLA lays out anew.
     key, value = (jnp.repeat(x, query.shape[2] // x.shape[2], axis=2) for x in (key, value))
     query, key, value = (jnp.swapaxes(x, 1, 2) for x in (query * query.shape[3] ** -0.5, key, value))
