@@ -11,7 +11,7 @@ def get_config(argument: str = ""):
     config.optimizer.learning_rate = 2e-4
     config.batch = 4
     if config.preset == "tiny":
-        config.steps = 400
+        config.steps = 370
         config.batch = 16
         config.optimizer.learning_rate = 5e-3
     return config
