@@ -200,6 +200,10 @@ def main(work: str) -> None:
         raise UserError("--preset=paper has no language model to draw: choose tiny or base")
     if not all(batch.isdecimal() and int(batch) for batch in _BATCHES.value or [""]):
         raise UserError(f"--batches={','.join(_BATCHES.value)}: give whole numbers above 0, as in 1,8")
+    if _SETTINGS.value and _BASELINE.value == "none":
+        raise UserError(
+            f"--settings={','.join(_SETTINGS.value)} names settings of PyTorch, which --baseline=none leaves out"
+        )
     if _JSON.value:
         command_line.check_output("--json", _JSON.value)
         _others(Path(_JSON.value), [])

@@ -41,9 +41,13 @@ def joined(processes: str) -> Iterator[None]:
     if not processes:
         yield
         return
-    given = re.fullmatch(r"([^,]+):(\d+),(\d+),(\d+)", processes)
+    given = re.fullmatch(r"([^,]+):(\d{1,5}),(\d{1,6}),(\d{1,6})", processes)
+    if given and not (0 < int(given[2]) < 2**16 and int(given[4]) < int(given[3])):
+        given = None
     if not given and processes != "auto":
-        raise UserError(f"--processes={processes}: give auto, or HOST:PORT,COUNT,INDEX as in 10.0.0.1:9000,2,0")
+        raise UserError(
+            f"--processes={processes}: give auto, or HOST:PORT,COUNT,INDEX as in 10.0.0.1:9000,2,0 (INDEX below COUNT)"
+        )
     host, place = socket.gethostname(), {}
     if given:
         host = given[1]

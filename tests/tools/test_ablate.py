@@ -117,6 +117,7 @@ def small(small_world, **more):
     return {field: value for field, value in values.items() if field not in ("init.from_run", "init.qformer")}
 
 
+@pytest.mark.slow
 def test_an_arm_is_trained_and_evaluated_once_and_refused_on_other_terms(small_world, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     changes = small(small_world)
