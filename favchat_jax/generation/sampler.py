@@ -25,7 +25,7 @@ from favchat_jax.models.favchat import ClipFeatures
 from favchat_jax.models.mistral import LayerCache, empty_cache
 
 Turn = tuple[str, str | None]
-SHORTEST_STEP = 32  # tokens between two buckets of prompts, at least
+SHORTEST_STEP = 16  # tokens between two buckets of prompts, at least
 
 
 @dataclasses.dataclass(frozen=True)
