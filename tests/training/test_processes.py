@@ -28,7 +28,9 @@ command_line.start(main)
 """
 
 
-@pytest.mark.parametrize("value", ["here", "localhost:80,2", "localhost,2,0", "localhost:99999,2,0", "localhost:80,2,2"])
+@pytest.mark.parametrize(
+    "value", ["here", "localhost:80,2", "localhost,2,0", "localhost:99999,2,0", "localhost:80,2,2"]
+)
 def test_a_place_among_processes_of_another_form_is_refused(value):
     with pytest.raises(UserError, match="give auto, or HOST:PORT,COUNT,INDEX"), processes.joined(value):
         pass
