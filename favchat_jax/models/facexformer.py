@@ -26,6 +26,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from favchat_jax.models.attention import attention
 from favchat_jax.models.linear import Linear, flat_product
+from favchat_jax.models.loop import loop
 from favchat_jax.models.partition import by_clip
 from favchat_jax.models.remat import remat
 from favchat_jax.models.umt import MLP, PatchEmbedding
@@ -140,10 +141,11 @@ class SwinStage(nn.Module):
     @nn.compact
     def __call__(self, tokens: Float[Array, "B H W D"]) -> Float[Array, "B H W D"]:
         block = remat(SwinBlock, self.remat)
-        for j in range(self.depth):
-            layer = block(self.heads, self.window, j % 2 == 1, self.mlp_ratio, self.dtype, name=f"blocks_{j}")
-            tokens = by_clip(layer(tokens))
-        return tokens
+        blocks = [
+            block(self.heads, self.window, j % 2 == 1, self.mlp_ratio, self.dtype, name=f"blocks_{j}")
+            for j in range(self.depth)
+        ]
+        return loop(blocks, lambda block, tokens: by_clip(block(tokens)), tokens, period=2)
 
 
 class PatchMerging(nn.Module):

@@ -25,6 +25,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from favchat_jax.models.attention import attention
 from favchat_jax.models.linear import Linear
+from favchat_jax.models.loop import loop
 from favchat_jax.models.partition import by_clip
 from favchat_jax.models.remat import remat
 
@@ -243,8 +244,12 @@ class QFormer(nn.Module):
         visual = visual.astype(self.dtype)
         if visual.ndim == 3:
             visual = visual[:, None]
-        for layer in self.layer:
-            tokens, text = layer(by_clip(tokens), text, visual, mask, visual_mask, deterministic)
+
+        def step(layer, carry):
+            tokens, text = carry
+            return layer(by_clip(tokens), text, visual, mask, visual_mask, deterministic)
+
+        tokens, _ = loop(self.layer, step, (tokens, text), period=self.cross_every)
         if prompt is not None:
             tokens = jnp.broadcast_to(tokens, (*prompt.shape[:2], *tokens.shape[2:]))
         return tokens
