@@ -29,13 +29,11 @@ from favchat_jax.models.granularity import GranularityFusion, PromptGuidedFusion
 from favchat_jax.models.linear import Linear
 from favchat_jax.models.mistral import LayerCache, LoRA, Mistral, MistralConfig
 from favchat_jax.models.qformer import QFormer
-from favchat_jax.models.umt import UMT
+from favchat_jax.models.umt import UMT, VISION_LAYERNORM_EPSILON
 
 # Published normalisation of both encoders' input (ImageNet's).
 PIXEL_MEAN = (0.485, 0.456, 0.406)
 PIXEL_STD = (0.229, 0.224, 0.225)
-# Of the norm after the general encoder.
-VISION_LAYERNORM_EPSILON = 1e-12
 
 VARIANTS = ("v1", "v2")
 ABLATIONS = ("none", "no_face", "no_granularity", "no_moe")

@@ -11,7 +11,9 @@ import jax.numpy as jnp
 Carry = TypeVar("Carry")
 
 
-def loop(layers: Sequence[nn.Module], step: Callable[[nn.Module, Carry], Carry], carry: Carry, period: int = 1) -> Carry:
+def loop(
+    layers: Sequence[nn.Module], step: Callable[[nn.Module, Carry], Carry], carry: Carry, period: int = 1
+) -> Carry:
     """`carry` after `step` with each of the layers; with a loop over those periods whose layers have the same fields.
 
     Each layer draws random numbers of its own from the stream `dropout`. Where fewer than two periods are alike, and

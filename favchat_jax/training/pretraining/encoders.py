@@ -22,9 +22,9 @@ from favchat_jax.data.datasets.rendered_faces import draw_general_clips, draw_st
 from favchat_jax.data.rendered_drawing import FRAMES
 from favchat_jax.data.video import frame_indices
 from favchat_jax.models.facexformer import FaceXFormerEncoder
-from favchat_jax.models.favchat import PIXEL_MEAN, PIXEL_STD, VISION_LAYERNORM_EPSILON
+from favchat_jax.models.favchat import PIXEL_MEAN, PIXEL_STD
 from favchat_jax.models.linear import Linear
-from favchat_jax.models.umt import UMT
+from favchat_jax.models.umt import UMT, VISION_LAYERNORM_EPSILON
 from favchat_jax.training.pretraining.fitting import fit
 from favchat_jax.weights_folder import save_weights
 
