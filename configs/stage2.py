@@ -14,4 +14,6 @@ def get_config(argument: str = ""):
         config.steps = 370
         config.batch = 16
         config.optimizer.learning_rate = 5e-3
+        if config.variant == "v2":  # whose Q-Formers, frozen in stage 1, meet CA2 here
+            config.steps = 600
     return config
