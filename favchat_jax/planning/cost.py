@@ -73,13 +73,13 @@ def roofline_seconds(program: Iterable[Product], devices: int, flops: float, ban
 
 
 def saved_bytes(jaxpr: ClosedJaxpr, weights: set[tuple[int, ...]]) -> int:
-    """Bytes of a program's results that are neither its arguments nor of a weight's shape.
+    """Bytes of a program's results that are neither its arguments nor of the shape of a weight, or of some in a stack.
 
     Of a forward pass that returns what its backward pass needs, these are the activations.
     """
     given = set(jaxpr.jaxpr.invars) | set(jaxpr.jaxpr.constvars)
     kept = {v for v in jaxpr.jaxpr.outvars if not isinstance(v, Literal) and v not in given}
-    return sum(v.aval.size * v.aval.dtype.itemsize for v in kept if v.aval.shape not in weights)
+    return sum(v.aval.size * v.aval.dtype.itemsize for v in kept if not {v.aval.shape, v.aval.shape[1:]} & weights)
 
 
 def _inner(equation: Any) -> Iterator[Jaxpr | ClosedJaxpr]:

@@ -80,6 +80,14 @@ def test_activations_are_what_a_forward_pass_keeps_beside_its_arguments():
     assert kept == 4 + 2 * 3 * 7 * 4  # the loss, cos(exp(a b)) and exp(a b)
 
 
+def test_weights_that_a_loop_runs_over_are_no_activations():
+    def forward(first, second):
+        return jnp.stack([first, second]), jnp.zeros((3, 7))
+
+    kept = cost.saved_bytes(jax.make_jaxpr(forward)(B, B), weights={B.shape})
+    assert kept == 3 * 7 * 4
+
+
 def test_a_loop_of_unknown_length_with_a_product_is_an_error():
     def until(a, b):
         return jax.lax.while_loop(lambda x: x[0, 0] < 1, lambda x: x + x @ (b @ b.T), a)
