@@ -156,7 +156,7 @@ def lay_out(config: ml_collections.ConfigDict, mesh: Mesh, clips: int) -> Argume
     stage = stages.STAGES[config.stage]
     if stage.text is None:
         raise UserError(f"stage={config.stage} draws its own responses, and has no single step: plan stage1 to stage3")
-    sharding.check_batch(clips, config.accumulate, mesh)
+    sharding.check_batch(clips, config.accumulate, mesh, "clips")
     model, shapes = _model(config.to_json())
     trainable, frozen = stages.split(shapes, config.variant, config.stage)
     dtype = jnp.dtype(config.model.dtype)

@@ -55,12 +55,12 @@ def make_mesh(section: ml_collections.ConfigDict, devices: list[jax.Device] | No
     if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
         raise UserError(f"{given}: give numbers above 0, or -1 in one place for all devices that are left")
     known = math.prod(size for size in sizes if size != -1)
+    if known > len(devices):
+        raise UserError(f"{given} needs {known} devices, and {len(devices)} are here: choose a smaller mesh")
     if -1 in sizes:
         if len(devices) % known:
             raise UserError(f"{given} does not divide the {len(devices)} devices that are here: choose a divisor")
         sizes[sizes.index(-1)] = len(devices) // known
-    if math.prod(sizes) > len(devices):
-        raise UserError(f"{given} needs {math.prod(sizes)} devices, and {len(devices)} are here: choose a smaller mesh")
     if math.prod(sizes) < len(devices) and jax.process_count() > 1:
         raise UserError(f"{given} leaves devices of other processes without work: choose a mesh of {len(devices)}")
     if jax.process_count() > 1 and jax.local_device_count() % sizes[2]:
@@ -69,12 +69,13 @@ def make_mesh(section: ml_collections.ConfigDict, devices: list[jax.Device] | No
     return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=used)
 
 
-def check_batch(batch: int, accumulate: int, mesh: Mesh) -> None:
-    """Raises UserError where a batch does not divide into `accumulate` parts that the mesh's devices share."""
+def check_batch(batch: int, accumulate: int, mesh: Mesh, named: str = "batch") -> None:
+    """Raises UserError where a batch, `named` by its option, does not divide into `accumulate` parts that the mesh's
+    devices share."""
     shares = mesh.shape["data"] * mesh.shape["fsdp"]
     if batch % (shares * accumulate):
         raise UserError(
-            f"batch={batch} does not divide over mesh.data={mesh.shape['data']} x mesh.fsdp={mesh.shape['fsdp']} "
+            f"{named}={batch} does not divide over mesh.data={mesh.shape['data']} x mesh.fsdp={mesh.shape['fsdp']} "
             f"devices x accumulate={accumulate} parts: choose a multiple of {shares * accumulate}, or another mesh"
         )
 

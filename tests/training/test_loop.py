@@ -254,7 +254,7 @@ def test_a_workdir_of_another_config_is_refused_with_the_fields_that_differ(smal
 
 
 def test_a_mesh_that_does_not_fit_is_refused_before_a_stage_before_is_asked_for(small_world, tmp_path):
-    refused = {"mesh.data=64.* does not divide": {"mesh__data": 64}, "batch=4 does not": {"accumulate": 3}}
+    refused = {"mesh.data=64.* needs 64 devices": {"mesh__data": 64}, "batch=4 does not": {"accumulate": 3}}
     for message, changes in refused.items():
         config = small_world.config("stage3", init__from_run=str(tmp_path / "nowhere"), **changes)
         with pytest.raises(UserError, match=message):

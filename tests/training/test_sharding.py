@@ -103,7 +103,7 @@ def test_moments_lie_as_the_weights_that_they_are_of(name):
         ((1, 4, 1), "mesh.data=1, mesh.fsdp=4, mesh.tensor=1 needs 4 devices, and 1 are here: choose a smaller mesh"),
         ((1, -1, -1), "or -1 in one place"),
         ((0, 1, 1), "give numbers above 0"),
-        ((1, -1, 3), "does not divide the 1 devices that are here"),
+        ((64, -1, 1), "mesh.data=64, mesh.fsdp=-1, mesh.tensor=1 needs 64 devices, and 1 are here"),
     ],
 )
 def test_a_mesh_that_the_devices_cannot_be_is_refused(sizes, says):
@@ -111,10 +111,17 @@ def test_a_mesh_that_the_devices_cannot_be_is_refused(sizes, says):
         sharding.make_mesh(ConfigDict(dict(zip(sharding.AXES, sizes, strict=True))))
 
 
+def test_a_mesh_that_does_not_divide_the_devices_is_refused():
+    with pytest.raises(UserError, match="mesh.data=3, mesh.fsdp=-1, mesh.tensor=1 does not divide the 4 devices"):
+        sharding.make_mesh(ConfigDict({"data": 3, "fsdp": -1, "tensor": 1}), devices=[None] * 4)
+
+
 def test_a_batch_that_the_mesh_does_not_divide_is_refused():
     sharding.check_batch(16, 2, abstract_mesh(2, 4, 2))
     with pytest.raises(UserError, match="batch=12 does not divide .* choose a multiple of 8, or another mesh"):
         sharding.check_batch(12, 1, abstract_mesh(2, 4, 2))
+    with pytest.raises(UserError, match="clips=12 does not divide"):
+        sharding.check_batch(12, 1, abstract_mesh(2, 4, 2), "clips")
     with pytest.raises(UserError, match="choose a multiple of 16"):
         sharding.check_batch(8, 2, abstract_mesh(2, 4, 2))
 
