@@ -1,6 +1,7 @@
 """Compiles a training step for hardware that is not here and tells whether it fits, and how fast it can be at best.
 
 python -m tools.aot_compile --config=configs/stage3.py:preset=paper --target=a800-80gb --json=plan.json
+python -m tools.aot_compile --config=configs/grpo.py:preset=paper --target=a800-80gb         an iteration of it
 python -m tools.aot_compile --all --json=plans.json          all targets, stages 1 to 3 of the paper's preset
 
 Stopped, the second goes on: plans in its file that were made of the same configs by the same jax are taken from there.
@@ -27,6 +28,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 import jax  # noqa: E402
 
 from favchat_jax.planning import plan  # noqa: E402
+from favchat_jax.planning.policy import make_policy_plan  # noqa: E402
 from favchat_jax.planning.targets import GIB, TARGETS, find  # noqa: E402
 
 STAGES = ("stage1", "stage2", "stage3")
@@ -88,7 +90,7 @@ def main() -> None:
     else:
         if _CONFIG.value is None or not _TARGET.value:
             raise UserError("--config and --target are needed, or --all")
-        command_line.check_kind(_CONFIG, "stage", "configs/stage1.py, stage2.py, stage3.py")
+        command_line.check_kind(_CONFIG, "stage", "configs/stage1.py, stage2.py, stage3.py, coldstart.py, grpo.py")
         wanted.append((_CONFIG.value, _TARGET.value))
     if _SAVE.value:
         _write(Path(_SAVE.value), plan.save(*wanted[0], _CLIPS.value))
@@ -96,7 +98,8 @@ def main() -> None:
     plans, made = [], []
     for config, target in wanted:
         of = _digest(config, target, _CLIPS.value)
-        plans.append(kept.get(of) or plan.make_plan(config, target, _CLIPS.value))
+        make = make_policy_plan if config.stage == "grpo" else plan.make_plan
+        plans.append(kept.get(of) or make(config, target, _CLIPS.value))
         made.append({**dataclasses.asdict(plans[-1]), "of": of})
         print(_verdict(plans[-1]), flush=True)
         if _JSON.value:

@@ -6,6 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from favchat_jax.models.lora import merge
+
 # Kernels with the same input, and the name under which `Mistral` reads them as one.
 JOINED = {
     "self_attn": ("qkv_proj", ("q_proj", "k_proj", "v_proj")),
@@ -21,14 +23,21 @@ def unstack_layers(llm: Mapping[str, Any]) -> dict[str, Any]:
     return {**{name: child for name, child in llm.items() if name != "layers"}, **layers}
 
 
-def for_decoding(llm: Mapping[str, Any]) -> dict[str, Any]:
-    """`unstack_layers` of a tree without adapters, with the kernels of `JOINED` side by side: one product each.
+def for_decoding(llm: Mapping[str, Any], alpha: float) -> dict[str, Any]:
+    """`Mistral`'s tree of `scan=True` as decoding reads it: layers apart, adapters merged, kernels of `JOINED` as one.
 
-    A token's time is that of reading all weights, and fewer, larger products read them faster.
+    A token's time is that of reading all weights, and fewer, larger products read them faster. Layers are made one
+    after another, so that beside the given weights and the result no more than one of them is in memory.
+
+    Args:
+        llm: weights, with adapters or without.
+        alpha: the adapters'.
     """
-    tree = unstack_layers(llm)
-    for layer in (child for name, child in tree.items() if name.startswith("layers_")):
+    tree = merge({name: child for name, child in llm.items() if name != "layers"}, alpha)
+    for i in range(jax.tree.leaves(llm["layers"])[0].shape[0]):
+        layer = merge(jax.tree.map(lambda leaf, i=i: leaf[i], llm["layers"]), alpha)
         for part, (name, parts) in JOINED.items():
             kernels = [layer[part].pop(one)["kernel"] for one in parts]
             layer[part][name] = {"kernel": jnp.concatenate(kernels, axis=-1)}
+        tree[f"layers_{i}"] = layer
     return tree

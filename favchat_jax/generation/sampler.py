@@ -1,7 +1,7 @@
-"""Answers: prompts are read once into a key/value cache, then tokens are drawn one by one, greedily or by chance.
+"""Answers in words: conversations become prompts of one length, tokens become texts.
 
-Adapters are merged into the kernels and layers are kept apart, which a decoder's speed depends on. Every shape is
-static: prompts are padded to a bucket, the cache has room for the bucket and the answer, so nothing compiles twice.
+Every shape is static: prompts are padded to a bucket, the cache has room for the bucket and the answer, so nothing
+compiles twice. What is compiled is `generation/decoding.py`.
 """
 
 import dataclasses
@@ -12,17 +12,13 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
-from flax import struct
-from flax.traverse_util import unflatten_dict
-from jaxtyping import Array, Bool, Float, Int, UInt8
+from jaxtyping import Array, Float, Int, UInt8
 from transformers import PreTrainedTokenizerBase
 
 from favchat_jax.convert.mistral import read_config
-from favchat_jax.convert.stacking import for_decoding
 from favchat_jax.data.conversation import Conversation, PromptEncoder
-from favchat_jax.models import favchat, lora
+from favchat_jax.generation.decoding import Decoder
 from favchat_jax.models.favchat import ClipFeatures
-from favchat_jax.models.mistral import LayerCache, empty_cache
 
 Turn = tuple[str, str | None]
 SHORTEST_STEP = 16  # tokens between two buckets of prompts, at least
@@ -45,34 +41,6 @@ class Sampling:
     seed: int = 0
 
 
-@struct.dataclass
-class Decoding:
-    """B sequences in the middle of being written."""
-
-    token: Int[Array, "B"]
-    position: Int[Array, "B"]
-    done: Bool[Array, "B"]
-    key: Array
-    cache: list[LayerCache]
-
-
-def draw(
-    logits: Float[Array, "B V"], key: Array, temperature: Float[Array, ""], top_p: Float[Array, ""]
-) -> Int[Array, "B"]:
-    """One token a row: the likeliest at temperature 0, else at random among the nucleus of `top_p`."""
-
-    def nucleus() -> Int[Array, "B"]:
-        scores = logits.astype(jnp.float32) / temperature
-        ordered = jnp.sort(scores, axis=-1)[:, ::-1]
-        before = jnp.cumsum(jax.nn.softmax(ordered, axis=-1), axis=-1) - jax.nn.softmax(ordered, axis=-1)
-        first = jnp.arange(ordered.shape[-1]) == 0  # never left out, not even at top_p = 0
-        floor = jnp.min(jnp.where((before < top_p) | first, ordered, jnp.inf), axis=-1, keepdims=True)
-        return jax.random.categorical(key, jnp.where(scores >= floor, scores, -jnp.inf)).astype(jnp.int32)
-
-    # Sorting the vocabulary takes longer than a layer, and the likeliest token needs none of it.
-    return jax.lax.cond(temperature > 0, nucleus, lambda: jnp.argmax(logits, axis=-1).astype(jnp.int32))
-
-
 class Sampler:
     """Answers questions about clips with one model.
 
@@ -92,22 +60,12 @@ class Sampler:
     ):
         self.frames, self.image_size = config.model.frames, config.model.image_size
         self.tokenizer = tokenizer
-        self._llm = read_config(config.llm.path)
-        self._model = favchat.build(
-            config.model, self._llm, variant=config.variant, ablation=config.ablation, lora_rank=0, scan=False
-        )
-        self._alpha = config.model.lora.alpha
-        self.load(weights)
         qformer = config.model.qformer
         self.conversation = Conversation(tokenizer, qformer.queries + qformer.extra_queries)
         self.prompt = PromptEncoder(prompt_tokenizer, config.data.prompt_length)
         self._longest = max(config.data.buckets)
-        self._dtype = jnp.dtype(config.model.dtype)
-        self._encode = jax.jit(lambda params, frames: self._model.apply(params, frames, method="encode"))
-        self._weigh = jax.jit(lambda params, *x: self._model.apply(params, *x, method="visual_tokens")[1].mean(axis=2))
-        self._compare = jax.jit(lambda params, *x: self._model.apply(params, *x, method="log_likelihoods"))
-        self._begin = jax.jit(self._prefill, static_argnames=("room", "copies"))
-        self._advance = jax.jit(self._decode, static_argnames="count", donate_argnums=1)
+        self._decoder = Decoder(config, read_config(config.llm.path), self.conversation.eos)
+        self.load(weights)
 
     @classmethod
     def of(cls, run: Any) -> "Sampler":
@@ -116,19 +74,18 @@ class Sampler:
 
     def load(self, weights: dict[str, Array]) -> None:
         """Answers with other weights of the same model from now on; nothing compiles again."""
-        tree = unflatten_dict(dict(weights), sep="/")
-        tree["llm"] = for_decoding(lora.merge(tree["llm"], self._alpha))
-        self._params = {"params": tree}
+        self._params = None  # not two merged language models at once
+        self._params = self._decoder.lay_out(weights)
 
     def encode(self, frames: UInt8[np.ndarray, "B T H W 3"]) -> ClipFeatures:
         """Runs the encoders once; the result serves any number of questions about these clips."""
-        return self._encode(self._params, frames)
+        return self._decoder.encode(self._params, frames)
 
     def stream_weights(self, features: ClipFeatures, questions: Sequence[Sequence[str]]) -> Float[np.ndarray, "B Q 2"]:
         """Average weights of the general and the facial stream in the visual tokens of Q questions about each clip."""
         prompts = [[self.prompt.encode(question) for question in asked] for asked in questions]
         ids, masks = (np.array([[prompt[part] for prompt in asked] for asked in prompts]) for part in (0, 1))
-        return np.asarray(self._weigh(self._params, features, ids, masks))
+        return np.asarray(self._decoder.weigh(self._params, features, ids, masks))
 
     def answer(
         self, features: ClipFeatures, conversations: Sequence[Sequence[Sequence[Turn]]], sampling: Sampling
@@ -173,7 +130,7 @@ class Sampler:
                 scored[i, j, : len(whole) - len(start)] = True
         prompts = [self.prompt.encode(turns[-1][0]) for turns in conversations]
         ids, masks = (np.array([[prompt[part]] for prompt in prompts]) for part in (0, 1))
-        return np.asarray(self._compare(self._params, features, tokens, ids, masks, places, scored))
+        return np.asarray(self._decoder.compare(self._params, features, tokens, ids, masks, places, scored))
 
     def responses(
         self, features: ClipFeatures, questions: Sequence[str], group: int, sampling: Sampling
@@ -217,11 +174,11 @@ class Sampler:
         draw_how = (jnp.float32(sampling.temperature), jnp.float32(sampling.top_p))
         key = jax.random.key_data(jax.random.key(sampling.seed))
         room = sampling.max_new_tokens
-        state = self._begin(self._params, features, arrays, key, *draw_how, room=room, copies=copies)
+        state = self._decoder.begin(self._params, features, arrays, key, *draw_how, room=room, copies=copies)
         yield np.asarray(state.token)[:, None]
         left = sampling.max_new_tokens - 1
         while left > 0 and not bool(jnp.all(state.done)):
-            state, tokens = self._advance(self._params, state, *draw_how, count=count)
+            state, tokens = self._decoder.advance(self._params, state, *draw_how, count=count)
             yield np.asarray(tokens)[:, :left]
             left -= count
 
@@ -250,47 +207,6 @@ class Sampler:
                 arrays["tokens"][i, j, : len(tokens)] = tokens
                 arrays["prompt"][i, j], arrays["prompt_mask"][i, j] = self.prompt.encode(rows[i][j][-1][0])
         return arrays
-
-    def _prefill(self, params, features, arrays, key, temperature, top_p, *, room: int, copies: int) -> Decoding:
-        """Reads each conversation once and begins `copies` answers to it."""
-        clips, questions, length = arrays["tokens"].shape
-        cache = empty_cache(self._llm, clips * questions, length + room, self._dtype)
-        logits, cache = self._model.apply(
-            params,
-            features,
-            arrays["tokens"],
-            arrays["prompt"],
-            arrays["prompt_mask"],
-            arrays["last"],
-            cache,
-            method="prefill",
-        )
-        repeated = (logits, cache, jnp.asarray(arrays["last"]))
-        logits, cache, last = jax.tree.map(lambda leaf: jnp.repeat(leaf, copies, axis=0), repeated)
-        draw_key, key = jax.random.split(jax.random.wrap_key_data(key))
-        token = draw(logits, draw_key, temperature, top_p)
-        return Decoding(token, last + 1, token == self.conversation.eos, jax.random.key_data(key), cache)
-
-    def _decode(self, params, state: Decoding, temperature, top_p, *, count: int):
-        """Up to `count` more tokens a sequence; ends early where all are done. Ended sequences repeat their end."""
-        eos = self.conversation.eos
-
-        def go_on(carry):
-            n, state, _ = carry
-            return (n < count) & ~jnp.all(state.done)
-
-        def one(carry):
-            n, state, tokens = carry
-            logits, cache = self._model.apply(params, state.token, state.position, state.cache, method="decode")
-            draw_key, key = jax.random.split(jax.random.wrap_key_data(state.key))
-            token = jnp.where(state.done, eos, draw(logits, draw_key, temperature, top_p))
-            done = state.done | (token == eos)
-            tokens = jax.lax.dynamic_update_index_in_dim(tokens, token, n, axis=1)
-            return n + 1, Decoding(token, state.position + 1, done, jax.random.key_data(key), cache), tokens
-
-        tokens = jnp.full((state.token.shape[0], count), eos, jnp.int32)
-        _, state, tokens = jax.lax.while_loop(go_on, one, (0, state, tokens))
-        return state, tokens
 
     def text(self, tokens: Int[np.ndarray, " n"]) -> str:
         """What token ids say up to the first end among them."""

@@ -155,9 +155,11 @@ def lay_out(config: ml_collections.ConfigDict, mesh: Mesh, clips: int) -> Argume
     """The step of a config on a mesh, with the shapes of all that goes into it."""
     stage = stages.STAGES[config.stage]
     if stage.text is None:
-        raise UserError(f"stage={config.stage} draws its own responses, and has no single step: plan stage1 to stage3")
+        raise UserError(
+            f"stage={config.stage} draws its own responses, and has no single step to save: leave out --save"
+        )
     sharding.check_batch(clips, config.accumulate, mesh, "clips")
-    model, shapes = _model(config.to_json())
+    model, shapes = model_and_weights(config.to_json())
     trainable, frozen = stages.split(shapes, config.variant, config.stage)
     dtype = jnp.dtype(config.model.dtype)
     frozen = {path: jax.ShapeDtypeStruct(leaf.shape, dtype) for path, leaf in frozen.items()}
@@ -222,13 +224,15 @@ def load(artefact: bytes) -> export.Exported:
 
 
 @functools.lru_cache(maxsize=8)
-def _model(config_json: str) -> tuple[favchat.FaVChat, dict[str, jax.ShapeDtypeStruct]]:
+def model_and_weights(config_json: str) -> tuple[favchat.FaVChat, dict[str, jax.ShapeDtypeStruct]]:
+    """The model of a config in its training form, and the shapes of its weights by path."""
     config = ml_collections.ConfigDict(json.loads(config_json))
-    model = _build(config)
+    model = build(config)
     return model, assembly.weight_shapes(model, config)
 
 
-def _llm(config: ml_collections.ConfigDict) -> MistralConfig:
+def language_model(config: ml_collections.ConfigDict) -> MistralConfig:
+    """Sizes of a config's language model; raises UserError where they are not known."""
     if config.preset == "paper" and not config.llm.path:
         return MISTRAL_7B
     if not config.llm.path:
@@ -243,7 +247,7 @@ def _of_one_clip(config_json: str, platform: str) -> tuple[float, int]:
     The operations are those of plain attention, whose products can be counted, the bytes those of the platform's.
     """
     config = ml_collections.ConfigDict(json.loads(config_json))
-    trainable, frozen = stages.split(_model(config_json)[1], config.variant, config.stage)
+    trainable, frozen = stages.split(model_and_weights(config_json)[1], config.variant, config.stage)
     frozen = {path: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(config.model.dtype)) for path, leaf in frozen.items()}
     batch = batch_shapes(config, 1)
 
@@ -254,13 +258,13 @@ def _of_one_clip(config_json: str, platform: str) -> tuple[float, int]:
         return of
 
     def forward(weights, frozen, batch):
-        value, backward = jax.vjp(lambda w: loss(_model(config_json)[0])(w, frozen, batch), weights)
+        value, backward = jax.vjp(lambda w: loss(model_and_weights(config_json)[0])(w, frozen, batch), weights)
         return value, [leaf for leaf in jax.tree.leaves(backward) if isinstance(leaf, jax.Array)]
 
     with compiling_for(platform):
         kept = jax.make_jaxpr(forward)(trainable, frozen, batch)
     config.model.remat = ""
-    gradient = jax.make_jaxpr(jax.value_and_grad(loss(_build(config))))(trainable, frozen, batch)
+    gradient = jax.make_jaxpr(jax.value_and_grad(loss(build(config))))(trainable, frozen, batch)
     weights = {leaf.shape for leaf in (*trainable.values(), *frozen.values())}
     return cost.total_flops(cost.products(gradient)), cost.saved_bytes(kept, weights)
 
@@ -273,9 +277,12 @@ def _executed(config_json: str, clips: int) -> list[cost.Product]:
     return list(cost.products(arguments.step.trace(arguments.state, arguments.frozen, arguments.batch).jaxpr))
 
 
-def _build(config: ml_collections.ConfigDict) -> favchat.FaVChat:
+def build(config: ml_collections.ConfigDict) -> favchat.FaVChat:
+    """The model of a config in its training form."""
     rank = config.model.lora.rank if stages.STAGES[config.stage].lora else 0
-    return favchat.build(config.model, _llm(config), variant=config.variant, ablation=config.ablation, lora_rank=rank)
+    return favchat.build(
+        config.model, language_model(config), variant=config.variant, ablation=config.ablation, lora_rank=rank
+    )
 
 
 def _held(tree: Any) -> int:

@@ -176,6 +176,15 @@ def response_mask(responses: Int[np.ndarray, "... n"], end: int) -> Bool[np.ndar
     return (ends == 0) | ((ends == 1) & (responses == end))
 
 
+def make_score(model: FaVChat, settings: ml_collections.ConfigDict, chunk: int) -> Callable[..., Array]:
+    """Compiles `token_log_probabilities`: (trainable, frozen, features, batch) -> [B, G, L]."""
+    return jax.jit(
+        lambda trainable, frozen, features, batch: token_log_probabilities(
+            model, {**trainable, **frozen}, features, batch, settings.temperature, chunk
+        )
+    )
+
+
 def make_update(
     model: FaVChat, optimizer: optax.GradientTransformation, settings: ml_collections.ConfigDict, chunk: int
 ) -> Callable[..., tuple[TrainState, dict[str, Array]]]:
@@ -205,13 +214,8 @@ class _Run:
         self.state, self._frozen, self._reference, self._pool = state, frozen, reference, pool
         self._functions = functions
         self._sampler = Sampler(config, {**state.trainable, **frozen}, parts.tokenizer, parts.prompt_tokenizer)
-        chunk, temperature = config.loss_chunk, config.rl.temperature
-        self._score = jax.jit(
-            lambda trainable, frozen, features, batch: token_log_probabilities(
-                parts.model, {**trainable, **frozen}, features, batch, temperature, chunk
-            )
-        )
-        self._update = make_update(parts.model, optimizer, config.rl, chunk)
+        self._score = make_score(parts.model, config.rl, config.loss_chunk)
+        self._update = make_update(parts.model, optimizer, config.rl, config.loss_chunk)
 
     def go_on(self, records, heldout, checkpoints, metrics) -> int:
         """Iterates until the end, SIGTERM, Ctrl-C or an empty pool; returns the step at which the run is finished."""

@@ -14,7 +14,8 @@ from transformers import PreTrainedTokenizerFast
 from favchat_jax.convert.mistral import read_config, read_weights, write_weights
 from favchat_jax.data.conversation import Conversation, PromptEncoder
 from favchat_jax.errors import UserError
-from favchat_jax.generation.sampler import Sampler, Sampling, draw
+from favchat_jax.generation.decoding import draw
+from favchat_jax.generation.sampler import Sampler, Sampling
 from favchat_jax.models import favchat
 from tests.models.tiny_parts import MISTRAL, config_json, drawn_flat, favchat_shapes, tiny_config
 

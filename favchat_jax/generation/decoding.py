@@ -1,0 +1,118 @@
+"""The compiled parts of an answer: a prompt is read once into a key/value cache, then tokens are drawn one by one.
+
+Adapters are merged into the kernels and layers are kept apart, which a decoder's speed depends on.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+from flax import struct
+from flax.traverse_util import unflatten_dict
+from jaxtyping import Array, Bool, Float, Int
+
+from favchat_jax.convert.stacking import for_decoding
+from favchat_jax.models import favchat
+from favchat_jax.models.mistral import LayerCache, MistralConfig, empty_cache
+
+
+@struct.dataclass
+class Decoding:
+    """B sequences in the middle of being written."""
+
+    token: Int[Array, "B"]
+    position: Int[Array, "B"]
+    done: Bool[Array, "B"]
+    key: Array
+    cache: list[LayerCache]
+
+
+def draw(
+    logits: Float[Array, "B V"], key: Array, temperature: Float[Array, ""], top_p: Float[Array, ""]
+) -> Int[Array, "B"]:
+    """One token a row: the likeliest at temperature 0, else at random among the nucleus of `top_p`."""
+
+    def nucleus() -> Int[Array, "B"]:
+        scores = logits.astype(jnp.float32) / temperature
+        ordered = jnp.sort(scores, axis=-1)[:, ::-1]
+        before = jnp.cumsum(jax.nn.softmax(ordered, axis=-1), axis=-1) - jax.nn.softmax(ordered, axis=-1)
+        first = jnp.arange(ordered.shape[-1]) == 0  # never left out, not even at top_p = 0
+        floor = jnp.min(jnp.where((before < top_p) | first, ordered, jnp.inf), axis=-1, keepdims=True)
+        return jax.random.categorical(key, jnp.where(scores >= floor, scores, -jnp.inf)).astype(jnp.int32)
+
+    # Sorting the vocabulary takes longer than a layer, and the likeliest token needs none of it.
+    return jax.lax.cond(temperature > 0, nucleus, lambda: jnp.argmax(logits, axis=-1).astype(jnp.int32))
+
+
+class Decoder:
+    """What answers: the model in its decoding form and its compiled functions, each of which takes the weights first.
+
+    `encode` makes features of clips, `weigh` the streams' average weights, `compare` log-likelihoods of given answers;
+    `begin` reads prompts and draws the first token of each sequence, `advance` draws up to `count` more.
+
+    Args:
+        config: the run's config.
+        llm: the language model's.
+        eos: the token that ends an answer.
+    """
+
+    def __init__(self, config: ml_collections.ConfigDict, llm: MistralConfig, eos: int):
+        self.model = favchat.build(
+            config.model, llm, variant=config.variant, ablation=config.ablation, lora_rank=0, scan=False
+        )
+        self._llm, self._eos, self._alpha = llm, eos, config.model.lora.alpha
+        self._dtype = jnp.dtype(config.model.dtype)
+        self.encode = jax.jit(lambda params, frames: self.model.apply(params, frames, method="encode"))
+        self.weigh = jax.jit(lambda params, *x: self.model.apply(params, *x, method="visual_tokens")[1].mean(axis=2))
+        self.compare = jax.jit(lambda params, *x: self.model.apply(params, *x, method="log_likelihoods"))
+        self.begin = jax.jit(self._begin, static_argnames=("room", "copies"))
+        self.advance = jax.jit(self._advance, static_argnames="count", donate_argnums=1)
+
+    def lay_out(self, weights: Mapping[str, Array]) -> dict[str, Any]:
+        """All weights of the model, flat and in training's form, as these functions take them."""
+        tree = unflatten_dict(dict(weights), sep="/")
+        tree["llm"] = for_decoding(tree["llm"], self._alpha)
+        return {"params": tree}
+
+    def _begin(self, params, features, arrays, key, temperature, top_p, *, room: int, copies: int) -> Decoding:
+        """Reads each conversation once and begins `copies` answers to it."""
+        clips, questions, length = arrays["tokens"].shape
+        cache = empty_cache(self._llm, clips * questions, length + room, self._dtype)
+        logits, cache = self.model.apply(
+            params,
+            features,
+            arrays["tokens"],
+            arrays["prompt"],
+            arrays["prompt_mask"],
+            arrays["last"],
+            cache,
+            method="prefill",
+        )
+        repeated = (logits, cache, jnp.asarray(arrays["last"]))
+        logits, cache, last = jax.tree.map(lambda leaf: jnp.repeat(leaf, copies, axis=0), repeated)
+        draw_key, key = jax.random.split(jax.random.wrap_key_data(key))
+        token = draw(logits, draw_key, temperature, top_p)
+        return Decoding(token, last + 1, token == self._eos, jax.random.key_data(key), cache)
+
+    def _advance(self, params, state: Decoding, temperature, top_p, *, count: int):
+        """Up to `count` more tokens a sequence; ends early where all are done. Ended sequences repeat their end."""
+        eos = self._eos
+
+        def go_on(carry):
+            n, state, _ = carry
+            return (n < count) & ~jnp.all(state.done)
+
+        def one(carry):
+            n, state, tokens = carry
+            logits, cache = self.model.apply(params, state.token, state.position, state.cache, method="decode")
+            draw_key, key = jax.random.split(jax.random.wrap_key_data(state.key))
+            token = jnp.where(state.done, eos, draw(logits, draw_key, temperature, top_p))
+            done = state.done | (token == eos)
+            tokens = jax.lax.dynamic_update_index_in_dim(tokens, token, n, axis=1)
+            return n + 1, Decoding(token, state.position + 1, done, jax.random.key_data(key), cache), tokens
+
+        tokens = jnp.full((state.token.shape[0], count), eos, jnp.int32)
+        _, state, tokens = jax.lax.while_loop(go_on, one, (0, state, tokens))
+        return state, tokens

@@ -1,0 +1,214 @@
+"""An iteration of the reinforcement stage, compiled for a device that is not here: rollouts, scores and the update.
+
+The programs are the very ones that `rl.de_grpo` runs, in its order; only their arguments are shapes. What stays on the
+device between them counts in each: the language model's base with its adapters apart (scores, updates) and merged
+(rollouts), moments, and the adapters that the run started from.
+"""
+
+import dataclasses
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+from flax.traverse_util import flatten_dict
+from jax.sharding import SingleDeviceSharding
+
+from favchat_jax.errors import UserError
+from favchat_jax.generation.decoding import Decoder, Decoding
+from favchat_jax.models.attention import compiling_for
+from favchat_jax.planning import cost, plan
+from favchat_jax.planning.targets import devices, find
+from favchat_jax.rl import de_grpo
+from favchat_jax.training import stages
+from favchat_jax.training.checks import check
+from favchat_jax.training.step import new_state
+
+PROMPT = 256  # tokens of a prompt: a clip's visual tokens, the instruction and a question
+END = 2  # Mistral's end of a text
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """One of the compiled functions of an iteration: its arguments, as shapes, and how often it runs.
+
+    Attributes:
+        weights: bytes among its arguments that stay on the device between programs.
+        once: what is traced to count its products, where they cannot be counted in the function itself.
+    """
+
+    name: str
+    function: Any
+    arguments: tuple
+    options: dict[str, int]
+    weights: int
+    times: int = 1
+    once: Any = None
+
+
+def make_policy_plan(config: ml_collections.ConfigDict, name: str, clips: int | None = None) -> plan.Plan:
+    """Compiles an iteration of the reinforcement stage for one device of a target.
+
+    Args:
+        config: of stage `grpo`.
+        name: the target's, of one device.
+        clips: samples of an iteration; by default `config.batch`.
+
+    Returns:
+        As of a training step; its peak is that of the program that needs most, its temporaries what that one takes
+        beside its arguments, and its operations those of all programs.
+
+    Raises:
+        UserError: the target is unknown, has several devices, or its compiler is missing.
+    """
+    target = find(name)
+    if target.devices > 1:
+        raise UserError(f"--target={name}: stage=grpo computes on one device; name a target that is one")
+    check(config)
+    de_grpo.check(config)
+    clips = clips or config.batch
+    device = devices(name)[0]
+    held, programs = _lay_out(config, clips, device)
+    resident, started = sum(held.values()), time.perf_counter()
+    peaks, products = [], []
+    for program in programs:
+        with compiling_for(device.platform):
+            lowered = program.function.lower(*program.arguments, **program.options)
+        memory = lowered.compile(compiler_options=plan.OPTIONS.get(target.platform)).memory_analysis()
+        # Of its arguments the compiler counts those that it reads; the others are there all the same.
+        taken = memory.peak_memory_in_bytes - memory.argument_size_in_bytes
+        peaks.append((resident + _bytes(program.arguments) - program.weights + taken, memory))
+        products += list(_products(program))
+    peak, memory = max(peaks, key=lambda found: found[0])
+    flops, headroom = cost.total_flops(products), target.usable - peak
+    least = cost.roofline_seconds(products, 1, target.flops, target.bandwidth)
+    return plan.Plan(
+        target=name,
+        stage=config.stage,
+        devices=1,
+        clips=clips,
+        frozen_bytes=held["frozen"] + held["merged"],
+        trained_bytes=held["trained"] + held["reference"],
+        optimizer_bytes=held["moments"],
+        activation_bytes=0,
+        temporary_bytes=memory.temp_size_in_bytes,
+        argument_bytes=memory.argument_size_in_bytes,
+        temp_bytes=memory.temp_size_in_bytes,
+        peak_bytes_per_device=peak,
+        flops_per_step=flops,
+        executed_flops=flops,
+        roofline_seconds=least,
+        mfu_ceiling=flops / (target.flops * least),
+        compile_seconds=time.perf_counter() - started,
+        fits=headroom >= 0,
+        headroom_bytes=headroom,
+        advice="" if headroom >= 0 else "a smaller rl.group or rl.max_new_tokens, or a device with more memory",
+    )
+
+
+def _lay_out(config: ml_collections.ConfigDict, clips: int, device: jax.Device) -> tuple[dict[str, int], list[Program]]:
+    """Bytes of what stays on the device, by what it is, and the programs of an iteration in their order."""
+    settings, dtype = config.rl, jnp.dtype(config.model.dtype)
+    model, shapes = plan.model_and_weights(config.to_json())
+    trainable, frozen = stages.split(shapes, config.variant, config.stage)
+    frozen = {path: jax.ShapeDtypeStruct(leaf.shape, dtype) for path, leaf in frozen.items()}
+    optimizer = stages.make_optimizer(config.optimizer, plan.STEPS)
+    state = jax.eval_shape(lambda weights: new_state(weights, optimizer, config.seed), trainable)
+    decoder = Decoder(config, plan.language_model(config), END)
+    merged = jax.eval_shape(decoder.lay_out, {**trainable, **frozen})
+    held = {
+        "frozen": _bytes(frozen),
+        "merged": _bytes(_copied(merged, shapes)),
+        "trained": _bytes(trainable),
+        "reference": _bytes(trainable),
+        "moments": _bytes(state.moments),
+    }
+
+    size, words = config.model.image_size, config.data.prompt_length
+    frames = jax.ShapeDtypeStruct((clips, config.model.frames, size, size, 3), jnp.uint8)
+    asked = {"prompt": ((clips, 1, words), jnp.int32), "prompt_mask": ((clips, 1, words), jnp.bool_)}
+    prompts = {"tokens": ((clips, 1, PROMPT), jnp.int32), "last": ((clips,), jnp.int32), **asked}
+    key, how = jax.ShapeDtypeStruct((2,), jnp.uint32), (jax.ShapeDtypeStruct((), jnp.float32),) * 2
+    features = jax.eval_shape(decoder.encode, merged, frames)
+    reading = (merged, features, _shapes(prompts), key, *how)
+    room = {"room": settings.max_new_tokens, "copies": settings.group}
+    state_of_decoding = jax.eval_shape(lambda *x: decoder.begin(*x, **room), *reading)
+    tokens = clips, settings.group, PROMPT + settings.max_new_tokens
+    batch = _shapes({"tokens": (tokens, jnp.int32), **asked})
+    judged = _shapes(
+        {
+            "counted": (tokens, jnp.bool_),
+            "old": (tokens, jnp.float32),
+            "reference": (tokens, jnp.float32),
+            "advantages": (tokens[:2], jnp.float32),
+        }
+    )
+    rest = settings.max_new_tokens - 1
+    update = jax.jit(
+        de_grpo.make_update(model, optimizer, settings, config.loss_chunk).__wrapped__, donate_argnums=0
+    )  # without the options of the platform that compiles
+    deciding, learning = _bytes(merged), held["trained"] + held["frozen"]
+    programs = [
+        Program("encode", decoder.encode, (merged, frames), {}, deciding),
+        Program("begin", decoder.begin, reading, room, deciding),
+        Program(
+            "advance",
+            decoder.advance,
+            (merged, state_of_decoding, *how),
+            {"count": rest},
+            deciding,
+            times=rest,
+            once=lambda params, state, *_: _one_token(decoder, params, state),
+        ),
+        Program(
+            "score",
+            de_grpo.make_score(model, settings, config.loss_chunk),
+            (trainable, frozen, features, batch),
+            {},
+            learning,
+            times=2,  # the policy and the reference
+        ),
+        Program(
+            "update",
+            update,
+            (state, frozen, features, {**batch, **judged}),
+            {},
+            learning + held["moments"],
+            times=settings.updates,
+        ),
+    ]
+    where = SingleDeviceSharding(device)
+    return held, [dataclasses.replace(p, arguments=_placed(p.arguments, where)) for p in programs]
+
+
+def _products(program: Program) -> Iterator[cost.Product]:
+    """The products of all runs of a program in an iteration, traced for a CPU, where attention's can be counted."""
+    arguments = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), program.arguments)
+    function = program.once or (lambda *arguments: program.function.__wrapped__(*arguments, **program.options))
+    for product in cost.products(jax.make_jaxpr(function)(*arguments)):
+        yield dataclasses.replace(product, times=product.times * program.times)
+
+
+def _one_token(decoder: Decoder, params: Any, state: Decoding) -> Any:
+    return decoder.model.apply(params, state.token, state.position, state.cache, method="decode")
+
+
+def _copied(merged: Any, shapes: dict[str, Any]) -> dict[str, Any]:
+    """The weights for decoding that are not training's own: layers that lie apart, and kernels with adapters."""
+    flat = flatten_dict(merged["params"], sep="/")
+    adapted = {path.removesuffix("lora_a") + "kernel" for path in shapes if path.endswith("lora_a")}
+    return {path: leaf for path, leaf in flat.items() if path in adapted or path not in shapes}
+
+
+def _shapes(of: dict[str, tuple]) -> dict[str, jax.ShapeDtypeStruct]:
+    return {name: jax.ShapeDtypeStruct(*shape_and_dtype) for name, shape_and_dtype in of.items()}
+
+
+def _placed(tree: Any, where: SingleDeviceSharding) -> Any:
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), tree)
+
+
+def _bytes(tree: Any) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))

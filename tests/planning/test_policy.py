@@ -1,0 +1,65 @@
+"""The plan of a reinforcement iteration counts what a run holds and runs."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from favchat_jax.errors import UserError
+from favchat_jax.generation.decoding import Decoder
+from favchat_jax.planning import cost, plan, policy
+from favchat_jax.training import stages
+
+
+@pytest.fixture(scope="module")
+def config(small_world):
+    return small_world.config("grpo", batch=2)
+
+
+@pytest.fixture(scope="module")
+def laid_out(config):
+    return policy._lay_out(config, 2, jax.devices()[0])
+
+
+def test_a_target_of_several_devices_is_refused(config):
+    with pytest.raises(UserError, match="stage=grpo computes on one device"):
+        policy.make_policy_plan(config, "a800-80gb-x8")
+
+
+def test_what_stays_on_the_device_is_what_a_sampler_adds_to_the_weights(config, laid_out):
+    held, _ = laid_out
+    _, shapes = plan.model_and_weights(config.to_json())
+    weights = {path: jnp.zeros(leaf.shape, config.model.dtype) for path, leaf in shapes.items()}
+    trainable, frozen = stages.split(weights, config.variant, config.stage)
+    assert held["frozen"] == sum(leaf.nbytes for leaf in frozen.values())
+    assert held["trained"] == held["reference"] == sum(leaf.nbytes for leaf in trainable.values())
+
+    own = {leaf.unsafe_buffer_pointer() for leaf in weights.values()}
+    merged = jax.tree.leaves(Decoder(config, plan.language_model(config), policy.END).lay_out(weights))
+    assert held["merged"] == sum(leaf.nbytes for leaf in merged if leaf.unsafe_buffer_pointer() not in own)
+
+
+def test_every_program_of_an_iteration_compiles_in_their_order(laid_out):
+    held, programs = laid_out
+    assert [program.name for program in programs] == ["encode", "begin", "advance", "score", "update"]
+    for program in programs:
+        compiled = program.function.lower(*program.arguments, **program.options).compile()
+        given = policy._bytes(program.arguments)
+        assert 0 < compiled.memory_analysis().argument_size_in_bytes <= given
+        assert sum(held.values()) > program.weights and given > program.weights
+
+
+def test_operations_are_those_of_all_tokens_and_all_responses(config, laid_out):
+    _, programs = laid_out
+    by_name = {program.name: program for program in programs}
+    llm = plan.language_model(config)
+    kernels = llm.num_hidden_layers * (
+        2 * llm.hidden_size * llm.head_dim * (llm.num_attention_heads + llm.num_key_value_heads)
+        + 3 * llm.hidden_size * llm.intermediate_size
+    )
+    kernels += llm.hidden_size * llm.vocab_size
+    drawn = config.rl.max_new_tokens - 1
+    rows, slots = 2 * config.rl.group, policy.PROMPT + config.rl.max_new_tokens
+    attended = llm.num_hidden_layers * 2 * llm.num_attention_heads * llm.head_dim * slots
+    expected = drawn * rows * 2 * (kernels + attended)
+    assert cost.total_flops(policy._products(by_name["advance"])) == expected
+    assert by_name["score"].times == 2 and by_name["update"].times == config.rl.updates
