@@ -20,7 +20,7 @@ from favchat_jax.errors import UserError
 from favchat_jax.generation.decoding import Decoder, Decoding
 from favchat_jax.models.attention import compiling_for
 from favchat_jax.planning import cost, plan
-from favchat_jax.planning.targets import devices, find
+from favchat_jax.planning.targets import GIB, devices, find
 from favchat_jax.rl import de_grpo
 from favchat_jax.training import stages
 from favchat_jax.training.checks import check
@@ -104,8 +104,15 @@ def make_policy_plan(config: ml_collections.ConfigDict, name: str, clips: int | 
         compile_seconds=time.perf_counter() - started,
         fits=headroom >= 0,
         headroom_bytes=headroom,
-        advice="" if headroom >= 0 else "a smaller rl.group or rl.max_new_tokens, or a device with more memory",
+        advice="" if headroom >= 0 else _advice(resident, target.usable),
     )
+
+
+def _advice(resident: int, usable: int) -> str:
+    """Which option would make an iteration fit, of which `resident` bytes stay on the device."""
+    if resident > usable:
+        return f"a device with more memory: {resident / GIB:.1f} GiB of weights and moments stay on it"
+    return "a smaller rl.group or rl.max_new_tokens"
 
 
 def _lay_out(config: ml_collections.ConfigDict, clips: int, device: jax.Device) -> tuple[dict[str, int], list[Program]]:

@@ -63,3 +63,8 @@ def test_operations_are_those_of_all_tokens_and_all_responses(config, laid_out):
     expected = drawn * rows * 2 * (kernels + attended)
     assert cost.total_flops(policy._products(by_name["advance"])) == expected
     assert by_name["score"].times == 2 and by_name["update"].times == config.rl.updates
+
+
+def test_what_does_not_fit_is_told_what_would_help():
+    assert policy._advice(30 * 2**30, 20 * 2**30).startswith("a device with more memory: 30.0 GiB of weights")
+    assert policy._advice(10 * 2**30, 20 * 2**30) == "a smaller rl.group or rl.max_new_tokens"
