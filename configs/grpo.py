@@ -50,7 +50,7 @@ def get_config(argument: str = ""):
         }
     )
     if config.preset == "tiny":
-        config.optimizer.update({"name": "adamw", "learning_rate": 2e-3})
+        config.optimizer.update({"name": "adamw", "learning_rate": 1e-3})
         config.batch = 8
         config.steps = 100
         config.checkpoint_every = 25
