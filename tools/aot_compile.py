@@ -4,7 +4,7 @@ python -m tools.aot_compile --config=configs/stage3.py:preset=paper --target=a80
 python -m tools.aot_compile --config=configs/grpo.py:preset=paper --target=a800-80gb         an iteration of it
 python -m tools.aot_compile --all --json=plans.json          all targets, stages 1 to 3 of the paper's preset
 
-Stopped, the second goes on: plans in its file that were made of the same configs by the same jax are taken from there.
+Stopped, --all goes on: plans in its file that were made of the same configs by the same jax are taken from there.
 It runs in an environment of its own, .venv-aot, which `make plan` sets up.
 """
 

@@ -26,9 +26,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from favchat_jax.models.attention import attention
 from favchat_jax.models.linear import Linear, flat_product
-from favchat_jax.models.loop import loop
 from favchat_jax.models.partition import by_clip
 from favchat_jax.models.remat import remat
+from favchat_jax.models.scan import scan_layers
 from favchat_jax.models.umt import MLP, PatchEmbedding
 
 
@@ -145,7 +145,7 @@ class SwinStage(nn.Module):
             block(self.heads, self.window, j % 2 == 1, self.mlp_ratio, self.dtype, name=f"blocks_{j}")
             for j in range(self.depth)
         ]
-        return loop(blocks, lambda block, tokens: by_clip(block(tokens)), tokens, period=2)
+        return scan_layers(blocks, lambda block, tokens: by_clip(block(tokens)), tokens, period=2)
 
 
 class PatchMerging(nn.Module):

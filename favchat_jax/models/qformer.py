@@ -25,9 +25,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from favchat_jax.models.attention import attention
 from favchat_jax.models.linear import Linear
-from favchat_jax.models.loop import loop
 from favchat_jax.models.partition import by_clip
 from favchat_jax.models.remat import remat
+from favchat_jax.models.scan import scan_layers
 
 _EMBEDDING_INIT = nn.initializers.normal(0.02)
 
@@ -249,7 +249,7 @@ class QFormer(nn.Module):
             tokens, text = carry
             return layer(by_clip(tokens), text, visual, mask, visual_mask, deterministic)
 
-        tokens, _ = loop(self.layer, step, (tokens, text), period=self.cross_every)
+        tokens, _ = scan_layers(self.layer, step, (tokens, text), period=self.cross_every)
         if prompt is not None:
             tokens = jnp.broadcast_to(tokens, (*prompt.shape[:2], *tokens.shape[2:]))
         return tokens

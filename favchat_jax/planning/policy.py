@@ -32,11 +32,13 @@ END = 2  # Mistral's end of a text
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """One of the compiled functions of an iteration: its arguments, as shapes, and how often it runs.
+    """One of the compiled functions of an iteration, with its arguments as shapes.
 
     Attributes:
+        options: its static arguments.
         weights: bytes among its arguments that stay on the device between programs.
-        once: what is traced to count its products, where they cannot be counted in the function itself.
+        times: how often its products, or those of `once`, are computed in an iteration.
+        once: one turn of its loop, where that ends when all responses have.
     """
 
     name: str
@@ -58,7 +60,7 @@ def make_policy_plan(config: ml_collections.ConfigDict, name: str, clips: int | 
 
     Returns:
         As of a training step; its peak is that of the program that needs most, its temporaries what that one takes
-        beside its arguments, and its operations those of all programs.
+        beside its arguments, activations among them, and its operations those of all programs.
 
     Raises:
         UserError: the target is unknown, has several devices, or its compiler is missing.
@@ -117,7 +119,7 @@ def _advice(resident: int, usable: int) -> str:
 
 def _lay_out(config: ml_collections.ConfigDict, clips: int, device: jax.Device) -> tuple[dict[str, int], list[Program]]:
     """Bytes of what stays on the device, by what it is, and the programs of an iteration in their order."""
-    settings, dtype = config.rl, jnp.dtype(config.model.dtype)
+    dtype = jnp.dtype(config.model.dtype)
     model, shapes = plan.model_and_weights(config.to_json())
     trainable, frozen = stages.split(shapes, config.variant, config.stage)
     frozen = {path: jax.ShapeDtypeStruct(leaf.shape, dtype) for path, leaf in frozen.items()}
@@ -132,62 +134,60 @@ def _lay_out(config: ml_collections.ConfigDict, clips: int, device: jax.Device) 
         "reference": _bytes(trainable),
         "moments": _bytes(state.moments),
     }
+    words = clips, 1, config.data.prompt_length
+    asked = _shapes({"prompt": (words, jnp.int32), "prompt_mask": (words, jnp.bool_)})
+    features, rollouts = _rollouts(config, clips, decoder, merged, asked)
+    update = de_grpo.make_update(model, optimizer, config.rl, config.loss_chunk).__wrapped__
+    # Compiled anew, without the options of the platform that compiles.
+    compiled = de_grpo.make_score(model, config.rl, config.loss_chunk), jax.jit(update, donate_argnums=0)
+    programs = [*rollouts, *_updates(config, clips, compiled, state, frozen, features, asked)]
+    where = SingleDeviceSharding(device)
+    return held, [dataclasses.replace(p, arguments=_placed(p.arguments, where)) for p in programs]
 
-    size, words = config.model.image_size, config.data.prompt_length
+
+def _rollouts(config, clips: int, decoder: Decoder, merged: Any, asked: dict) -> tuple[Any, list[Program]]:
+    """The clips' features, and what makes them and the responses; `asked` is the question as the Q-Formers read it."""
+    settings, size, weights = config.rl, config.model.image_size, _bytes(merged)
     frames = jax.ShapeDtypeStruct((clips, config.model.frames, size, size, 3), jnp.uint8)
-    asked = {"prompt": ((clips, 1, words), jnp.int32), "prompt_mask": ((clips, 1, words), jnp.bool_)}
-    prompts = {"tokens": ((clips, 1, PROMPT), jnp.int32), "last": ((clips,), jnp.int32), **asked}
-    key, how = jax.ShapeDtypeStruct((2,), jnp.uint32), (jax.ShapeDtypeStruct((), jnp.float32),) * 2
     features = jax.eval_shape(decoder.encode, merged, frames)
-    reading = (merged, features, _shapes(prompts), key, *how)
+    prompts = _shapes({"tokens": ((clips, 1, PROMPT), jnp.int32), "last": ((clips,), jnp.int32)}) | asked
+    key, how = jax.ShapeDtypeStruct((2,), jnp.uint32), (jax.ShapeDtypeStruct((), jnp.float32),) * 2
+    reading = (merged, features, prompts, key, *how)
     room = {"room": settings.max_new_tokens, "copies": settings.group}
-    state_of_decoding = jax.eval_shape(lambda *x: decoder.begin(*x, **room), *reading)
-    tokens = clips, settings.group, PROMPT + settings.max_new_tokens
-    batch = _shapes({"tokens": (tokens, jnp.int32), **asked})
-    judged = _shapes(
-        {
-            "counted": (tokens, jnp.bool_),
-            "old": (tokens, jnp.float32),
-            "reference": (tokens, jnp.float32),
-            "advantages": (tokens[:2], jnp.float32),
-        }
-    )
+    begun = jax.eval_shape(lambda *x: decoder.begin(*x, **room), *reading)
     rest = settings.max_new_tokens - 1
-    update = jax.jit(
-        de_grpo.make_update(model, optimizer, settings, config.loss_chunk).__wrapped__, donate_argnums=0
-    )  # without the options of the platform that compiles
-    deciding, learning = _bytes(merged), held["trained"] + held["frozen"]
-    programs = [
-        Program("encode", decoder.encode, (merged, frames), {}, deciding),
-        Program("begin", decoder.begin, reading, room, deciding),
-        Program(
-            "advance",
-            decoder.advance,
-            (merged, state_of_decoding, *how),
-            {"count": rest},
-            deciding,
-            times=rest,
-            once=lambda params, state, *_: _one_token(decoder, params, state),
-        ),
-        Program(
-            "score",
-            de_grpo.make_score(model, settings, config.loss_chunk),
-            (trainable, frozen, features, batch),
-            {},
-            learning,
-            times=2,  # the policy and the reference
-        ),
+
+    def one_token(params, state: Decoding, *_):
+        return decoder.model.apply(params, state.token, state.position, state.cache, method="decode")
+
+    return features, [
+        Program("encode", decoder.encode, (merged, frames), {}, weights),
+        Program("begin", decoder.begin, reading, room, weights),
+        Program("advance", decoder.advance, (merged, begun, *how), {"count": rest}, weights, rest, one_token),
+    ]
+
+
+def _updates(
+    config, clips: int, compiled: tuple, state: Any, frozen: dict, features: Any, asked: dict
+) -> list[Program]:
+    """What judges the responses, for the policy and for the reference, and what moves the policy by them."""
+    score, update = compiled
+    size = clips, config.rl.group, PROMPT + config.rl.max_new_tokens
+    batch = _shapes({"tokens": (size, jnp.int32)}) | asked
+    judged = {name: (size, jnp.float32) for name in ("old", "reference")}
+    judged = _shapes({**judged, "counted": (size, jnp.bool_), "advantages": (size[:2], jnp.float32)})
+    weights = _bytes((state.trainable, frozen))
+    return [
+        Program("score", score, (state.trainable, frozen, features, batch), {}, weights, 2),
         Program(
             "update",
             update,
             (state, frozen, features, {**batch, **judged}),
             {},
-            learning + held["moments"],
-            times=settings.updates,
+            weights + _bytes(state.moments),
+            config.rl.updates,
         ),
     ]
-    where = SingleDeviceSharding(device)
-    return held, [dataclasses.replace(p, arguments=_placed(p.arguments, where)) for p in programs]
 
 
 def _products(program: Program) -> Iterator[cost.Product]:
@@ -196,10 +196,6 @@ def _products(program: Program) -> Iterator[cost.Product]:
     function = program.once or (lambda *arguments: program.function.__wrapped__(*arguments, **program.options))
     for product in cost.products(jax.make_jaxpr(function)(*arguments)):
         yield dataclasses.replace(product, times=product.times * program.times)
-
-
-def _one_token(decoder: Decoder, params: Any, state: Decoding) -> Any:
-    return decoder.model.apply(params, state.token, state.position, state.cache, method="decode")
 
 
 def _copied(merged: Any, shapes: dict[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Layers as one loop: the same values, gradients and chance as one after another, in fewer equations."""
+"""Layers as one scan: the same values, gradients and chance as one after another, in fewer equations."""
 
 import flax.linen as nn
 import jax
@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from favchat_jax.models.facexformer import SwinBlock, SwinStage
-from favchat_jax.models.loop import loop
 from favchat_jax.models.qformer import Layer, QFormer
+from favchat_jax.models.scan import scan_layers
 
 
 class Dropped(nn.Module):
@@ -20,7 +20,7 @@ class Dropped(nn.Module):
     @nn.compact
     def __call__(self, x):
         layers = [Scale(self.rates[i % 2], name=f"layer_{i}") for i in range(self.depth)]
-        return loop(layers, lambda layer, kept: layer(kept), x, period=2)
+        return scan_layers(layers, lambda layer, kept: layer(kept), x, period=2)
 
 
 class Scale(nn.Module):
@@ -83,7 +83,7 @@ def test_a_deep_qformer_is_its_layers_one_after_another(remat, text):
     np.testing.assert_allclose(model.apply(weights, visual, prompt, prompt > 0), expected, atol=2e-6)
 
 
-def test_layers_of_a_loop_draw_random_numbers_of_their_own():
+def test_layers_of_a_scan_draw_random_numbers_of_their_own():
     model, x = Dropped(6), jnp.ones(20_000)
     weights = model.init({"params": jax.random.key(0), "dropout": jax.random.key(1)}, x)
     kept = model.apply(weights, x, rngs={"dropout": jax.random.key(2)})
