@@ -2,9 +2,12 @@
 
 python -m tools.compare_grpo --runs=runs/tiny-v1/grpo,runs/tiny-v1/grpo-plain --figure=docs/figures/grpo.png
 
-It also prints how many rollouts each run needed for the last reward of the last one named.
+Runs whose configs differ in the seed alone are one line, their mean, with each of them thin behind it. It also prints how many rollouts
+each run needed to come within 0.005 of the last reward of the kind of run that was named last.
 """
 
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -16,9 +19,50 @@ from favchat_jax.errors import UserError
 from favchat_jax.rl.curves import read_lines
 
 LAST = 3  # measurements whose mean is a run's last reward
+MARGIN = 0.005  # by which a run that has reached a reward may be below it: less than held-out clips tell apart
+COLORS = ("#d9635f", "#5b84b1", "#6a9a58", "#8d6cab")
+
+Lines = Sequence[Mapping[str, float]]  # of one run's heldout.jsonl
+Kinds = Mapping[str, Mapping[str, Lines]]  # kind of run -> workdir -> its lines
 
 
-def rollouts_to_reach(lines: list[dict[str, float]], reward: float) -> float | None:
+def read_runs(workdirs: Sequence[str]) -> Kinds:
+    """What was measured in each workdir, by kind of run.
+
+    Raises:
+        UserError: a folder holds no reinforcement run, or runs of a kind were measured at different iterations.
+    """
+    kinds: dict[str, dict[str, Lines]] = {}
+    names: dict[str, str] = {}
+    for folder in workdirs:
+        lines = read_lines(Path(folder) / "heldout.jsonl")
+        if not lines or not (Path(folder) / "config.json").exists():
+            raise UserError(f"{folder} holds no heldout.jsonl and config.json: name workdirs of configs/grpo.py")
+        config = json.loads((Path(folder) / "config.json").read_text())
+        config.pop("seed")
+        alike = json.dumps(config, sort_keys=True)
+        if alike not in names:
+            kind = _kind(config)
+            names[alike] = f"{kind}, {folder}" if kind in names.values() else kind
+        kinds.setdefault(names[alike], {})[folder] = lines
+    for kind, runs in kinds.items():
+        if len({tuple(line["step"] for line in lines) for lines in runs.values()}) > 1:
+            raise UserError(f"runs of {kind} were measured at different iterations: let each run to its end")
+    return kinds
+
+
+def _kind(config: Mapping) -> str:
+    if not config["rl"]["data_efficient"]:
+        return "GRPO"
+    return {"scale_free": "Data-Efficient GRPO", "published": "as published"}[config["rl"]["utility"]]
+
+
+def last_reward(lines: Lines) -> float:
+    """Mean of a run's last measurements."""
+    return float(np.mean([line["facial"] for line in lines[-LAST:]]))
+
+
+def rollouts_to_reach(lines: Lines, reward: float) -> float | None:
     """Rollouts at which the held-out facial reward first reaches `reward`, between measurements in a straight line."""
     for before, after in zip([lines[0], *lines], lines, strict=False):
         if after["facial"] >= reward:
@@ -28,36 +72,42 @@ def rollouts_to_reach(lines: list[dict[str, float]], reward: float) -> float | N
     return None
 
 
-def draw(runs: dict[str, list[dict[str, float]]], path: str) -> None:
+def draw(kinds: Kinds, path: str) -> None:
     """Both pictures side by side."""
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(1, 2, figsize=(10, 3.6), sharey=True, constrained_layout=True)
     for axis, name in zip(axes, ("rollouts", "step"), strict=True):
-        for label, lines in runs.items():
-            axis.plot([line[name] for line in lines], [line["facial"] for line in lines], "o-", label=label)
+        for i, (kind, runs) in enumerate(kinds.items()):
+            color, rewards = COLORS[i % len(COLORS)], [[line["facial"] for line in lines] for lines in runs.values()]
+            at = [line[name] for line in next(iter(runs.values()))]
+            if len(runs) > 1:
+                axis.plot(at, np.transpose(rewards), color=color, linewidth=0.8, alpha=0.4)
+            axis.plot(at, np.mean(rewards, axis=0), ".-", color=color, label=kind)
         axis.set(xlabel={"step": "iterations"}.get(name, name))
         axis.legend()
     axes[0].set(ylabel="held-out facial reward")
     figure.savefig(path, dpi=130)
+    pyplot.close(figure)
 
 
 def main() -> None:
     """Compares the runs that the flags name."""
     if not _RUNS.value:
         raise UserError("needed: --runs=WORKDIR,WORKDIR")
-    runs = {Path(folder).name: read_lines(Path(folder) / "heldout.jsonl") for folder in _RUNS.value}
-    for name, lines in runs.items():
-        if not lines:
-            raise UserError(f"{name} holds no heldout.jsonl: name workdirs of configs/grpo.py")
-    goal = float(np.mean([line["facial"] for line in list(runs.values())[-1][-LAST:]]))
-    for name, lines in runs.items():
-        needed = rollouts_to_reach(lines, goal)
-        reached = "not reached" if needed is None else f"{needed:.0f} rollouts"
-        print(f"{name}: {lines[0]['facial']:.3f} -> {lines[-1]['facial']:.3f}; {goal:.3f}: {reached}")
     if _FIGURE.value:
-        draw(runs, _FIGURE.value)
+        command_line.check_output("--figure", _FIGURE.value)
+    kinds = read_runs(_RUNS.value)
+    goal = float(np.mean([last_reward(lines) for lines in list(kinds.values())[-1].values()]))
+    for kind, runs in kinds.items():
+        for folder, lines in runs.items():
+            needed = rollouts_to_reach(lines, goal - MARGIN)
+            reached = "not reached" if needed is None else f"{needed:.0f} rollouts"
+            first, last = lines[0]["facial"], last_reward(lines)
+            print(f"{kind}, {folder}: {first:.3f} -> {last:.3f}; {goal:.3f} less {MARGIN}: {reached}")
+    if _FIGURE.value:
+        draw(kinds, _FIGURE.value)
 
 
 if __name__ == "__main__":

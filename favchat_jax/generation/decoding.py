@@ -34,16 +34,20 @@ def draw(
 ) -> Int[Array, "B"]:
     """One token a row: the likeliest at temperature 0, else at random among the nucleus of `top_p`."""
 
-    def nucleus() -> Int[Array, "B"]:
-        scores = logits.astype(jnp.float32) / temperature
+    def nucleus(scores: Float[Array, "B V"]) -> Float[Array, "B V"]:
         ordered = jnp.sort(scores, axis=-1)[:, ::-1]
         before = jnp.cumsum(jax.nn.softmax(ordered, axis=-1), axis=-1) - jax.nn.softmax(ordered, axis=-1)
         first = jnp.arange(ordered.shape[-1]) == 0  # never left out, not even at top_p = 0
         floor = jnp.min(jnp.where((before < top_p) | first, ordered, jnp.inf), axis=-1, keepdims=True)
-        return jax.random.categorical(key, jnp.where(scores >= floor, scores, -jnp.inf)).astype(jnp.int32)
+        return jnp.where(scores >= floor, scores, -jnp.inf)
 
-    # Sorting the vocabulary takes longer than a layer, and the likeliest token needs none of it.
-    return jax.lax.cond(temperature > 0, nucleus, lambda: jnp.argmax(logits, axis=-1).astype(jnp.int32))
+    def by_chance() -> Int[Array, "B"]:
+        scores = logits.astype(jnp.float32) / temperature
+        # Sorting the vocabulary takes longer than several layers, and most draws need none of it.
+        scores = jax.lax.cond(top_p < 1, nucleus, lambda scores: scores, scores)
+        return jax.random.categorical(key, scores).astype(jnp.int32)
+
+    return jax.lax.cond(temperature > 0, by_chance, lambda: jnp.argmax(logits, axis=-1).astype(jnp.int32))
 
 
 class Decoder:

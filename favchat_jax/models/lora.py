@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from favchat_jax.models import quantized
-from favchat_jax.models.linear import flat_product
+from favchat_jax.models.linear import flat_product, transposed_product
 
 # PEFT's: uniform within +-1 / sqrt(width of the input).
 UNIFORM = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
@@ -47,6 +47,8 @@ low_rank.defvjp(_low_rank_forward, _low_rank_backward)
 class LoRADense(nn.Module):
     """A bias-free linear layer with an optional low-rank adapter.
 
+    Where the weights hold `transposed` in place of `kernel` (`convert.stacking.for_decoding`), there is no adapter.
+
     Attributes:
         features: width of the output.
         rank: r of the adapter; 0 for none.
@@ -63,8 +65,10 @@ class LoRADense(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "... D"], deterministic: bool = True) -> Float[Array, "... F"]:
-        kernel = self.param("kernel", nn.initializers.lecun_normal(), (x.shape[-1], self.features))
         x = x.astype(self.dtype)
+        if self.has_variable("params", "transposed"):  # for decoding
+            return transposed_product(x, self.get_variable("params", "transposed").astype(self.dtype))
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), (x.shape[-1], self.features))
         if self.has_variable("params", "kernel_scale"):  # a frozen base in 8 or 4 bits
             y = quantized.product(x, kernel, self.get_variable("params", "kernel_scale"))
         else:

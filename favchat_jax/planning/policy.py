@@ -199,10 +199,9 @@ def _products(program: Program) -> Iterator[cost.Product]:
 
 
 def _copied(merged: Any, shapes: dict[str, Any]) -> dict[str, Any]:
-    """The weights for decoding that are not training's own: layers that lie apart, and kernels with adapters."""
+    """The weights for decoding that are not training's own: those of the language model's products."""
     flat = flatten_dict(merged["params"], sep="/")
-    adapted = {path.removesuffix("lora_a") + "kernel" for path in shapes if path.endswith("lora_a")}
-    return {path: leaf for path, leaf in flat.items() if path in adapted or path not in shapes}
+    return {path: leaf for path, leaf in flat.items() if path not in shapes}
 
 
 def _shapes(of: dict[str, tuple]) -> dict[str, jax.ShapeDtypeStruct]:

@@ -1,8 +1,11 @@
-"""Comparing runs: where a reward is first reached."""
+"""Comparing runs: which are of a kind, and where a reward is first reached."""
+
+import json
 
 import pytest
 
-from tools.compare_grpo import draw, rollouts_to_reach
+from favchat_jax.errors import UserError
+from tools.compare_grpo import draw, last_reward, read_runs, rollouts_to_reach
 
 LINES = [{"step": s, "rollouts": 10 * s, "facial": r} for s, r in ((0, 0.1), (2, 0.3), (4, 0.2), (6, 0.6))]
 
@@ -15,6 +18,37 @@ def test_a_reward_is_reached_on_the_line_between_two_measurements(reward, rollou
     assert reached is None if rollouts is None else reached == pytest.approx(rollouts)
 
 
-def test_the_picture_is_written(tmp_path):
-    draw({"one": LINES, "other": LINES[:2]}, str(tmp_path / "figure.png"))
+def test_the_last_reward_is_the_mean_of_the_last_three():
+    assert last_reward(LINES) == pytest.approx(1.1 / 3)
+
+
+def run(folder, lines=LINES, seed=0, **settings):
+    folder.mkdir()
+    (folder / "heldout.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    config = {"seed": seed, "rl": {"data_efficient": True, "utility": "scale_free", **settings}}
+    (folder / "config.json").write_text(json.dumps(config))
+    return str(folder)
+
+
+def test_runs_that_differ_in_the_seed_alone_are_of_a_kind(tmp_path):
+    folders = [
+        run(tmp_path / "a"),
+        run(tmp_path / "b", seed=1),
+        run(tmp_path / "plain", data_efficient=False),
+        run(tmp_path / "hot", temperature=2.0),
+    ]
+    kinds = read_runs(folders)
+    assert {kind: list(runs) for kind, runs in kinds.items()} == {
+        "Data-Efficient GRPO": folders[:2],
+        "GRPO": folders[2:3],
+        f"Data-Efficient GRPO, {folders[3]}": folders[3:],
+    }
+    draw(kinds, str(tmp_path / "figure.png"))
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_runs_that_cannot_be_compared_are_named(tmp_path):
+    with pytest.raises(UserError, match="none holds no heldout.jsonl"):
+        read_runs([str(tmp_path / "none")])
+    with pytest.raises(UserError, match="GRPO were measured at different iterations"):
+        read_runs([run(tmp_path / "a"), run(tmp_path / "b", LINES[:2], seed=1)])
