@@ -2,8 +2,8 @@
 
 python -m tools.compare_grpo --runs=runs/tiny-v1/grpo,runs/tiny-v1/grpo-plain --figure=docs/figures/grpo.png
 
-Runs whose configs differ in the seed alone are one line, their mean, with each of them thin behind it. It also prints how many rollouts
-each run needed to come within 0.005 of the last reward of the kind of run that was named last.
+Runs whose configs differ in the seed alone are one line, their mean, with each of them thin behind it. It also prints
+how many rollouts each run needed to come within 0.005 of the last reward of the kind of run that was named last.
 """
 
 import json

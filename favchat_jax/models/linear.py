@@ -23,10 +23,8 @@ def transposed_product(x: Float[Array, "*B D"], kernel: Float[Array, "F D"]) -> 
     as its second, up to 1.5 times as long. The barrier keeps XLA from turning one into the other.
     """
     flat = x.reshape(-1, x.shape[-1])
-    if flat.shape[0] <= FEW:
-        y = jax.lax.optimization_barrier(kernel @ flat.T).T
-    else:
-        y = flat @ kernel.T
+    few = flat.shape[0] <= FEW
+    y = jax.lax.optimization_barrier(kernel @ flat.T).T if few else flat @ kernel.T
     return y.reshape(*x.shape[:-1], kernel.shape[0])
 
 
