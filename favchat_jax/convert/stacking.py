@@ -1,4 +1,4 @@
-"""Layers that training keeps stacked along a first axis, apart again for decoding, with kernels joined and transposed."""
+"""Layers that training keeps stacked along a first axis, apart again for decoding: kernels joined and transposed."""
 
 from collections.abc import Mapping
 from typing import Any
