@@ -50,9 +50,9 @@ def get_config(argument: str = ""):
         }
     )
     if config.preset == "tiny":
-        config.optimizer.update({"name": "adamw", "learning_rate": 1e-3})
+        config.optimizer.update({"name": "adamw", "learning_rate": 2e-4})
         config.batch = 8
         config.steps = 100
         config.checkpoint_every = 25
-        config.rl.update({"max_new_tokens": 72, "samples": 400, "measure_every": 10})
+        config.rl.update({"max_new_tokens": 72, "samples": 400, "measure_every": 5})
     return config

@@ -15,7 +15,4 @@ def get_config(argument: str = ""):
         config.steps = 30
         config.batch = 16
         config.optimizer.learning_rate = 1e-3
-        if config.variant == "v2":  # whose Q-Formers, frozen in stage 1, have learned with CA2 in stage 2 alone
-            config.steps = 120
-            config.optimizer.learning_rate = 3e-3
     return config
