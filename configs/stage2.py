@@ -15,5 +15,5 @@ def get_config(argument: str = ""):
         config.batch = 16
         config.optimizer.learning_rate = 5e-3
         if config.variant == "v2":  # whose Q-Formers, frozen in stage 1, meet CA2 here
-            config.steps = 600
+            config.steps = 1000
     return config
