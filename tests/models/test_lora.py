@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
+from favchat_jax.models.linear import FEW, transposed_product
 from favchat_jax.models.lora import LoRADense, low_rank, merge
 from favchat_jax.models.mistral import LoRA, Mistral
 from tests.models.tiny_parts import MISTRAL, drawn, mistral_shapes
@@ -109,3 +110,18 @@ def test_merging_a_language_model_of_stacked_layers_gives_one_without_adapters_t
     np.testing.assert_allclose(logits(Mistral(MISTRAL), merged), expected, atol=1e-4)
     dropped = jax.tree_util.tree_map_with_path(lambda path, x: 0 * x if path[-1].key == "lora_b" else x, weights)
     assert np.abs(logits(model, dropped) - expected).max() > 0.1
+
+
+@pytest.mark.parametrize("rows", [(1,), (3, 8), (64,), (5, 13)])
+def test_a_transposed_kernel_gives_the_same_product(rows):
+    x, kernel = jax.random.normal(jax.random.key(0), (*rows, 7)), jax.random.normal(jax.random.key(1), (7, 5))
+    layer = LoRADense(features=5)
+    transposed = layer.apply({"params": {"transposed": kernel.T}}, x)
+    np.testing.assert_allclose(transposed, layer.apply({"params": {"kernel": kernel}}, x), atol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 8, FEW])
+def test_a_transposed_kernel_is_never_turned_around_for_a_few_rows(rows):
+    x, kernel = jnp.ones((rows, 256)), jnp.ones((512, 256))
+    program = jax.jit(transposed_product).lower(x, kernel).compile().as_text()
+    assert "f32[512,256]" in program and "f32[256,512]" not in program
