@@ -30,7 +30,8 @@ def read_runs(workdirs: Sequence[str]) -> Kinds:
     """What was measured in each workdir, by kind of run.
 
     Raises:
-        UserError: a folder holds no reinforcement run, or runs of a kind were measured at different iterations.
+        UserError: a folder holds no reinforcement run or one without a facial reward, or runs of a kind were measured
+            at different iterations.
     """
     kinds: dict[str, dict[str, Lines]] = {}
     names: dict[str, str] = {}
@@ -38,6 +39,8 @@ def read_runs(workdirs: Sequence[str]) -> Kinds:
         lines = read_lines(Path(folder) / "heldout.jsonl")
         if not lines or not (Path(folder) / "config.json").exists():
             raise UserError(f"{folder} holds no heldout.jsonl and config.json: name workdirs of configs/grpo.py")
+        if "facial" not in lines[0]:
+            raise UserError(f"{folder} has no reward named facial in rl.rewards, which is what is compared")
         config = json.loads((Path(folder) / "config.json").read_text())
         config.pop("seed")
         alike = json.dumps(config, sort_keys=True)
@@ -98,6 +101,8 @@ def main() -> None:
         raise UserError("needed: --runs=WORKDIR,WORKDIR")
     if _FIGURE.value:
         command_line.check_output("--figure", _FIGURE.value)
+        if not _FIGURE.value.endswith(".png"):
+            raise UserError(f"--figure={_FIGURE.value} is no PNG: name a file that ends in .png")
     kinds = read_runs(_RUNS.value)
     goal = float(np.mean([last_reward(lines) for lines in list(kinds.values())[-1].values()]))
     for kind, runs in kinds.items():

@@ -38,5 +38,6 @@ def draw_curves(workdir: Path) -> None:
 
 
 def read_lines(path: Path) -> list[dict[str, float]]:
-    """The objects of a file that holds one a line."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    """The objects of a file that holds one a line, but for a last one that was cut off while it was written."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("}")]

@@ -6,11 +6,14 @@ that the run started from, over the one base; encoders and Q-Formers do not trai
 iteration. Everything that decides the next iteration is in the checkpoint, so that a resumed run is exact.
 """
 
+import itertools
 import json
 import logging
+import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -42,6 +45,7 @@ from favchat_jax.weights_folder import load_weights, save_weights
 log = logging.getLogger("favchat_jax")
 
 UTILITY_BINS = 5
+TAKEN = ("step", "rollouts", "total")  # names in heldout.jsonl that no reward may have
 
 
 def train(config: ml_collections.ConfigDict, workdir: str | Path) -> loop.Outcome:
@@ -57,8 +61,8 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> loop.Outcom
     keep_programs(workdir)
     functions = {name: (rewards.load(reward.path), reward.weight) for name, reward in settings.rewards.items()}
     prepare(config.data.name, config.data.root or None, config.data.packed)
-    records = usable_records(config, settings.split, settings.samples)
-    heldout = usable_records(config, settings.heldout_split, settings.heldout_samples)
+    records = UsableRecords(config, settings.split, settings.samples)
+    heldout = UsableRecords(config, settings.heldout_split, settings.heldout_samples)
     parts = assembly.assemble(config)
     pool = Pool(len(records), pool_settings(settings), config.seed, settings.data_efficient)
     optimizer = stages.make_optimizer(config.optimizer, config.steps * settings.updates)
@@ -91,12 +95,22 @@ def check(config: ml_collections.ConfigDict) -> None:
         raise UserError("rl.temperature=0 makes all responses of a group the same: give more than 0")
     if settings.utility not in ("scale_free", "published"):
         raise UserError(f"rl.utility={settings.utility} is unknown: choose scale_free or published")
+    if config.llm.storage != "full":
+        raise UserError(f"llm.storage={config.llm.storage} cannot be answered from, as stage=grpo does: leave it out")
     if not settings.rewards:
         raise UserError("rl.rewards is empty: give at least one, with its path (module:function) and weight")
-    for reward in settings.rewards.values():
+    for name, reward in settings.rewards.items():
+        if name in TAKEN:
+            raise UserError(f"rl.rewards.{name}: what is measured beside rewards is called so; rename it")
+        if not math.isfinite(reward.weight):
+            raise UserError(f"rl.rewards.{name}.weight={reward.weight} is no weight: give a finite number")
         rewards.load(reward.path)
-    if config.steps < 1 or settings.updates < 1:
-        raise UserError(f"steps={config.steps} and rl.updates={settings.updates}: give at least 1 of each")
+    for name in ("updates", "max_new_tokens", "measure_every"):
+        if settings[name] < 1:
+            raise UserError(f"rl.{name}={settings[name]}: give at least 1")
+    if config.steps < 1:
+        raise UserError(f"steps={config.steps}: give at least 1")
+    pool_settings(settings)
 
 
 def pool_settings(settings: ml_collections.ConfigDict) -> Settings:
@@ -113,22 +127,28 @@ def pool_settings(settings: ml_collections.ConfigDict) -> Settings:
     )
 
 
-def usable_records(config: ml_collections.ConfigDict, split: str, limit: int) -> list[Record]:
-    """The first `limit` records of a split (0: all) of which something can be told.
+class UsableRecords:
+    """The first `limit` records of a split (0: all) of which something can be told, read when they are asked for.
 
     Raises:
         UserError: there is none.
     """
-    source = open_dataset(config.data.name, config.data.packed, split)
-    records: list[Record] = []
-    for i in range(len(source)):
-        if limit and len(records) == limit:
-            break
-        if reasoning.can_be_told(source[i]):
-            records.append(source[i])
-    if not records:
-        raise UserError(f"no clip of split {split} has attribute, emotion and action targets: name another rl.split")
-    return records
+
+    def __init__(self, config: ml_collections.ConfigDict, split: str, limit: int):
+        self._source = open_dataset(config.data.name, config.data.packed, split)
+        usable = (i for i in range(len(self._source)) if reasoning.can_be_told(self._source[i]))
+        self._places = list(itertools.islice(usable, limit or None))
+        if not self._places:
+            raise UserError(
+                f"no clip of split {split} has attribute, emotion and action targets: name another rl.split"
+            )
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def read(self, chosen: Iterable[int]) -> list[Record]:
+        """The records at these positions."""
+        return [self._source[self._places[i]] for i in chosen]
 
 
 def token_log_probabilities(
@@ -227,36 +247,50 @@ class _Run:
         ):
             if step == 0:
                 self._measure(heldout, 0)
-            while step < steps and not stop.is_set():
-                started = time.perf_counter()
-                samples = self._pool.draw(self.config.batch)
-                if not len(samples):
-                    log.info("the pool ran empty at step %d: every sample was discarded; the run ends here", step)
-                    steps = step
-                    break
-                values = self._iterate(samples, [records[i] for i in samples])
-                step += 1
-                self.state = self.state.replace(step=jnp.asarray(step, jnp.int32))
-                values["seconds"] = time.perf_counter() - started
-                metrics.add(step, values, len(samples), 0.0)
-                if step % self.settings.measure_every == 0 or step == steps:
+            try:
+                while step < steps and not stop.is_set():
+                    started, kept = time.perf_counter(), self._pool.get_state()
+                    samples = self._pool.draw(self.config.batch)
+                    if not len(samples):
+                        log.info("the pool ran empty at step %d: every sample was discarded; the run ends here", step)
+                        steps = step
+                        break
+                    values = self._iterate(samples, records.read(samples))
+                    step, kept = step + 1, self._pool.get_state()
+                    self.state = self.state.replace(step=jnp.asarray(step, jnp.int32))
+                    values["seconds"] = time.perf_counter() - started
+                    metrics.add(step, values, len(samples), 0.0)
+                    if step % self.settings.measure_every == 0:
+                        self._measure(heldout, step)
+                    if step % self.config.checkpoint_every == 0:
+                        self._save(checkpoints, kept)
+                    bar.update()
+                    bar.set_postfix(reward=f"{values['reward']:.3f}", kl=f"{values['kl']:.3f}")
+                if step == steps and step % self.settings.measure_every:
                     self._measure(heldout, step)
-                if step % self.config.checkpoint_every == 0 or step == steps:
-                    checkpoints.save(self.state, self._pool.get_state())
-                bar.update()
-                bar.set_postfix(reward=f"{values['reward']:.3f}", kl=f"{values['kl']:.3f}")
+            except UserError:  # a reward misbehaves: the iterations before are kept
+                metrics.flush(step)
+                self._save(checkpoints, kept)
+                raise
             metrics.flush(step)
-            if checkpoints.latest() != step:
-                checkpoints.save(self.state, self._pool.get_state())
+            self._save(checkpoints, self._pool.get_state())
             checkpoints.wait()
         return steps
+
+    def _save(self, checkpoints: Checkpoints, pool: dict[str, Any]) -> None:
+        """Saves the policy with the pool's state, unless that step is there or the run's start."""
+        if int(self.state.step) not in (0, checkpoints.latest()):
+            checkpoints.save(self.state, pool)
 
     def _iterate(self, samples: Int[np.ndarray, " b"], records: Sequence[Record]) -> dict[str, float]:
         """Responses, rewards, judgement and updates for one batch of samples."""
         count = len(records)
         # The pool may hold fewer than a batch, whose shape stays the same.
         padded = [*records, *[records[0]] * (self.config.batch - count)]
-        features, responses, shuffled = self._roll_out(padded)
+        self._sampler.load({**self.state.trainable, **self._frozen})
+        seed = self.config.seed * 1_000_003 + self._pool.iteration
+        sampling = Sampling(self.settings.max_new_tokens, self.settings.temperature, self.settings.top_p, seed)
+        features, responses, shuffled = self._roll_out(padded, self.settings.group, sampling)
         batch = self._batch(responses)
         batch["old"] = self._score(self.state.trainable, self._frozen, features, batch)
         batch["reference"] = self._score(self._reference, self._frozen, features, batch)
@@ -279,17 +313,10 @@ class _Run:
             )
         return values | self._summary(parts, lengths[:count], utility)
 
-    def _roll_out(self, records: Sequence[Record]):
+    def _roll_out(self, records: Sequence[Record], group: int, sampling: Sampling):
         """Features of the clips, G responses to each, and as many about shuffled frames where they are asked for."""
-        self._sampler.load({**self.state.trainable, **self._frozen})
-        frames, group = self._frames(records), self.settings.group
+        frames = self._frames(records)
         features = self._sampler.encode(frames)
-        sampling = Sampling(
-            self.settings.max_new_tokens,
-            self.settings.temperature,
-            self.settings.top_p,
-            seed=self.config.seed * 1_000_003 + self._pool.iteration,
-        )
         responses = self._respond(features, len(records), group, sampling)
         if not self.settings.shuffled_frames:
             return features, responses, None
@@ -349,16 +376,16 @@ class _Run:
             rows.append(rewards.evaluate(self._functions, group))
         return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
-    def _measure(self, records: Sequence[Record], step: int) -> None:
+    def _measure(self, records: UsableRecords, step: int) -> None:
         """Writes the mean rewards of the likeliest responses about held-out clips."""
         self._sampler.load({**self.state.trainable, **self._frozen})
         sampling, batch, rows = Sampling(self.settings.max_new_tokens), self.config.batch, []
         for start in range(0, len(records), batch):
-            chosen = records[start : start + batch]
+            chosen = records.read(range(start, min(start + batch, len(records))))
             padded = [*chosen, *[chosen[0]] * (batch - len(chosen))]
-            responses = self._respond(self._sampler.encode(self._frames(padded)), batch, 1, sampling)
+            _, responses, shuffled = self._roll_out(padded, 1, sampling)
             tokens = response_mask(responses, self._sampler.conversation.eos).sum(-1)
-            rows.append(self._reward(chosen, responses, tokens))
+            rows.append(self._reward(chosen, responses, tokens, shuffled))
         means = {name: float(np.concatenate([row[name] for row in rows]).mean()) for name in rows[0]}
         rollouts = step * self.config.batch * self.settings.group
         with (self.workdir / "heldout.jsonl").open("a") as file:

@@ -27,6 +27,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
+from favchat_jax.errors import UserError
+
 DISCOVER, EXPLOIT, COOL_DOWN, DISCARD = STATES = ("discover", "exploit", "cool_down", "discard")
 DELTA = {DISCOVER: 1.0, EXPLOIT: 1.0, COOL_DOWN: 0.5, DISCARD: 0.0}
 PAIR_FLOOR = 1e-6  # of the published form
@@ -44,6 +46,9 @@ class Settings:
         rest: iterations for which a sample that cools down is not drawn.
         published: the published form.
         baseline: of the published form's margin; there a value head that no loss trains.
+
+    Raises:
+        UserError: smoothing is not within [0, 1).
     """
 
     smoothing: float = 0.8
@@ -53,6 +58,10 @@ class Settings:
     rest: int = 5
     published: bool = False
     baseline: float = 0.0
+
+    def __post_init__(self):
+        if not 0 <= self.smoothing < 1:
+            raise UserError(f"rl.pool.smoothing={self.smoothing} is a share of the old state: give 0 to less than 1")
 
 
 def pairwise(values: Float[np.ndarray, "B G"]) -> Float[np.ndarray, "B P"]:

@@ -59,14 +59,14 @@ def check(config: ml_collections.ConfigDict) -> None:
 
 
 def claim(workdir: Path, config: ml_collections.ConfigDict) -> None:
-    """Makes a new workdir; raises UserError where it cannot be written, or belongs to a run of another config."""
+    """Makes a new workdir; raises UserError where it cannot be written, or holds steps of a run of another config."""
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         (workdir / "metrics.jsonl").touch()
     except OSError as error:
         raise UserError(f"workdir {workdir} cannot be written ({error.strerror}): choose another --workdir") from None
-    if not (workdir / "config.json").exists():
-        return
+    if not (workdir / "config.json").exists() or not any((workdir / "checkpoints").glob("[0-9]*")):
+        return  # what failed before its first saved step may be mended here
     found = differing(load_config(workdir), json.loads(config.to_json()))
     fields = sorted(field for field in found if not field.startswith(FREE))
     if fields:

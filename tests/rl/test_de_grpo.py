@@ -122,6 +122,7 @@ def test_a_pool_that_runs_empty_ends_the_run_cleanly_and_says_so(config_of, tmp_
     assert outcome.finished and outcome.step == 3, "five samples in batches of two"
     assert "the pool ran empty at step 3" in caplog.text
     assert read_lines(tmp_path / "grpo" / "metrics.jsonl")[-1]["rollouts"] == 3
+    assert read_lines(tmp_path / "grpo" / "heldout.jsonl")[-1]["step"] == 3
 
 
 @pytest.mark.parametrize(
@@ -131,6 +132,12 @@ def test_a_pool_that_runs_empty_ends_the_run_cleanly_and_says_so(config_of, tmp_
         ({"rl__temperature": 0.0}, "rl.temperature=0 makes all responses"),
         ({"rl__utility": "best"}, "rl.utility=best is unknown: choose scale_free or published"),
         ({"rl__updates": 0}, "rl.updates=0: give at least 1"),
+        ({"rl__measure_every": 0}, "rl.measure_every=0: give at least 1"),
+        ({"rl__max_new_tokens": 0}, "rl.max_new_tokens=0: give at least 1"),
+        ({"rl__pool__smoothing": 7.0}, "rl.pool.smoothing=7.0 is a share"),
+        ({"rl__rewards__form__weight": float("nan")}, "rl.rewards.form.weight=nan is no weight"),
+        ({"rl__rewards__step": {"path": "x:y", "weight": 1.0}}, "rl.rewards.step: .* rename it"),
+        ({"llm__storage": "int8"}, "llm.storage=int8 cannot be answered from"),
         ({"rl__rewards__facial__path": "nowhere:facial"}, "reward 'nowhere:facial' cannot be imported"),
     ],
 )
@@ -153,6 +160,27 @@ def test_the_temporal_reward_gets_responses_about_shuffled_frames_where_they_are
     config.rl.rewards.facial.path = "tests.rl.test_de_grpo:count_shuffled"
     de_grpo.train(config, tmp_path / "with")
     assert read_lines(tmp_path / "with" / "metrics.jsonl")[0]["reward_facial"] == config.rl.group
+    assert [line["facial"] for line in read_lines(tmp_path / "with" / "heldout.jsonl")] == [1, 1], "one greedy response"
+
+
+# 3 held-out groups, 2 of each of the first 2 iterations, 3 held-out ones: in the last of these, and in the third iteration.
+@pytest.mark.parametrize("good", [9, 10])
+def test_a_reward_that_fails_late_loses_no_iteration(good, whole, config_of, tmp_path, monkeypatch):
+    workdir, calls, original = tmp_path / "grpo", [], favour_short_words
+
+    def fails_late(group):
+        calls.append(group.id)
+        if len(calls) > good:
+            raise ValueError("out\nof words")
+        return original(group)
+
+    monkeypatch.setitem(globals(), "favour_short_words", fails_late)
+    with pytest.raises(UserError, match="raised ValueError: out of words"):
+        de_grpo.train(config_of(checkpoint_every=100), workdir)
+    monkeypatch.undo()
+    assert [line["step"] for line in read_lines(workdir / "metrics.jsonl")] == [1, 2]
+    assert de_grpo.train(config_of(checkpoint_every=100), workdir) == loop.Outcome(step=4, steps=4, resumed_at=2)
+    assert same_weights(newest(workdir), newest(whole))
 
 
 def test_a_start_of_another_variant_is_refused(small_world, config_of, tmp_path):

@@ -47,8 +47,17 @@ def test_runs_that_differ_in_the_seed_alone_are_of_a_kind(tmp_path):
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_line_that_was_cut_off_while_it_was_written_is_left_out(tmp_path):
+    folder = run(tmp_path / "a")
+    with (tmp_path / "a" / "heldout.jsonl").open("a") as file:
+        file.write('{"step": 8, "roll')
+    assert read_runs([folder])["Data-Efficient GRPO"][folder] == LINES
+
+
 def test_runs_that_cannot_be_compared_are_named(tmp_path):
     with pytest.raises(UserError, match="none holds no heldout.jsonl"):
         read_runs([str(tmp_path / "none")])
+    with pytest.raises(UserError, match="own has no reward named facial"):
+        read_runs([run(tmp_path / "own", [{"step": 0, "rollouts": 0, "mine": 1.0}])])
     with pytest.raises(UserError, match="GRPO were measured at different iterations"):
         read_runs([run(tmp_path / "a"), run(tmp_path / "b", LINES[:2], seed=1)])

@@ -42,6 +42,8 @@ def test_a_value_that_suits_no_run_is_a_users_error_that_names_it(changes, messa
 
 def test_a_workdir_goes_on_with_other_fields_that_say_where_and_how_alone(small_world, tmp_path):
     (tmp_path / "config.json").write_text(small_world.config("stage1").to_json())
+    claim(tmp_path, small_world.config("stage1", batch=8))  # nothing was saved yet
+    (tmp_path / "checkpoints" / "2").mkdir(parents=True)
     changes = {"mesh__data": 2, "mesh__fsdp": 4, "model__remat": "products", "accumulate": 2, "loss_chunk": 16}
     claim(tmp_path, small_world.config("stage1", **changes))
     with pytest.raises(UserError, match=re.escape("these fields differ: batch (4 there, 8 here). ")):
