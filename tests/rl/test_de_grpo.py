@@ -163,7 +163,7 @@ def test_the_temporal_reward_gets_responses_about_shuffled_frames_where_they_are
     assert [line["facial"] for line in read_lines(tmp_path / "with" / "heldout.jsonl")] == [1, 1], "one greedy response"
 
 
-# 3 held-out groups, 2 of each of the first 2 iterations, 3 held-out ones: in the last of these, and in the third iteration.
+# 3 held-out groups, 2 in each of two iterations, 3 held-out ones: in the last of these, and in the third iteration.
 @pytest.mark.parametrize("good", [9, 10])
 def test_a_reward_that_fails_late_loses_no_iteration(good, whole, config_of, tmp_path, monkeypatch):
     workdir, calls, original = tmp_path / "grpo", [], favour_short_words
