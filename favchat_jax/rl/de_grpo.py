@@ -239,7 +239,8 @@ class _Run:
 
     def go_on(self, records, heldout, checkpoints, metrics) -> int:
         """Iterates until the end, SIGTERM, Ctrl-C or an empty pool; returns the step at which the run is finished."""
-        step, steps = int(self.state.step), self.config.steps
+        begun, steps = int(self.state.step), self.config.steps
+        step = begun
         _keep_until(self.workdir / "heldout.jsonl", step)
         with (
             loop.termination() as stop,
@@ -266,7 +267,7 @@ class _Run:
                         self._save(checkpoints, kept)
                     bar.update()
                     bar.set_postfix(reward=f"{values['reward']:.3f}", kl=f"{values['kl']:.3f}")
-                if step == steps and step % self.settings.measure_every:
+                if step == steps > begun and step % self.settings.measure_every:
                     self._measure(heldout, step)
             except UserError:  # a reward misbehaves: the iterations before are kept
                 metrics.flush(step)

@@ -122,7 +122,9 @@ def test_a_pool_that_runs_empty_ends_the_run_cleanly_and_says_so(config_of, tmp_
     assert outcome.finished and outcome.step == 3, "five samples in batches of two"
     assert "the pool ran empty at step 3" in caplog.text
     assert read_lines(tmp_path / "grpo" / "metrics.jsonl")[-1]["rollouts"] == 3
-    assert read_lines(tmp_path / "grpo" / "heldout.jsonl")[-1]["step"] == 3
+    assert [line["step"] for line in read_lines(tmp_path / "grpo" / "heldout.jsonl")] == [0, 2, 3]
+    assert de_grpo.train(config, tmp_path / "grpo") == loop.Outcome(step=3, steps=3, resumed_at=3)
+    assert [line["step"] for line in read_lines(tmp_path / "grpo" / "heldout.jsonl")] == [0, 2, 3]
 
 
 @pytest.mark.parametrize(
