@@ -21,7 +21,7 @@ from favchat_jax.generation.decoding import Decoder, Decoding
 from favchat_jax.models.attention import compiling_for
 from favchat_jax.planning import cost, plan
 from favchat_jax.planning.targets import GIB, devices, find
-from favchat_jax.rl import de_grpo
+from favchat_jax.rl import de_grpo, policy
 from favchat_jax.training import stages
 from favchat_jax.training.checks import check
 from favchat_jax.training.step import new_state
@@ -137,9 +137,9 @@ def _lay_out(config: ml_collections.ConfigDict, clips: int, device: jax.Device) 
     words = clips, 1, config.data.prompt_length
     asked = _shapes({"prompt": (words, jnp.int32), "prompt_mask": (words, jnp.bool_)})
     features, rollouts = _rollouts(config, clips, decoder, merged, asked)
-    update = de_grpo.make_update(model, optimizer, config.rl, config.loss_chunk).__wrapped__
+    update = policy.make_update(model, optimizer, config.rl, config.loss_chunk).__wrapped__
     # Compiled anew, without the options of the platform that compiles.
-    compiled = de_grpo.make_score(model, config.rl, config.loss_chunk), jax.jit(update, donate_argnums=0)
+    compiled = policy.make_score(model, config.rl, config.loss_chunk), jax.jit(update, donate_argnums=0)
     programs = [*rollouts, *_updates(config, clips, compiled, state, frozen, features, asked)]
     where = SingleDeviceSharding(device)
     return held, [dataclasses.replace(p, arguments=_placed(p.arguments, where)) for p in programs]

@@ -11,7 +11,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
-import optax
-from einops import rearrange
-from flax.traverse_util import unflatten_dict
-from jaxtyping import Array, Bool, Float, Int, UInt8
+from jaxtyping import Float, Int, UInt8
 from tqdm import tqdm
 
 from favchat_jax.data import reasoning
@@ -30,16 +27,15 @@ from favchat_jax.data.datasets import Record, open_dataset, prepare
 from favchat_jax.data.video import decode
 from favchat_jax.errors import RunError, UserError
 from favchat_jax.generation.sampler import Sampler, Sampling
-from favchat_jax.models.favchat import ClipFeatures, FaVChat
 from favchat_jax.rl import objective, rewards
 from favchat_jax.rl.curves import draw_curves, read_lines
+from favchat_jax.rl.policy import make_score, make_update, response_mask
 from favchat_jax.rl.pool import Pool, Settings
 from favchat_jax.training import assembly, loop, stages
 from favchat_jax.training.checkpoint import Checkpoints
 from favchat_jax.training.checks import claim
 from favchat_jax.training.programs import keep_programs
 from favchat_jax.training.sharding import one_device
-from favchat_jax.training.step import TrainState, Weights, compiler_options, next_token_targets
 from favchat_jax.weights_folder import load_weights, save_weights
 
 log = logging.getLogger("favchat_jax")
@@ -149,81 +145,6 @@ class UsableRecords:
     def read(self, chosen: Iterable[int]) -> list[Record]:
         """The records at these positions."""
         return [self._source[self._places[i]] for i in chosen]
-
-
-def token_log_probabilities(
-    model: FaVChat, weights: Weights, features: ClipFeatures, batch: Mapping[str, Array], temperature: float, chunk: int
-) -> Float[Array, "B G L"]:
-    """log p of each response's tokens at the temperature that drew them, at the positions that predict them.
-
-    Args:
-        model: in its training form.
-        weights: all of its weights.
-        features: of the B clips.
-        batch: tokens [B, G, L], prompt and prompt_mask [B, 1, P].
-        temperature: of the draws.
-        chunk: positions whose scores over the vocabulary exist at once.
-    """
-    params = {"params": unflatten_dict(dict(weights), sep="/")}
-
-    def read(model, features, tokens, prompt, mask):
-        visual, _ = model.visual_tokens(features, prompt, mask)
-        embedded = model.embed(tokens, jnp.repeat(visual, tokens.shape[1], axis=1))
-        return model.llm(rearrange(embedded, "B G L D -> (B G) L D"))[0]
-
-    tokens = batch["tokens"]
-    hidden = model.apply(params, features, tokens, batch["prompt"], batch["prompt_mask"], method=read)
-    targets, _ = next_token_targets(tokens, jnp.zeros(tokens.shape, bool))
-    targets = jnp.maximum(rearrange(targets, "B G L -> (B G) L"), 0)  # placeholders of visual tokens are never counted
-
-    @jax.checkpoint
-    def score(piece):
-        hidden, targets = piece
-        scores = model.apply(params, hidden, method=lambda m, x: m.llm.logits(x)).astype(jnp.float32) / temperature
-        return -optax.softmax_cross_entropy_with_integer_labels(scores, targets)
-
-    length = tokens.shape[-1]
-    pad = -length % min(chunk, length)
-    pieces = [jnp.pad(x, [(0, 0), (0, pad)] + [(0, 0)] * (x.ndim - 2)) for x in (hidden, targets)]
-    pieces = tuple(rearrange(x, "B (N C) ... -> N B C ...", C=min(chunk, length)) for x in pieces)
-    scored = rearrange(jax.lax.map(score, pieces), "N B C -> B (N C)")[:, :length]
-    return rearrange(scored, "(B G) L -> B G L", B=tokens.shape[0])
-
-
-def response_mask(responses: Int[np.ndarray, "... n"], end: int) -> Bool[np.ndarray, "... n"]:
-    """True up to each response's first end, which it holds too."""
-    ends = np.cumsum(responses == end, axis=-1)
-    return (ends == 0) | ((ends == 1) & (responses == end))
-
-
-def make_score(model: FaVChat, settings: ml_collections.ConfigDict, chunk: int) -> Callable[..., Array]:
-    """Compiles `token_log_probabilities`: (trainable, frozen, features, batch) -> [B, G, L]."""
-    return jax.jit(
-        lambda trainable, frozen, features, batch: token_log_probabilities(
-            model, {**trainable, **frozen}, features, batch, settings.temperature, chunk
-        )
-    )
-
-
-def make_update(
-    model: FaVChat, optimizer: optax.GradientTransformation, settings: ml_collections.ConfigDict, chunk: int
-) -> Callable[..., tuple[TrainState, dict[str, Array]]]:
-    """Compiles one update of the policy: (state, frozen, features, batch) -> (state, metrics); the step stays."""
-
-    def update(state: TrainState, frozen: Weights, features: ClipFeatures, batch: Mapping[str, Array]):
-        def loss(trainable):
-            weights = {**trainable, **frozen}
-            policy = token_log_probabilities(model, weights, features, batch, settings.temperature, chunk)
-            terms = (batch[name] for name in ("old", "reference", "advantages", "counted"))
-            return objective.loss(policy, *terms, beta=settings.beta, clip=settings.clip)
-
-        (value, parts), gradient = jax.value_and_grad(loss, has_aux=True)(state.trainable)
-        moves, moments = optimizer.update(gradient, state.moments, state.trainable)
-        trainable = optax.apply_updates(state.trainable, moves)
-        metrics = {"loss": value, "gradient_norm": optax.global_norm(gradient), **parts}
-        return state.replace(trainable=trainable, moments=moments), metrics
-
-    return jax.jit(update, donate_argnums=0, compiler_options=compiler_options())
 
 
 class _Run:

@@ -125,3 +125,4 @@ def test_a_transposed_kernel_is_never_turned_around_for_a_few_rows(rows):
     x, kernel = jnp.ones((rows, 256)), jnp.ones((512, 256))
     program = jax.jit(transposed_product).lower(x, kernel).compile().as_text()
     assert "f32[512,256]" in program and "f32[256,512]" not in program
+    assert f"f32[512,{rows}]" in program, "the kernel is the product's first operand"

@@ -11,7 +11,7 @@ from flax.traverse_util import unflatten_dict
 from favchat_jax.errors import UserError
 from favchat_jax.generation.sampler import Sampler, Sampling
 from favchat_jax.models import favchat
-from favchat_jax.rl import de_grpo
+from favchat_jax.rl import de_grpo, policy
 from favchat_jax.rl.curves import read_lines
 from favchat_jax.rl.pool import STATES
 from favchat_jax.training import assembly, loop
@@ -192,7 +192,7 @@ def test_a_start_of_another_variant_is_refused(small_world, config_of, tmp_path)
 
 
 def test_a_response_counts_up_to_its_first_end():
-    mask = de_grpo.response_mask(np.array([[5, 2, 7, 2, 2], [5, 6, 7, 8, 9], [2, 2, 2, 2, 2]]), end=2)
+    mask = policy.response_mask(np.array([[5, 2, 7, 2, 2], [5, 6, 7, 8, 9], [2, 2, 2, 2, 2]]), end=2)
     assert mask.astype(int).tolist() == [[1, 1, 0, 0, 0], [1, 1, 1, 1, 1], [1, 0, 0, 0, 0]]
 
 
@@ -217,7 +217,7 @@ def test_log_probabilities_are_those_of_the_whole_model_one_sequence_at_a_time(v
     @jax.jit
     def both_ways(weights):
         features = model.apply({"params": unflatten_dict(weights, sep="/")}, frames, method="encode")
-        score = de_grpo.token_log_probabilities
+        score = policy.token_log_probabilities
         return [score(model, weights, features, batch, temperature=0.7, chunk=chunk) for chunk in (4, 256)]
 
     expected = np.zeros((2, 3, 5))

@@ -77,11 +77,11 @@ def rollout(folder: str, preset: str, group: int) -> Runs:
     sampler, features, _ = _asked(folder, preset, 1)
     seeds = itertools.count()
 
-    def respond() -> tuple[float, int]:
+    def respond() -> tuple[float, None]:
         sampling = Sampling(TOKENS, temperature=1.0, seed=next(seeds))
         started = time.perf_counter()
-        tokens = sampler.responses(features, [material.QUESTION], group, sampling)
-        return time.perf_counter() - started, tokens.size
+        sampler.responses(features, [material.QUESTION], group, sampling)
+        return time.perf_counter() - started, None
 
     return {"group": respond}
 

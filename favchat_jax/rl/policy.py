@@ -1,0 +1,91 @@
+"""The policy that is reinforced: log-probabilities of its responses, and one update by `rl/objective.py`, compiled."""
+
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import optax
+from einops import rearrange
+from flax.traverse_util import unflatten_dict
+from jaxtyping import Array, Bool, Float, Int
+
+from favchat_jax.models.favchat import ClipFeatures, FaVChat
+from favchat_jax.rl import objective
+from favchat_jax.training.step import TrainState, Weights, compiler_options, next_token_targets
+
+
+def token_log_probabilities(
+    model: FaVChat, weights: Weights, features: ClipFeatures, batch: Mapping[str, Array], temperature: float, chunk: int
+) -> Float[Array, "B G L"]:
+    """log p of each response's tokens at the temperature that drew them, at the positions that predict them.
+
+    Args:
+        model: in its training form.
+        weights: all of its weights.
+        features: of the B clips.
+        batch: tokens [B, G, L], prompt and prompt_mask [B, 1, P].
+        temperature: of the draws.
+        chunk: positions whose scores over the vocabulary exist at once.
+    """
+    params = {"params": unflatten_dict(dict(weights), sep="/")}
+
+    def read(model, features, tokens, prompt, mask):
+        visual, _ = model.visual_tokens(features, prompt, mask)
+        embedded = model.embed(tokens, jnp.repeat(visual, tokens.shape[1], axis=1))
+        return model.llm(rearrange(embedded, "B G L D -> (B G) L D"))[0]
+
+    tokens = batch["tokens"]
+    hidden = model.apply(params, features, tokens, batch["prompt"], batch["prompt_mask"], method=read)
+    targets, _ = next_token_targets(tokens, jnp.zeros(tokens.shape, bool))
+    targets = jnp.maximum(rearrange(targets, "B G L -> (B G) L"), 0)  # placeholders of visual tokens are never counted
+
+    @jax.checkpoint
+    def score(piece):
+        hidden, targets = piece
+        scores = model.apply(params, hidden, method=lambda m, x: m.llm.logits(x)).astype(jnp.float32) / temperature
+        return -optax.softmax_cross_entropy_with_integer_labels(scores, targets)
+
+    length = tokens.shape[-1]
+    pad = -length % min(chunk, length)
+    pieces = [jnp.pad(x, [(0, 0), (0, pad)] + [(0, 0)] * (x.ndim - 2)) for x in (hidden, targets)]
+    pieces = tuple(rearrange(x, "B (N C) ... -> N B C ...", C=min(chunk, length)) for x in pieces)
+    scored = rearrange(jax.lax.map(score, pieces), "N B C -> B (N C)")[:, :length]
+    return rearrange(scored, "(B G) L -> B G L", B=tokens.shape[0])
+
+
+def response_mask(responses: Int[np.ndarray, "... n"], end: int) -> Bool[np.ndarray, "... n"]:
+    """True up to each response's first end, which it holds too."""
+    ends = np.cumsum(responses == end, axis=-1)
+    return (ends == 0) | ((ends == 1) & (responses == end))
+
+
+def make_score(model: FaVChat, settings: ml_collections.ConfigDict, chunk: int) -> Callable[..., Array]:
+    """Compiles `token_log_probabilities`: (trainable, frozen, features, batch) -> [B, G, L]."""
+    return jax.jit(
+        lambda trainable, frozen, features, batch: token_log_probabilities(
+            model, {**trainable, **frozen}, features, batch, settings.temperature, chunk
+        )
+    )
+
+
+def make_update(
+    model: FaVChat, optimizer: optax.GradientTransformation, settings: ml_collections.ConfigDict, chunk: int
+) -> Callable[..., tuple[TrainState, dict[str, Array]]]:
+    """Compiles one update of the policy: (state, frozen, features, batch) -> (state, metrics); the step stays."""
+
+    def update(state: TrainState, frozen: Weights, features: ClipFeatures, batch: Mapping[str, Array]):
+        def loss(trainable):
+            weights = {**trainable, **frozen}
+            policy = token_log_probabilities(model, weights, features, batch, settings.temperature, chunk)
+            terms = (batch[name] for name in ("old", "reference", "advantages", "counted"))
+            return objective.loss(policy, *terms, beta=settings.beta, clip=settings.clip)
+
+        (value, parts), gradient = jax.value_and_grad(loss, has_aux=True)(state.trainable)
+        moves, moments = optimizer.update(gradient, state.moments, state.trainable)
+        trainable = optax.apply_updates(state.trainable, moves)
+        metrics = {"loss": value, "gradient_norm": optax.global_norm(gradient), **parts}
+        return state.replace(trainable=trainable, moments=moments), metrics
+
+    return jax.jit(update, donate_argnums=0, compiler_options=compiler_options())
