@@ -8,11 +8,11 @@ import sys
 from absl import flags
 
 from favchat_jax import command_line
+from favchat_jax.checkpoints.run import load_run
 from favchat_jax.data.video import decode
 from favchat_jax.errors import UserError
 from favchat_jax.generation.sampler import Sampler, Sampling, Turn
 from favchat_jax.rl.rewards import answer_of
-from favchat_jax.training.assembly import load_run
 
 
 def ask(sampler: Sampler, video: str, question: str, sampling: Sampling) -> str:

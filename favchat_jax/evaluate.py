@@ -5,7 +5,6 @@ description of each clip before the question. Stopped, the same command goes on 
 """
 
 import hashlib
-import importlib
 import json
 from pathlib import Path
 from typing import Any
@@ -15,18 +14,18 @@ from absl import flags
 from ml_collections import config_flags
 
 from favchat_jax import command_line
-from favchat_jax.convert.mistral import fingerprint
+from favchat_jax.checkpoints.mistral_folder import fingerprint
+from favchat_jax.checkpoints.run import Run, is_self_contained, load_run
+from favchat_jax.checkpoints.store import Checkpoints
+from favchat_jax.checkpoints.weights_folder import describe_leaves
 from favchat_jax.errors import UserError
 from favchat_jax.evaluation import result as results
-from favchat_jax.evaluation.benchmarks import rendered
+from favchat_jax.evaluation.benchmarks import benchmark_of
 from favchat_jax.evaluation.judge import Judge
 from favchat_jax.evaluation.respondents import FaVChat, OpenAIServer
 from favchat_jax.evaluation.session import Journal, Session
 from favchat_jax.generation.sampler import Sampler
-from favchat_jax.training.assembly import Run, is_self_contained, load_run
-from favchat_jax.training.checkpoint import Checkpoints
-from favchat_jax.training.stages import group_of
-from favchat_jax.weights_folder import describe_leaves
+from favchat_jax.stages import group_of
 
 
 def evaluate(
@@ -46,10 +45,7 @@ def evaluate(
         describer: a checkpoint whose descriptions the model is given.
         journal: file that keeps answers until the evaluation is whole.
     """
-    try:
-        benchmark = importlib.import_module(f"favchat_jax.evaluation.benchmarks.{config.benchmark}")
-    except ModuleNotFoundError:
-        raise UserError(f"benchmark {config.benchmark!r} is unknown: see favchat_jax/evaluation/benchmarks") from None
+    benchmark = benchmark_of(config.benchmark)
     respondent = OpenAIServer(model, config.server) if model else respondent_of(checkpoint, config)
     telling = respondent_of(describer, config) if describer else None
     session = Session(
@@ -93,7 +89,7 @@ def judge_of(config: ml_collections.ConfigDict) -> Judge | None:
 
 def table(result: results.Result) -> str:
     """The figures, for a terminal."""
-    return rendered.table(result) if result["benchmark"] == "rendered" else results.table(result)
+    return getattr(benchmark_of(result["benchmark"]), "table", results.table)(result)
 
 
 def check(config: ml_collections.ConfigDict, out: Path) -> None:

@@ -13,10 +13,10 @@ import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
-from favchat_jax import command_line
+from favchat_jax import command_line, processes, sharding, stages
+from favchat_jax.embedded import parts as pretraining
 from favchat_jax.errors import UserError
 from favchat_jax.rl import de_grpo
-from favchat_jax.training import pretraining, processes, sharding, stages
 from favchat_jax.training.checks import check
 from favchat_jax.training.loop import Outcome, is_finished, train
 

@@ -29,10 +29,10 @@ import ml_collections  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
-from favchat_jax.data.datasets import open_dataset, prepare  # noqa: E402
-from favchat_jax.training.checkpoint import Checkpoints  # noqa: E402
+from favchat_jax.checkpoints.store import Checkpoints  # noqa: E402
+from favchat_jax.data.sources import open_dataset, prepare  # noqa: E402
+from favchat_jax.embedded.language_model import make_language_model  # noqa: E402
 from favchat_jax.training.loop import Outcome, train  # noqa: E402
-from favchat_jax.training.pretraining.language_model import make_language_model  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 DATA = "rendered_faces/smoke"

@@ -11,11 +11,11 @@ import pytest
 
 from configs.eval import dfew as dfew_config
 from configs.eval import rendered as rendered_config
+from favchat_jax.checkpoints.run import load_run
 from favchat_jax.errors import RunError, UserError
 from favchat_jax.evaluate import evaluate, identity_of, judge_of
 from favchat_jax.evaluation.respondents import FaVChat
 from favchat_jax.evaluation.result import PACKAGES, write_result
-from favchat_jax.training.assembly import load_run
 from tests.conftest import DATA, start_module
 from tests.evaluation.servers import asked, serve
 from tools import miniatures

@@ -17,10 +17,10 @@ from absl import flags
 
 from favchat_jax import command_line
 from favchat_jax.chat import ask
-from favchat_jax.data.datasets import open_dataset
+from favchat_jax.checkpoints.run import load_run
+from favchat_jax.data.sources import open_dataset
 from favchat_jax.data.video import decode
 from favchat_jax.generation.sampler import Sampler, Sampling
-from favchat_jax.training.assembly import load_run
 from favchat_jax.training.loop import Outcome
 from tests.conftest import DATA, ROOT, damage, start_module
 from tests.data.video_files import audio_only, encode_video
@@ -181,7 +181,7 @@ def test_in_the_embedded_preset_what_a_stage_needs_is_trained_first(command, mon
         made.append(str(workdir))
         return Outcome(step=1, steps=1, resumed_at=0)
 
-    monkeypatch.setattr("favchat_jax.training.pretraining.make_missing_parts", lambda config: None)
+    monkeypatch.setattr("favchat_jax.embedded.parts.make_missing_parts", lambda config: None)
     monkeypatch.setattr("favchat_jax.training.loop.is_finished", lambda workdir: str(workdir) in made)
     monkeypatch.setattr("favchat_jax.training.loop.train", train)
     monkeypatch.setattr("favchat_jax.rl.de_grpo.train", train)
@@ -192,7 +192,7 @@ def test_in_the_embedded_preset_what_a_stage_needs_is_trained_first(command, mon
 
 
 def test_settings_of_the_last_stage_are_refused_before_anything_is_made_for_it(command, monkeypatch):
-    monkeypatch.setattr("favchat_jax.training.pretraining.make_missing_parts", lambda config: pytest.fail("made"))
+    monkeypatch.setattr("favchat_jax.embedded.parts.make_missing_parts", lambda config: pytest.fail("made"))
     assert command("train", "--config=configs/grpo.py", "--config.rl.group=1").is_refusal("rl.group=1 is too small")
     path = "--config.rl.rewards.facial.path=nowhere:facial"
     assert command("train", "--config=configs/grpo.py", path).is_refusal("reward 'nowhere:facial' cannot be imported")

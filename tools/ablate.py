@@ -22,13 +22,13 @@ from flax.traverse_util import flatten_dict
 from configs.common import PRESETS
 from configs.eval import rendered
 from favchat_jax import command_line
+from favchat_jax.checkpoints.store import load_config
 from favchat_jax.errors import UserError
 from favchat_jax.evaluate import evaluate
 from favchat_jax.evaluation import ablations
 from favchat_jax.evaluation.result import versions, write_result
 from favchat_jax.models.favchat import ABLATIONS, VARIANTS
 from favchat_jax.train import default_workdir, train_stage
-from favchat_jax.training.checkpoint import load_config
 from favchat_jax.training.checks import claim
 from favchat_jax.training.loop import is_finished, write
 from tools.demo import STAGES

@@ -14,13 +14,13 @@ import numpy as np
 from absl import flags
 
 from favchat_jax import command_line
-from favchat_jax.data.datasets import open_dataset
+from favchat_jax.checkpoints.run import load_run
 from favchat_jax.data.loader import INSTRUCTIONS
+from favchat_jax.data.sources import open_dataset
 from favchat_jax.data.video import decode
 from favchat_jax.errors import UserError
 from favchat_jax.evaluation.metrics import cohens_d
 from favchat_jax.generation.sampler import Sampler
-from favchat_jax.training.assembly import load_run
 
 BATCH = 32
 # The paper's later version: mean and standard deviation of the facial stream's weight on each kind of video.

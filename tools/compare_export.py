@@ -12,14 +12,14 @@ from absl import flags
 
 from configs.eval import rendered
 from favchat_jax import command_line
+from favchat_jax.checkpoints.run import load_run, run_config
+from favchat_jax.checkpoints.tensors import read_json
 from favchat_jax.convert.exported import favchat_config, is_exported
-from favchat_jax.convert.files import read_json
-from favchat_jax.data.datasets import open_dataset
+from favchat_jax.data.sources import open_dataset
+from favchat_jax.embedded import benchmark
 from favchat_jax.errors import RunError, UserError
-from favchat_jax.evaluation.benchmarks import rendered as benchmark
 from favchat_jax.evaluation.session import Session
 from favchat_jax.generation.sampler import Sampler
-from favchat_jax.training.assembly import load_run, run_config
 
 
 def compare(checkpoint: str | Path, export: str | Path, clips: int) -> list[dict[str, str]]:

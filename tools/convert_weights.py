@@ -19,11 +19,12 @@ from absl import flags
 from tqdm import tqdm
 
 from favchat_jax import command_line
-from favchat_jax.convert import facexformer, mistral, qformer, umt, videochat2
-from favchat_jax.convert.files import open_tensors
-from favchat_jax.convert.table import Account, Shape, Table, account, check, read
+from favchat_jax.checkpoints import mistral_folder as mistral
+from favchat_jax.checkpoints.table import Account, Shape, Table, account, check, read
+from favchat_jax.checkpoints.tensors import open_tensors
+from favchat_jax.checkpoints.weights_folder import save_weights
+from favchat_jax.convert import facexformer, qformer, umt, videochat2
 from favchat_jax.errors import UserError
-from favchat_jax.weights_folder import save_weights
 
 log = logging.getLogger("favchat_jax")
 

@@ -14,13 +14,13 @@ from configs import stage3
 from configs.eval import rendered
 from favchat_jax import command_line
 from favchat_jax.chat import ask
-from favchat_jax.data.datasets import open_dataset
+from favchat_jax.checkpoints.run import load_run
+from favchat_jax.data.sources import open_dataset
+from favchat_jax.embedded import benchmark
 from favchat_jax.evaluate import table
-from favchat_jax.evaluation.benchmarks import rendered as benchmark
 from favchat_jax.evaluation.session import Session
 from favchat_jax.generation.sampler import Sampler, Sampling
 from favchat_jax.train import default_workdir, train_stage
-from favchat_jax.training.assembly import load_run
 
 STAGES = ("stage1", "stage2", "stage3")
 

@@ -14,10 +14,10 @@ from pathlib import Path
 from absl import flags
 
 from favchat_jax import command_line
+from favchat_jax.checkpoints.run import assemble, is_self_contained, run_config, whole_visual_and_lora
+from favchat_jax.checkpoints.weights_folder import save_weights
 from favchat_jax.convert.folder import copy_llm, copy_tokenizer, replacing
 from favchat_jax.errors import UserError
-from favchat_jax.training.assembly import assemble, is_self_contained, run_config, whole_visual_and_lora
-from favchat_jax.weights_folder import save_weights
 
 
 def export(checkpoint: str | Path, out: str | Path) -> None:

@@ -9,10 +9,10 @@ from pathlib import Path
 from absl import flags
 
 from favchat_jax import command_line
+from favchat_jax.checkpoints.run import assemble, run_config, whole_visual_and_lora
 from favchat_jax.convert import exported
 from favchat_jax.convert.folder import replacing
 from favchat_jax.errors import UserError
-from favchat_jax.training.assembly import assemble, run_config, whole_visual_and_lora
 
 
 def export(checkpoint: str | Path, out: str | Path, dtype: str | None = None) -> None:

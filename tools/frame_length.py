@@ -17,11 +17,11 @@ from absl import flags
 
 from configs.eval import rendered
 from favchat_jax import command_line
+from favchat_jax.checkpoints.run import Run, load_run
+from favchat_jax.embedded import benchmark
 from favchat_jax.errors import UserError
-from favchat_jax.evaluation.benchmarks import rendered as benchmark
 from favchat_jax.evaluation.session import Session
 from favchat_jax.generation.sampler import Sampler
-from favchat_jax.training.assembly import Run, load_run
 
 log = logging.getLogger("favchat_jax")
 

@@ -16,12 +16,12 @@ import cv2
 from absl import flags
 
 from favchat_jax import command_line
-from favchat_jax.data import rendered_faces
-from favchat_jax.data.datasets import Record
+from favchat_jax.checkpoints.weights_folder import draft_of
+from favchat_jax.data.record import Record
 from favchat_jax.data.video import decode
+from favchat_jax.embedded import faces as rendered_faces
 from favchat_jax.errors import UserError
 from favchat_jax.evaluation.benchmarks import dfew
-from favchat_jax.weights_folder import draft_of
 
 EMOTIONS = rendered_faces.LABELS["emotion"]
 FRAME_SIZE = 128  # pixels a side of the frames of YouTube Faces

@@ -15,12 +15,12 @@ from absl import flags
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from favchat_jax import command_line
-from favchat_jax.convert import mistral
-from favchat_jax.data import rendered_faces
+from favchat_jax.checkpoints import mistral_folder as mistral
 from favchat_jax.data.conversation import load_tokenizer
+from favchat_jax.embedded import faces as rendered_faces
 from favchat_jax.errors import UserError
+from favchat_jax.models.kernels.quantized import store
 from favchat_jax.models.mistral import Mistral
-from favchat_jax.models.quantized import store
 
 CLIPS = 32  # whose summaries are read
 LENGTH = 96  # tokens of each

@@ -5,7 +5,7 @@ import importlib
 from ml_collections import ConfigDict
 
 from favchat_jax.errors import UserError
-from favchat_jax.training.stages import STAGES
+from favchat_jax.stages import STAGES
 
 
 def get_config(ablation: str, argument: str = "") -> ConfigDict:

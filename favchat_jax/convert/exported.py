@@ -22,10 +22,11 @@ import numpy as np
 from safetensors.numpy import save_file
 from tqdm import tqdm
 
-from favchat_jax.convert import favchat, lora, mistral
-from favchat_jax.convert.files import INDEX, open_tensors, read_json
+from favchat_jax.checkpoints import mistral_folder as mistral
+from favchat_jax.checkpoints.table import Slot, account, check, finite, slots, write
+from favchat_jax.checkpoints.tensors import INDEX, open_tensors, read_json
+from favchat_jax.convert import favchat, lora
 from favchat_jax.convert.folder import copy_tokenizer
-from favchat_jax.convert.table import Slot, account, check, finite, slots, write
 from favchat_jax.errors import UserError
 from favchat_jax.models.lora import merge
 from favchat_jax.models.mistral import LoRA

@@ -17,8 +17,8 @@ their projections have theirs behind `general_` and `facial_` (`general_qformer.
 | `adapter.weights` | without mixture or weight adapters: the two scalars |
 """
 
+from favchat_jax.checkpoints.table import Row, Table, linear, norm, prefixed
 from favchat_jax.convert import facexformer, qformer, umt
-from favchat_jax.convert.table import Row, Table, linear, norm, prefixed
 
 STREAMS = ("general", "facial")
 STEP = ("query", "key", "value", "out", "skip"), ("query_norm", "value_norm")  # linear layers and norms

@@ -8,9 +8,9 @@ from pathlib import Path
 from safetensors import SafetensorError
 from tqdm import tqdm
 
-from favchat_jax.convert.files import INDEX, PARTS, shards
+from favchat_jax.checkpoints.tensors import INDEX, PARTS, shards
+from favchat_jax.checkpoints.weights_folder import draft_of, place_mend
 from favchat_jax.errors import UserError
-from favchat_jax.weights_folder import draft_of, place_mend
 
 TOKENIZER_FILES = (
     "tokenizer.json",

@@ -5,8 +5,8 @@ PEFT keeps A as [r, in] and B as [out, r] below each adapted layer; here they ar
 
 from typing import Any
 
-from favchat_jax.convert import mistral
-from favchat_jax.convert.table import Row, Shape, Table, prefixed
+from favchat_jax.checkpoints import mistral_folder as mistral
+from favchat_jax.checkpoints.table import Row, Shape, Table, prefixed
 from favchat_jax.models.mistral import LoRA, MistralConfig
 
 

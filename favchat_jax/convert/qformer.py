@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict
 
-from favchat_jax.convert.table import Row, Shape, Table, linear, norm, prefixed
+from favchat_jax.checkpoints.table import Row, Shape, Table, linear, norm, prefixed
 from favchat_jax.models.qformer import QFormer
 
 

@@ -12,10 +12,11 @@ import peft
 import torch
 from ml_collections import ConfigDict
 
-from favchat_jax.convert import exported, favchat, lora, mistral
+from favchat_jax.checkpoints import mistral_folder as mistral
+from favchat_jax.checkpoints.table import write
+from favchat_jax.convert import exported, favchat, lora
 from favchat_jax.convert.pytorch.configuration_favchat import FaVChatConfig
 from favchat_jax.convert.pytorch.modeling_favchat import FaVChatForConditionalGeneration
-from favchat_jax.convert.table import write
 
 # Names of the language model's base in a PEFT model.
 LLM = ("base_model.model.model.", "base_model.model.lm_head.")

@@ -4,8 +4,8 @@ General encoder, Q-Former and its query tokens, the linear layer `mistral_proj`,
 language model is frozen in training and not in the file: it comes from its own folder.
 """
 
+from favchat_jax.checkpoints.table import Shape, Table, linear, prefixed
 from favchat_jax.convert import lora, qformer, umt
-from favchat_jax.convert.table import Shape, Table, linear, prefixed
 from favchat_jax.models.mistral import LoRA, MistralConfig
 from favchat_jax.models.qformer import QFormer
 from favchat_jax.models.umt import UMT

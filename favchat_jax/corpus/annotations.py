@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from favchat_jax.corpus.manifest import ANNOTATIONS, read_lines
-from favchat_jax.data.datasets import Question
+from favchat_jax.data.record import Question
 from favchat_jax.errors import UserError
 
 UNANNOTATED = "unannotated.jsonl"

@@ -8,7 +8,7 @@ from pathlib import Path
 import jsonschema
 
 from favchat_jax.corpus.claims import Labels, contradictions, pair_contradictions
-from favchat_jax.data.datasets import Question
+from favchat_jax.data.record import Question
 
 PROMPTS = Path(__file__).with_name("prompts")
 SUMMARY_WORDS = (20, 160)  # asked for are 40 to 90; what is a little off is still good

@@ -15,7 +15,7 @@ from favchat_jax.corpus import checks, clip_frames
 from favchat_jax.corpus.annotations import Annotation
 from favchat_jax.corpus.calls import Reply
 from favchat_jax.corpus.claims import Labels
-from favchat_jax.data.datasets import Question
+from favchat_jax.data.record import Question
 
 STEPS = ("features", "summary", "questions")
 PROMPTS = {path.name: path.read_text(encoding="utf-8") for path in sorted(checks.PROMPTS.iterdir())}

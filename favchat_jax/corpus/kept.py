@@ -5,7 +5,7 @@ from pathlib import Path
 
 from favchat_jax.corpus.claims import Labels
 from favchat_jax.corpus.manifest import KEPT, read_attributes, read_table
-from favchat_jax.data import celebvhq_vocabulary as vocabulary
+from favchat_jax.data import vocabulary
 from favchat_jax.errors import UserError
 
 GROUPS = {"appearance": vocabulary.APPEARANCE, "action": vocabulary.ACTION, "emotion": vocabulary.EMOTION}

@@ -18,11 +18,10 @@ from favchat_jax.corpus.manifest import ANNOTATIONS, KEPT, read_attributes, read
 from favchat_jax.corpus.pipelines import quiet_beam, write_whole
 from favchat_jax.corpus.reviews import Reviews, final_text
 from favchat_jax.data import reasoning
-from favchat_jax.data.celebvhq_vocabulary import INDEX
-from favchat_jax.data.datasets import celebvhq
-from favchat_jax.data.datasets.celebvhq import HELDOUT_SHARE, label_text
-from favchat_jax.data.datasets.corpus import RECORDS, Corpus, label_vector
-from favchat_jax.data.datasets.packing import prepare, stored_digest
+from favchat_jax.data.sources import celebvhq, prepare, stored_digest
+from favchat_jax.data.sources.celebvhq import HELDOUT_SHARE, label_text
+from favchat_jax.data.sources.corpus import RECORDS, Corpus, label_vector
+from favchat_jax.data.vocabulary import INDEX
 from favchat_jax.errors import UserError
 
 log = logging.getLogger("favchat_jax")

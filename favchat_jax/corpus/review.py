@@ -23,7 +23,7 @@ from favchat_jax.corpus import checks
 from favchat_jax.corpus.annotations import Annotation, read_annotations, read_questions
 from favchat_jax.corpus.kept import Kept, read_kept
 from favchat_jax.corpus.reviews import VERDICTS, Review, Reviews, agreement
-from favchat_jax.data.datasets import Question
+from favchat_jax.data.record import Question
 from favchat_jax.errors import UserError
 
 log = logging.getLogger("favchat_jax")

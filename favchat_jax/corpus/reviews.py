@@ -11,7 +11,7 @@ from pathlib import Path
 
 from favchat_jax.corpus.annotations import Annotation, read_questions
 from favchat_jax.corpus.manifest import REVIEWS
-from favchat_jax.data.datasets import Question
+from favchat_jax.data.record import Question
 from favchat_jax.errors import UserError
 
 VERDICTS = ("accept", "edit", "reject", "regenerate")

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from favchat_jax.corpus.manifest import SOURCES, is_box, is_time
-from favchat_jax.data import celebvhq_vocabulary as vocabulary
-from favchat_jax.data.datasets import celebvhq
+from favchat_jax.data import vocabulary
+from favchat_jax.data.sources import celebvhq
 from favchat_jax.errors import UserError
 
 VIDEOS = {".mp4", ".avi", ".mkv", ".mov", ".webm", ".m4v", ".mpg", ".mpeg", ".flv", ".wmv", ".ts", ".3gp"}

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from favchat_jax.corpus.pipelines import write_whole
-from favchat_jax.data import celebvhq_vocabulary as vocabulary
+from favchat_jax.data import vocabulary
 
 COLUMNS = {
     "clips": "clips",

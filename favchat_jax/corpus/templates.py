@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from favchat_jax.corpus.annotations import Annotation
 from favchat_jax.corpus.claims import BEARDS, Labels, sex
 from favchat_jax.corpus.describe import VERSION, Clip, Unannotated, clip_key
-from favchat_jax.data.datasets import Question
+from favchat_jax.data.record import Question
 
 HAIR_COLORS = {"black_hair": "black", "blonde_hair": "blonde", "gray_hair": "gray", "brown_hair": "brown"}
 HAIR_SHAPES = {"straight_hair": "straight", "wavy_hair": "wavy"}

@@ -25,7 +25,7 @@ from absl import flags
 
 from favchat_jax.data import reasoning
 from favchat_jax.data.conversation import Conversation, PromptEncoder
-from favchat_jax.data.datasets import Record
+from favchat_jax.data.record import Record
 from favchat_jax.data.video import Augment, decode
 from favchat_jax.errors import UserError
 

@@ -6,7 +6,7 @@ reinforcement stage finds better and worse ones among a policy's responses.
 
 import numpy as np
 
-from favchat_jax.data.datasets import Record
+from favchat_jax.data.record import Record
 
 # One of stage 1's requests (`loader.INSTRUCTIONS`): the Q-Formers know from it that all that is seen is asked for.
 QUESTION = "What can be seen in this video? Describe it."

@@ -13,7 +13,7 @@ from flax import struct
 from flax.traverse_util import unflatten_dict
 from jaxtyping import Array, Bool, Float, Int
 
-from favchat_jax.convert.stacking import for_decoding
+from favchat_jax.generation.decoding_form import for_decoding
 from favchat_jax.models import favchat
 from favchat_jax.models.mistral import LayerCache, MistralConfig, empty_cache
 

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, UInt8
 from transformers import PreTrainedTokenizerBase
 
-from favchat_jax.convert.mistral import read_config
+from favchat_jax.checkpoints.mistral_folder import read_config
 from favchat_jax.data.conversation import Conversation, PromptEncoder
 from favchat_jax.generation.decoding import Decoder
 from favchat_jax.models.favchat import ClipFeatures

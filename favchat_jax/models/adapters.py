@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from favchat_jax.models.linear import Linear
+from favchat_jax.models.kernels.linear import Linear
 
 
 class GatedMixture(nn.Module):

@@ -24,12 +24,12 @@ import numpy as np
 from einops import rearrange
 from jaxtyping import Array, Bool, Float, Int
 
-from favchat_jax.models.attention import attention
-from favchat_jax.models.linear import Linear, flat_product
-from favchat_jax.models.partition import by_clip
-from favchat_jax.models.remat import remat
-from favchat_jax.models.scan import scan_layers
+from favchat_jax.models.kernels.attention import attention
+from favchat_jax.models.kernels.linear import Linear, flat_product
+from favchat_jax.models.kernels.remat import remat
+from favchat_jax.models.kernels.scan import scan_layers
 from favchat_jax.models.umt import MLP, PatchEmbedding
+from favchat_jax.sharding import by_clip
 
 
 @lru_cache(maxsize=64)

@@ -26,7 +26,7 @@ from favchat_jax.errors import UserError
 from favchat_jax.models.adapters import GatedMixture, ScalarMixture, TokenMLP, WeightAdapters
 from favchat_jax.models.facexformer import FaceXFormerEncoder, LinearFuse
 from favchat_jax.models.granularity import GranularityFusion, PromptGuidedFusion, add_positions
-from favchat_jax.models.linear import Linear
+from favchat_jax.models.kernels.linear import Linear
 from favchat_jax.models.mistral import LayerCache, LoRA, Mistral, MistralConfig
 from favchat_jax.models.qformer import QFormer
 from favchat_jax.models.umt import UMT, VISION_LAYERNORM_EPSILON

@@ -26,10 +26,10 @@ import numpy as np
 from einops import rearrange
 from jaxtyping import Array, Bool, Float
 
-from favchat_jax.models.attention import attention
-from favchat_jax.models.linear import Linear
-from favchat_jax.models.partition import by_clip
+from favchat_jax.models.kernels.attention import attention
+from favchat_jax.models.kernels.linear import Linear
 from favchat_jax.models.umt import sinusoid_table
+from favchat_jax.sharding import by_clip
 
 
 class CrossAttentionStep(nn.Module):

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from favchat_jax.models import quantized
-from favchat_jax.models.linear import flat_product, transposed_product
+from favchat_jax.models.kernels import quantized
+from favchat_jax.models.kernels.linear import flat_product, transposed_product
 
 # PEFT's: uniform within +-1 / sqrt(width of the input).
 UNIFORM = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")

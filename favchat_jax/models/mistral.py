@@ -17,10 +17,10 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
 from favchat_jax.errors import UserError
-from favchat_jax.models.attention import attention, one_more
+from favchat_jax.models.kernels.attention import attention, one_more
+from favchat_jax.models.kernels.remat import remat
 from favchat_jax.models.lora import LoRADense
-from favchat_jax.models.partition import by_clip
-from favchat_jax.models.remat import remat
+from favchat_jax.sharding import by_clip
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,11 +23,11 @@ import jax.numpy as jnp
 from einops import rearrange
 from jaxtyping import Array, Bool, Float, Int
 
-from favchat_jax.models.attention import attention
-from favchat_jax.models.linear import Linear
-from favchat_jax.models.partition import by_clip
-from favchat_jax.models.remat import remat
-from favchat_jax.models.scan import scan_layers
+from favchat_jax.models.kernels.attention import attention
+from favchat_jax.models.kernels.linear import Linear
+from favchat_jax.models.kernels.remat import remat
+from favchat_jax.models.kernels.scan import scan_layers
+from favchat_jax.sharding import by_clip
 
 _EMBEDDING_INIT = nn.initializers.normal(0.02)
 

@@ -15,10 +15,10 @@ import numpy as np
 from einops import rearrange
 from jaxtyping import Array, Float
 
-from favchat_jax.models.attention import attention
-from favchat_jax.models.linear import Linear
-from favchat_jax.models.partition import by_clip
-from favchat_jax.models.remat import remat
+from favchat_jax.models.kernels.attention import attention
+from favchat_jax.models.kernels.linear import Linear
+from favchat_jax.models.kernels.remat import remat
+from favchat_jax.sharding import by_clip
 
 VISION_LAYERNORM_EPSILON = 1e-12
 

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
-from favchat_jax.models.attention import SCOPE
+from favchat_jax.models.kernels.attention import SCOPE
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,16 +16,18 @@ import ml_collections
 from jax import export
 from jax.sharding import Mesh
 
-from favchat_jax.convert.mistral import read_config
+from favchat_jax import sharding, stages
+from favchat_jax.checkpoints import run as assembly
+from favchat_jax.checkpoints.mistral_folder import read_config
 from favchat_jax.errors import UserError
 from favchat_jax.models import favchat
-from favchat_jax.models.attention import compiling_for
+from favchat_jax.models.kernels.attention import compiling_for
+from favchat_jax.models.kernels.quantized import store
 from favchat_jax.models.mistral import MistralConfig
-from favchat_jax.models.quantized import store
 from favchat_jax.planning import cost
 from favchat_jax.planning.targets import GIB, devices, find
-from favchat_jax.training import assembly, sharding, stages
 from favchat_jax.training.checks import check
+from favchat_jax.training.optimizer import make_optimizer, schedule
 from favchat_jax.training.step import batch_loss, make_step, new_state
 
 # Triton's products are chosen by trying them out, for which there is no GPU; cuBLAS's take as much memory or more.
@@ -164,7 +166,7 @@ def lay_out(config: ml_collections.ConfigDict, mesh: Mesh, clips: int) -> Argume
     dtype = jnp.dtype(config.model.dtype)
     frozen = {path: jax.ShapeDtypeStruct(leaf.shape, dtype) for path, leaf in frozen.items()}
     frozen = jax.eval_shape(lambda weights: store(weights, config.llm.storage), frozen)
-    optimizer, rate = stages.make_optimizer(config.optimizer, STEPS), stages.schedule(config.optimizer, STEPS)
+    optimizer, rate = make_optimizer(config.optimizer, STEPS), schedule(config.optimizer, STEPS)
     state = jax.eval_shape(lambda weights: new_state(weights, optimizer, config.seed), trainable)
     batch = batch_shapes(config, clips)
     return Arguments(

@@ -16,14 +16,15 @@ import ml_collections
 from flax.traverse_util import flatten_dict
 from jax.sharding import SingleDeviceSharding
 
+from favchat_jax import stages
 from favchat_jax.errors import UserError
 from favchat_jax.generation.decoding import Decoder, Decoding
-from favchat_jax.models.attention import compiling_for
+from favchat_jax.models.kernels.attention import compiling_for
 from favchat_jax.planning import cost, plan
 from favchat_jax.planning.targets import GIB, devices, find
 from favchat_jax.rl import de_grpo, policy
-from favchat_jax.training import stages
 from favchat_jax.training.checks import check
+from favchat_jax.training.optimizer import make_optimizer
 from favchat_jax.training.step import new_state
 
 PROMPT = 256  # tokens of a prompt: a clip's visual tokens, the instruction and a question
@@ -123,7 +124,7 @@ def _lay_out(config: ml_collections.ConfigDict, clips: int, device: jax.Device) 
     model, shapes = plan.model_and_weights(config.to_json())
     trainable, frozen = stages.split(shapes, config.variant, config.stage)
     frozen = {path: jax.ShapeDtypeStruct(leaf.shape, dtype) for path, leaf in frozen.items()}
-    optimizer = stages.make_optimizer(config.optimizer, plan.STEPS)
+    optimizer = make_optimizer(config.optimizer, plan.STEPS)
     state = jax.eval_shape(lambda weights: new_state(weights, optimizer, config.seed), trainable)
     decoder = Decoder(config, plan.language_model(config), END)
     merged = jax.eval_shape(decoder.lay_out, {**trainable, **frozen})

@@ -22,8 +22,12 @@ import numpy as np
 from jaxtyping import Float, Int, UInt8
 from tqdm import tqdm
 
+from favchat_jax.checkpoints import run as assembly
+from favchat_jax.checkpoints.store import Checkpoints
+from favchat_jax.checkpoints.weights_folder import load_weights, save_weights
 from favchat_jax.data import reasoning
-from favchat_jax.data.datasets import Record, open_dataset, prepare
+from favchat_jax.data.record import Record
+from favchat_jax.data.sources import open_dataset, prepare
 from favchat_jax.data.video import decode
 from favchat_jax.errors import RunError, UserError
 from favchat_jax.generation.sampler import Sampler, Sampling
@@ -31,12 +35,11 @@ from favchat_jax.rl import objective, rewards
 from favchat_jax.rl.curves import draw_curves, read_lines
 from favchat_jax.rl.policy import make_score, make_update, response_mask
 from favchat_jax.rl.pool import Pool, Settings
-from favchat_jax.training import assembly, loop, stages
-from favchat_jax.training.checkpoint import Checkpoints
+from favchat_jax.sharding import one_device
+from favchat_jax.training import loop
 from favchat_jax.training.checks import claim
+from favchat_jax.training.optimizer import make_optimizer
 from favchat_jax.training.programs import keep_programs
-from favchat_jax.training.sharding import one_device
-from favchat_jax.weights_folder import load_weights, save_weights
 
 log = logging.getLogger("favchat_jax")
 
@@ -61,7 +64,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> loop.Outcom
     heldout = UsableRecords(config, settings.heldout_split, settings.heldout_samples)
     parts = assembly.assemble(config)
     pool = Pool(len(records), pool_settings(settings), config.seed, settings.data_efficient)
-    optimizer = stages.make_optimizer(config.optimizer, config.steps * settings.updates)
+    optimizer = make_optimizer(config.optimizer, config.steps * settings.updates)
     checkpoints = Checkpoints(workdir, config.checkpoints_kept)
     try:
         state, frozen = loop.start(config, workdir, parts, optimizer, checkpoints, pool, one_device())

@@ -9,12 +9,12 @@ from typing import Any
 import ml_collections
 from flax.traverse_util import flatten_dict
 
+from favchat_jax.checkpoints.store import load_config
 from favchat_jax.errors import UserError
 from favchat_jax.models.favchat import ABLATIONS, VARIANTS
-from favchat_jax.models.remat import POLICIES
-from favchat_jax.training.checkpoint import load_config
+from favchat_jax.models.kernels.remat import POLICIES
+from favchat_jax.stages import STAGES
 from favchat_jax.training.features import check_keeping
-from favchat_jax.training.stages import STAGES
 
 AT_LEAST = {
     1: ("batch", "accumulate", "loss_chunk", "log_every", "checkpoint_every", "checkpoints_kept")

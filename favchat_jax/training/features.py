@@ -16,12 +16,12 @@ from jax.sharding import Mesh
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+from favchat_jax import sharding
+from favchat_jax.checkpoints.weights_folder import Weights
 from favchat_jax.data.loader import Batch
 from favchat_jax.errors import UserError
 from favchat_jax.models.favchat import ClipFeatures, FaVChat
-from favchat_jax.training import sharding
-from favchat_jax.training.stages import STAGES, TRAINS, group_of
-from favchat_jax.weights_folder import Weights
+from favchat_jax.stages import STAGES, TRAINS, group_of
 
 ENCODING = ("encoders", "fusion")  # groups of weights that make a clip's features
 

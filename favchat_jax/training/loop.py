@@ -26,21 +26,23 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 from tqdm import tqdm
 
-from favchat_jax.convert.mistral import fingerprint
+from favchat_jax import sharding, stages
+from favchat_jax.checkpoints import run as assembly
+from favchat_jax.checkpoints.mistral_folder import fingerprint
+from favchat_jax.checkpoints.store import Checkpoints, load_config
+from favchat_jax.checkpoints.weights_folder import save_weights
 from favchat_jax.data.conversation import Conversation, PromptEncoder
-from favchat_jax.data.datasets import open_dataset, prepare, training_split
 from favchat_jax.data.loader import Batch, BatchIterator, training_batches
+from favchat_jax.data.sources import open_dataset, prepare, training_split
 from favchat_jax.data.video import Augment
 from favchat_jax.errors import RunError, UserError
-from favchat_jax.models.quantized import store
-from favchat_jax.training import assembly, sharding, stages
-from favchat_jax.training.checkpoint import Checkpoints, load_config
+from favchat_jax.models.kernels.quantized import store
+from favchat_jax.processes import anyone, first_alone, is_first
 from favchat_jax.training.checks import check, claim
 from favchat_jax.training.features import KeptFeatures
-from favchat_jax.training.processes import anyone, first_alone, is_first
+from favchat_jax.training.optimizer import make_optimizer, schedule
 from favchat_jax.training.programs import keep_programs, tracing
 from favchat_jax.training.step import TrainState, make_step, new_state
-from favchat_jax.weights_folder import save_weights
 
 log = logging.getLogger("favchat_jax")
 
@@ -87,13 +89,13 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path, profile: int =
     parts = assembly.assemble(config)
     with contextlib.closing(open_batches(config, parts)) as batches:
         steps = total_steps(config)
-        optimizer = stages.make_optimizer(config.optimizer, steps)
+        optimizer = make_optimizer(config.optimizer, steps)
         checkpoints = Checkpoints(workdir, config.checkpoints_kept)
         try:
             state, frozen = start(config, workdir, parts, optimizer, checkpoints, batches, mesh)
             resumed_at = int(state.step)
             if resumed_at < steps:
-                rate = stages.schedule(config.optimizer, steps)
+                rate = schedule(config.optimizer, steps)
                 update = make_step(
                     parts.model, optimizer, rate, accumulate=config.accumulate, chunk=config.loss_chunk, mesh=mesh
                 )

@@ -11,26 +11,16 @@ import jax
 import jax.numpy as jnp
 import optax
 from einops import rearrange
-from flax import struct
 from flax.traverse_util import unflatten_dict
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
-from favchat_jax.models.attention import compiling_for
+from favchat_jax.checkpoints.store import TrainState
 from favchat_jax.models.favchat import FaVChat
-from favchat_jax.training.sharding import one_device, partitions, state_partitions
+from favchat_jax.models.kernels.attention import compiling_for
+from favchat_jax.sharding import one_device, partitions, state_partitions
 
 Weights = Mapping[str, Array]
-
-
-@struct.dataclass
-class TrainState:
-    """What an update changes, and the whole of what a checkpoint holds beside the data iterator."""
-
-    step: Int[Array, ""]
-    trainable: Weights
-    moments: optax.OptState
-    key: Array
 
 
 def new_state(trainable: Weights, optimizer: optax.GradientTransformation, seed: int) -> TrainState:

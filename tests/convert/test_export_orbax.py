@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 
 from favchat_jax.chat import ask
+from favchat_jax.checkpoints.run import load_run
 from favchat_jax.convert.pytorch.modeling_favchat import FaVChatForConditionalGeneration
-from favchat_jax.data.datasets import open_dataset
+from favchat_jax.data.sources import open_dataset
 from favchat_jax.errors import UserError
 from favchat_jax.generation.sampler import Sampler, Sampling
-from favchat_jax.training.assembly import load_run
 from tests.conftest import DATA, damage, fill, same_weights, start_module
 from tests.data.tokenizers_for_tests import bert
 from tools import export_pytorch

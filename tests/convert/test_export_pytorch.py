@@ -16,14 +16,15 @@ from safetensors import safe_open
 from transformers import MistralForCausalLM
 
 from favchat_jax.chat import ask
-from favchat_jax.convert import exported, favchat, lora, mistral
-from favchat_jax.convert.files import INDEX, open_tensors
+from favchat_jax.checkpoints import mistral_folder as mistral
+from favchat_jax.checkpoints.run import load_run
+from favchat_jax.checkpoints.table import Table, read
+from favchat_jax.checkpoints.tensors import INDEX, open_tensors
+from favchat_jax.convert import exported, favchat, lora
 from favchat_jax.convert.pytorch.modeling_favchat import FaVChatForConditionalGeneration
-from favchat_jax.convert.table import Table, read
-from favchat_jax.data.datasets import open_dataset
+from favchat_jax.data.sources import open_dataset
 from favchat_jax.errors import UserError
 from favchat_jax.generation.sampler import Sampler, Sampling
-from favchat_jax.training.assembly import load_run
 from tests.conftest import DATA, fill, same_weights, start_module
 from tools import export_orbax
 from tools.export_pytorch import export

@@ -9,15 +9,16 @@ import numpy as np
 import pytest
 
 from favchat_jax.chat import ask
-from favchat_jax.convert import favchat, mistral
-from favchat_jax.convert.files import open_tensors
+from favchat_jax.checkpoints import mistral_folder as mistral
+from favchat_jax.checkpoints.run import assemble, initial_weights, load_run, weight_shapes
+from favchat_jax.checkpoints.tensors import open_tensors
+from favchat_jax.checkpoints.weights_folder import save_weights
+from favchat_jax.convert import favchat
 from favchat_jax.convert.pytorch.modeling_favchat import FaVChatForConditionalGeneration
-from favchat_jax.data.datasets import open_dataset
+from favchat_jax.data.sources import open_dataset
 from favchat_jax.errors import UserError
 from favchat_jax.generation.sampler import Sampler, Sampling
-from favchat_jax.training.assembly import assemble, initial_weights, load_run, weight_shapes
-from favchat_jax.training.stages import group_of
-from favchat_jax.weights_folder import save_weights
+from favchat_jax.stages import group_of
 from tests.conftest import DATA, same_weights
 from tests.convert.test_export_pytorch import QUESTION, alone, read_back
 from tests.models.tiny_parts import drawn_flat

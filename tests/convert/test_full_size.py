@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from favchat_jax.convert import mistral
-from favchat_jax.convert.files import INDEX, open_tensors
-from favchat_jax.convert.table import slots
+from favchat_jax.checkpoints import mistral_folder as mistral
+from favchat_jax.checkpoints.table import slots
+from favchat_jax.checkpoints.tensors import INDEX, open_tensors
 from tests.conftest import start_module
 from tests.models.tiny_parts import MISTRAL_7B
 

@@ -11,9 +11,9 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from favchat_jax.convert.mistral import fingerprint, read_config, read_weights, weight_shapes, write_weights
-from favchat_jax.convert.stacking import unstack_layers
+from favchat_jax.checkpoints.mistral_folder import fingerprint, read_config, read_weights, weight_shapes, write_weights
 from favchat_jax.errors import UserError
+from favchat_jax.generation.decoding_form import unstack_layers
 from tests.models.tiny_parts import MISTRAL, config_json, drawn
 
 INDEX = "model.safetensors.index.json"

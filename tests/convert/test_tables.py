@@ -5,8 +5,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from favchat_jax.convert import facexformer, favchat, lora, mistral, qformer, umt, videochat2
-from favchat_jax.convert.table import TRANSFORMS, Row, Table, account, is_finite, read, slots, write
+from favchat_jax.checkpoints import mistral_folder as mistral
+from favchat_jax.checkpoints.table import TRANSFORMS, Row, Table, account, is_finite, read, slots, write
+from favchat_jax.convert import facexformer, favchat, lora, qformer, umt, videochat2
 from favchat_jax.errors import UserError
 from favchat_jax.models.facexformer import FaceXFormerEncoder, LinearFuse
 from favchat_jax.models.favchat import ABLATIONS, VARIANTS, build

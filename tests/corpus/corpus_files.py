@@ -6,8 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
-from favchat_jax.data import rendered_drawing as drawing
-from favchat_jax.data import rendered_faces, rendered_features
+from favchat_jax.embedded import drawing
+from favchat_jax.embedded import faces as rendered_faces
+from favchat_jax.embedded import features as rendered_features
 
 FRAMES = 40
 

@@ -14,8 +14,9 @@ from favchat_jax.corpus.clips import Settings
 from favchat_jax.corpus.manifest import KEPT, read_table
 from favchat_jax.corpus.pack import heldout_groups, label_names, pack
 from favchat_jax.corpus.scan import scan
-from favchat_jax.data import celebvhq_vocabulary as vocabulary
-from favchat_jax.data.datasets import Question, open_dataset, prepare
+from favchat_jax.data import vocabulary
+from favchat_jax.data.record import Question
+from favchat_jax.data.sources import open_dataset, prepare
 from favchat_jax.errors import UserError
 from favchat_jax.rl.rewards import FORM
 from favchat_jax.training.loop import train

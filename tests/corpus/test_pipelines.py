@@ -13,7 +13,7 @@ import pytest
 
 from favchat_jax.corpus import pipelines
 from favchat_jax.corpus.manifest import KEPT, read_table
-from favchat_jax.data.datasets import open_dataset
+from favchat_jax.data.sources import open_dataset
 from favchat_jax.errors import UserError
 from tests.conftest import ROOT, fill
 from tests.corpus.corpus_files import annotate, contents, face_video, shapes_video, write

@@ -15,7 +15,7 @@ from favchat_jax.corpus.annotations import Annotation, read_annotations, write_l
 from favchat_jax.corpus.manifest import KEPT, write_table
 from favchat_jax.corpus.review import LARGEST_REQUEST, Desk, Server
 from favchat_jax.corpus.reviews import Reviews
-from favchat_jax.data.datasets import Question
+from favchat_jax.data.record import Question
 from favchat_jax.errors import UserError
 from tests.conftest import ROOT
 from tests.corpus.corpus_folder import fill, row

@@ -6,7 +6,7 @@ import pytest
 
 from favchat_jax.corpus.annotations import Annotation
 from favchat_jax.corpus.reviews import Agreement, Review, Reviews, agreement, cohens_kappa, final_text
-from favchat_jax.data.datasets import Question
+from favchat_jax.data.record import Question
 from favchat_jax.errors import UserError
 
 PAIR = Question("What is seen?", "A face.", "general")

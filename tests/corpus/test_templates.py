@@ -9,7 +9,7 @@ from favchat_jax.corpus.checks import check_pair
 from favchat_jax.corpus.claims import contradictions
 from favchat_jax.corpus.describe import Clip, Unannotated
 from favchat_jax.corpus.templates import DOING, FEATURES, FEELING, HAIR_COLORS, HAIR_SHAPES, WORN, TemplateWriter
-from favchat_jax.data import celebvhq_vocabulary as vocabulary
+from favchat_jax.data import vocabulary
 from tests.corpus.corpus_folder import LABELS
 
 

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from favchat_jax.corpus.manifest import DROPPED, KEPT, read_table
-from favchat_jax.data import celebvhq_vocabulary as vocabulary
-from favchat_jax.data import rendered_faces
-from favchat_jax.data.datasets import open_dataset
+from favchat_jax.data import vocabulary
+from favchat_jax.data.sources import open_dataset
+from favchat_jax.embedded import faces as rendered_faces
 from favchat_jax.training.loop import train
 from tests.corpus.chat_server import FEATURES, Answer
 from tests.corpus.corpus_files import celebvhq_entry, celebvhq_info, write

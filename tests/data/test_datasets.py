@@ -11,9 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from favchat_jax.data import celebvhq_vocabulary as vocabulary
-from favchat_jax.data.datasets import Question, celebvhq, open_dataset, prepare
-from favchat_jax.data.rendered_faces import LABELS, render
+from favchat_jax.data import vocabulary
+from favchat_jax.data.record import Question
+from favchat_jax.data.sources import celebvhq, open_dataset, prepare
+from favchat_jax.embedded.faces import LABELS, render
 from favchat_jax.errors import UserError
 
 

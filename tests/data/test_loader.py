@@ -16,8 +16,8 @@ import pytest
 
 from favchat_jax.data import loader, reasoning
 from favchat_jax.data.conversation import VISUAL_PLACEHOLDER, Conversation, PromptEncoder
-from favchat_jax.data.datasets import Question, Record
 from favchat_jax.data.loader import INSTRUCTIONS, Batch, training_batches
+from favchat_jax.data.record import Question, Record
 from favchat_jax.data.video import Augment
 from favchat_jax.errors import UserError
 from tests.data.tokenizers_for_tests import bert, byte_pairs

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from favchat_jax.data import reasoning
-from favchat_jax.data.datasets import Record
+from favchat_jax.data.record import Record
 from favchat_jax.rl.rewards import FORM, facial_score
 
 TARGETS = {"attributes": "long black hair glasses pale skin", "emotion": "happy", "action": "nodding"}

@@ -8,10 +8,10 @@ import cv2
 import numpy as np
 import pytest
 
-from favchat_jax.data import celebvhq_vocabulary as vocabulary
-from favchat_jax.data import rendered_faces
-from favchat_jax.data.datasets import rendered_faces as builder
-from favchat_jax.data.rendered_faces import LABELS, answer, render, sample_classes, sample_motion
+from favchat_jax.data import vocabulary
+from favchat_jax.embedded import dataset as builder
+from favchat_jax.embedded import faces as rendered_faces
+from favchat_jax.embedded.faces import LABELS, answer, render, sample_classes, sample_motion
 
 SPLITS = {"train": 3000, "heldout": 480}
 

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from av.video.reformatter import Interpolation
 
-from favchat_jax.data import picture, rendered_faces, video
+from favchat_jax.data import picture, video
 from favchat_jax.data.video import Augment, VideoError, decode, frame_indices
+from favchat_jax.embedded import faces as rendered_faces
 from favchat_jax.errors import UserError
 from tests.data.video_files import audio_only, encode_video, numbered_picture, read_number
 

@@ -5,9 +5,9 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs.eval import rendered as rendered_config
-from favchat_jax.data.datasets import Question, Record
+from favchat_jax.data.record import Question, Record
+from favchat_jax.embedded import benchmark as rendered
 from favchat_jax.errors import UserError
-from favchat_jax.evaluation.benchmarks import rendered
 from favchat_jax.evaluation.session import Session
 
 

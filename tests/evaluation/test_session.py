@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from favchat_jax.data import rendered_faces
+from favchat_jax.embedded import faces as rendered_faces
 from favchat_jax.errors import RunError, UserError
 from favchat_jax.evaluation.footage import Footage
 from favchat_jax.evaluation.respondents import Ask, Unanswered

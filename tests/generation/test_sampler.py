@@ -11,7 +11,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from favchat_jax.convert.mistral import read_config, read_weights, write_weights
+from favchat_jax.checkpoints.mistral_folder import read_config, read_weights, write_weights
 from favchat_jax.data.conversation import Conversation, PromptEncoder
 from favchat_jax.errors import UserError
 from favchat_jax.generation.decoding import draw

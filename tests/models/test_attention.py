@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from favchat_jax.models.attention import attention
+from favchat_jax.models.kernels.attention import attention
 
 
 def naive(query, key, value, bias=None, mask=None):

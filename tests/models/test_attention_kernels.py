@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, PartitionSpec
 
-from favchat_jax.models import attention as room
-from favchat_jax.models.attention import attention, compiling_for, kernel_for, one_more
+from favchat_jax.models.kernels import attention as room
+from favchat_jax.models.kernels.attention import attention, compiling_for, kernel_for, one_more
 
 
 def draw(*shape, seed=0, dtype=jnp.float32):

@@ -15,7 +15,7 @@ from favchat_jax.models import favchat
 from favchat_jax.models.favchat import ABLATIONS, VARIANTS
 from favchat_jax.models.mistral import MistralConfig
 from favchat_jax.models.umt import sinusoid_table
-from favchat_jax.training.stages import STAGES, TRAINS, group_of, split
+from favchat_jax.stages import STAGES, TRAINS, group_of, split
 from tests.models.tiny_parts import MISTRAL, MISTRAL_7B, drawn_flat, favchat_shapes, tiny_config
 
 PAPER_LLM = MistralConfig.from_json(MISTRAL_7B)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
-from favchat_jax.models.linear import FEW, transposed_product
+from favchat_jax.models.kernels.linear import FEW, transposed_product
 from favchat_jax.models.lora import LoRADense, low_rank, merge
 from favchat_jax.models.mistral import LoRA, Mistral
 from tests.models.tiny_parts import MISTRAL, drawn, mistral_shapes

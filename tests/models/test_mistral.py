@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from favchat_jax.convert.mistral import read_config, weight_shapes
-from favchat_jax.convert.stacking import unstack_layers
+from favchat_jax.checkpoints.mistral_folder import read_config, weight_shapes
 from favchat_jax.errors import UserError
+from favchat_jax.generation.decoding_form import unstack_layers
 from favchat_jax.models.mistral import LoRA, Mistral, MistralConfig, empty_cache, rotate
 from tests.models.tiny_parts import MISTRAL, MISTRAL_7B, drawn, mistral_shapes
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from favchat_jax.models.kernels.quantized import GROUP, product, quantize, store
 from favchat_jax.models.mistral import LoRA, Mistral
-from favchat_jax.models.quantized import GROUP, product, quantize, store
 from tests.models.tiny_parts import MISTRAL, drawn, mistral_shapes
 
 

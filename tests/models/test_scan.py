@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from favchat_jax.models.facexformer import SwinBlock, SwinStage
+from favchat_jax.models.kernels.scan import scan_layers
 from favchat_jax.models.qformer import Layer, QFormer
-from favchat_jax.models.scan import scan_layers
 
 
 class Dropped(nn.Module):

@@ -13,9 +13,9 @@ import pytest
 import torch
 from flax.traverse_util import unflatten_dict
 
-from favchat_jax.convert.files import open_tensors
-from favchat_jax.convert.table import Table, read
-from favchat_jax.weights_folder import load_weights, save_weights
+from favchat_jax.checkpoints.table import Table, read
+from favchat_jax.checkpoints.tensors import open_tensors
+from favchat_jax.checkpoints.weights_folder import load_weights, save_weights
 
 SEEDS = (0, 1, 2)
 BOUND = 1e-5

@@ -16,10 +16,11 @@ import torch.nn.functional as F
 from flax.traverse_util import flatten_dict, unflatten_dict
 from transformers import MistralConfig, MistralForCausalLM
 
-from favchat_jax.convert import lora, mistral
-from favchat_jax.convert.files import open_tensors
-from favchat_jax.convert.stacking import unstack_layers
-from favchat_jax.convert.table import read
+from favchat_jax.checkpoints import mistral_folder as mistral
+from favchat_jax.checkpoints.table import read
+from favchat_jax.checkpoints.tensors import open_tensors
+from favchat_jax.convert import lora
+from favchat_jax.generation.decoding_form import unstack_layers
 from favchat_jax.models.mistral import LoRA, Mistral, empty_cache
 from tests.parity.conftest import SEEDS
 

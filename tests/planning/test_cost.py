@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from favchat_jax.models.attention import attention
+from favchat_jax.models.kernels.attention import attention
 from favchat_jax.planning import cost
 
 A, B = jax.ShapeDtypeStruct((3, 5), jnp.float32), jax.ShapeDtypeStruct((5, 7), jnp.float32)

@@ -8,9 +8,9 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from configs import stage3
+from favchat_jax import sharding
 from favchat_jax.errors import UserError
 from favchat_jax.planning import plan, targets
-from favchat_jax.training import sharding
 
 
 def test_an_unknown_target_is_refused_with_those_there_are():

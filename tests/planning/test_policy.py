@@ -4,10 +4,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from favchat_jax import stages
 from favchat_jax.errors import UserError
 from favchat_jax.generation.decoding import Decoder
 from favchat_jax.planning import cost, plan, policy
-from favchat_jax.training import stages
 
 
 @pytest.fixture(scope="module")

@@ -8,14 +8,15 @@ import numpy as np
 import pytest
 from flax.traverse_util import unflatten_dict
 
+from favchat_jax.checkpoints import run as assembly
+from favchat_jax.checkpoints.weights_folder import load_weights
 from favchat_jax.errors import UserError
 from favchat_jax.generation.sampler import Sampler, Sampling
 from favchat_jax.models import favchat
 from favchat_jax.rl import de_grpo, policy
 from favchat_jax.rl.curves import read_lines
 from favchat_jax.rl.pool import STATES
-from favchat_jax.training import assembly, loop
-from favchat_jax.weights_folder import load_weights
+from favchat_jax.training import loop
 from tests.conftest import newest, same_weights
 from tests.models.tiny_parts import MISTRAL, drawn_flat, favchat_shapes, tiny_config
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from favchat_jax.data.datasets import Record
+from favchat_jax.data.record import Record
 from tests.data.video_files import encode_video
 from tools import adapter_weights
 

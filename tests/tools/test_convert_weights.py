@@ -16,10 +16,11 @@ from flax.traverse_util import flatten_dict
 from safetensors.numpy import load_file, save_file
 
 from favchat_jax import command_line
-from favchat_jax.convert import facexformer, mistral, qformer, umt, videochat2
-from favchat_jax.convert.files import INDEX
-from favchat_jax.convert.table import write
-from favchat_jax.weights_folder import load_weights
+from favchat_jax.checkpoints import mistral_folder as mistral
+from favchat_jax.checkpoints.table import write
+from favchat_jax.checkpoints.tensors import INDEX
+from favchat_jax.checkpoints.weights_folder import load_weights
+from favchat_jax.convert import facexformer, qformer, umt, videochat2
 from tests.conftest import damage, fill, start_module
 from tests.convert.test_tables import CASES, weights_for
 from tests.models.tiny_parts import MISTRAL, config_json

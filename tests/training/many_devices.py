@@ -14,8 +14,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from favchat_jax.training import assembly, loop, processes, sharding, stages
-from favchat_jax.training.checkpoint import Checkpoints
+from favchat_jax import processes, sharding
+from favchat_jax.checkpoints import run as assembly
+from favchat_jax.checkpoints.store import Checkpoints
+from favchat_jax.training import loop
+from favchat_jax.training.optimizer import make_optimizer, schedule
 from favchat_jax.training.step import make_step
 
 
@@ -47,7 +50,7 @@ def _run(spec, batches, sizes, jobs):
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_batch(config.batch, config.accumulate, mesh)
     parts = assembly.assemble(config)
-    optimizer, rate = stages.make_optimizer(config.optimizer, 20), stages.schedule(config.optimizer, 20)
+    optimizer, rate = make_optimizer(config.optimizer, 20), schedule(config.optimizer, 20)
     step = make_step(parts.model, optimizer, rate, accumulate=config.accumulate, chunk=config.loss_chunk, mesh=mesh)
     losses = []
     for workdir, steps in jobs:

@@ -5,10 +5,11 @@ import jax
 import numpy as np
 import pytest
 
-from favchat_jax.convert import mistral as mistral_folder
+from favchat_jax import stages
+from favchat_jax.checkpoints import mistral_folder
+from favchat_jax.checkpoints import run as assembly
+from favchat_jax.checkpoints.weights_folder import save_weights
 from favchat_jax.errors import UserError
-from favchat_jax.training import assembly, stages
-from favchat_jax.weights_folder import save_weights
 from tests.conftest import damage, newest, same_weights
 from tools import export_orbax, export_pytorch
 

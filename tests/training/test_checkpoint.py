@@ -9,11 +9,11 @@ import numpy as np
 import optax
 import pytest
 
+from favchat_jax.checkpoints.store import Checkpoints, load_config
+from favchat_jax.checkpoints.weights_folder import draft_of, load_weights, save_weights
 from favchat_jax.convert.folder import replacing
 from favchat_jax.errors import UserError
-from favchat_jax.training.checkpoint import Checkpoints, load_config
 from favchat_jax.training.step import TrainState, new_state
-from favchat_jax.weights_folder import draft_of, load_weights, save_weights
 from tests.conftest import damage, fill
 
 ITERATOR = {

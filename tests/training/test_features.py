@@ -5,8 +5,10 @@ import chex
 import numpy as np
 import pytest
 
+from favchat_jax import sharding, stages
+from favchat_jax.checkpoints import run as assembly
 from favchat_jax.errors import UserError
-from favchat_jax.training import assembly, loop, sharding, stages
+from favchat_jax.training import loop
 from favchat_jax.training.checks import check
 from favchat_jax.training.features import KeptFeatures
 

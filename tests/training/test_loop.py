@@ -14,12 +14,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from favchat_jax.data.datasets import open_dataset
+from favchat_jax.checkpoints import run as assembly
+from favchat_jax.checkpoints.store import Checkpoints
+from favchat_jax.data.sources import open_dataset
 from favchat_jax.errors import RunError, UserError
 from favchat_jax.train import train_stage
-from favchat_jax.training import assembly, loop, stages
-from favchat_jax.training.checkpoint import Checkpoints
+from favchat_jax.training import loop
 from favchat_jax.training.checks import claim
+from favchat_jax.training.optimizer import schedule
 from favchat_jax.training.step import make_step
 from tests.conftest import damage, fill, newest, same_weights, start_module
 
@@ -117,7 +119,7 @@ def test_a_run_saves_a_checkpoint_when_due_and_at_its_end_and_keeps_the_newest(w
 def test_metrics_hold_one_line_a_logged_step_with_all_that_is_measured(whole, settings):
     lines = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
-    rate = stages.schedule(settings.optimizer, STEPS)
+    rate = schedule(settings.optimizer, STEPS)
     np.testing.assert_allclose([line["learning_rate"] for line in lines], [rate(i) for i in range(STEPS)], rtol=1e-5)
     for line in lines:
         assert set(line) == {

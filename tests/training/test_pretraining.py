@@ -9,16 +9,17 @@ import ml_collections
 import numpy as np
 import pytest
 
-from favchat_jax.convert import mistral as mistral_folder
-from favchat_jax.data import rendered_faces
+from favchat_jax.checkpoints import mistral_folder
+from favchat_jax.checkpoints import run as assembly
+from favchat_jax.checkpoints.store import load_config
+from favchat_jax.checkpoints.weights_folder import load_weights
 from favchat_jax.data.conversation import Conversation, load_tokenizer
-from favchat_jax.data.datasets import open_dataset
+from favchat_jax.data.sources import open_dataset
+from favchat_jax.embedded import encoders, language_model
+from favchat_jax.embedded import faces as rendered_faces
+from favchat_jax.embedded import parts as pretraining
 from favchat_jax.errors import UserError
 from favchat_jax.models.facexformer import FaceXFormerEncoder
-from favchat_jax.training import assembly, pretraining
-from favchat_jax.training.checkpoint import load_config
-from favchat_jax.training.pretraining import encoders, language_model
-from favchat_jax.weights_folder import load_weights
 from tests.conftest import DATA
 
 PARTS = {"llm.path": "mistral", "init.umt": "umt", "init.facexformer": "facexformer"}

@@ -14,11 +14,14 @@ from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
 from configs import stage2
+from favchat_jax import sharding
+from favchat_jax.checkpoints import run as assembly
 from favchat_jax.errors import UserError
 from favchat_jax.models import favchat
 from favchat_jax.models.favchat import ABLATIONS, VARIANTS
 from favchat_jax.models.mistral import MistralConfig
-from favchat_jax.training import assembly, loop, sharding, stages
+from favchat_jax.training import loop
+from favchat_jax.training.optimizer import make_optimizer
 from favchat_jax.training.step import new_state
 from tests.conftest import ROOT
 from tests.models.tiny_parts import MISTRAL, MISTRAL_7B
@@ -80,7 +83,7 @@ def test_the_language_models_products_are_cut_along_both_axes_and_what_does_not_
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_moments_lie_as_the_weights_that_they_are_of(name):
     config = stage2.get_config("preset=tiny")
-    optimizer = stages.make_optimizer(ConfigDict({**config.optimizer, "name": name}), 10)
+    optimizer = make_optimizer(ConfigDict({**config.optimizer, "name": name}), 10)
     weights = {
         "umt/blocks/attn/qkv/kernel": jax.ShapeDtypeStruct((2, 16, 48), np.float32),
         "llm/layers/mlp/up_proj/lora_b": jax.ShapeDtypeStruct((2, 2, 8), np.float32),

@@ -4,9 +4,11 @@ import ml_collections
 import numpy as np
 import pytest
 
+from favchat_jax import stages
+from favchat_jax.checkpoints import run as assembly
 from favchat_jax.errors import UserError
 from favchat_jax.models.favchat import ABLATIONS, VARIANTS
-from favchat_jax.training import assembly, stages
+from favchat_jax.training.optimizer import ADAM_SHARE, decays, make_optimizer, schedule
 
 # The papers' tables: what trains in each stage of v1 (Section 4.2) and of v2 (its figure of the training paradigm).
 EVERYTHING_VISUAL = {"encoders", "fusion", "qformers", "linears", "adapter"}
@@ -94,7 +96,7 @@ def test_an_unknown_stage_or_variant_is_a_users_error_that_lists_the_known_ones(
 def test_weight_decay_spares_every_one_dimensional_weight_and_no_matrix(ablation, variant, shapes):
     for path, leaf in shapes("stage2", ablation, variant).items():
         layers = path.startswith(("umt/blocks/", "llm/layers/"))  # stacked by the scan over layers
-        assert stages.decays(path) == (len(leaf.shape) - layers > 1), path
+        assert decays(path) == (len(leaf.shape) - layers > 1), path
 
 
 def optimizer_section(**changes) -> ml_collections.ConfigDict:
@@ -105,11 +107,11 @@ def optimizer_section(**changes) -> ml_collections.ConfigDict:
 
 def test_without_gradients_only_matrices_decay():
     weights = {"a/kernel": jnp.ones((2, 2)), "a/bias": jnp.ones(2), "layers/norm/scale": jnp.ones((3, 2))}
-    optimizer = stages.make_optimizer(optimizer_section(), steps=10)
+    optimizer = make_optimizer(optimizer_section(), steps=10)
     moments, zeros = optimizer.init(weights), jax.tree.map(jnp.zeros_like, weights)
     _, moments = optimizer.update(zeros, moments, weights)  # the first step of the warm-up has rate 0
     updates, _ = optimizer.update(zeros, moments, weights)
-    np.testing.assert_allclose(updates["a/kernel"], -0.5 * stages.schedule(optimizer_section(), 10)(1))
+    np.testing.assert_allclose(updates["a/kernel"], -0.5 * schedule(optimizer_section(), 10)(1))
     assert not updates["a/bias"].any() and not updates["layers/norm/scale"].any()
 
 
@@ -117,7 +119,7 @@ def test_gradients_are_clipped_by_their_norm_over_all_weights():
     weights = {"a/kernel": jnp.zeros((2, 2)), "b/kernel": jnp.zeros((2, 2))}
     huge = {"a/kernel": jnp.full((2, 2), 3e6), "b/kernel": jnp.full((2, 2), 4e6)}
     unit = {"a/kernel": jnp.full((2, 2), 0.3), "b/kernel": jnp.full((2, 2), 0.4)}  # the same, of norm 1
-    optimizer = stages.make_optimizer(optimizer_section(), steps=10)
+    optimizer = make_optimizer(optimizer_section(), steps=10)
     clipped, wanted = (optimizer.update(g, optimizer.init(weights), weights)[1] for g in (huge, unit))
     assert jax.tree.all(jax.tree.map(lambda a, b: jnp.allclose(a, b, rtol=1e-5), clipped, wanted))
 
@@ -130,7 +132,7 @@ def test_muon_turns_kernels_by_orthogonal_steps_and_moves_all_else_as_adam():
         "a/bias": jax.random.normal(keys[2], (4,)),
     }
     section = optimizer_section(name="muon", weight_decay=0.0)
-    optimizer, rate = stages.make_optimizer(section, steps=10), float(stages.schedule(section, 10)(1))
+    optimizer, rate = make_optimizer(section, steps=10), float(schedule(section, 10)(1))
     moments = optimizer.init(weights)
     _, moments = optimizer.update(weights, moments, weights)  # the first step of the warm-up has rate 0
     updates, _ = optimizer.update(weights, moments, weights)
@@ -140,7 +142,7 @@ def test_muon_turns_kernels_by_orthogonal_steps_and_moves_all_else_as_adam():
         assert jnp.vdot(updates["layers/a/kernel"][layer], weights["layers/a/kernel"][layer]) < 0
     for path in ("words/embedding", "a/bias"):
         # Adam's step under an unchanging gradient has one size everywhere, with Nesterov's look ahead 1.16 of the rate.
-        steps = updates[path] / (stages.ADAM_SHARE * rate)
+        steps = updates[path] / (ADAM_SHARE * rate)
         np.testing.assert_allclose(steps, -1.157 * jnp.sign(weights[path]), rtol=1e-3)
 
 
@@ -149,7 +151,7 @@ def test_muon_moves_kernels_of_one_shape_as_it_moves_each_alone():
     shapes = {"a/kernel": (8, 4), "b/kernel": (8, 4), "layers/c/kernel": (3, 8, 4), "d/kernel": (4, 8)}
     weights = {path: jax.random.normal(key, shape) for key, (path, shape) in zip(keys, shapes.items(), strict=True)}
     # Without clipping, which looks at all gradients at once.
-    optimizer = stages.make_optimizer(optimizer_section(name="muon", clip_norm=1e9), steps=10)
+    optimizer = make_optimizer(optimizer_section(name="muon", clip_norm=1e9), steps=10)
 
     def second_update(weights):
         _, moments = optimizer.update(weights, optimizer.init(weights), weights)
@@ -165,7 +167,7 @@ def test_muon_moves_kernels_of_one_shape_as_it_moves_each_alone():
 def test_encoders_learn_by_adam_at_their_share_of_the_rate(name):
     section = optimizer_section(name=name, encoder_rate=0.1, weight_decay=0.0)
     weights = {path: jnp.full((2, 2), 3.0) for path in ("umt/a/kernel", "facexformer/a/kernel", "fusion/a/kernel")}
-    optimizer, rate = stages.make_optimizer(section, steps=10), float(stages.schedule(section, 10)(1))
+    optimizer, rate = make_optimizer(section, steps=10), float(schedule(section, 10)(1))
     moments = optimizer.init(weights)
     _, moments = optimizer.update(weights, moments, weights)
     updates, _ = optimizer.update(weights, moments, weights)
@@ -176,11 +178,11 @@ def test_encoders_learn_by_adam_at_their_share_of_the_rate(name):
 
 def test_an_unknown_optimizer_is_refused():
     with pytest.raises(UserError, match="optimizer.name=lion is unknown: choose adamw or muon"):
-        stages.make_optimizer(optimizer_section(name="lion"), steps=10)
+        make_optimizer(optimizer_section(name="lion"), steps=10)
 
 
 def test_the_rate_rises_in_a_line_to_its_peak_and_falls_along_a_cosine_to_its_floor():
-    rate = stages.schedule(optimizer_section(), steps=100)
+    rate = schedule(optimizer_section(), steps=100)
     assert rate(0) == 0
     np.testing.assert_allclose([rate(5), rate(10), rate(20)], [0.0025, 0.005, 0.01], rtol=1e-6)
     # Halfway down, a cosine stands in the middle between peak and floor.
@@ -190,4 +192,4 @@ def test_the_rate_rises_in_a_line_to_its_peak_and_falls_along_a_cosine_to_its_fl
 
 
 def test_a_run_of_a_single_step_has_a_schedule():
-    assert np.isfinite(stages.schedule(optimizer_section(), steps=1)(1))
+    assert np.isfinite(schedule(optimizer_section(), steps=1)(1))

@@ -7,8 +7,9 @@ import numpy as np
 import optax
 import pytest
 
+from favchat_jax.checkpoints import run as assembly
 from favchat_jax.models.favchat import Output
-from favchat_jax.training import assembly, loop
+from favchat_jax.training import loop
 from favchat_jax.training.step import batch_loss, chunked_cross_entropy, make_step, new_state, next_token_targets
 
 

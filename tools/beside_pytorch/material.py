@@ -14,15 +14,16 @@ import ml_collections
 import numpy as np
 from flax.traverse_util import unflatten_dict
 
-from favchat_jax.convert import mistral
-from favchat_jax.data import rendered_faces
+from favchat_jax.checkpoints import mistral_folder as mistral
+from favchat_jax.checkpoints import run as assembly
+from favchat_jax.checkpoints.weights_folder import load_weights, save_weights
 from favchat_jax.data.conversation import VISUAL_PLACEHOLDER
-from favchat_jax.data.datasets import Record, open_dataset, prepare
 from favchat_jax.data.loader import INSTRUCTIONS
-from favchat_jax.training import assembly
-from favchat_jax.training.pretraining.language_model import write_sizes
-from favchat_jax.training.stages import group_of
-from favchat_jax.weights_folder import load_weights, save_weights
+from favchat_jax.data.record import Record
+from favchat_jax.data.sources import open_dataset, prepare
+from favchat_jax.embedded import faces as rendered_faces
+from favchat_jax.embedded.language_model import write_sizes
+from favchat_jax.stages import group_of
 
 QUESTION = "What can be seen of the face in this video, and which emotion does it show?"
 CLIPS = 4  # in a training step

@@ -10,10 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from favchat_jax import sharding, stages
+from favchat_jax.checkpoints import run as assembly
 from favchat_jax.data.conversation import Conversation, PromptEncoder
 from favchat_jax.data.loader import training_batches
 from favchat_jax.generation.sampler import Sampler, Sampling
-from favchat_jax.training import assembly, sharding, stages
+from favchat_jax.training.optimizer import make_optimizer, schedule
 from favchat_jax.training.step import make_step, new_state
 from tools.beside_pytorch import material
 from tools.beside_pytorch.contest import Runs
@@ -32,12 +34,12 @@ def train(folder: str, preset: str) -> Runs:
     # Committed to their places, as a run's are: otherwise the second step compiles again.
     mesh = sharding.one_device()
     frozen = {path: sharding.place(path, leaf, mesh, config.model.dtype) for path, leaf in frozen.items()}
-    optimizer = stages.make_optimizer(config.optimizer, 1000)
+    optimizer = make_optimizer(config.optimizer, 1000)
 
     def steps(remat: str):
         config.model.remat = remat
         model = assembly.assemble(config).model
-        rate = stages.schedule(config.optimizer, 1000)
+        rate = schedule(config.optimizer, 1000)
         update = make_step(model, optimizer, rate, accumulate=1, chunk=config.loss_chunk)
         fresh = new_state(jax.tree.map(jnp.copy, trainable), optimizer, 0)
         state = [jax.device_put(fresh, sharding.state_partitions(fresh, mesh))]

@@ -16,11 +16,11 @@ from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.generation.configuration_utils import CompileConfig
 
-from favchat_jax.convert.files import read_json
+from favchat_jax.checkpoints import run as assembly
+from favchat_jax.checkpoints.tensors import read_json
 from favchat_jax.convert.torch_model import for_torch, torch_favchat
 from favchat_jax.data.conversation import Conversation, PromptEncoder
 from favchat_jax.data.loader import Example
-from favchat_jax.training import assembly
 from tools.beside_pytorch import material
 from tools.beside_pytorch.contest import Runs
 from tools.beside_pytorch.ours import TOKENS, seconds_a_clip

@@ -1,8 +1,6 @@
 """Frames of evaluated clips for the report, where the data set is still in its place."""
 
-import importlib
 import logging
-import pkgutil
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,7 +10,7 @@ from jaxtyping import UInt8
 
 from favchat_jax.data.video import VideoError
 from favchat_jax.errors import UserError
-from favchat_jax.evaluation import benchmarks
+from favchat_jax.evaluation.benchmarks import BENCHMARKS, benchmark_of
 from favchat_jax.evaluation.footage import Footage, beside_each_other
 from favchat_jax.evaluation.report.examples import SIDE, STRIP, Sample
 from favchat_jax.evaluation.respondents import Ask
@@ -63,13 +61,13 @@ class _Done(Exception):
 def _listed(result: Mapping[str, Any]) -> dict[str, tuple[Footage, ...]]:
     """The clips of a result's benchmark by the ids of its asks; none where they cannot be had, which is told."""
     name = result["benchmark"]
-    if name not in [module.name for module in pkgutil.iter_modules(benchmarks.__path__)]:
+    if name not in BENCHMARKS:
         log.warning("%s is no benchmark of this version: its clips are not shown", name)
         return {}
     listing = _Listing()
     try:
         config = ml_collections.ConfigDict(result["provenance"]["config"])
-        importlib.import_module(f"{benchmarks.__name__}.{name}").run(config, listing)
+        benchmark_of(name).run(config, listing)
     except _Done:
         return listing.clips
     except (UserError, OSError, AttributeError, KeyError, TypeError, ValueError) as error:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Num
 
-from favchat_jax.models.linear import flat_product
+from favchat_jax.models.kernels.linear import flat_product
 
 GROUP = 64  # inputs that share a scale in int4
 LEVELS = {"int8": 127, "int4": 7}  # the largest whole number; symmetric, so that zero stays zero

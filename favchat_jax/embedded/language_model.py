@@ -17,15 +17,15 @@ from ml_collections import ConfigDict
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from favchat_jax.convert import mistral as mistral_folder
-from favchat_jax.data import rendered_faces
+from favchat_jax.checkpoints import mistral_folder
 from favchat_jax.data.conversation import Conversation, load_tokenizer
-from favchat_jax.data.datasets import Record
 from favchat_jax.data.loader import INSTRUCTIONS
-from favchat_jax.data.rendered_drawing import FRAMES
+from favchat_jax.data.record import Record
+from favchat_jax.embedded import faces as rendered_faces
+from favchat_jax.embedded.drawing import FRAMES
+from favchat_jax.embedded.fitting import fit
 from favchat_jax.models import favchat
 from favchat_jax.models.mistral import Mistral
-from favchat_jax.training.pretraining.fitting import fit
 from favchat_jax.training.step import chunked_cross_entropy, next_token_targets
 
 DESCRIBED = 0.2  # share of the texts that ask for a description

@@ -7,7 +7,6 @@ for a whole one. Nothing here asks the network: the builders know no bucket and 
 import contextlib
 import fcntl
 import io
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,12 +15,10 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 from absl import logging
-from jaxtyping import Int8
 from tqdm import tqdm
 
-from favchat_jax.data import celebvhq_vocabulary as vocabulary
-from favchat_jax.data.datasets import Question, Record
-from favchat_jax.data.rendered_faces import LABELS
+from favchat_jax.data import vocabulary
+from favchat_jax.data.record import Question, Record
 from favchat_jax.errors import UserError
 
 INFO = "dataset_info.json"  # TFDS writes it last
@@ -37,7 +34,6 @@ FEATURES = {
     "source": tfds.features.Text(),
     "reasoning": tfds.features.Text(),
     "has_face": tfds.features.Scalar(dtype=np.bool_),
-    "labels": tfds.features.Tensor(shape=(len(LABELS),), dtype=np.int8),  # -1: not known or not there
 }
 
 
@@ -55,6 +51,7 @@ class RecordBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     """
 
     VERSION = tfds.core.Version("1.1.0")
+    LABELS: tuple[str, ...] = ()  # class labels of its own that a source stores with each record
     VIEWS: dict[str, tuple[str, ...]] = {}  # splits that are read as the union of others, of which some may be empty
     url_infos = {}  # nothing to download; TFDS would look for a checksum file, with a package that it does not install
 
@@ -62,9 +59,14 @@ class RecordBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         return LocalInfo(
             builder=self,
             description=self.__doc__,
-            features=tfds.features.FeaturesDict(FEATURES),
+            features=tfds.features.FeaturesDict(FEATURES | self._own_features()),
             metadata=tfds.core.MetadataDict(digest=self.digest()),
         )
+
+    def _own_features(self) -> dict[str, tfds.features.FeatureConnector]:
+        if not self.LABELS:
+            return {}
+        return {"labels": tfds.features.Tensor(shape=(len(self.LABELS),), dtype=np.int8)}  # -1: unknown or absent
 
     def download_config(self) -> tfds.download.DownloadConfig | None:
         """How TFDS builds; None for its usual way."""
@@ -82,21 +84,23 @@ class RecordBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         title = f"{self.name}, {split}"
         with contextlib.closing(self.records(split)) as records:
             for record in tqdm(records, title, self.counts()[split], unit=" clips", mininterval=0.5):
-                yield record.id, pack(record)
+                yield record.id, pack(record, self.LABELS)
 
 
-def pack(record: Record) -> dict:
-    """A record as TFDS stores it."""
-    example = {name: getattr(record, name) for name in FEATURES if name not in ("questions", "labels")}
+def pack(record: Record, labels: tuple[str, ...] = ()) -> dict:
+    """A record as TFDS stores it, with the class labels that its source has of its own."""
+    example = {name: getattr(record, name) for name in FEATURES if name != "questions"}
     example["questions"] = [vars(question) for question in record.questions]
-    example["labels"] = np.array([record.labels.get(name, -1) for name in LABELS], np.int8)
+    if labels:
+        example["labels"] = np.array([record.labels.get(name, -1) for name in labels], np.int8)
     return example
 
 
-def unpack(example: dict) -> Record:
+def unpack(example: dict, labels: tuple[str, ...] = ()) -> Record:
     """The record that `pack` stored."""
     text = {name: example[name].decode() for name in ("id", "summary", "source", "reasoning")}
     rows = zip(*(example["questions"][name] for name in ("question", "answer", "kind")), strict=True)
+    classes = dict(zip(labels, map(int, example["labels"]), strict=True)) if labels else {}
     return Record(
         **text,
         clip=bytes(example["clip"]),
@@ -104,29 +108,24 @@ def unpack(example: dict) -> Record:
         questions=tuple(Question(*(cell.decode() for cell in row)) for row in rows),
         targets={name: value.decode() for name, value in example["targets"].items()},
         has_face=bool(example["has_face"]),
-        labels=_labels(example["labels"]),
+        labels=classes if max(classes.values(), default=-1) >= 0 else {},
     )
-
-
-def _labels(classes: Int8[np.ndarray, " N"]) -> dict[str, int]:
-    known = {name: int(value) for name, value in zip(LABELS, classes, strict=True)}
-    return known if max(known.values()) >= 0 else {}
 
 
 class RecordSource:
     """Random access to the records of one split: `len(source)`, `source[i]`. Files are opened at the first use in each
     process, so that the source can be pickled to spawned workers."""
 
-    def __init__(self, name: str, data_dir: str, split: str):
-        self.name, self.split = name, split
-        self.folder = _folder(name, data_dir)
-        if not os.path.exists(os.path.join(self.folder, INFO)):
-            raise UserError(f"{self.folder}: data set {name} is not packed yet; `datasets.prepare` packs it")
+    def __init__(self, builder: type[RecordBuilder], size: str | None, data_dir: str, split: str):
+        self.split, self._labels = split, builder.LABELS
+        self.folder = folder_of(builder, size, data_dir)
+        if not is_packed(self.folder):
+            raise UserError(f"{self.folder}: data set {builder.name} is not packed yet; `sources.prepare` packs it")
         with _quiet():
             info = tfds.builder_from_directory(self.folder).info
-        self._parts = [part for part in views(name).get(split, (split,)) if part in info.splits]
+        self._parts = [part for part in builder.VIEWS.get(split, (split,)) if part in info.splits]
         if not self._parts:
-            raise UserError(f"data set {name} has no split '{split}'; it has {', '.join(sorted(info.splits))}")
+            raise UserError(f"data set {builder.name} has no split '{split}'; it has {', '.join(sorted(info.splits))}")
         self._length = sum(info.splits[part].num_examples for part in self._parts)
         self._opened = None
 
@@ -136,62 +135,42 @@ class RecordSource:
     def __getitem__(self, index: int) -> Record:
         if self._opened is None:
             self._opened = tfds.builder_from_directory(self.folder).as_data_source(split="+".join(self._parts))
-        return unpack(self._opened[index])
+        return unpack(self._opened[index], self._labels)
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_opened": None}
 
     def __repr__(self) -> str:
-        return f"RecordSource({self.name!r}, {self.split!r}, {self._length} records in {self.folder!r})"
+        return f"RecordSource({self.split!r}, {self._length} records in {str(self.folder)!r})"
 
 
-def _builder_class(name: str) -> tuple[type[RecordBuilder], str | None]:
-    from favchat_jax.data.datasets import celebvhq, corpus, rendered_faces
-
-    builders = {builder.name: builder for builder in (rendered_faces.RenderedFaces, celebvhq.CelebVHQ, corpus.Corpus)}
-    name, _, config = name.partition("/")
-    if name not in builders:
-        raise UserError(f"data set '{name}' is not known; there are {', '.join(builders)}")
-    known = [c.name for c in builders[name].BUILDER_CONFIGS]
-    if config and config not in known:
-        raise UserError(f"data set '{name}' has no size '{config}'; there are {', '.join(known) or 'none'}")
-    return builders[name], config or (known[0] if known else None)
+def folder_of(builder: type[RecordBuilder], size: str | None, data_dir: str) -> Path:
+    """Where a packed data set lies."""
+    return Path(data_dir).expanduser() / builder.name / (size or "") / str(builder.VERSION)
 
 
-def views(name: str) -> dict[str, tuple[str, ...]]:
-    """The splits of a data set that are unions of others."""
-    return _builder_class(name)[0].VIEWS
+def is_packed(folder: Path) -> bool:
+    """Whether a data set was packed into `folder` to its end."""
+    return (folder / INFO).exists()
 
 
-def _folder(name: str, data_dir: str) -> str:
-    builder, config = _builder_class(name)
-    return os.path.join(os.path.expanduser(data_dir), builder.name, config or "", str(builder.VERSION))
-
-
-def prepare(name: str, root: str | None, data_dir: str, **options: Any) -> str:
-    """See `favchat_jax.data.datasets.prepare`; `options` are the builder's own."""
-    builder_class, config = _builder_class(name)
-    folder = Path(_folder(name, data_dir))
-    if (folder / INFO).exists() and not root:
-        return str(folder)
-    if builder_class.name != "rendered_faces":
-        options["root"] = root
+def build(builder_class: type[RecordBuilder], size: str | None, root: str | None, data_dir: str, **options: Any) -> str:
+    """Packs a source unless it is packed, and returns its folder; see `sources.prepare`."""
+    folder = folder_of(builder_class, size, data_dir)
     with _quiet():
-        builder = builder_class(config=config, data_dir=data_dir, file_format="array_record", **options)
-        if not (folder / INFO).exists():
+        builder = builder_class(root=root, config=size, data_dir=data_dir, file_format="array_record", **options)
+        if not is_packed(folder):
             with _alone(folder.parent):
-                if not (folder / INFO).exists():  # no other process made it while this one waited
+                if not is_packed(folder):  # no other process made it while this one waited
                     _build(builder, folder)
-    stored = stored_digest(name, data_dir)
-    if stored != builder.digest():
+    if stored_digest(folder) != builder.digest():
         raise UserError(f"{folder}: packed from other files than {root} holds now; delete that folder to pack again")
     return str(folder)
 
 
-def stored_digest(name: str, data_dir: str) -> str | None:
-    """The digest of the source that a packed data set was made from; None where there is no packed one."""
-    folder = _folder(name, data_dir)
-    if not os.path.exists(os.path.join(folder, INFO)):
+def stored_digest(folder: Path) -> str | None:
+    """The digest of the source that a packed data set was made from; None before it is packed."""
+    if not is_packed(folder):
         return None
     with _quiet():
         return tfds.builder_from_directory(folder).info.metadata["digest"]

@@ -19,10 +19,10 @@ from pathlib import Path
 import numpy as np
 import tensorflow_datasets as tfds
 
-from favchat_jax.data import celebvhq_vocabulary as vocabulary
-from favchat_jax.data.datasets import Question, Record
-from favchat_jax.data.datasets.celebvhq import label_text
-from favchat_jax.data.datasets.packing import RecordBuilder, pack
+from favchat_jax.data import vocabulary
+from favchat_jax.data.record import Question, Record
+from favchat_jax.data.sources.celebvhq import label_text
+from favchat_jax.data.storage import RecordBuilder, pack
 from favchat_jax.errors import UserError
 
 RECORDS = "records.jsonl"

@@ -10,7 +10,7 @@ import cv2
 import numpy as np
 from jaxtyping import Float, UInt8
 
-from favchat_jax.data.rendered_drawing import (
+from favchat_jax.embedded.drawing import (
     CANVAS,
     TEXTURE_UNIT,
     Head,

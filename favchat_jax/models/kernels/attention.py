@@ -25,7 +25,7 @@ from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float
 
-from favchat_jax.models.partition import CLIPS
+from favchat_jax.sharding import CLIPS
 
 LANES = 128  # a TPU's; splash attention takes lengths in multiples of it
 BLOCK = 512  # queries and keys that a splash kernel holds at once, at most

@@ -14,14 +14,14 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 from transformers import PreTrainedTokenizerBase
 
-from favchat_jax.convert import mistral as mistral_folder
+from favchat_jax import sharding
+from favchat_jax.checkpoints import mistral_folder
+from favchat_jax.checkpoints.store import Checkpoints, load_config
+from favchat_jax.checkpoints.weights_folder import load_weights
 from favchat_jax.data.conversation import load_tokenizer
 from favchat_jax.errors import UserError
 from favchat_jax.models import favchat
-from favchat_jax.training import sharding
-from favchat_jax.training.checkpoint import Checkpoints, load_config
-from favchat_jax.training.stages import STAGES, group_of
-from favchat_jax.weights_folder import load_weights
+from favchat_jax.stages import STAGES, group_of
 
 log = logging.getLogger("favchat_jax")
 

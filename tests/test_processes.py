@@ -6,15 +6,15 @@ import time
 
 import pytest
 
+from favchat_jax import processes
 from favchat_jax.errors import UserError
-from favchat_jax.training import processes
 from tests.conftest import ROOT
 
 # Meets the others again and again, as a run does with its steps.
 MEETING = """
 import sys, time
 from favchat_jax import command_line
-from favchat_jax.training import processes
+from favchat_jax import processes
 
 def main():
     with processes.joined(sys.argv[2]):

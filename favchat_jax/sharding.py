@@ -17,11 +17,12 @@ import ml_collections
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Shaped
 
 from favchat_jax.errors import UserError
-from favchat_jax.models.partition import CLIPS
 
 AXES = ("data", "fsdp", "tensor")
+CLIPS = ("data", "fsdp")  # axes that share the clips of a batch
 WEIGHTS = ("fsdp", "tensor")  # all axes that cut a weight
 
 # Pattern on a weight's path -> what cuts its last dimensions; those before, as of stacked layers, stay whole, and so
@@ -141,3 +142,15 @@ def place_batch(arrays: Mapping[str, Any], mesh: Mesh) -> dict[str, Any]:
     """This process's part of a batch, a tree of arrays, as part of the whole one, each device with its own clips."""
     sharding = batch_partition(mesh)
     return jax.tree.map(lambda array: jax.make_array_from_process_local_data(sharding, array), dict(arrays))
+
+
+def by_clip(x: Shaped[Array, "B ..."]) -> Shaped[Array, "B ..."]:
+    """`x` with its first axis cut as clips are and its other axes whole; unchanged without a mesh of several devices.
+
+    Models call it where the compiler might otherwise follow a weight's partition and cut activations along their
+    channels.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return x
+    return jax.lax.with_sharding_constraint(x, P(CLIPS))

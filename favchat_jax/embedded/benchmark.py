@@ -8,7 +8,8 @@ from typing import Any
 
 import ml_collections
 
-from favchat_jax.data.datasets import Record, open_dataset, prepare
+from favchat_jax.data.record import Record
+from favchat_jax.data.sources import open_dataset, prepare
 from favchat_jax.errors import UserError
 from favchat_jax.evaluation.footage import Footage
 from favchat_jax.evaluation.metrics import accuracy_by_kind, exact_matches, majority_baseline, mean_figure, normalise

@@ -19,10 +19,9 @@ import cv2
 import numpy as np
 from jaxtyping import UInt8
 
-from favchat_jax.data import celebvhq_vocabulary as vocabulary
-from favchat_jax.data import rendered_drawing as drawing
-from favchat_jax.data import rendered_features as features
-from favchat_jax.data.datasets import Question, Record
+from favchat_jax.data import vocabulary
+from favchat_jax.data.record import Question, Record
+from favchat_jax.embedded import drawing, features
 
 FPS = 12
 GENERAL_EVERY = 6  # one clip in six shows no face

@@ -14,10 +14,10 @@ import tensorflow_datasets as tfds
 from jaxtyping import Int, UInt8
 from tqdm import tqdm
 
-from favchat_jax.data import rendered_faces
-from favchat_jax.data.datasets import Record
-from favchat_jax.data.datasets.packing import RecordBuilder
 from favchat_jax.data.picture import Squares
+from favchat_jax.data.record import Record
+from favchat_jax.data.storage import RecordBuilder
+from favchat_jax.embedded import faces as rendered_faces
 
 
 @dataclass(eq=False)
@@ -38,6 +38,12 @@ class RenderedFaces(RecordBuilder, skip_registration=True):
         Size(name="full", description="The demo's clips.", train=3000, heldout=480),
         Size(name="smoke", description="A few clips, for tests.", train=36, heldout=18),
     ]
+
+    LABELS = tuple(rendered_faces.LABELS)
+
+    def __init__(self, *, root: str | None = None, **options):
+        del root  # clips are drawn, not read
+        super().__init__(**options)
 
     def counts(self) -> dict[str, int]:
         """Clips of each split."""

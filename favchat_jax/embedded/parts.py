@@ -16,13 +16,14 @@ import numpy as np
 from jaxtyping import UInt8
 from tqdm import tqdm
 
-from favchat_jax.data.datasets import Record, open_dataset, prepare
-from favchat_jax.data.rendered_drawing import FRAMES
+from favchat_jax.data.record import Record
+from favchat_jax.data.sources import open_dataset, prepare
 from favchat_jax.data.video import decode
+from favchat_jax.embedded.drawing import FRAMES
+from favchat_jax.embedded.encoders import make_facial_encoder, make_general_encoder
+from favchat_jax.embedded.language_model import make_language_model
 from favchat_jax.errors import UserError
 from favchat_jax.training.checks import differing
-from favchat_jax.training.pretraining.encoders import make_facial_encoder, make_general_encoder
-from favchat_jax.training.pretraining.language_model import make_language_model
 
 DATA = "rendered_faces"
 PARTS = Path("runs/tiny-parts")

@@ -9,7 +9,7 @@ import optax
 from jaxtyping import Array, Float
 from tqdm import tqdm
 
-from favchat_jax.training.stages import make_optimizer
+from favchat_jax.training.optimizer import make_optimizer
 from favchat_jax.training.step import compiler_options
 
 

@@ -13,13 +13,22 @@ from typing import Any
 
 import jax
 import numpy as np
+import optax
 import orbax.checkpoint as ocp
+from flax import struct
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jaxtyping import Int
 
+from favchat_jax.checkpoints.weights_folder import (
+    Weights,
+    abstract,
+    check_leaves,
+    describe_leaves,
+    full_disk_told,
+    one_line,
+)
 from favchat_jax.errors import UserError
-from favchat_jax.training.processes import first_alone, gathered
-from favchat_jax.training.step import TrainState
-from favchat_jax.weights_folder import abstract, check_leaves, describe_leaves, full_disk_told, one_line
+from favchat_jax.processes import first_alone, gathered
 
 log = logging.getLogger("favchat_jax")
 
@@ -38,6 +47,16 @@ def load_config(folder: str | Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise UserError(f"{path} is damaged (not a JSON object): make or copy {folder} again")
     return config
+
+
+@struct.dataclass
+class TrainState:
+    """What an update changes, and the whole of what a checkpoint holds beside the data iterator."""
+
+    step: Int[jax.Array, ""]
+    trainable: Weights
+    moments: optax.OptState
+    key: jax.Array
 
 
 class Checkpoints:

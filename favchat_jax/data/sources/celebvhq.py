@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import UInt8
 
-from favchat_jax.data import celebvhq_vocabulary as vocabulary
-from favchat_jax.data.datasets import Question, Record
-from favchat_jax.data.datasets.packing import RecordBuilder
+from favchat_jax.data import vocabulary
+from favchat_jax.data.record import Question, Record
+from favchat_jax.data.storage import RecordBuilder
 from favchat_jax.errors import UserError
 
 INFO = "celebvhq_info.json"

@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from favchat_jax.checkpoints.weights_folder import load_weights, weight_shapes
 from favchat_jax.errors import UserError
-from favchat_jax.weights_folder import load_weights, weight_shapes
 
 INDEX = "model.safetensors.index.json"
 PARTS = "parts"  # of an Orbax copy: one weights folder a layer

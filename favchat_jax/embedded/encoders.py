@@ -16,17 +16,17 @@ from flax.traverse_util import flatten_dict
 from jaxtyping import Array, Float, Int, UInt8
 from ml_collections import ConfigDict
 
-from favchat_jax.data import rendered_faces
-from favchat_jax.data.datasets import Record
-from favchat_jax.data.datasets.rendered_faces import draw_general_clips, draw_stills
-from favchat_jax.data.rendered_drawing import FRAMES
+from favchat_jax.checkpoints.weights_folder import save_weights
+from favchat_jax.data.record import Record
 from favchat_jax.data.video import frame_indices
+from favchat_jax.embedded import faces as rendered_faces
+from favchat_jax.embedded.dataset import draw_general_clips, draw_stills
+from favchat_jax.embedded.drawing import FRAMES
+from favchat_jax.embedded.fitting import fit
 from favchat_jax.models.facexformer import FaceXFormerEncoder
 from favchat_jax.models.favchat import PIXEL_MEAN, PIXEL_STD
-from favchat_jax.models.linear import Linear
+from favchat_jax.models.kernels.linear import Linear
 from favchat_jax.models.umt import UMT, VISION_LAYERNORM_EPSILON
-from favchat_jax.training.pretraining.fitting import fit
-from favchat_jax.weights_folder import save_weights
 
 
 class FrameClassifier(nn.Module):

@@ -1,0 +1,90 @@
+"""Which weights learn in which stage (FaVChat v1, Section 4.2; v2's figure of the training paradigm).
+
+The freeze table is data: groups of weights by path, and for each variant and stage the groups that train. Weights live
+in two flat dictionaries, `trainable` and `frozen`; gradients and moments exist for the first only.
+"""
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from favchat_jax.errors import UserError
+
+# Group -> pattern on a weight's path. Every weight of every model matches exactly one.
+GROUPS = {
+    "encoders": r"(umt|vision_layernorm|facexformer)/.*",
+    "fusion": r"(fusion|linear_fuse|fuse_proj)/.*",
+    "qformers": r"(general|facial)_qformer/.*",
+    "linears": r"(general|facial)_(proj|mlp)/.*",
+    "adapter": r"adapter/.*",
+    "lora": r"llm/.*/?lora_[ab]",
+    "llm": r"llm/(?!.*lora_[ab]$).*",
+}
+
+VISUAL = ("encoders", "fusion", "qformers", "linears", "adapter")
+# Variant -> stage -> groups that train; the others are frozen.
+TRAINS = {
+    "v1": {
+        "stage1": VISUAL,
+        "stage2": (*VISUAL, "lora"),
+        "stage3": ("adapter", "lora"),
+        "coldstart": ("adapter", "lora"),
+        "grpo": ("adapter", "lora"),
+    },
+    # CA2 belongs to the facial encoder, what follows a Q-Former to the Q-Former (figure of the training paradigm).
+    "v2": {
+        "stage1": ("encoders", "fusion", "adapter"),
+        "stage2": ("encoders", "fusion", "qformers", "linears", "lora"),
+        "stage3": ("qformers", "linears", "adapter", "lora"),
+        "coldstart": ("adapter", "lora"),
+        "grpo": ("adapter", "lora"),
+    },
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """What a stage reads and what comes before it.
+
+    Attributes:
+        text: which text it trains on (`summary`, `qa`, `face_qa` or `reasoning`); the reinforcement stage has none.
+        lora: whether its language model has adapters.
+        before: the stage whose weights it starts from.
+    """
+
+    text: str | None
+    lora: bool
+    before: str | None
+
+
+STAGES = {
+    "stage1": Stage(text="summary", lora=False, before=None),
+    "stage2": Stage(text="qa", lora=True, before="stage1"),
+    "stage3": Stage(text="face_qa", lora=True, before="stage2"),
+    # Data-Efficient GRPO, and the fine-tuning before it from which its policy knows the form of a response.
+    "coldstart": Stage(text="reasoning", lora=True, before="stage3"),
+    "grpo": Stage(text=None, lora=True, before="coldstart"),
+}
+
+
+def group_of(path: str) -> str:
+    """The group of the weight at `path`; an error in the table (no group, or two) is a ValueError."""
+    groups = [name for name, pattern in GROUPS.items() if re.fullmatch(pattern, path)]
+    if len(groups) != 1:
+        raise ValueError(f"weight {path} is in groups {groups}: it must be in exactly one")
+    return groups[0]
+
+
+def split(weights: Mapping[str, Any], variant: str, stage: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Parts a flat dictionary of weights into (trainable, frozen).
+
+    Raises:
+        UserError: an unknown variant or stage.
+    """
+    if variant not in TRAINS or stage not in TRAINS[variant]:
+        known = ", ".join(f"{v} {s}" for v, stages in TRAINS.items() for s in stages)
+        raise UserError(f"there is no stage {stage!r} of variant {variant!r}: choose one of {known}")
+    trains = TRAINS[variant][stage]
+    trainable = {path: leaf for path, leaf in weights.items() if group_of(path) in trains}
+    return trainable, {path: leaf for path, leaf in weights.items() if path not in trainable}
