@@ -6,7 +6,7 @@ PLANNING := .venv-aot
 # A file of tests at a time on each core, on four at most: a worker takes about 3 GiB.
 TEST := $(RUN) -m pytest -n auto --maxprocesses=4 --dist=loadfile
 
-.PHONY: demo test test-slow lint plan
+.PHONY: demo test test-slow lint plan docs
 
 demo: $(VENV)/ready
 	$(RUN) -m tools.demo
@@ -26,6 +26,10 @@ lint: $(VENV)/ready-dev
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 
+# The site, in site/; its pages open without a web server.
+docs: $(VENV)/ready-docs
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build
+
 # What runs the model; the tests need the reference implementations, PyTorch's among them, besides.
 $(VENV)/ready: requirements.txt
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed: make PYTHON=python3.11" if sys.version_info < (3, 11) else 0)'
@@ -40,4 +44,8 @@ $(VENV)/ready-dev: $(VENV)/ready $(foreach name,convert corpus evaluation dev,re
 $(PLANNING)/ready: requirements.txt requirements-aot.txt
 	$(PYTHON) -m venv $(PLANNING)
 	$(PLANNING)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-aot.txt
+	touch $@
+
+$(VENV)/ready-docs: $(VENV)/ready
+	$(RUN) -m pip install --quiet --disable-pip-version-check --editable '.[docs]'
 	touch $@

@@ -32,6 +32,7 @@ PACKAGES = {
     "generation": "Generation",
     "rl": "Reinforcement",
 }
+CHOSEN = ("preset", "variant", "ablation", "stage", "benchmark")  # by the file and its arguments, so without a default
 MARKER = re.compile(r"<!-- fields: (?P<kind>\w+) ?(?P<prefix>[\w.|]*) -->")
 
 Defaults = dict[str, dict[tuple[str, ...], Any]]  # field -> place (stage and so on) -> default
@@ -67,6 +68,8 @@ def stage_defaults(preset: str) -> Defaults:
         for variant in VARIANTS:
             config = _module(f"configs.{stage}").get_config(f"preset={preset},variant={variant}")
             for field, value in flat(config).items():
+                if isinstance(value, str):  # default workdirs differ between variants in their name only
+                    value = value.replace(f"-{variant}/", "-VARIANT/")
                 found.setdefault(field, {})[stage, variant] = value
     return found
 
@@ -115,7 +118,8 @@ def fields_table(kind: str, prefix: str) -> str:
     columns = {p: stage_defaults(p) for p in PRESETS} if kind == "stages" else {"default": benchmark_defaults()}
     rows = [("field", "meaning", "unit", *columns)]
     for field, (meaning, unit) in chosen.items():
-        rows.append((f"`{field}`", meaning, unit, *(_cell(table.get(field, {})) for table in columns.values())))
+        defaults = (_cell({} if field in CHOSEN else table.get(field, {})) for table in columns.values())
+        rows.append((f"`{field}`", meaning, unit, *defaults))
     lines = [" | ".join(row) for row in rows]
     return "\n".join([f"| {lines[0]} |", "|" + "---|" * len(rows[0]), *(f"| {line} |" for line in lines[1:])])
 
@@ -137,6 +141,8 @@ def _names(places: Iterable[tuple[str, ...]]) -> str:
     by_name: dict[str, list[str]] = {}
     for name, *variant in places:
         by_name.setdefault(name, []).extend(variant)
+    if set(by_name) == set(STAGES) and len({tuple(found) for found in by_name.values()}) == 1:
+        return by_name[STAGES[0]][0]
     return ", ".join(f"{name} {found[0]}" if len(found) == 1 else name for name, found in by_name.items())
 
 
