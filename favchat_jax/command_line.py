@@ -15,10 +15,6 @@ from ml_collections import config_flags
 
 from favchat_jax.errors import RunError, UserError
 
-# Read when transformers is imported, which tells everyone that PyTorch is missing.
-os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-
-
 HELP = {f"{dashes}{name}" for name in ("help", "helpfull", "helpshort", "h") for dashes in ("-", "--")}
 
 
