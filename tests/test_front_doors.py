@@ -285,9 +285,10 @@ def test_chat_refuses_a_question_longer_than_the_context(command, video, checkpo
     assert ended.is_refusal("the question is .* tokens long, .* over the limit of 160; shorten the text")
 
 
-def test_chat_prints_the_answer_alone(video, checkpoint):
+@pytest.mark.parametrize("start", [("favchat_jax.chat",), ("favchat_jax", "chat")], ids=["module", "command"])
+def test_chat_prints_the_answer_alone(start, video, checkpoint):
     process = start_module(
-        "favchat_jax.chat",
+        *start,
         f"--checkpoint={checkpoint}",
         f"--video={video}",
         "--question=What colour is the hair?",
