@@ -26,6 +26,10 @@ import jax  # noqa: E402
 import ml_collections  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
+from jaxtyping import install_import_hook  # noqa: E402
+
+# Shapes in signatures are checked in every call, of the modules that are imported from here on.
+install_import_hook(("favchat_jax.models", "favchat_jax.generation"), "beartype.beartype")
 
 from favchat_jax.checkpoints.store import Checkpoints  # noqa: E402
 from favchat_jax.data.sources import open_dataset, prepare  # noqa: E402

@@ -59,6 +59,7 @@ def assemble(config: ml_collections.ConfigDict) -> Assembly:
         variant=config.variant,
         ablation=config.ablation,
         lora_rank=config.model.lora.rank if STAGES[config.stage].lora else 0,
+        storage=config.llm.storage,
     )
     tokenizer = load_tokenizer(config.llm.path)
     prompt_tokenizer = load_tokenizer(config.prompt_tokenizer) if config.prompt_tokenizer else tokenizer

@@ -24,7 +24,7 @@ from favchat_jax.embedded.dataset import draw_general_clips, draw_stills
 from favchat_jax.embedded.drawing import FRAMES
 from favchat_jax.embedded.fitting import fit
 from favchat_jax.models.facexformer import FaceXFormerEncoder
-from favchat_jax.models.favchat import PIXEL_MEAN, PIXEL_STD
+from favchat_jax.models.favchat import normalise
 from favchat_jax.models.kernels.linear import Linear
 from favchat_jax.models.umt import UMT, VISION_LAYERNORM_EPSILON
 
@@ -142,8 +142,7 @@ def fit_classifier(model, batches, steps: int, config, name: str, importance: di
     what a token holds; heads that learn would make do with faint traces, which a fresh Q-Former takes long to find."""
 
     def loss(weights, pixels, classes):
-        x = (pixels.astype(jnp.float32) / 255 - jnp.array(PIXEL_MEAN)) / jnp.array(PIXEL_STD)
-        scores = model.apply({"params": {**weights, **heads}}, x)
+        scores = model.apply({"params": {**weights, **heads}}, normalise(pixels))
         total = 0.0
         for label, wanted in classes.items():
             known = wanted >= 0

@@ -163,9 +163,7 @@ def lay_out(config: ml_collections.ConfigDict, mesh: Mesh, clips: int) -> Argume
     sharding.check_batch(clips, config.accumulate, mesh, "clips")
     model, shapes = model_and_weights(config.to_json())
     trainable, frozen = stages.split(shapes, config.variant, config.stage)
-    dtype = jnp.dtype(config.model.dtype)
-    frozen = {path: jax.ShapeDtypeStruct(leaf.shape, dtype) for path, leaf in frozen.items()}
-    frozen = jax.eval_shape(lambda weights: store(weights, config.llm.storage), frozen)
+    frozen = _stored(frozen, config)
     optimizer, rate = make_optimizer(config.optimizer, STEPS), schedule(config.optimizer, STEPS)
     state = jax.eval_shape(lambda weights: new_state(weights, optimizer, config.seed), trainable)
     batch = batch_shapes(config, clips)
@@ -176,6 +174,13 @@ def lay_out(config: ml_collections.ConfigDict, mesh: Mesh, clips: int) -> Argume
         frozen=sharding.as_placed(frozen, sharding.partitions(frozen, mesh)),
         batch=sharding.as_placed(batch, jax.tree.map(lambda _: sharding.batch_partition(mesh), batch)),
     )
+
+
+def _stored(frozen: dict[str, Any], config: ml_collections.ConfigDict) -> dict[str, Any]:
+    """The shapes of frozen weights as a run of the config holds them."""
+    dtype = jnp.dtype(config.model.dtype)
+    frozen = {path: jax.ShapeDtypeStruct(leaf.shape, dtype) for path, leaf in frozen.items()}
+    return jax.eval_shape(lambda weights: store(weights, config.llm.storage), frozen)
 
 
 def batch_shapes(config: ml_collections.ConfigDict, clips: int) -> dict[str, jax.ShapeDtypeStruct]:
@@ -250,7 +255,7 @@ def _of_one_clip(config_json: str, platform: str) -> tuple[float, int]:
     """
     config = ml_collections.ConfigDict(json.loads(config_json))
     trainable, frozen = stages.split(model_and_weights(config_json)[1], config.variant, config.stage)
-    frozen = {path: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(config.model.dtype)) for path, leaf in frozen.items()}
+    frozen = _stored(frozen, config)
     batch = batch_shapes(config, 1)
 
     def loss(model):
@@ -283,7 +288,12 @@ def build(config: ml_collections.ConfigDict) -> favchat.FaVChat:
     """The model of a config in its training form."""
     rank = config.model.lora.rank if stages.STAGES[config.stage].lora else 0
     return favchat.build(
-        config.model, language_model(config), variant=config.variant, ablation=config.ablation, lora_rank=rank
+        config.model,
+        language_model(config),
+        variant=config.variant,
+        ablation=config.ablation,
+        lora_rank=rank,
+        storage=config.llm.storage,
     )
 
 
