@@ -436,6 +436,28 @@ class Config(Section):
         if self.steps < 1:
             raise UserError("steps=0: stage=grpo has no epochs; give at least 1")
 
+    def require_sources(self) -> None:
+        """Raises UserError for a source of weights or data that is not set and that only the embedded preset makes."""
+        if not self.llm.path:
+            raise UserError("llm.path is not set: name the Hugging Face folder of Mistral with --config.llm.path=DIR")
+        if not self.data.root:
+            raise UserError(f"data.root is not set: name the folder of {self.data.name} with --config.data.root=DIR")
+        if self.stage != "stage1":
+            return
+        needed = {"umt": not self.init.videochat2, "facexformer": self.ablation != "no_face"}
+        for part, is_needed in needed.items():
+            if is_needed and not getattr(self.init, part):
+                raise UserError(
+                    f"init.{part} is not set: convert the published weights with python -m tools.convert_weights "
+                    f"--kind={part} --src=FILE --out=DIR, then --config.init.{part}=DIR"
+                )
+        if self.variant == "v2" and not self.init.qformer:
+            raise UserError(
+                "init.qformer is not set, but v2 freezes its Q-Formers in stage 1: convert published ones with "
+                "python -m tools.convert_weights --kind=qformer --src=FILE --out=DIR, or name a finished run of v1, "
+                "then --config.init.qformer=DIR"
+            )
+
     @property
     def lora_rank(self) -> int:
         """Rank of the language model's adapters in this stage; 0 before they start."""
