@@ -5,6 +5,7 @@ import dataclasses
 import importlib
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -207,6 +208,14 @@ def small_disk(tmp_path) -> Iterator[Path]:
         yield place
     finally:
         subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+@pytest.fixture
+def heeded() -> Iterator[None]:
+    """Ctrl-C as a process in the foreground has it, however the tests were started."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def fill(disk: Path) -> Path:

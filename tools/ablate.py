@@ -27,10 +27,11 @@ from favchat_jax.errors import UserError
 from favchat_jax.evaluate import evaluate
 from favchat_jax.evaluation import ablations
 from favchat_jax.evaluation.result import versions, write_result
+from favchat_jax.files import replace_file
 from favchat_jax.models.favchat import ABLATIONS, VARIANTS
 from favchat_jax.train import default_workdir, train_stage
 from favchat_jax.training.checks import claim
-from favchat_jax.training.loop import is_finished, write
+from favchat_jax.training.loop import is_finished
 from tools.demo import STAGES
 
 log = logging.getLogger("favchat_jax")
@@ -148,7 +149,7 @@ def main() -> None:
         **ablations.compare(variant, answers),
     }
     if _JSON.value:
-        write(Path(_JSON.value), json.dumps(compared, indent=1))
+        replace_file(_JSON.value, json.dumps(compared, indent=1))
     print(f"{variant} after {' + '.join(str(count) for count in steps.values())} steps, seeds {_SEEDS.value}")
     print(ablations.table(compared))
 

@@ -19,15 +19,9 @@ from flax import struct
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Int
 
-from favchat_jax.checkpoints.weights_folder import (
-    Weights,
-    abstract,
-    check_leaves,
-    describe_leaves,
-    full_disk_told,
-    one_line,
-)
-from favchat_jax.errors import UserError
+from favchat_jax.checkpoints.weights_folder import ORBAX_ERRORS, Weights, abstract, check_leaves, describe_leaves
+from favchat_jax.errors import UserError, one_line
+from favchat_jax.files import write_errors
 from favchat_jax.processes import first_alone, gathered
 
 log = logging.getLogger("favchat_jax")
@@ -90,7 +84,7 @@ class Checkpoints:
         # What this process holds whole is copied, since the next step gives the state's memory away.
         state = jax.tree.map(lambda leaf: np.asarray(leaf) if leaf.is_fully_addressable else leaf, state)
         hosts = gathered(dict(iterator_state))
-        with full_disk_told(self._folder):
+        with write_errors(self._folder, *ORBAX_ERRORS):
             manager = self._open()
             manager.wait_until_finished()
             manager.save(
@@ -111,7 +105,7 @@ class Checkpoints:
     def wait(self) -> None:
         """Waits for a write to end; raises UserError where it failed."""
         if self._manager is not None:
-            with full_disk_told(self._folder):
+            with write_errors(self._folder, *ORBAX_ERRORS):
                 self._manager.wait_until_finished()
 
     def restore(self, like: TrainState) -> tuple[TrainState, dict[str, Any] | None] | None:
@@ -162,7 +156,7 @@ class Checkpoints:
         """Waits for the last write and lets go of the folder."""
         if self._manager is not None:
             manager, self._manager = self._manager, None
-            with full_disk_told(self._folder):
+            with write_errors(self._folder, *ORBAX_ERRORS):
                 manager.close()
 
     def _newest(self, read, move_damaged: bool):

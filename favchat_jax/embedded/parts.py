@@ -6,7 +6,6 @@ model as a Hugging Face folder, the encoders as weights folders. Without them a 
 
 import functools
 import json
-import shutil
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,6 +13,7 @@ from pathlib import Path
 import ml_collections
 import numpy as np
 from jaxtyping import UInt8
+from safetensors import SafetensorError
 from tqdm import tqdm
 
 from favchat_jax.data.record import Record
@@ -23,6 +23,7 @@ from favchat_jax.embedded.drawing import FRAMES
 from favchat_jax.embedded.encoders import make_facial_encoder, make_general_encoder
 from favchat_jax.embedded.language_model import make_language_model
 from favchat_jax.errors import UserError
+from favchat_jax.files import replace_folder
 from favchat_jax.training.checks import differing
 
 DATA = "rendered_faces"
@@ -62,12 +63,9 @@ def make_missing_parts(config: ml_collections.ConfigDict) -> None:
         return _decode_all(records, config.model.image_size)
 
     for folder, make in missing.items():
-        draft = Path(folder + ".draft")
-        shutil.rmtree(draft, ignore_errors=True)
-        draft.mkdir(parents=True)
-        make(config, records, frames, draft)
-        (draft / "recipe.json").write_text(json.dumps(recipe, indent=1))
-        draft.rename(folder)
+        with replace_folder(folder, SafetensorError) as draft:
+            make(config, records, frames, draft)
+            (draft / "recipe.json").write_text(json.dumps(recipe, indent=1))
 
 
 def _is_made(folder: Path, field: str, recipe: dict) -> bool:

@@ -30,12 +30,14 @@ from favchat_jax.data.record import Record
 from favchat_jax.data.sources import open_dataset, prepare
 from favchat_jax.data.video import decode
 from favchat_jax.errors import RunError, UserError
+from favchat_jax.files import replace_file
 from favchat_jax.generation.sampler import Sampler, Sampling
 from favchat_jax.rl import objective, rewards
 from favchat_jax.rl.curves import draw_curves, read_lines
 from favchat_jax.rl.policy import make_score, make_update, response_mask
 from favchat_jax.rl.pool import Pool, Settings
 from favchat_jax.sharding import one_device
+from favchat_jax.signals import termination
 from favchat_jax.training import loop
 from favchat_jax.training.checks import claim
 from favchat_jax.training.optimizer import make_optimizer
@@ -167,7 +169,7 @@ class _Run:
         step = begun
         _keep_until(self.workdir / "heldout.jsonl", step)
         with (
-            loop.termination() as stop,
+            termination("this step is finished and saved, and the same command goes on") as stop,
             tqdm(total=steps, initial=step, desc="grpo", unit="step", mininterval=1) as bar,
         ):
             if step == 0:
@@ -321,4 +323,4 @@ class _Run:
 def _keep_until(path: Path, step: int) -> None:
     """Cuts off what was measured after the step that a run goes on from; a run from the start measures all anew."""
     kept = [line for line in read_lines(path) if step and line["step"] <= step]
-    loop.write(path, "".join(json.dumps(line) + "\n" for line in kept))
+    replace_file(path, "".join(json.dumps(line) + "\n" for line in kept))

@@ -20,6 +20,7 @@ from favchat_jax import sharding
 from favchat_jax.checkpoints.weights_folder import Weights
 from favchat_jax.data.loader import Batch
 from favchat_jax.errors import UserError
+from favchat_jax.files import draft_file
 from favchat_jax.models.favchat import ClipFeatures, FaVChat
 from favchat_jax.stages import STAGES, TRAINS, group_of
 
@@ -81,8 +82,5 @@ class KeptFeatures:
         return [stored[key] for key in sorted(stored, key=int)]
 
     def _write(self, name: str, row: list[np.ndarray]) -> None:
-        """Beside its place first, so that a file is whole or not there."""
-        file = self._file(name)
-        draft = file.with_suffix(".draft")
-        save_file({str(i): np.ascontiguousarray(leaf) for i, leaf in enumerate(row)}, draft)
-        draft.replace(file)
+        with draft_file(self._file(name), sync=False) as draft:  # a damaged file is read as one that is not there
+            save_file({str(i): np.ascontiguousarray(leaf) for i, leaf in enumerate(row)}, draft)

@@ -11,8 +11,6 @@ import itertools
 import json
 import logging
 import math
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -36,8 +34,10 @@ from favchat_jax.data.loader import Batch, BatchIterator, training_batches
 from favchat_jax.data.sources import open_dataset, prepare, training_split
 from favchat_jax.data.video import Augment
 from favchat_jax.errors import RunError, UserError
+from favchat_jax.files import replace_file
 from favchat_jax.models.kernels.quantized import store
 from favchat_jax.processes import anyone, first_alone, is_first
+from favchat_jax.signals import termination
 from favchat_jax.training.checks import check, claim
 from favchat_jax.training.features import KeptFeatures
 from favchat_jax.training.optimizer import make_optimizer, schedule
@@ -157,7 +157,7 @@ class Metrics:
         self._path, self._every = workdir / "metrics.jsonl", every
         lines = self._path.read_text().splitlines() if self._path.exists() else []
         kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= resumed_at]
-        write(self._path, "".join(line + "\n" for line in kept))
+        replace_file(self._path, "".join(line + "\n" for line in kept))
         (workdir / "tensorboard").mkdir(exist_ok=True)
         # Not tensorboardX's SummaryWriter, whose thread dies on a full disk and leaves the run waiting for it.
         self._board = EventsWriter(str(workdir / "tensorboard" / "events"))
@@ -256,9 +256,9 @@ def start(config, workdir, parts, optimizer, checkpoints, batches, mesh) -> tupl
 def _bind(workdir: Path, config: ml_collections.ConfigDict) -> None:
     """Writes what a workdir is of: the language model and the config."""
     llm = {"path": config.llm.path, "fingerprint": fingerprint(config.llm.path)}
-    write(workdir / "llm.json", json.dumps(llm))
+    replace_file(workdir / "llm.json", json.dumps(llm))
     # Last, so that a start that failed over a wrong path does not bind the workdir to that path.
-    write(workdir / "config.json", json.dumps(json.loads(config.to_json()), indent=1))
+    replace_file(workdir / "config.json", json.dumps(json.loads(config.to_json()), indent=1))
 
 
 def _placement(config, workdir, model, frozen, mesh) -> Callable[[Batch], dict[str, Any]]:
@@ -279,7 +279,7 @@ def _run(config, steps, state, frozen, update, batches, checkpoints, metrics, tr
     """Steps until the end, SIGTERM or Ctrl-C, which save first."""
     step, stopping = int(state.step), False
     with (
-        termination() as stop,
+        termination("this step is finished and saved, and the same command goes on") as stop,
         tqdm(total=steps, initial=step, desc=config.stage, unit="step", mininterval=1, disable=not is_first()) as bar,
     ):
         pending: _Pending | None = None
@@ -341,43 +341,3 @@ def _next(batches: Iterator[Batch], pending: _Pending | None) -> tuple[Batch, fl
     batch = next(batches)
     idle = pending is None or pending.done()
     return batch, time.perf_counter() - started if idle else 0.0
-
-
-@contextlib.contextmanager
-def termination() -> Iterator[threading.Event]:
-    """An event that SIGTERM and the first Ctrl-C set, in place of ending the process.
-
-    Raises:
-        KeyboardInterrupt: after the body, which has saved, if there was a Ctrl-C; at once for a second one.
-    """
-    event, interrupted = threading.Event(), threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield event
-        return
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-
-    def interrupt(*_) -> None:
-        signal.signal(signal.SIGINT, before[signal.SIGINT])
-        interrupted.set()
-        event.set()
-        log.info(
-            "interrupted: this step is finished and saved, and the same command goes on; Ctrl-C again ends at once"
-        )
-
-    signal.signal(signal.SIGTERM, lambda *_: event.set())
-    if before[signal.SIGINT] is not signal.SIG_IGN:  # as a shell's background jobs have it
-        signal.signal(signal.SIGINT, interrupt)
-    try:
-        yield event
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    if interrupted.is_set():
-        raise KeyboardInterrupt
-
-
-def write(path: Path, text: str) -> None:
-    """Replaces a file at once, so that no kill and no full disk leaves half of it."""
-    draft = path.with_name(path.name + ".draft")
-    draft.write_text(text)
-    draft.replace(path)
