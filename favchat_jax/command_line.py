@@ -15,10 +15,6 @@ from ml_collections import config_flags
 
 from favchat_jax.errors import RunError, UserError, one_line
 
-# Read when transformers is imported, which tells everyone that PyTorch is missing.
-os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-
-
 HELP = {f"{dashes}{name}" for name in ("help", "helpfull", "helpshort", "h") for dashes in ("-", "--")}
 
 
@@ -87,6 +83,7 @@ def parse(argv: list[str]) -> None:
     config = _config_named(argv)
     if config is not None:
         _check_config_file(config)
+        _make_neighbours_importable(config)
     try:
         rest = flags.FLAGS(argv)
     except flags.Error as error:
@@ -135,6 +132,15 @@ def _check_config_file(path: str) -> None:
         raise UserError(f"--config={path}: there is no such file; configs/ holds those to choose from")
     if not path.endswith(".py"):
         raise UserError(f"--config={path} is not a config in Python; configs/ holds those to choose from")
+
+
+def _make_neighbours_importable(config: str) -> None:
+    """Lets a config import others of its clone, whatever the working directory: its topmost package is found first."""
+    folder = Path(config).resolve().parent
+    while (folder / "__init__.py").is_file():
+        folder = folder.parent
+    if folder != Path(config).resolve().parent:
+        sys.path.insert(0, str(folder))
 
 
 def _user_error_behind(error: BaseException | None) -> UserError | None:

@@ -15,12 +15,9 @@ import numpy as np
 import pytest
 from absl import flags
 
+import favchat_jax
 from favchat_jax import command_line
-from favchat_jax.chat import ask
-from favchat_jax.checkpoints.run import load_run
 from favchat_jax.data.sources import open_dataset
-from favchat_jax.data.video import decode
-from favchat_jax.generation.sampler import Sampler, Sampling
 from favchat_jax.training.loop import Outcome
 from tests.conftest import DATA, ROOT, damage, start_module
 from tests.data.video_files import audio_only, encode_video
@@ -288,17 +285,17 @@ def test_chat_refuses_a_question_longer_than_the_context(command, video, checkpo
     assert ended.is_refusal("the question is .* tokens long, .* over the limit of 160; shorten the text")
 
 
-def test_chat_prints_the_answer_alone(video, checkpoint):
+@pytest.mark.parametrize("start", [("favchat_jax.chat",), ("favchat_jax", "chat")], ids=["module", "command"])
+def test_chat_prints_the_answer_alone(start, video, checkpoint):
     process = start_module(
-        "favchat_jax.chat",
+        *start,
         f"--checkpoint={checkpoint}",
         f"--video={video}",
         "--question=What colour is the hair?",
         "--max_new_tokens=6",
     )
     stdout, stderr = process.communicate(timeout=200)
-    sampler = Sampler.of(load_run(checkpoint))
-    answer = ask(sampler, str(video), "What colour is the hair?", Sampling(max_new_tokens=6))
+    answer = favchat_jax.load(checkpoint).answer(video, "What colour is the hair?", max_new_tokens=6)
     assert stdout == f"{answer}\n"
     assert (process.returncode, stderr) == (0, "")
 
@@ -321,12 +318,10 @@ def test_a_conversation_answers_each_line_with_the_turns_before_it_in_mind(video
     )
     questions = ["What colour is the hair?", "why " * 400, "And the eyes?"]
     stdout, stderr = process.communicate("\n".join([*questions, "", "never read"]), timeout=200)
-    sampler = Sampler.of(load_run(checkpoint))
-    features = sampler.encode(decode(str(video), frames=sampler.frames, size=sampler.image_size).frames[None])
-    sampling = Sampling(max_new_tokens=5)
-    first = "".join(sampler.stream(features, [(questions[0], None)], sampling))
+    model = favchat_jax.load(checkpoint)
+    first = "".join(model.stream(video, questions[0], max_new_tokens=5))
     before = [(questions[0], first)] if first.strip() else []  # a turn without an answer is not told again
-    second = "".join(sampler.stream(features, [*before, (questions[2], None)], sampling))
+    second = "".join(model.stream(video, questions[2], history=before, max_new_tokens=5))
     assert process.returncode == 0 and stdout == f"{first}\n{second}\n"
     assert stderr.count("\n") == 1 and "over the limit of 160; shorten the text" in stderr
 
