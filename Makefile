@@ -6,7 +6,7 @@ PLANNING := .venv-aot
 # A file of tests at a time on each core, on four at most: a worker takes about 3 GiB.
 TEST := $(RUN) -m pytest -n auto --maxprocesses=4 --dist=loadfile
 
-.PHONY: demo test test-slow lint plan
+.PHONY: demo test test-slow lint types plan docs
 
 demo: $(VENV)/ready
 	$(RUN) -m tools.demo
@@ -26,18 +26,29 @@ lint: $(VENV)/ready-dev
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 
-# What runs the model; the tests need the reference implementations, PyTorch's among them, besides.
-$(VENV)/ready: requirements.txt
+# The site, in site/; its pages open without a web server.
+docs: $(VENV)/ready-docs
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build
+
+types: $(VENV)/ready-dev
+	$(RUN) -m mypy
+
+# The base list runs the model. The tests also need the reference implementations, PyTorch's among them.
+$(VENV)/ready: requirements.txt pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed: make PYTHON=python3.11" if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(RUN) -m pip install --quiet --disable-pip-version-check --editable .
 	touch $@
 
-$(VENV)/ready-dev: $(VENV)/ready $(foreach name,convert corpus evaluation dev,requirements-$(name).txt)
-	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+$(VENV)/ready-dev: $(VENV)/ready
+	$(RUN) -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	touch $@
 
-$(PLANNING)/ready: requirements.txt requirements-aot.txt
+$(PLANNING)/ready: requirements.txt pyproject.toml
 	$(PYTHON) -m venv $(PLANNING)
-	$(PLANNING)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-aot.txt
+	$(PLANNING)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[aot]'
+	touch $@
+
+$(VENV)/ready-docs: $(VENV)/ready
+	$(RUN) -m pip install --quiet --disable-pip-version-check --editable '.[docs]'
 	touch $@

@@ -1,42 +1,35 @@
 """Asks a checkpoint about a video: python -m favchat_jax.chat --checkpoint=DIR --video=F [--question=Q]
 
-With --question the answer alone goes to stdout. Without, a conversation: one question a line, an empty line ends it.
+With --question, only the answer goes to stdout. Without it, chat reads one question a line; an empty line ends it.
 """
 
 import sys
+from typing import Any
 
 from absl import flags
 
+import favchat_jax
 from favchat_jax import command_line
-from favchat_jax.checkpoints.run import load_run
 from favchat_jax.data.video import decode
 from favchat_jax.errors import UserError
-from favchat_jax.generation.sampler import Sampler, Sampling, Turn
 from favchat_jax.rl.rewards import answer_of
 
 
-def ask(sampler: Sampler, video: str, question: str, sampling: Sampling) -> str:
-    """The answer to one question about a video file."""
-    frames = decode(video, frames=sampler.frames, size=sampler.image_size).frames
-    return sampler.answer(sampler.encode(frames[None]), [[[(question, None)]]], sampling)[0][0]
-
-
-def converse(sampler: Sampler, video: str, sampling: Sampling) -> None:
-    """Questions from stdin, answers streamed to stdout as they are written, each with the turns before it."""
-    features = sampler.encode(decode(video, frames=sampler.frames, size=sampler.image_size).frames[None])
-    turns: list[Turn] = []
+def converse(model: favchat_jax.Model, video: str, **sampling: Any) -> None:
+    """Answers questions from stdin one after another, each with the turns before it, streamed to stdout."""
+    clip, history = model.encode(video), []
     while question := _read("question> "):
         answer = ""
         try:
-            for piece in sampler.stream(features, [*turns, (question, None)], sampling):
+            for piece in model.stream(clip, question, history=history, **sampling):
                 print(piece, end="", flush=True)
                 answer += piece
-        except UserError as error:  # the conversation has outgrown the context: what was said stays on the screen
+        except UserError as error:  # the conversation outgrew the context; what was said stays on the screen
             print(f"chat: {error}", file=sys.stderr)
             continue
         print()
-        if answer.strip():  # a turn without an answer cannot be told again
-            turns.append((question, answer))
+        if answer.strip():  # an empty answer cannot stand in a conversation
+            history.append((question, answer))
 
 
 def _read(prompt: str) -> str:
@@ -51,16 +44,21 @@ def main() -> None:
         raise UserError("needed: --checkpoint=WORKDIR --video=FILE, and --question=TEXT for a single answer")
     if _QUESTION.value is not None and not _QUESTION.value.strip():
         raise UserError("--question is empty: ask something, or leave it out for a conversation")
-    sampling = Sampling(_MAX_NEW_TOKENS.value, _TEMPERATURE.value, _TOP_P.value, _SEED.value)
     if _ANSWER_ONLY.value and _QUESTION.value is None:
-        raise UserError("--answer_only leaves out the thought before a single answer: give --question=TEXT with it")
-    # The video is opened first: a bad file should not cost the time of loading a checkpoint.
+        raise UserError("--answer_only drops the thought before a single answer: give --question=TEXT with it")
+    sampling = {
+        "max_new_tokens": _MAX_NEW_TOKENS.value,
+        "temperature": _TEMPERATURE.value,
+        "top_p": _TOP_P.value,
+        "seed": _SEED.value,
+    }
+    # The video is opened first: a bad file must not cost the time of loading a checkpoint.
     decode(_VIDEO.value, frames=1, size=16)
-    sampler = Sampler.of(load_run(_CHECKPOINT.value))
+    model = favchat_jax.load(_CHECKPOINT.value)
     if _QUESTION.value is None:
-        converse(sampler, _VIDEO.value, sampling)
+        converse(model, _VIDEO.value, **sampling)
     else:
-        answer = ask(sampler, _VIDEO.value, _QUESTION.value, sampling)
+        answer = model.answer(_VIDEO.value, _QUESTION.value, **sampling)
         print(answer_of(answer) if _ANSWER_ONLY.value else answer)
 
 
@@ -68,9 +66,9 @@ if __name__ == "__main__":
     _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Workdir of a stage")
     _VIDEO = flags.DEFINE_string("video", None, "Video file")
     _QUESTION = flags.DEFINE_string("question", None, "Question; without it, a conversation")
-    _MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 64, "Longest answer", lower_bound=1)
+    _MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 64, "Longest answer, in tokens", lower_bound=1)
     _TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 is greedy", lower_bound=0.0)
     _TOP_P = flags.DEFINE_float("top_p", 1.0, "Nucleus", lower_bound=0.0, upper_bound=1.0)
-    _ANSWER_ONLY = flags.DEFINE_bool("answer_only", False, "Print what stands in <answer>, without the thought")
+    _ANSWER_ONLY = flags.DEFINE_bool("answer_only", False, "Print the text in <answer>, without the thought")
     _SEED = flags.DEFINE_integer("seed", 0, "Of the draws at temperatures above 0")
     command_line.start(main)

@@ -5,6 +5,7 @@ import dataclasses
 import importlib
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -12,14 +13,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-# Before jax is imported. Tests run each program briefly, so what counts is the time of compiling it: a third without
-# optimisation and fusion emitters, and next to none where a test, or a process that one started, compiled it before.
+# Before jax is imported. Tests run each program briefly, so the time of compiling it counts. It is next to none where
+# a test, or a process that one started, compiled the program before.
 if "PYTEST_XDIST_WORKER" not in os.environ:  # the workers share what the process that started them made
     COMPILED = tempfile.mkdtemp(prefix="favchat-tests-")
     atexit.register(shutil.rmtree, COMPILED, ignore_errors=True)
     os.environ["JAX_COMPILATION_CACHE_DIR"] = COMPILED
-CHEAP_COMPILES = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {CHEAP_COMPILES}".strip()
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"
@@ -35,6 +34,14 @@ from favchat_jax.embedded.language_model import make_language_model  # noqa: E40
 from favchat_jax.sharding import training_mesh  # noqa: E402
 from favchat_jax.train import train  # noqa: E402
 from favchat_jax.training.progress import Outcome  # noqa: E402
+from favchat_jax.training.step import compiler_options  # noqa: E402
+
+# Compiling takes a third of the time without optimisation and fusion emitters. XLA reads its flags with the first
+# device, which no import asks for.
+CHEAP_COMPILES = {"xla_backend_optimization_level": 0, **(compiler_options("cpu") or {})}
+os.environ["XLA_FLAGS"] = " ".join(
+    [os.environ.get("XLA_FLAGS", ""), *(f"--{option}={str(value).lower()}" for option, value in CHEAP_COMPILES.items())]
+).strip()
 
 ROOT = Path(__file__).parents[1]
 DATA = "rendered_faces/smoke"
@@ -210,6 +217,14 @@ def small_disk(tmp_path) -> Iterator[Path]:
         yield place
     finally:
         subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+@pytest.fixture
+def heeded() -> Iterator[None]:
+    """Ctrl-C as a process in the foreground has it, however the tests were started."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def fill(disk: Path) -> Path:

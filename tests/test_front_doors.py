@@ -15,13 +15,10 @@ import numpy as np
 import pytest
 from absl import flags
 
+import favchat_jax
 from favchat_jax import command_line
-from favchat_jax.chat import ask
-from favchat_jax.checkpoints.run import load_run
 from favchat_jax.data.sources import open_dataset
-from favchat_jax.data.video import decode
-from favchat_jax.generation.sampler import Sampler, Sampling
-from favchat_jax.training.loop import Outcome
+from favchat_jax.errors import RunError
 from tests.conftest import DATA, ROOT, damage, start_module
 from tests.data.video_files import audio_only, encode_video
 
@@ -174,39 +171,18 @@ def test_train_refuses_a_workdir_whose_checkpoints_are_all_damaged(command, smal
     assert ended.is_refusal(f"every checkpoint in {copy}/checkpoints is damaged: delete the workdir and train again")
 
 
-def test_in_the_embedded_preset_what_a_stage_needs_is_trained_first(command, monkeypatch):
-    made = []
-
-    def train(config, workdir, profile=0):
-        made.append(str(workdir))
-        return Outcome(step=1, steps=1, resumed_at=0)
-
-    monkeypatch.setattr("favchat_jax.embedded.parts.make_missing_parts", lambda config: None)
-    monkeypatch.setattr("favchat_jax.training.loop.is_finished", lambda workdir: str(workdir) in made)
-    monkeypatch.setattr("favchat_jax.training.loop.train", train)
-    monkeypatch.setattr("favchat_jax.rl.de_grpo.train", train)
-    assert command("train", "--config=configs/grpo.py:variant=v2,ablation=no_moe").code == 0
-    stages = ("stage1", "stage2", "stage3", "coldstart", "grpo")
-    # The Q-Formers that v2 freezes in its first stage come from v1's.
-    assert made == ["runs/tiny-v1/stage1", *(f"runs/tiny-v2-no_moe/{stage}" for stage in stages)]
-
-
 def test_settings_of_the_last_stage_are_refused_before_anything_is_made_for_it(command, monkeypatch):
-    monkeypatch.setattr("favchat_jax.embedded.parts.make_missing_parts", lambda config: pytest.fail("made"))
+    monkeypatch.setattr("favchat_jax.embedded.prepare.make_missing_parts", lambda config: pytest.fail("made"))
     assert command("train", "--config=configs/grpo.py", "--config.rl.group=1").is_refusal("rl.group=1 is too small")
     path = "--config.rl.rewards.facial.path=nowhere:facial"
     assert command("train", "--config=configs/grpo.py", path).is_refusal("reward 'nowhere:facial' cannot be imported")
 
 
 def test_train_ends_with_1_where_the_loss_is_not_a_number(command, small_world, tmp_path, monkeypatch):
-    from favchat_jax import train
-    from favchat_jax.errors import RunError
-
-    def diverge(config, workdir, profile):
+    def diverge(*_):
         raise RunError("the loss of step 7 is nan, clips a, b")
 
-    monkeypatch.setattr("favchat_jax.training.loop.train", diverge)
-    assert train.train is not diverge, "the command reads its own module anew"
+    monkeypatch.setattr("favchat_jax.training.starting.starting_state", diverge)
     ended = command("train", *small_world.flags("stage1"), f"--workdir={tmp_path}")
     assert (ended.code, ended.stdout) == (1, "")
     assert ended.stderr == "train: the loss of step 7 is nan, clips a, b\n"
@@ -288,17 +264,17 @@ def test_chat_refuses_a_question_longer_than_the_context(command, video, checkpo
     assert ended.is_refusal("the question is .* tokens long, .* over the limit of 160; shorten the text")
 
 
-def test_chat_prints_the_answer_alone(video, checkpoint):
+@pytest.mark.parametrize("start", [("favchat_jax.chat",), ("favchat_jax", "chat")], ids=["module", "command"])
+def test_chat_prints_the_answer_alone(start, video, checkpoint):
     process = start_module(
-        "favchat_jax.chat",
+        *start,
         f"--checkpoint={checkpoint}",
         f"--video={video}",
         "--question=What colour is the hair?",
         "--max_new_tokens=6",
     )
     stdout, stderr = process.communicate(timeout=200)
-    sampler = Sampler.of(load_run(checkpoint))
-    answer = ask(sampler, str(video), "What colour is the hair?", Sampling(max_new_tokens=6))
+    answer = favchat_jax.load(checkpoint).answer(video, "What colour is the hair?", max_new_tokens=6)
     assert stdout == f"{answer}\n"
     assert (process.returncode, stderr) == (0, "")
 
@@ -321,12 +297,10 @@ def test_a_conversation_answers_each_line_with_the_turns_before_it_in_mind(video
     )
     questions = ["What colour is the hair?", "why " * 400, "And the eyes?"]
     stdout, stderr = process.communicate("\n".join([*questions, "", "never read"]), timeout=200)
-    sampler = Sampler.of(load_run(checkpoint))
-    features = sampler.encode(decode(str(video), frames=sampler.frames, size=sampler.image_size).frames[None])
-    sampling = Sampling(max_new_tokens=5)
-    first = "".join(sampler.stream(features, [(questions[0], None)], sampling))
+    model = favchat_jax.load(checkpoint)
+    first = "".join(model.stream(video, questions[0], max_new_tokens=5))
     before = [(questions[0], first)] if first.strip() else []  # a turn without an answer is not told again
-    second = "".join(sampler.stream(features, [*before, (questions[2], None)], sampling))
+    second = "".join(model.stream(video, questions[2], history=before, max_new_tokens=5))
     assert process.returncode == 0 and stdout == f"{first}\n{second}\n"
     assert stderr.count("\n") == 1 and "over the limit of 160; shorten the text" in stderr
 

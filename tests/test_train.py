@@ -20,7 +20,6 @@ from favchat_jax.checkpoints.store import Checkpoints
 from favchat_jax.checkpoints.workdir import claim
 from favchat_jax.data.sources import open_dataset
 from favchat_jax.errors import RunError, UserError
-from favchat_jax.signals import termination
 from favchat_jax.train import train_stage
 from favchat_jax.training import batches as batches_room
 from favchat_jax.training import starting
@@ -185,14 +184,6 @@ def test_sigterm_saves_where_the_run_stands_and_the_rest_goes_on_to_the_same_bit
     assert ended_as(tmp_path, whole)
 
 
-@pytest.fixture
-def heeded():
-    """Ctrl-C as a process in the foreground has it, however the tests were started."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 @pytest.mark.usefixtures("heeded")
 def test_ctrl_c_saves_where_the_run_stands_before_it_ends_the_command(settings, whole, before_step, tmp_path, caplog):
     caplog.set_level(logging.INFO, "favchat_jax")
@@ -204,17 +195,6 @@ def test_ctrl_c_saves_where_the_run_stands_before_it_ends_the_command(settings, 
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert train_alone(settings, tmp_path).resumed_at == 8
     assert ended_as(tmp_path, whole)
-
-
-@pytest.mark.usefixtures("heeded")
-def test_a_second_ctrl_c_ends_at_once():
-    after = []
-    with pytest.raises(KeyboardInterrupt), termination("all is saved") as stop:
-        os.kill(os.getpid(), signal.SIGINT)
-        assert stop.is_set()
-        os.kill(os.getpid(), signal.SIGINT)
-        after.append("the rest of the work")
-    assert after == [] and signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_nothing_compiles_after_the_first_step_not_even_in_a_resumed_run(settings, whole, compiled_steps, tmp_path):

@@ -21,6 +21,7 @@ from ml_collections import config_flags
 from favchat_jax import command_line
 from favchat_jax.config import Config
 from favchat_jax.errors import UserError
+from favchat_jax.files import replace_file
 
 # Before jax is imported: it must not look for the devices of the compilers that are installed here.
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -94,7 +95,7 @@ def main() -> None:
         command_line.check_kind(_CONFIG, "stage", "configs/stage1.py, stage2.py, stage3.py, coldstart.py, grpo.py")
         wanted.append((Config.from_ml_collections(_CONFIG.value), _TARGET.value))
     if _SAVE.value:
-        _write(Path(_SAVE.value), plan.save(*wanted[0], _CLIPS.value))
+        replace_file(_SAVE.value, plan.save(*wanted[0], _CLIPS.value))
     kept = _kept(Path(_JSON.value)) if _ALL.value and _JSON.value else {}
     plans, made = [], []
     for config, target in wanted:
@@ -105,7 +106,7 @@ def main() -> None:
         print(_verdict(plans[-1]), flush=True)
         if _JSON.value:
             rest = [{**dataclasses.asdict(p), "of": of} for of, p in kept.items() if of not in {m["of"] for m in made}]
-            _write(Path(_JSON.value), json.dumps(made + rest if _ALL.value else made[0], indent=1).encode())
+            replace_file(_JSON.value, json.dumps(made + rest if _ALL.value else made[0], indent=1))
     if _ALL.value:
         print(table(plans))
 
@@ -124,12 +125,6 @@ def _kept(path: Path) -> dict[str, plan.Plan]:
         return {row.pop("of"): plan.Plan(**row) for row in rows}
     except (AttributeError, KeyError, TypeError, ValueError):
         raise UserError(f"--json={path} has no plans of --all in it: name another file, or delete it") from None
-
-
-def _write(path: Path, content: bytes) -> None:
-    draft = path.with_name(path.name + ".draft")
-    draft.write_bytes(content)
-    draft.replace(path)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@
     review     a local web page on which people judge them
     pack       the data set that training reads, its statistics and its datasheet
 
-Every command goes on where a killed one stopped. docs/corpus.md leads through all of them.
+Every command goes on where a killed one stopped. docs/how-to/corpus.md leads through all of them.
 """
 
 import importlib
@@ -42,7 +42,7 @@ if __name__ == "__main__":
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("favchat_jax"):
             raise
-        sys.exit(f"build_dataset: {error.name} is not installed: pip install -r requirements-corpus.txt")
+        sys.exit(f"build_dataset: {error.name} is not installed: pip install -e '.[corpus]'")
     if command is not None:
         command.define_flags()
         flags.adopt_module_key_flags(command)  # so that --help tells of them

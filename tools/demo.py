@@ -10,17 +10,15 @@ from pathlib import Path
 
 from absl import flags
 
+import favchat_jax
 from configs.eval import rendered
 from favchat_jax import command_line
-from favchat_jax.chat import ask
-from favchat_jax.checkpoints.run import load_run
 from favchat_jax.data.sources import open_dataset
 from favchat_jax.embedded import benchmark
 from favchat_jax.embedded.prepare import stage_config
 from favchat_jax.evaluate import table
 from favchat_jax.evaluation.config import EvaluationConfig
 from favchat_jax.evaluation.session import Session
-from favchat_jax.generation.sampler import Sampler, Sampling
 from favchat_jax.train import train_stage
 
 STAGES = ("stage1", "stage2", "stage3")
@@ -42,14 +40,14 @@ def main() -> None:
     workdir = config.default_workdir
     if not train_stage(config, workdir).finished:
         return  # stopped by SIGTERM and saved; the same command goes on
-    sampler, asked = Sampler.of(load_run(workdir)), EvaluationConfig.from_ml_collections(rendered.get_config())
-    heldout = benchmark.run(asked, Session.of(sampler, asked))
+    model, asked = favchat_jax.load(workdir), EvaluationConfig.from_ml_collections(rendered.get_config())
+    heldout = benchmark.run(asked, Session.of(model.sampler, asked))
 
     record = open_dataset(config.data.name, config.data.packed, "heldout")[0]
     video = workdir.parent / "example.mp4"
     video.write_bytes(record.clip)
     question = "What is the person doing?" if record.has_face else "What shape is moving?"
-    answer = ask(sampler, str(video), question, Sampling())
+    answer = model.answer(video, question)
 
     report = {
         "wall_seconds": time.perf_counter() - started,

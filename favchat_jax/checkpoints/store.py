@@ -19,14 +19,12 @@ from flax import struct
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Int
 
-from favchat_jax.checkpoints.weights_folder import Weights, abstract, check_leaves, describe_leaves
+from favchat_jax.checkpoints.weights_folder import ORBAX_ERRORS, Weights, abstract, check_leaves, describe_leaves
 from favchat_jax.errors import UserError, one_line
 from favchat_jax.files import write_errors
 from favchat_jax.processes import first_alone, gathered
 
 log = logging.getLogger("favchat_jax")
-
-WRITE_ERRORS = (ValueError, RuntimeError)  # what Orbax raises besides OSError when it cannot write
 
 
 @struct.dataclass
@@ -77,7 +75,7 @@ class Checkpoints:
         state = jax.tree.map(lambda leaf: np.asarray(leaf) if leaf.is_fully_addressable else leaf, state)
         weights, optimizer = dict(state.trainable), _optimizer_part(state)
         hosts = gathered(dict(iterator_state))
-        with write_errors(self._folder, *WRITE_ERRORS):
+        with write_errors(self._folder, *ORBAX_ERRORS):
             manager = self._open()
             manager.wait_until_finished()
             manager.save(
@@ -95,7 +93,7 @@ class Checkpoints:
     def wait(self) -> None:
         """Waits for a write to end; raises UserError where it failed."""
         if self._manager is not None:
-            with write_errors(self._folder, *WRITE_ERRORS):
+            with write_errors(self._folder, *ORBAX_ERRORS):
                 self._manager.wait_until_finished()
 
     def restore(self, like: TrainState) -> tuple[TrainState, dict[str, Any] | None] | None:
@@ -148,7 +146,7 @@ class Checkpoints:
         """Waits for the last write and releases the folder."""
         if self._manager is not None:
             manager, self._manager = self._manager, None
-            with write_errors(self._folder, *WRITE_ERRORS):
+            with write_errors(self._folder, *ORBAX_ERRORS):
                 manager.close()
 
     def _newest(self, read: Callable[[int, Mapping], Any], move_damaged: bool) -> Any:

@@ -123,7 +123,7 @@ def _pickled(path: Path) -> dict[str, Tensor]:
     try:
         import torch
     except ImportError:
-        raise UserError(f"{path} needs PyTorch to be read: pip install -r requirements-convert.txt") from None
+        raise UserError(f"{path} needs PyTorch to be read: pip install 'favchat_jax[convert]'") from None
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of a pickle's protocol, before it is refused

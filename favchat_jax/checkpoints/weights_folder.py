@@ -24,6 +24,8 @@ from favchat_jax.files import replace_folder
 
 Weights = Mapping[str, jax.Array]
 
+ORBAX_ERRORS = (ValueError, RuntimeError)  # that Orbax raises besides OSError when it cannot write
+
 
 class DamagedError(Exception):
     """A checkpoint does not read back as it was written."""
@@ -63,7 +65,7 @@ def save_weights(folder: str | Path, weights: Weights, config: Mapping[str, Any]
     # Uncompressed: random bits hardly shrink, and trying takes twice the time.
     handler = ocp.PyTreeCheckpointHandler(use_compression=False, multiprocessing_options=alone)
     with (
-        replace_folder(folder, ValueError, RuntimeError) as draft,
+        replace_folder(folder, *ORBAX_ERRORS) as draft,
         contextlib.closing(ocp.Checkpointer(handler, multiprocessing_options=alone)) as checkpointer,
     ):
         checkpointer.save(draft / "weights", args=ocp.args.PyTreeSave(tree))

@@ -101,7 +101,7 @@ class Scrfd:
         try:
             import onnxruntime
         except ImportError:
-            raise UserError("--detector=scrfd needs onnxruntime: pip install -r requirements-corpus.txt") from None
+            raise UserError("--detector=scrfd needs onnxruntime: pip install 'favchat_jax[corpus]'") from None
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = options.inter_op_num_threads = 1
         try:

@@ -32,6 +32,8 @@ NEAR = 64  # packets: in a larger one a keyframe this close is reached by passin
 # the first attempt does without, and a stream that needed it is opened again the slow way.
 QUICK_PROBE = {"skip_frame": "all", "analyzeduration": "1"}
 FULL_PROBE: dict[str, str] = {}
+# PyAV 18 cannot open a file whose metadata are not UTF-8 without this; PyAV 19 can, and has no such argument.
+LENIENT_METADATA = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
 
 
 Picture = Callable[[av.VideoFrame], UInt8[np.ndarray, "H W 3"]]
@@ -210,7 +212,7 @@ def _open(source: bytes | str, probe: dict[str, str], label: str) -> Iterator[av
     file = io.BytesIO(source) if isinstance(source, bytes) else f"file:{source}"
     options = {"protocol_whitelist": "file", **probe}
     try:
-        with av.open(file, format=_container_format(source), options=options, metadata_errors="replace") as container:
+        with av.open(file, format=_container_format(source), options=options, **LENIENT_METADATA) as container:
             yield container
     except (av.error.FFmpegError, OSError) as error:
         reason = error.strerror or type(error).__name__

@@ -6,13 +6,13 @@ model as a Hugging Face folder, the encoders as weights folders. Without them a 
 
 import functools
 import json
-import shutil
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import UInt8
+from safetensors import SafetensorError
 from tqdm import tqdm
 
 from favchat_jax.checkpoints.workdir import differing
@@ -25,6 +25,7 @@ from favchat_jax.embedded.encoders import make_facial_encoder, make_general_enco
 from favchat_jax.embedded.language_model import make_language_model
 from favchat_jax.embedded.pretrain import Pretrain
 from favchat_jax.errors import UserError
+from favchat_jax.files import replace_folder
 
 DATA = "rendered_faces"
 PARTS = Path("runs/tiny-parts")
@@ -63,12 +64,9 @@ def make_missing_parts(config: Config) -> None:
         return _decode_all(records, config.model.image_size)
 
     for folder, make in missing.items():
-        draft = Path(folder + ".draft")
-        shutil.rmtree(draft, ignore_errors=True)
-        draft.mkdir(parents=True)
-        make(config, records, frames, draft)
-        (draft / "recipe.json").write_text(json.dumps(recipe, indent=1))
-        draft.rename(folder)
+        with replace_folder(folder, SafetensorError) as draft:
+            make(config, records, frames, draft)
+            (draft / "recipe.json").write_text(json.dumps(recipe, indent=1))
 
 
 def _is_made(folder: Path, field: str, recipe: dict) -> bool:

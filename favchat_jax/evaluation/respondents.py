@@ -156,7 +156,7 @@ def openai_client(url: str, config: ClientConfig) -> Any:
     try:
         import openai
     except ModuleNotFoundError:
-        raise UserError("the package openai is missing: pip install -r requirements-evaluation.txt") from None
+        raise UserError("the package openai is missing: pip install 'favchat_jax[evaluation]'") from None
     key = os.environ.get(config.key_variable) or "none"  # servers of one's own mostly want no key
     return openai.OpenAI(base_url=url, api_key=key, timeout=config.timeout, max_retries=config.retries)
 

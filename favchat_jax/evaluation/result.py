@@ -33,6 +33,7 @@ from pathlib import Path
 from typing import Any
 
 from favchat_jax.evaluation.config import EvaluationConfig
+from favchat_jax.files import replace_file
 
 Figure = dict[str, float | None]
 Result = dict[str, Any]
@@ -128,10 +129,8 @@ def data_hash(annotations: Iterable[Path], clips: Iterable[Path]) -> str:
 
 
 def write_result(path: Path, result: Result) -> None:
-    """Writes the JSON beside its place and renames it, so that a file that is there is whole."""
-    draft = path.with_name(f".{path.name}.draft-favchat")
-    draft.write_text(json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False))
-    os.replace(draft, path)
+    """Writes a result as JSON."""
+    replace_file(path, json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False))
 
 
 def table(result: Result) -> str:

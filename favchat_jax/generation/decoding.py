@@ -22,16 +22,16 @@ from favchat_jax.models.mistral import LayerCache, MistralConfig, empty_cache
 class Decoding:
     """B sequences in the middle of being written."""
 
-    token: Int[Array, "B"]
-    position: Int[Array, "B"]
-    done: Bool[Array, "B"]
+    token: Int[Array, " B"]
+    position: Int[Array, " B"]
+    done: Bool[Array, " B"]
     key: Array
     cache: list[LayerCache]
 
 
 def draw(
     logits: Float[Array, "B V"], key: Array, temperature: Float[Array, ""], top_p: Float[Array, ""]
-) -> Int[Array, "B"]:
+) -> Int[Array, " B"]:
     """One token a row: the likeliest at temperature 0, else at random among the nucleus of `top_p`."""
 
     def nucleus(scores: Float[Array, "B V"]) -> Float[Array, "B V"]:
@@ -41,7 +41,7 @@ def draw(
         floor = jnp.min(jnp.where((before < top_p) | first, ordered, jnp.inf), axis=-1, keepdims=True)
         return jnp.where(scores >= floor, scores, -jnp.inf)
 
-    def by_chance() -> Int[Array, "B"]:
+    def by_chance() -> Int[Array, " B"]:
         scores = logits.astype(jnp.float32) / temperature
         # Sorting the vocabulary takes longer than several layers, and most draws need none of it.
         scores = jax.lax.cond(top_p < 1, nucleus, lambda scores: scores, scores)

@@ -161,7 +161,7 @@ class FaVChat(nn.Module):
         tokens: Int[Array, "B Q L"],
         prompt: Int[Array, "B Q P"],
         prompt_mask: Bool[Array, "B Q P"],
-        last: Int[Array, "B*Q"],
+        last: Int[Array, " B*Q"],
         cache: list[LayerCache],
     ) -> tuple[Float[Array, "B*Q V"], list[LayerCache]]:
         """Reads every prompt into an empty cache; scores of the token after position `last` of each sequence."""
@@ -195,7 +195,7 @@ class FaVChat(nn.Module):
         return jnp.where(scored, rearrange(chosen, "(B K) A -> B K A", B=batch), 0.0).sum(-1)
 
     def decode(
-        self, token: Int[Array, "B"], position: Int[Array, "B"], cache: list[LayerCache]
+        self, token: Int[Array, " B"], position: Int[Array, " B"], cache: list[LayerCache]
     ) -> tuple[Float[Array, "B V"], list[LayerCache]]:
         """One more token a sequence, at its position: scores of the next, and the cache with this one in it."""
         hidden, cache = self.llm(self.llm.embed(token[:, None]), positions=position[:, None], cache=cache)

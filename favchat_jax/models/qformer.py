@@ -68,7 +68,7 @@ class Attention(Residual):
         self,
         tokens: Float[Array, "B Q L D"],
         *,
-        visual: Float[Array, "B #Q S E"] | None = None,
+        visual: Float[Array, " B #Q S E"] | None = None,
         mask: Bool[Array, "B Q L"] | None = None,
         deterministic: bool,
     ) -> Float[Array, "B Q L D"]:
@@ -113,7 +113,7 @@ class Layer(nn.Module):
         self,
         queries: Float[Array, "B Q N D"],
         text: Float[Array, "B Q L D"] | None,
-        visual: Float[Array, "B #Q S E"],
+        visual: Float[Array, " B #Q S E"],
         mask: Bool[Array, "B Q N+L"] | None,
         visual_mask: Bool[Array, "B Q S"] | None,
         deterministic: bool,

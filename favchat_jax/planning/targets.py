@@ -115,7 +115,7 @@ def devices(name: str) -> list[jax.Device]:
     except Exception as error:  # jax raises many kinds where a plugin is missing or does not load
         said = (str(error).splitlines() or [type(error).__name__])[0][:120]
         raise UserError(
-            f"--target={name} needs the compiler for {target.platform} ({said}): run it in .venv-aot, which "
-            "`make plan` sets up from requirements-aot.txt"
+            f"--target={name} needs the compiler for {target.platform} ({said}): "
+            "run it in .venv-aot, which `make plan` sets up"
         ) from None
     return list(described.devices)

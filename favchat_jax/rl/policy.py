@@ -85,7 +85,7 @@ def make_update(
         (value, parts), gradient = jax.value_and_grad(loss, has_aux=True)(state.trainable)
         moves, moments = optimizer.update(gradient, state.moments, state.trainable)
         trainable = optax.apply_updates(state.trainable, moves)
-        metrics = {"loss": value, "gradient_norm": optax.global_norm(gradient), **parts}
+        metrics = {"loss": value, "gradient_norm": optax.tree.norm(gradient), **parts}
         return state.replace(trainable=trainable, moments=moments), metrics
 
     return jax.jit(update, donate_argnums=0, compiler_options=compiler_options())

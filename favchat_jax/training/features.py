@@ -63,5 +63,5 @@ class KeptFeatures:
         return [stored[key] for key in sorted(stored, key=int)]
 
     def _write(self, name: str, row: list[np.ndarray]) -> None:
-        with draft_file(self._file(name), sync=False) as draft:
+        with draft_file(self._file(name), sync=False) as draft:  # a damaged file is made again
             save_file({str(i): np.ascontiguousarray(leaf) for i, leaf in enumerate(row)}, draft)

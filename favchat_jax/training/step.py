@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 import chex
 import jax
 import jax.numpy as jnp
+import jaxlib.version
 import optax
 from einops import rearrange
 from flax.traverse_util import unflatten_dict
@@ -105,10 +106,13 @@ def batch_loss(
 def compiler_options(platform: str | None = None) -> dict[str, bool] | None:
     """What compiled training steps ask of XLA: on a CPU its older code generator, whose fusions run a third faster.
 
+    Since jaxlib 0.11.1 XLA lacks that generator, and the compiler refuses the option.
+
     Args:
         platform: what is compiled for; by default what is here.
     """
-    return {"xla_cpu_use_fusion_emitters": False} if (platform or jax.default_backend()) == "cpu" else None
+    known = jaxlib.version.__version_info__ < (0, 11, 1)
+    return {"xla_cpu_use_fusion_emitters": False} if known and (platform or jax.default_backend()) == "cpu" else None
 
 
 def make_step(
@@ -170,7 +174,7 @@ def make_step(
         metrics = {
             "loss": loss,
             "token_accuracy": sums["hits"] / answer_tokens,
-            "gradient_norm": optax.global_norm(grads),
+            "gradient_norm": optax.tree.norm(grads),
             "learning_rate": rate(state.step),
             "general_weight": streams[0],
             "facial_weight": streams[1],

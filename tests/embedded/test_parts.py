@@ -98,7 +98,7 @@ def test_parts_of_other_settings_are_made_under_other_names(place, inside, made,
     elsewhere = {path: f"{pretraining.PARTS}/{name}-2" for path, name in PARTS.items()}
     other = inside.updated({"pretrain.learning_rate": 0.5, **elsewhere})
     pretraining.make_missing_parts(other)
-    assert sorted(made) == sorted(f"{name}-2.draft" for name in PARTS.values()), "written beside their place first"
+    assert sorted(made) == sorted(f".{name}-2.draft-favchat" for name in PARTS.values()), "drafts first"
     recipes = [pretraining.PARTS / f"{name}-2" / "recipe.json" for name in PARTS.values()]
     assert [json.loads(path.read_text())["learning_rate"] for path in recipes] == [0.5] * 3
 

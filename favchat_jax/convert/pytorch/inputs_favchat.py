@@ -35,7 +35,7 @@ def read_frames(video, frames, size):
         ValueError: the file holds no frame that can be decoded, or is too small.
     """
     if av is None:
-        raise ImportError("reading a video needs PyAV (pip install av); or give the frames themselves")
+        raise ImportError("reading a video needs PyAV (pip install 'av>=18'); or give the frames themselves")
     with _open(video) as container:
         packets = [packet for packet in _packets(container) if packet.size and not packet.is_discard]
         times = [packet.pts for packet in packets]
@@ -74,7 +74,9 @@ def _open(video):
     try:
         # "file:" keeps a colon in a name from being taken for a protocol, the white list playlists off the network.
         source = io.BytesIO(video) if isinstance(video, bytes) else f"file:{os.fspath(video)}"
-        return av.open(source, options={"protocol_whitelist": "file"}, metadata_errors="replace")
+        # PyAV 18 cannot open a file whose metadata are not UTF-8 without this; PyAV 19 can, and has no such argument.
+        lenient = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
+        return av.open(source, options={"protocol_whitelist": "file"}, **lenient)
     except (av.error.FFmpegError, OSError) as error:
         raise ValueError(f"{_name(video)} cannot be read as a video ({error.strerror}): give a video file") from error
 

@@ -84,7 +84,7 @@ class Corpus(RecordBuilder, skip_registration=True):
         try:
             import apache_beam as beam
         except ImportError:
-            raise UserError("packing a corpus needs Apache Beam: pip install -r requirements-corpus.txt") from None
+            raise UserError("packing a corpus needs Apache Beam: pip install 'favchat_jax[corpus]'") from None
         rows = beam.Create([str(self._root / RECORDS)]) | beam.FlatMap(_rows_of, part=split) | beam.Reshuffle()
         return rows | beam.Map(_example, root=str(self._root))
 

@@ -1,0 +1,194 @@
+"""The public API: a checkpoint that answers questions about videos. `favchat_jax/__init__.py` exports its names."""
+
+import dataclasses
+import itertools
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TypedDict, Unpack, overload
+
+import numpy as np
+from jaxtyping import Float, UInt8
+
+from favchat_jax.checkpoints.run import Run, load_run
+from favchat_jax.data.video import decode
+from favchat_jax.errors import UserError
+from favchat_jax.generation.sampler import Sampler, Sampling, Turn
+from favchat_jax.models.favchat import ClipFeatures
+
+BATCH = 8  # clips, or questions about one clip, that are answered together
+DECODERS = 4  # threads that decode the clips of a batch
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class EncodedClip:
+    """A clip that the model has looked at. Pass it in place of a file to ask further questions without a second look.
+
+    Attributes:
+        frames: sampled frames, RGB, resized to the model's square input.
+        seconds: time of each frame from the start of the video.
+        features: the encoders' output for this clip, a batch of one.
+    """
+
+    frames: UInt8[np.ndarray, "T H W 3"]
+    seconds: Float[np.ndarray, " T"]
+    features: ClipFeatures
+
+
+# A path or the bytes of a file that FFmpeg reads (a video, a single image), or the result of `Model.encode`.
+Video = str | os.PathLike[str] | bytes | EncodedClip
+Turns = Sequence[tuple[str, str]]  # questions with their answers
+
+
+class Options(TypedDict, total=False):
+    """How an answer's tokens are drawn.
+
+    Attributes:
+        max_new_tokens: longest answer, in tokens; 64 by default.
+        temperature: 0, the default, takes the likeliest token; above, scores are divided by it and a token is drawn.
+        top_p: draw among the likeliest tokens whose probabilities add up to this; 1 by default.
+        seed: of the draws.
+    """
+
+    max_new_tokens: int
+    temperature: float
+    top_p: float
+    seed: int
+
+
+def load(checkpoint: str | os.PathLike[str]) -> "Model":
+    """Loads a checkpoint, ready to answer.
+
+    Args:
+        checkpoint: workdir of a stage, or a folder that `tools.export_orbax` wrote.
+
+    Raises:
+        UserError: the folder is missing, damaged or of another kind; the message says what to do.
+    """
+    return Model(load_run(checkpoint))
+
+
+class Model:
+    """A checkpoint that answers questions about videos; make one with `favchat_jax.load`.
+
+    The first call of each kind compiles, which takes from seconds (embedded model) to minutes (7 B).
+
+    Args:
+        run: a loaded run.
+
+    Attributes:
+        config: the config that the run was trained with.
+        sampler: the engine below, for code that builds its own batches.
+    """
+
+    def __init__(self, run: Run):
+        self.config = run.config
+        self.sampler = Sampler.of(run)
+
+    def __repr__(self) -> str:
+        config = self.config
+        return f"Model(preset={config.preset}, variant={config.variant}, ablation={config.ablation}, {config.stage})"
+
+    @overload
+    def answer(self, video: Video, question: str, *, history: Turns = (), **sampling: Unpack[Options]) -> str: ...
+
+    @overload
+    def answer(
+        self,
+        video: Video | Sequence[Video],
+        question: str | Sequence[str],
+        *,
+        history: Turns = (),
+        **sampling: Unpack[Options],
+    ) -> str | list[str]: ...
+
+    def answer(self, video, question, *, history=(), **sampling):
+        """Answers a question about a video, or many at once.
+
+        Args:
+            video: one video, or a list of them.
+            question: one question, or a list. One video takes any number of questions. A list of videos takes one
+                question about each of them, or one that is asked about all.
+            history: questions and answers that came before the question.
+            sampling: see `Options`.
+
+        Returns:
+            The answer to one question about one video; otherwise a list of answers, one a pair.
+
+        Raises:
+            UserError: a video that cannot be read, an empty question, a text longer than the context, or lists of
+                different lengths.
+        """
+        drawing = Sampling(**sampling)
+        if not isinstance(video, list | tuple):
+            return self._about_one(video, question, history, drawing)
+        questions = [question] * len(video) if isinstance(question, str) else list(question)
+        if len(questions) != len(video):
+            raise UserError(f"{len(video)} videos and {len(questions)} questions: give one question for each video")
+        answers = []
+        for pairs in _batches(list(zip(video, questions, strict=True))):
+            with ThreadPoolExecutor(DECODERS) as pool:
+                frames = list(pool.map(lambda pair: self._frames(pair[0])[0], pairs))
+            features = self.sampler.encode(np.stack(_filled(frames, len(video))))
+            conversations = [[_asked(history, asked)] for _, asked in _filled(pairs, len(video))]
+            said = self.sampler.answer(features, conversations, drawing)
+            answers += [texts[0] for texts in said[: len(pairs)]]
+        return answers
+
+    def stream(self, video: Video, question: str, *, history: Turns = (), **sampling: Unpack[Options]) -> Iterator[str]:
+        """Yields the answer to one question piece by piece as it is written; arguments and errors as of `answer`."""
+        turns = _asked(history, question)
+        yield from self.sampler.stream(self.encode(video).features, turns, Sampling(**sampling))
+
+    def stream_weights(self, video: Video, question: str) -> tuple[float, float]:
+        """How much the general and the facial stream weigh in what the language model sees (Eq. 3's w_1 and w_2).
+
+        In v1 the average over visual tokens, in v2 the weights of the question.
+        """
+        general, facial = self.sampler.stream_weights(self.encode(video).features, [[question]])[0, 0]
+        return float(general), float(facial)
+
+    def encode(self, video: Video) -> EncodedClip:
+        """Looks at a video once, for any number of questions.
+
+        Raises:
+            UserError: the video cannot be read.
+        """
+        if isinstance(video, EncodedClip):
+            return video
+        frames, seconds = self._frames(video)
+        return EncodedClip(frames, seconds, self.sampler.encode(frames[None]))
+
+    def _frames(self, video: Video) -> tuple[UInt8[np.ndarray, "T H W 3"], Float[np.ndarray, " T"]]:
+        if isinstance(video, EncodedClip):
+            return video.frames, video.seconds
+        clip = decode(
+            video if isinstance(video, bytes) else Path(video), frames=self.sampler.frames, size=self.sampler.image_size
+        )
+        return clip.frames, clip.seconds
+
+    def _about_one(
+        self, video: Video, question: str | Sequence[str], history: Turns, sampling: Sampling
+    ) -> str | list[str]:
+        questions = [question] if isinstance(question, str) else list(question)
+        features, answers = self.encode(video).features, []
+        for asked in _batches(questions):
+            conversations = [_asked(history, one) for one in _filled(asked, len(questions))]
+            answers += self.sampler.answer(features, [conversations], sampling)[0][: len(asked)]
+        return answers[0] if isinstance(question, str) else answers
+
+
+def _asked(history: Turns, question: str) -> list[Turn]:
+    return [*history, (question, None)]
+
+
+def _batches(items: list) -> Iterator[list]:
+    items = iter(items)
+    while batch := list(itertools.islice(items, BATCH)):
+        yield batch
+
+
+def _filled(batch: list, total: int) -> list:
+    """A batch filled up where there are several, so that all have one shape and compile once."""
+    return [*batch, *[batch[-1]] * (BATCH - len(batch))] if total > BATCH else batch
