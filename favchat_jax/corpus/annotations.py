@@ -74,11 +74,3 @@ def read_annotations(out: Path) -> dict[str, Annotation]:
         except (KeyError, TypeError):
             raise UserError(f"{path}: {row['id']} is not an annotation: run annotate again to write it anew") from None
     return annotations
-
-
-def write_lines(path: Path, lines: Iterable[str]) -> None:
-    """Replaces a file of JSON lines at once, so that no kill and no full disk leaves half of it."""
-    draft = path.with_name(path.name + ".draft")
-    with draft.open("w", encoding="utf-8", newline="\n") as file:
-        file.writelines(f"{line}\n" for line in lines)
-    draft.replace(path)

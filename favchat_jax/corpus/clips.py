@@ -18,9 +18,9 @@ import numpy as np
 from favchat_jax.corpus import footage
 from favchat_jax.corpus.faces import Detector, make_detector
 from favchat_jax.corpus.manifest import OK
-from favchat_jax.corpus.pipelines import write_whole
 from favchat_jax.data.video import decode
 from favchat_jax.errors import UserError
+from favchat_jax.files import replace_file
 
 VIDEOS = "kept"  # the folder of clips
 
@@ -85,7 +85,8 @@ def make_clip(row: dict[str, Any], settings: Settings, out: str) -> dict[str, An
             content, facts = _filtered(row, settings, detector)
     except (UserError, OSError) as error:  # of reading it: what is written is written below
         return {"dropped": str(error)}
-    write_whole(target, content)
+    target.parent.mkdir(exist_ok=True)
+    replace_file(target, content)
     columns = {name: row[name] for name in ("id", "source", "group", "attributes")}
     facts["sha256"] = hashlib.sha256(content).hexdigest()
     return {"kept": {**columns, "path": f"{VIDEOS}/{target.name}", **facts}}

@@ -1,6 +1,5 @@
 """A picture of many clips side by side, to judge a choice at a glance."""
 
-import os
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
@@ -12,6 +11,7 @@ from jaxtyping import UInt8
 
 from favchat_jax.corpus import footage
 from favchat_jax.errors import UserError
+from favchat_jax.files import replace_file
 
 TILES, ACROSS, SIDE = 96, 12, 160  # so many clips at most, so many in a row, pixels
 LINE, LETTERS = 12, 25  # pixels of a line of text, letters in it
@@ -25,9 +25,7 @@ def draw_sheet(path: Path, clips: Sequence[tuple[str, Path]]) -> None:
     tiles += [np.zeros_like(tiles[0])] * (-len(tiles) % min(ACROSS, len(tiles)))
     across = min(ACROSS, len(tiles))
     sheet = np.concatenate([np.concatenate(tiles[i : i + across], 1) for i in range(0, len(tiles), across)])
-    draft = path.with_name(f".{path.name}.part")
-    draft.write_bytes(cv2.imencode(".png", sheet)[1].tobytes())
-    os.replace(draft, path)
+    replace_file(path, cv2.imencode(".png", sheet)[1].tobytes())
 
 
 def _tile(caption: str, video: Path) -> UInt8[np.ndarray, "H W 3"]:

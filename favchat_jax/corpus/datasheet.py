@@ -10,8 +10,8 @@ from typing import Any
 
 from favchat_jax.corpus.annotations import read_annotations
 from favchat_jax.corpus.manifest import DROPPED, MANIFEST, REVIEWS, read_lines, read_table
-from favchat_jax.corpus.pipelines import write_whole
 from favchat_jax.corpus.statistics import table
+from favchat_jax.files import replace_file
 
 SETTINGS = "clip.json"  # what `clip` was run with
 TO_FILL = "*To be filled in by whoever shares it:*"
@@ -85,13 +85,13 @@ def write(out: Path, figures: dict[str, Any], left_out: dict[str, int], heldout_
         left_out=_listed(f"{n} clips left out: {reason}" for reason, n in left_out.items())
         or "No kept clip is left out.",
     )
-    write_whole(out / "datasheet.md", sheet.encode())
+    replace_file(out / "datasheet.md", sheet)
 
 
 def record_settings(out: Path, settings: dict[str, Any]) -> None:
     """Leaves what `clip` was run with; a detector's file goes by its name alone."""
     settings = {**settings, "model": Path(settings["model"]).name}
-    write_whole(out / SETTINGS, json.dumps(settings).encode())
+    replace_file(out / SETTINGS, json.dumps(settings))
 
 
 def _listed(items: Any) -> str:

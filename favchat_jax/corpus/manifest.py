@@ -19,7 +19,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from favchat_jax.errors import UserError
+from favchat_jax.errors import UserError, one_line
+from favchat_jax.files import draft_file
 
 MANIFEST, KEPT, DROPPED = "manifest.parquet", "kept.parquet", "dropped.parquet"
 ANNOTATIONS, REVIEWS = "annotations.jsonl", "reviews.jsonl"
@@ -72,14 +73,12 @@ SCHEMAS = {
 
 
 def write_table(folder: str | os.PathLike, name: str, rows: Iterable[dict[str, Any]]) -> None:
-    """Writes a table of SCHEMAS, sorted by id; the file appears when it is whole."""
+    """Writes a table of SCHEMAS, sorted by id."""
     rows = sorted(rows, key=lambda row: row["id"])
     path = Path(folder) / name
-    draft = path.with_name(f".{name}.part")
-    with pq.ParquetWriter(draft, SCHEMAS[name]) as writer:
+    with draft_file(path) as draft, pq.ParquetWriter(draft, SCHEMAS[name]) as writer:
         for start in range(0, max(1, len(rows)), GROUP):
             writer.write_table(pa.Table.from_pylist(rows[start : start + GROUP], SCHEMAS[name]))
-    os.replace(draft, path)
 
 
 def read_table(folder: str | os.PathLike, name: str) -> list[dict[str, Any]]:
@@ -95,14 +94,14 @@ def read_table(folder: str | os.PathLike, name: str) -> list[dict[str, Any]]:
     try:
         table = pq.read_table(path)
     except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{path} is not a Parquet file ({_first_line(error)}): make it again") from None
+        raise UserError(f"{path} is not a Parquet file ({one_line(error)}): make it again") from None
     missing = set(SCHEMAS[name].names) - set(table.column_names)
     if missing:
         raise UserError(f"{path} has no column {', '.join(sorted(missing))}: put it back, or make the table again")
     try:
         rows = table.select(SCHEMAS[name].names).cast(SCHEMAS[name]).to_pylist()
     except (pa.ArrowException, ValueError) as error:
-        raise UserError(f"{path} holds a column of another type ({_first_line(error)}): make it again") from None
+        raise UserError(f"{path} holds a column of another type ({one_line(error)}): make it again") from None
     _check_rows(path, name, rows)
     return rows
 
@@ -203,7 +202,3 @@ def read_lines(folder: str | os.PathLike, name: str) -> list[dict[str, Any]]:
                 raise UserError(f"{path}, line {number}: not a JSON object with an id; mend or remove it") from None
             rows.append(row)
     return rows
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import logging
-import shutil
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ from absl import flags
 from favchat_jax.corpus import datasheet, pipelines, statistics
 from favchat_jax.corpus.annotations import read_annotations
 from favchat_jax.corpus.manifest import ANNOTATIONS, KEPT, read_attributes, read_table
-from favchat_jax.corpus.pipelines import quiet_beam, write_whole
+from favchat_jax.corpus.pipelines import quiet_beam
 from favchat_jax.corpus.reviews import Reviews, final_text
 from favchat_jax.data import reasoning
 from favchat_jax.data.sources import celebvhq, prepare, stored_digest
@@ -23,6 +22,7 @@ from favchat_jax.data.sources.celebvhq import HELDOUT_SHARE, label_text
 from favchat_jax.data.sources.corpus import RECORDS, Corpus, label_vector
 from favchat_jax.data.vocabulary import INDEX
 from favchat_jax.errors import UserError
+from favchat_jax.files import replace_file, replace_folder
 
 log = logging.getLogger("favchat_jax")
 
@@ -54,7 +54,7 @@ def pack(out: Path, heldout_share: float = HELDOUT_SHARE, tokenizer: str = "", b
     for reason, count in left_out.items():
         log.info("%d clips are left out: %s", count, reason)
     lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-    write_whole(out / RECORDS, lines.encode())
+    replace_file(out / RECORDS, lines)
     _pack_records(out, beam_options)
     figures = statistics.measure(records, {row["id"]: row for row in kept}, tokenizer)
     statistics.write(out, figures, records)
@@ -124,11 +124,8 @@ def label_names(attributes: dict[str, list]) -> list[str]:
 
 def _pack_records(out: Path, beam_options: Sequence[str]) -> None:
     """Builds `packed/` where it is not of these records yet; an older one stays until the new one is whole."""
-    final, draft = out / PACKED, out / f".{PACKED}.part"
-    shutil.rmtree(draft, ignore_errors=True)  # of a killed run
+    final = out / PACKED
     if stored_digest(Corpus.name, str(final)) == hashlib.sha256((out / RECORDS).read_bytes()).hexdigest():
         return
-    with quiet_beam():
+    with replace_folder(final) as draft, quiet_beam():
         prepare(Corpus.name, str(out), str(draft), beam_options=tuple(beam_options))
-    shutil.rmtree(final, ignore_errors=True)
-    draft.rename(final)

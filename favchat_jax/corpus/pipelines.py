@@ -22,6 +22,7 @@ from typing import Any
 from absl import flags
 
 from favchat_jax.errors import UserError
+from favchat_jax.files import replace_file, write_errors
 
 log = logging.getLogger("favchat_jax")
 
@@ -54,7 +55,7 @@ def run(
     """
     folder = str((out / "work" / step).resolve())
     todo = Path(f"{folder}.todo.jsonl")  # a file, since the description of a pipeline is limited in size
-    todo.parent.mkdir(parents=True, exist_ok=True)
+    Path(folder).mkdir(parents=True, exist_ok=True)
     keys, left = {}, 0
     with todo.open("w", encoding="utf-8") as file:
         for name, key, item in items:
@@ -89,21 +90,20 @@ def _lines(path: str, lines: range) -> Iterator[str]:
 
 def _do(line: str, work: Work, folder: str) -> None:
     name, key, item = json.loads(line)
-    try:
+    file = _result(folder, name)
+    with write_errors(file):
         result = work(item)
-        write_whole(_result(folder, name), json.dumps({"key": key, "result": result}).encode())
-    except OSError as error:
-        where = error.filename or folder
-        raise UserError(f"{where}: {error.strerror}; make room or mend it, then the same command goes on") from None
+        file.parent.mkdir(exist_ok=True)
+        replace_file(file, json.dumps({"key": key, "result": result}), sync=False)  # a damaged one is made again
 
 
 @contextlib.contextmanager
 def quiet_beam() -> Iterator[ModuleType]:
-    """Apache Beam, which otherwise tells of missing clouds and logs every error that it raises besides.
+    """Apache Beam, without its notes on missing clouds and without its log of every error that it raises anyway.
 
     Raises:
-        UserError: one that a worker raised, as it raised it; Beam adds where, and from other processes hands on text.
-        OSError: a full disk, which ArrayRecord tells in text alone.
+        UserError: as a worker raised it. Beam adds where, and passes on only text from other processes.
+        OSError: a full disk, which ArrayRecord reports in text alone.
     """
     logging.disable(logging.WARNING)
     try:
@@ -116,12 +116,12 @@ def quiet_beam() -> Iterator[ModuleType]:
     try:
         yield apache_beam
     except Exception as error:
+        ours = re.search("(.*)" if isinstance(error, UserError) else "UserError: (.*)", str(error))
+        if ours is not None:
+            raise UserError(re.split(r" \[while running|\\n", ours[1])[0]) from None
         if os.strerror(errno.ENOSPC) in str(error):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from None
-        told = re.search("(.*)" if isinstance(error, UserError) else "UserError: (.*)", str(error))
-        if told is None:
-            raise
-        raise UserError(re.split(r" \[while running|\\n", told[1])[0]) from None
+        raise
     finally:
         logger.setLevel(level)
 
@@ -157,14 +157,6 @@ def _forget_others(folder: str, names: Collection[str]) -> None:
 
 def _digest(key: Any) -> str:
     return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Writes a file beside its place and renames it, so that a killed writer leaves no half of it there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.part")
-    draft.write_bytes(content)
-    os.replace(draft, path)
 
 
 def define_flags() -> None:

@@ -3,12 +3,12 @@
 Every verdict is on the disk before the page goes on. Several people may have the page open at once, each under a name.
 """
 
+import contextlib
 import dataclasses
 import json
 import logging
 import mimetypes
 import re
-import signal
 import threading
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -25,6 +25,7 @@ from favchat_jax.corpus.kept import Kept, read_kept
 from favchat_jax.corpus.reviews import VERDICTS, Review, Reviews, agreement
 from favchat_jax.data.record import Question
 from favchat_jax.errors import UserError
+from favchat_jax.signals import termination
 
 log = logging.getLogger("favchat_jax")
 
@@ -286,13 +287,14 @@ def define_flags() -> None:
 def run(out: Path) -> None:
     """Serves the page until Ctrl-C or SIGTERM, then prints how far the reviewers agree."""
     server = Server(out, flags.FLAGS.port)
-    ended = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: ended.set())
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    print(f"http://127.0.0.1:{server.server_port}/ shows {len(server.desk.clips)} clips; Ctrl-C ends it", flush=True)
-    ended.wait()
-    server.shutdown()
+    # Ctrl-C is the usual way to end the page, and no failure.
+    with contextlib.suppress(KeyboardInterrupt), termination("the page closes") as ended:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        print(
+            f"http://127.0.0.1:{server.server_port}/ shows {len(server.desk.clips)} clips; Ctrl-C ends it", flush=True
+        )
+        ended.wait()
+        server.shutdown()
     for row in server.desk.agreement():
         kappa = "undefined" if row.kappa is None else f"{row.kappa:.3f}"
         print(f"{row.first} and {row.second}: {row.clips} clips, {row.equal:.3f} equal, Cohen's kappa {kappa}")

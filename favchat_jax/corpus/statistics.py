@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from favchat_jax.corpus.pipelines import write_whole
 from favchat_jax.data import vocabulary
+from favchat_jax.files import draft_file, replace_file
 
 COLUMNS = {
     "clips": "clips",
@@ -102,8 +102,8 @@ def table(figures: dict[str, Any]) -> str:
 
 def write(out: Path, figures: dict[str, Any], records: Sequence[dict[str, Any]]) -> None:
     """Writes statistics.json, statistics.md and statistics.png."""
-    write_whole(out / "statistics.json", json.dumps(figures, indent=1).encode())
-    write_whole(out / "statistics.md", f"{table(figures)}\n".encode())
+    replace_file(out / "statistics.json", json.dumps(figures, indent=1))
+    replace_file(out / "statistics.md", f"{table(figures)}\n")
     _plot(out / "statistics.png", records)
 
 
@@ -122,9 +122,8 @@ def _plot(path: Path, records: Sequence[dict[str, Any]]) -> None:
     _bars(kinds, Counter(pair["kind"] for pair in pairs), "Kinds of questions")
     held = Counter(label for record in records for label in record["labels"])
     _bars(labels, held, f"Labels ({len(held)} of {len(vocabulary.VOCABULARY)} occur; the commonest)")
-    draft = path.with_name(f".{path.name}.part")
-    figure.savefig(draft, format="png", metadata={"Software": None}, dpi=80)
-    draft.replace(path)
+    with draft_file(path) as draft:
+        figure.savefig(draft, format="png", metadata={"Software": None}, dpi=80)
 
 
 def _bars(axes: Any, counts: Counter, title: str) -> None:

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import cv2
-import ml_collections
 import numpy as np
 from jaxtyping import UInt8
 
 from favchat_jax.errors import RunError, UserError
+from favchat_jax.evaluation.config import ClientConfig, ServerConfig
 from favchat_jax.evaluation.footage import Footage, beside_each_other
 from favchat_jax.generation.sampler import Sampler, Sampling, Turn
 
@@ -106,7 +106,7 @@ class OpenAIServer:
         UserError: `model` has another form, or the client is not installed.
     """
 
-    def __init__(self, model: str, config: ml_collections.ConfigDict):
+    def __init__(self, model: str, config: ServerConfig):
         found = MODEL_FORM.fullmatch(model)
         if found is None:
             raise UserError(
@@ -151,7 +151,7 @@ class OpenAIServer:
         return (reply.choices[0].message.content or "").strip()
 
 
-def openai_client(url: str, config: ml_collections.ConfigDict) -> Any:
+def openai_client(url: str, config: ClientConfig) -> Any:
     """A client of the library `openai`, which retries by itself with growing pauses."""
     try:
         import openai

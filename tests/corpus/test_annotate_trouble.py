@@ -18,10 +18,10 @@ from collections import Counter
 import pytest
 
 from favchat_jax.corpus import endpoint
-from favchat_jax.corpus.annotations import write_lines
 from favchat_jax.corpus.calls import CALLS, Calls, Reply
 from favchat_jax.corpus.manifest import KEPT, write_table
 from favchat_jax.errors import RunError, UserError
+from tests import conftest as disk
 from tests.conftest import ROOT
 from tests.corpus import annotate_process
 from tests.corpus.annotating import KEY, LIMITS, failing, for_step, run, unannotated
@@ -172,13 +172,15 @@ def test_a_full_disk_ends_the_run_and_loses_no_reply(tmp_path):
     assert Calls(tmp_path).find("first") == reply
 
 
-def test_a_full_disk_leaves_the_texts_that_were_there(tmp_path):
-    path = tmp_path / "annotations.jsonl"
-    write_lines(path, ["before"])
-    (tmp_path / "annotations.jsonl.draft").symlink_to("/dev/full")
-    with pytest.raises(OSError, match="No space left"):
-        write_lines(path, ["x" * 100_000])
-    assert path.read_text() == "before\n"
+def test_a_full_disk_leaves_the_texts_that_were_there(start, small_disk):
+    out = fill(small_disk / "out", 2)
+    start()
+    run(out)
+    before = (out / "annotations.jsonl").read_bytes()
+    disk.fill(small_disk)
+    with pytest.raises(UserError, match="could not write .*jsonl .No space left on device"):
+        run(out)  # every reply is kept, and only the texts are written again
+    assert (out / "annotations.jsonl").read_bytes() == before
 
 
 def test_two_runs_on_one_folder_do_not_pay_for_the_same(tmp_path):

@@ -11,7 +11,7 @@ import threading
 
 import pytest
 
-from favchat_jax.corpus.annotations import Annotation, read_annotations, write_lines
+from favchat_jax.corpus.annotations import Annotation, read_annotations
 from favchat_jax.corpus.manifest import KEPT, write_table
 from favchat_jax.corpus.review import LARGEST_REQUEST, Desk, Server
 from favchat_jax.corpus.reviews import Reviews
@@ -37,9 +37,8 @@ def out(tmp_path):
     """A corpus folder with texts; those of the last clip have a problem."""
     out = fill(tmp_path / "out", CLIPS)
     problems = [()] * (CLIPS - 1) + [("it says beard, and the labels say no beard",)]
-    write_lines(
-        out / "annotations.jsonl", [annotation(f"clip{n:03d}", found).line() for n, found in enumerate(problems)]
-    )
+    lines = [annotation(f"clip{n:03d}", found).line() for n, found in enumerate(problems)]
+    (out / "annotations.jsonl").write_text("\n".join(lines) + "\n")
     return out
 
 
