@@ -36,7 +36,7 @@ def get_config(stage: str, argument: str = "") -> ConfigDict:
     config.optimizer = _optimizer()
     # Where weights come from. An empty entry starts afresh.
     # A Hugging Face folder of Mistral; its frozen kernels are kept in `full` width while training, or in int8 or int4
-    # to fit a small card (docs/performance.md has the error).
+    # to fit a small card (docs/results.md has the error).
     config.llm = ConfigDict({"path": "", "storage": "full"})
     config.prompt_tokenizer = ""  # tokenizer folder for the Q-Formers' prompt; empty: the language model's
     # `qformer`: a converted Q-Former, from which both streams' start, or the workdir of a run, both of whose are taken.

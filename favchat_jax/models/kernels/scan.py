@@ -1,7 +1,7 @@
 """Layers of one form as one scan, so that a compiler sees them once.
 
 Their weights are stacked as the step runs and lie apart everywhere else, under the names that published ones map to.
-docs/performance.md says what it saves in compiling a step, and what the stacks take.
+docs/results.md says what it saves in compiling a step.
 """
 
 from collections.abc import Callable, Sequence
