@@ -87,9 +87,8 @@ def parse(argv: list[str]) -> None:
     try:
         rest = flags.FLAGS(argv)
     except flags.Error as error:
-        raise _user_error_behind(error) or UserError(_flag_mistake(error)) from None
-    except UserError:
-        raise
+        refusal = _refusal_of(error)
+        raise UserError(f"--config={config}: {refusal}" if refusal else _flag_mistake(error)) from None
     except (AttributeError, KeyError) as error:  # an override of a field that the config does not have
         if getattr(error, "name", None) == "get_config":
             raise UserError(f"--config={config} has no get_config(); configs/ holds those to choose from") from None
@@ -143,13 +142,13 @@ def _make_neighbours_importable(config: str) -> None:
         sys.path.insert(0, str(folder))
 
 
-def _user_error_behind(error: BaseException | None) -> UserError | None:
-    """What a config itself said was wrong: the first of the errors that the library of flags wrapped into others."""
-    found = None
+def _refusal_of(error: BaseException | None) -> str | None:
+    """What a config file itself said was wrong, with a ValueError that the library of flags wrapped into others."""
     while error is not None:
-        found = error if isinstance(error, UserError) else found
+        if str(error).startswith("Error whilst parsing config file") and type(error.__context__) is ValueError:
+            return one_line(error.__context__)
         error = error.__cause__ or error.__context__
-    return found
+    return None
 
 
 def _flag_mistake(error: flags.Error) -> str:

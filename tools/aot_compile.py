@@ -15,11 +15,11 @@ import json
 import os
 from pathlib import Path
 
-import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
 from favchat_jax import command_line
+from favchat_jax.config import Config
 from favchat_jax.errors import UserError
 from favchat_jax.files import replace_file
 
@@ -85,14 +85,15 @@ def main() -> None:
         chosen = [_TARGET.value] if _TARGET.value else list(TARGETS)
         for target in chosen:
             for stage in STAGES:
-                config = importlib.import_module(f"configs.{stage}").get_config("preset=paper")
-                config.llm.storage = find(target).storage
-                wanted.append((config, target))
+                config = Config.from_ml_collections(
+                    importlib.import_module(f"configs.{stage}").get_config("preset=paper")
+                )
+                wanted.append((config.updated({"llm.storage": find(target).storage}), target))
     else:
         if _CONFIG.value is None or not _TARGET.value:
             raise UserError("--config and --target are needed, or --all")
         command_line.check_kind(_CONFIG, "stage", "configs/stage1.py, stage2.py, stage3.py, coldstart.py, grpo.py")
-        wanted.append((_CONFIG.value, _TARGET.value))
+        wanted.append((Config.from_ml_collections(_CONFIG.value), _TARGET.value))
     if _SAVE.value:
         replace_file(_SAVE.value, plan.save(*wanted[0], _CLIPS.value))
     kept = _kept(Path(_JSON.value)) if _ALL.value and _JSON.value else {}
@@ -110,7 +111,7 @@ def main() -> None:
         print(table(plans))
 
 
-def _digest(config: ml_collections.ConfigDict, target: str, clips: int | None) -> str:
+def _digest(config: Config, target: str, clips: int | None) -> str:
     """What a plan is of: config, target, clips of a step and the jax that compiled it."""
     return hashlib.sha256(json.dumps([config.to_json(), target, clips, jax.__version__]).encode()).hexdigest()[:16]
 

@@ -14,8 +14,9 @@ from pathlib import Path
 from absl import flags
 
 from favchat_jax import command_line
-from favchat_jax.checkpoints.run import assemble, is_self_contained, run_config, whole_visual_and_lora
+from favchat_jax.checkpoints.run import assemble, run_config, whole_visual_and_lora
 from favchat_jax.checkpoints.weights_folder import save_weights
+from favchat_jax.checkpoints.workdir import is_self_contained
 from favchat_jax.convert.folder import copy_llm, copy_tokenizer, replacing
 from favchat_jax.errors import UserError
 
@@ -31,9 +32,8 @@ def export(checkpoint: str | Path, out: str | Path) -> None:
         config = run_config(checkpoint)
         weights = whole_visual_and_lora(checkpoint, config, assemble(config).model)
         parts = {"llm": config.llm.path, "prompt_tokenizer": config.prompt_tokenizer}
-        config.llm.path = "llm"
-        config.prompt_tokenizer = config.prompt_tokenizer and "prompt_tokenizer"
-        save_weights(draft, weights, config.to_dict())
+        inside = {"llm.path": "llm", "prompt_tokenizer": config.prompt_tokenizer and "prompt_tokenizer"}
+        save_weights(draft, weights, config.updated(inside).to_json())
         copy_llm(parts["llm"], draft / "llm")
         if parts["prompt_tokenizer"]:
             copy_tokenizer(parts["prompt_tokenizer"], draft / "prompt_tokenizer")

@@ -2,7 +2,7 @@
 
     DIR/weights/ (Orbax)   DIR/leaves.json (shape, dtype, checksum of each leaf)   DIR/config.json
 
-Orbax restores flipped bits without an error, hence the checksums.
+The checksums are there because Orbax restores flipped bits without an error.
 """
 
 import contextlib
@@ -24,15 +24,15 @@ from favchat_jax.files import replace_folder
 
 Weights = Mapping[str, jax.Array]
 
-ORBAX_ERRORS = (ValueError, RuntimeError)  # besides OSError, where it cannot write
+ORBAX_ERRORS = (ValueError, RuntimeError)  # that Orbax raises besides OSError when it cannot write
 
 
 class DamagedError(Exception):
-    """A checkpoint that does not read back as it was written."""
+    """A checkpoint does not read back as it was written."""
 
 
 def whole(array: Any) -> np.ndarray:
-    """All of an array in host memory, wherever its shards lie; all processes of a run have to ask."""
+    """Gathers an array into host memory from all its shards; every process of a run has to call it."""
     if isinstance(array, jax.Array) and not array.is_fully_addressable and not array.is_fully_replicated:
         array = multihost_utils.process_allgather(array, tiled=True)
     return np.asarray(array)
@@ -49,7 +49,7 @@ def describe_leaves(tree: Any) -> dict[str, dict]:
 
 
 def check_leaves(tree: Any, leaves: Mapping[str, dict]) -> None:
-    """Raises DamagedError where a leaf of `tree` is not what `leaves` says was written."""
+    """Raises DamagedError where a leaf of `tree` differs from its description in `leaves`."""
     found = describe_leaves(tree)
     wrong = [path for path in sorted(found.keys() | leaves.keys()) if found.get(path) != leaves.get(path)]
     if wrong:
@@ -57,10 +57,7 @@ def check_leaves(tree: Any, leaves: Mapping[str, dict]) -> None:
 
 
 def save_weights(folder: str | Path, weights: Weights, config: Mapping[str, Any]) -> None:
-    """Writes a weights folder, whole or not at all.
-
-    Of several processes all have to call it, and the first one writes.
-    """
+    """Writes a weights folder whole or not at all. Every process of a run has to call it; the first one writes."""
     tree = unflatten_dict({path: whole(leaf) for path, leaf in weights.items()}, sep="/")
     if jax.process_index():
         return
@@ -74,11 +71,6 @@ def save_weights(folder: str | Path, weights: Weights, config: Mapping[str, Any]
         checkpointer.save(draft / "weights", args=ocp.args.PyTreeSave(tree))
         (draft / "leaves.json").write_text(json.dumps(describe_leaves(flatten_dict(tree, sep="/")), indent=1))
         (draft / "config.json").write_text(json.dumps(dict(config), indent=1))
-
-
-def weight_shapes(folder: str | Path) -> dict[str, tuple[int, ...]]:
-    """Path -> shape of what a weights folder holds; raises UserError where it is missing or damaged."""
-    return {path[2:-2]: tuple(leaf["shape"]) for path, leaf in _leaves(Path(folder)).items()}
 
 
 def load_weights(folder: str | Path) -> dict[str, np.ndarray]:
@@ -95,6 +87,11 @@ def load_weights(folder: str | Path) -> dict[str, np.ndarray]:
     return weights
 
 
+def weight_shapes(folder: str | Path) -> dict[str, tuple[int, ...]]:
+    """Path -> shape of a weights folder's leaves; raises UserError where it is missing or damaged."""
+    return {path[2:-2]: tuple(leaf["shape"]) for path, leaf in _leaves(Path(folder)).items()}
+
+
 def _leaves(folder: Path) -> dict[str, dict]:
     try:
         return json.loads((folder / "leaves.json").read_text())
@@ -107,6 +104,6 @@ def _leaves(folder: Path) -> dict[str, dict]:
 
 
 def abstract(leaves: Mapping[str, dict]) -> dict:
-    """The nested tree that Orbax restores arrays of host memory like; keys of `leaves` read like ['umt/norm/scale']."""
+    """The nested tree of host arrays that Orbax restores into; keys of `leaves` read like ['umt/norm/scale']."""
     flat = {path[2:-2]: np.empty(leaf["shape"], jnp.dtype(leaf["dtype"])) for path, leaf in leaves.items()}
     return unflatten_dict(flat, sep="/")

@@ -16,11 +16,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import ml_collections
 import numpy as np
 from sklearn.metrics import cohen_kappa_score
 from tqdm import tqdm
 
+from favchat_jax.evaluation.config import JudgeConfig
 from favchat_jax.evaluation.respondents import Unanswered, chat_model, complete
 
 log = logging.getLogger("favchat_jax")
@@ -154,7 +154,7 @@ class Judge:
         second: another judge, that scores the same answers to see how far the two agree.
     """
 
-    def __init__(self, config: ml_collections.ConfigDict, second: "Judge | None" = None):
+    def __init__(self, config: JudgeConfig, second: "Judge | None" = None):
         self._config, self._second = config, second
         self._pairs: list[tuple[float, float]] = []
         self._model = chat_model(config.url, config.model, config)

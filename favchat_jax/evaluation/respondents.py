@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import cv2
-import ml_collections
 import numpy as np
 from jaxtyping import UInt8
 
 from favchat_jax.errors import RunError, UserError
+from favchat_jax.evaluation.config import ClientConfig, ServerConfig
 from favchat_jax.evaluation.footage import Footage, beside_each_other
 from favchat_jax.generation.sampler import Sampler, Sampling, Turn
 from favchat_jax.openai_client import ChatModel, Completion, NoAnswer, Refused, picture
@@ -104,7 +104,7 @@ class OpenAIServer:
         UserError: `model` has another form, or the client is not installed.
     """
 
-    def __init__(self, model: str, config: ml_collections.ConfigDict):
+    def __init__(self, model: str, config: ServerConfig):
         found = MODEL_FORM.fullmatch(model)
         if found is None:
             raise UserError(
@@ -147,7 +147,7 @@ class OpenAIServer:
         return complete(self._model, self._url, messages, max_tokens=max_new_tokens).text.strip()
 
 
-def chat_model(url: str, name: str, config: ml_collections.ConfigDict) -> ChatModel:
+def chat_model(url: str, name: str, config: ClientConfig) -> ChatModel:
     """A model as a config's section describes its server; raises UserError where the server cannot be asked."""
     return ChatModel(url, name, config.key_variable, timeout=config.timeout, retries=config.retries)
 

@@ -32,8 +32,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import ml_collections
-
+from favchat_jax.evaluation.config import EvaluationConfig
 from favchat_jax.files import replace_file
 
 Figure = dict[str, float | None]
@@ -85,7 +84,7 @@ def make_result(
 
 
 def with_provenance(
-    result: Result, config: ml_collections.ConfigDict, model: Mapping[str, Any], describer: Mapping[str, Any] | None
+    result: Result, config: EvaluationConfig, model: Mapping[str, Any], describer: Mapping[str, Any] | None
 ) -> Result:
     """The whole result: a benchmark's, and by what, with what and of what it was made.
 
@@ -98,7 +97,7 @@ def with_provenance(
         "describer": describer["name"] if describer else None,
         **own,
         "provenance": {
-            "config": json.loads(config.to_json()),
+            "config": config.to_json(),
             "checkpoint": dict(model),
             "describer": dict(describer) if describer else None,
             "data": result["data"],

@@ -8,11 +8,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 from flax import struct
 from flax.traverse_util import unflatten_dict
 from jaxtyping import Array, Bool, Float, Int
 
+from favchat_jax.config import Config
 from favchat_jax.generation.decoding_form import for_decoding
 from favchat_jax.models import favchat
 from favchat_jax.models.mistral import LayerCache, MistralConfig, empty_cache
@@ -62,7 +62,7 @@ class Decoder:
         eos: the token that ends an answer.
     """
 
-    def __init__(self, config: ml_collections.ConfigDict, llm: MistralConfig, eos: int):
+    def __init__(self, config: Config, llm: MistralConfig, eos: int):
         self.model = favchat.build(
             config.model, llm, variant=config.variant, ablation=config.ablation, lora_rank=0, scan=False
         )

@@ -13,8 +13,6 @@ v2, prompt-guided at three levels (low: CA2, medium: Q-Formers, high: weight ada
 Encoders and v1's fusion run once a clip; everything that reads the question runs once a question.
 """
 
-from typing import Any
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -22,7 +20,7 @@ from einops import rearrange
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
-from favchat_jax.errors import UserError
+from favchat_jax.config import ModelConfig
 from favchat_jax.models.adapters import GatedMixture, ScalarMixture, TokenMLP, WeightAdapters
 from favchat_jax.models.facexformer import FaceXFormerEncoder, LinearFuse
 from favchat_jax.models.granularity import GranularityFusion, PromptGuidedFusion, add_positions
@@ -34,9 +32,6 @@ from favchat_jax.models.umt import UMT, VISION_LAYERNORM_EPSILON
 # Published normalisation of both encoders' input (ImageNet's).
 PIXEL_MEAN = (0.485, 0.456, 0.406)
 PIXEL_STD = (0.229, 0.224, 0.225)
-
-VARIANTS = ("v1", "v2")
-ABLATIONS = ("none", "no_face", "no_granularity", "no_moe")
 
 
 @struct.dataclass
@@ -217,39 +212,36 @@ def place_visual_tokens(
 
 
 def build(
-    model: Any, llm: MistralConfig, *, variant: str = "v1", ablation: str = "none", lora_rank: int, scan: bool = True
+    model: ModelConfig,
+    llm: MistralConfig,
+    *,
+    variant: str = "v1",
+    ablation: str = "none",
+    lora_rank: int,
+    scan: bool = True,
 ) -> FaVChat:
     """The model that a config's `model` section describes.
 
     Args:
-        model: the section (`configs/common.py` says what each field means).
+        model: the section.
         llm: sizes of the language model, from its folder.
         variant: v1 or v2.
         ablation: none, no_face, no_granularity or no_moe (Table 6); for v2 the last two are without CA2 and without
             weight adapters.
         lora_rank: 0 in stage 1, which has no adapters.
         scan: False for decoding.
-
-    Raises:
-        UserError: unknown variant or ablation, or a v2 whose Q-Formers have no words for CA2 and the adapters.
     """
-    if variant not in VARIANTS:
-        raise UserError(f"variant={variant} is unknown: choose one of {', '.join(VARIANTS)}")
-    if ablation not in ABLATIONS:
-        raise UserError(f"ablation={ablation} is unknown: choose one of {', '.join(ABLATIONS)}")
-    if variant == "v2" and not model.qformer.prompt:
-        raise UserError("model.qformer.prompt=False leaves v2 without the question that guides it: choose variant=v1")
     dtype = jnp.dtype(model.dtype)
     taps = tuple(model.no_face_taps) if ablation == "no_face" else ()
-    qformer = dict(model.qformer, remat=model.remat, dtype=dtype)
+    qformer = dict(vars(model.qformer), remat=model.remat, dtype=dtype)
     # Visual tokens start as large as word embeddings. At the size of a Q-Former's normed output they would drown what
     # the language model's layers add to them.
     word_scale = nn.initializers.variance_scaling(1 / llm.hidden_size, "fan_in", "normal")
     return FaVChat(
-        umt=UMT(**model.umt, taps=taps, remat=model.remat, dtype=dtype),
+        umt=UMT(**vars(model.umt), taps=taps, remat=model.remat, dtype=dtype),
         facexformer=None
         if ablation == "no_face"
-        else FaceXFormerEncoder(**model.facexformer, remat=model.remat, dtype=dtype),
+        else FaceXFormerEncoder(**vars(model.facexformer), remat=model.remat, dtype=dtype),
         fusion=_fusion(model, variant, ablation, dtype),
         general_qformer=QFormer(**qformer),
         facial_qformer=QFormer(**qformer),
@@ -269,16 +261,16 @@ def build(
     )
 
 
-def _fusion(model: Any, variant: str, ablation: str, dtype: jnp.dtype):
+def _fusion(model: ModelConfig, variant: str, ablation: str, dtype: jnp.dtype):
     if ablation == "no_granularity":
         return None
     if variant == "v1":
-        return GranularityFusion(model.umt.width, dtype=dtype, **model.fusion)
+        return GranularityFusion(model.umt.width, dtype=dtype, **vars(model.fusion))
     blocks = len(model.no_face_taps) if ablation == "no_face" else len(model.facexformer.depths)
-    return PromptGuidedFusion(blocks, model.umt.width, dtype=dtype, **model.fusion)
+    return PromptGuidedFusion(blocks, model.umt.width, dtype=dtype, **vars(model.fusion))
 
 
-def _adapter(model: Any, variant: str, ablation: str, dtype: jnp.dtype):
+def _adapter(model: ModelConfig, variant: str, ablation: str, dtype: jnp.dtype):
     if ablation == "no_moe":
         return ScalarMixture()
     return (GatedMixture if variant == "v1" else WeightAdapters)(model.adapter.hidden, dtype=dtype)

@@ -19,7 +19,7 @@ from favchat_jax.data.record import Question
 from favchat_jax.data.sources import open_dataset, prepare
 from favchat_jax.errors import UserError
 from favchat_jax.rl.rewards import FORM
-from favchat_jax.training.loop import train
+from tests.conftest import train_alone
 from tests.corpus.corpus_files import annotate, celebvhq_entry, celebvhq_info, face_video, write
 
 
@@ -185,7 +185,7 @@ def test_a_clip_that_changed_since_is_refused(clipped, tmp_path):
 def test_a_packed_corpus_trains_a_stage(packed, small_world, tmp_path, stage):
     data = {"data__name": "corpus", "data__root": str(packed), "data__packed": str(packed / "packed")}
     config = small_world.config(stage, "", **data, steps=2, batch=2, data__buckets=(320,))
-    outcome = train(config, tmp_path / stage)
+    outcome = train_alone(config, tmp_path / stage)
     assert outcome.finished
     rows = [json.loads(line) for line in (tmp_path / stage / "metrics.jsonl").read_text().splitlines()]
     assert all(np.isfinite(row["loss"]) for row in rows if "loss" in row)

@@ -11,7 +11,7 @@ from favchat_jax.corpus.manifest import DROPPED, KEPT, read_table
 from favchat_jax.data import vocabulary
 from favchat_jax.data.sources import open_dataset
 from favchat_jax.embedded import faces as rendered_faces
-from favchat_jax.training.loop import train
+from tests.conftest import train_alone
 from tests.corpus.chat_server import FEATURES, Answer
 from tests.corpus.corpus_files import celebvhq_entry, celebvhq_info, write
 from tests.corpus.processes import command, finish
@@ -87,7 +87,7 @@ def test_a_thousand_rendered_clips_become_a_trained_stage(start, small_world, tm
     assert not groups[0] & groups[1]
     data = {"data__name": "corpus", "data__root": str(out), "data__packed": str(out / "packed")}
     config = small_world.config("stage3", "", **data, steps=5, batch=4, data__buckets=(480,))
-    assert train(config, tmp_path / "run").finished
+    assert train_alone(config, tmp_path / "run").finished
     losses = [json.loads(line).get("loss") for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert all(np.isfinite(loss) for loss in losses if loss is not None)
     print(f"{len(faces)} with a face, {len(kept)} kept, {len(kept & faces)} of them right; seconds {seconds}")

@@ -3,11 +3,11 @@
 import json
 
 import pytest
-from ml_collections import ConfigDict
 
 from configs.eval import common
 from favchat_jax import openai_client
 from favchat_jax.errors import RunError, UserError
+from favchat_jax.evaluation.config import JudgeConfig
 from favchat_jax.evaluation.judge import PROMPT_VERSION, Judge, Question, agreement
 from favchat_jax.evaluation.respondents import Unanswered
 from tests.evaluation.servers import asked, serve
@@ -15,10 +15,9 @@ from tests.evaluation.servers import asked, serve
 QA = [Question(str(i), "qa", {"question": f"q{i}?", "reference": "a", "answer": f"b{i}"}) for i in range(5)]
 
 
-def config(url, tmp_path, **changes) -> ConfigDict:
-    section = common.judge()
-    section.update({"url": url, "model": "m", "cache": str(tmp_path / "cache.jsonl"), "retries": 0, **changes})
-    return section
+def config(url, tmp_path, **changes) -> JudgeConfig:
+    ours = {"url": url, "model": "m", "cache": str(tmp_path / "cache.jsonl"), "retries": 0}
+    return JudgeConfig.read({**common.judge(), **ours, **changes})
 
 
 def test_scores_come_back_by_question_and_are_asked_at_temperature_0(tmp_path):

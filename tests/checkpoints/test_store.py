@@ -9,8 +9,9 @@ import numpy as np
 import optax
 import pytest
 
-from favchat_jax.checkpoints.store import Checkpoints, load_config
+from favchat_jax.checkpoints.store import Checkpoints
 from favchat_jax.checkpoints.weights_folder import load_weights, save_weights
+from favchat_jax.checkpoints.workdir import load_config
 from favchat_jax.convert.folder import replacing
 from favchat_jax.errors import UserError
 from favchat_jax.training.step import TrainState, new_state

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 
 from favchat_jax import stages
+from favchat_jax.checkpoints import initial as initial_room
 from favchat_jax.checkpoints import mistral_folder
 from favchat_jax.checkpoints import run as assembly
+from favchat_jax.checkpoints.initial import initial_weights
 from favchat_jax.checkpoints.weights_folder import save_weights
 from favchat_jax.errors import UserError
 from tests.conftest import damage, newest, same_weights
@@ -18,7 +20,7 @@ from tools import export_orbax, export_pytorch
 def start(small_world):
     """The weights that stage 1 starts from, all drawn afresh but the language model's."""
     config = small_world.config("stage1")
-    return assembly.initial_weights(config, assembly.assemble(config).model)
+    return initial_weights(config, assembly.assemble(config).model)
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +30,7 @@ def runs(trained):
 
 
 def initial(config):
-    return assembly.initial_weights(config, assembly.assemble(config).model)
+    return initial_weights(config, assembly.assemble(config).model)
 
 
 def part(weights: dict, prefix: str) -> dict:
@@ -162,9 +164,8 @@ def test_a_folder_with_weights_of_another_size_is_a_users_error_that_names_the_f
     shapes = assembly.weight_shapes(assembly.assemble(other).model, other)
     path = next(path for path in shapes if shapes[path].shape != runs["stage1"][path].shape)
     with pytest.raises(UserError, match=f"{path} has shape .*, expected "), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(assembly, "load_weights", lambda _: {path: runs["stage1"][path]})
-        other.init.umt = "folder"
-        initial(other)
+        patch.setattr(initial_room, "load_weights", lambda _: {path: runs["stage1"][path]})
+        initial(other.updated({"init.umt": "folder"}))
 
 
 def test_a_folder_that_is_missing_is_a_users_error(small_world, tmp_path):
