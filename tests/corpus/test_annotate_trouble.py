@@ -202,7 +202,9 @@ def test_the_command_says_in_one_line_that_the_key_is_refused(start, tmp_path):
     start(lambda *_: Answer(status=401, raw=json.dumps({"error": {"message": f"Incorrect API key {KEY}"}}).encode()))
     command = [sys.executable, "-m", "tools.build_dataset", "annotate", f"--out={out}"]
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    line = "build_dataset: the endpoint refuses the key (HTTP 401): set OPENAI_API_KEY to a valid one\n"
+    line = (
+        "build_dataset: the endpoint of OPENAI_BASE_URL refuses the key (HTTP 401): set OPENAI_API_KEY to a valid one\n"
+    )
     assert (ended.returncode, ended.stdout, ended.stderr) == (2, "", line)
 
 
