@@ -48,7 +48,12 @@ def assemble(config: Config) -> Assembly:
     """The model and tokenizers of a config; the language model's folder has its sizes and its tokenizer."""
     llm = mistral_folder.read_config(config.llm.path)
     model = favchat.build(
-        config.model, llm, variant=config.variant, ablation=config.ablation, lora_rank=config.lora_rank
+        config.model,
+        llm,
+        variant=config.variant,
+        ablation=config.ablation,
+        lora_rank=config.lora_rank,
+        storage=config.llm.storage,
     )
     tokenizer = load_tokenizer(config.llm.path)
     prompt_tokenizer = load_tokenizer(config.prompt_tokenizer) if config.prompt_tokenizer else tokenizer
