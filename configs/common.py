@@ -6,27 +6,30 @@ A config file is picked on the command line with its arguments after a colon, an
 """
 
 from ml_collections import ConfigDict
-
-from favchat_jax.errors import UserError
+from ml_collections.config_dict import placeholder
 
 PRESETS = ("tiny", "base", "paper")
+STAGES = ("stage1", "stage2", "stage3", "coldstart", "grpo")  # each has a file here
 
 
 def get_config(stage: str, argument: str = "") -> ConfigDict:
     """The config of a stage.
 
     Args:
-        stage: stage1, stage2, stage3, coldstart or grpo.
+        stage: one of STAGES.
         argument: comma-separated `preset=`, `variant=`, `ablation=`.
+
+    Raises:
+        ValueError: an argument is unknown; the message is for the person who gave it.
     """
     chosen = {"preset": "tiny", "variant": "v1", "ablation": "none"}
     for item in filter(None, argument.split(",")):
         name, _, value = item.partition("=")
         if name not in chosen:
-            raise UserError(f"config argument {item!r} is unknown: use preset=, variant= or ablation=")
+            raise ValueError(f"config argument {item!r} is unknown: use preset=, variant= or ablation=")
         chosen[name] = value
     if chosen["preset"] not in PRESETS:
-        raise UserError(f"preset={chosen['preset']} is unknown: choose one of {', '.join(PRESETS)}")
+        raise ValueError(f"preset={chosen['preset']} is unknown: choose one of {', '.join(PRESETS)}")
 
     config = ConfigDict(chosen)
     config.stage = stage
@@ -36,19 +39,20 @@ def get_config(stage: str, argument: str = "") -> ConfigDict:
     config.optimizer = _optimizer()
     # Where weights come from. An empty entry starts afresh.
     # A Hugging Face folder of Mistral; its frozen kernels are kept in `full` width while training, or in int8 or int4
-    # to fit a small card (docs/performance.md has the error).
+    # to fit a small card (docs/results.md has the error).
     config.llm = ConfigDict({"path": "", "storage": "full"})
     config.prompt_tokenizer = ""  # tokenizer folder for the Q-Formers' prompt; empty: the language model's
     # `qformer`: a converted Q-Former, from which both streams' start, or the workdir of a run, both of whose are taken.
     config.init = ConfigDict({"umt": "", "facexformer": "", "qformer": ""})
     config.init.videochat2 = ""  # in place of umt and qformer, with its projection and LoRA
-    config.init.from_run = _stage_before(config)  # workdir of the stage before
+    # Workdir of the stage before; unless one is named, runs/PRESET-VARIANT[-ABLATION]/STAGE.
+    config.init.from_run = placeholder(str)
     # Length of the run: `steps`, or `epochs` over the data where steps is 0.
     config.steps = 0
     config.epochs = 3.0  # VideoChat2's
     config.batch = 4  # clips
     config.accumulate = 1  # parts that a batch is cut into, to save memory
-    # Devices along each axis of the mesh (training/sharding.py); -1 takes all that the others leave.
+    # Devices along each axis of the mesh (favchat_jax/sharding.py); -1 takes all that the others leave.
     config.mesh = ConfigDict({"data": 1, "fsdp": -1, "tensor": 1})
     config.loss_chunk = 256  # positions whose scores over the vocabulary exist at once
     config.log_every = 10  # steps
@@ -61,12 +65,6 @@ def get_config(stage: str, argument: str = "") -> ConfigDict:
     if config.preset == "tiny":
         _embedded(config)
     return config
-
-
-def _stage_before(config: ConfigDict) -> str:
-    before = {"stage2": "stage1", "stage3": "stage2", "coldstart": "stage3", "grpo": "coldstart"}.get(config.stage, "")
-    ablation = "" if config.ablation == "none" else f"-{config.ablation}"
-    return before and f"runs/{config.preset}-{config.variant}{ablation}/{before}"
 
 
 def _model(preset: str, variant: str) -> ConfigDict:

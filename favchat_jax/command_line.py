@@ -13,7 +13,7 @@ from absl import flags
 from absl import logging as absl_logging
 from ml_collections import config_flags
 
-from favchat_jax.errors import RunError, UserError
+from favchat_jax.errors import RunError, UserError, one_line
 
 HELP = {f"{dashes}{name}" for name in ("help", "helpfull", "helpshort", "h") for dashes in ("-", "--")}
 
@@ -87,19 +87,18 @@ def parse(argv: list[str]) -> None:
     try:
         rest = flags.FLAGS(argv)
     except flags.Error as error:
-        raise _user_error_behind(error) or UserError(_flag_mistake(error)) from None
-    except UserError:
-        raise
+        refusal = _refusal_of(error)
+        raise UserError(f"--config={config}: {refusal}" if refusal else _flag_mistake(error)) from None
     except (AttributeError, KeyError) as error:  # an override of a field that the config does not have
         if getattr(error, "name", None) == "get_config":
             raise UserError(f"--config={config} has no get_config(); configs/ holds those to choose from") from None
-        raise UserError(f"unknown config option: {_first_line(error)}") from None
+        raise UserError(f"unknown config option: {one_line(error)}") from None
     except (TypeError, ValueError) as error:
-        raise UserError(f"config option of the wrong type: {_first_line(error)}") from None
+        raise UserError(f"config option of the wrong type: {one_line(error)}") from None
     except SyntaxError as error:
         raise UserError(f"{error.filename}, line {error.lineno}: not a config in Python ({error.msg})") from None
     except Exception as error:  # the config is a program, which may fail in any way
-        raise UserError(f"--config={config} cannot be read: {type(error).__name__}: {_first_line(error)}") from None
+        raise UserError(f"--config={config} cannot be read: {type(error).__name__}: {one_line(error)}") from None
     if rest[1:]:
         raise UserError(f"unexpected argument {rest[1]!r}: options are written --name=value (see --help)")
 
@@ -143,26 +142,20 @@ def _make_neighbours_importable(config: str) -> None:
         sys.path.insert(0, str(folder))
 
 
-def _user_error_behind(error: BaseException | None) -> UserError | None:
-    """What a config itself said was wrong: the first of the errors that the library of flags wrapped into others."""
-    found = None
+def _refusal_of(error: BaseException | None) -> str | None:
+    """What a config file itself said was wrong, with a ValueError that the library of flags wrapped into others."""
     while error is not None:
-        found = error if isinstance(error, UserError) else found
+        if str(error).startswith("Error whilst parsing config file") and type(error.__context__) is ValueError:
+            return one_line(error.__context__)
         error = error.__cause__ or error.__context__
-    return found
+    return None
 
 
 def _flag_mistake(error: flags.Error) -> str:
     lines = str(error).strip().splitlines()
     if "parsing config file" in lines[0]:  # what follows is a traceback
         return f"{lines[0]} {lines[-1]}; expected is a get_config() like those of the files in configs/"
-    return f"{_first_line(error)} (see --help)"
-
-
-def _first_line(error: BaseException) -> str:
-    line = str(error).strip().replace("\\n", "\n").splitlines()[0] if str(error).strip() else type(error).__name__
-    # The message of a KeyError is quoted, at times twice.
-    return line.replace("\\", "").strip("'\"") if isinstance(error, KeyError | AttributeError) else line
+    return f"{one_line(error)} (see --help)"
 
 
 def _end(name: str, message: object, code: int) -> None:

@@ -9,18 +9,18 @@ import json
 from pathlib import Path
 from typing import Any
 
-import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
 from favchat_jax import command_line
 from favchat_jax.checkpoints.mistral_folder import fingerprint
-from favchat_jax.checkpoints.run import Run, is_self_contained, load_run
+from favchat_jax.checkpoints.run import Run, load_run
 from favchat_jax.checkpoints.store import Checkpoints
-from favchat_jax.checkpoints.weights_folder import describe_leaves
+from favchat_jax.checkpoints.weights_folder import describe_leaves, is_weights_folder
 from favchat_jax.errors import UserError
 from favchat_jax.evaluation import result as results
 from favchat_jax.evaluation.benchmarks import benchmark_of
+from favchat_jax.evaluation.config import EvaluationConfig
 from favchat_jax.evaluation.judge import Judge
 from favchat_jax.evaluation.respondents import FaVChat, OpenAIServer
 from favchat_jax.evaluation.session import Journal, Session
@@ -29,7 +29,7 @@ from favchat_jax.stages import group_of
 
 
 def evaluate(
-    config: ml_collections.ConfigDict,
+    config: EvaluationConfig,
     checkpoint: str | Path | None = None,
     *,
     model: str | None = None,
@@ -60,7 +60,7 @@ def evaluate(
     return results.with_provenance(found, config, respondent.identity, telling and telling.identity)
 
 
-def respondent_of(checkpoint: str | Path, config: ml_collections.ConfigDict) -> FaVChat:
+def respondent_of(checkpoint: str | Path, config: EvaluationConfig) -> FaVChat:
     """A checkpoint, ready to be asked in batches of the config's size."""
     run = load_run(checkpoint)
     return FaVChat(Sampler.of(run), config.batch, config.questions, identity_of(checkpoint, run))
@@ -73,16 +73,14 @@ def identity_of(checkpoint: str | Path, run: Run) -> dict[str, Any]:
     """
     weights = {path: leaf for path, leaf in run.weights.items() if group_of(path) != "llm"}
     told = json.dumps([describe_leaves(weights), fingerprint(run.config.llm.path)], sort_keys=True)
-    kind = {name: run.config[name] for name in ("preset", "variant", "ablation", "stage") if name in run.config}
-    step = None if is_self_contained(checkpoint) else Checkpoints(checkpoint).latest()
+    kind = {name: getattr(run.config, name) for name in ("preset", "variant", "ablation", "stage")}
+    step = None if is_weights_folder(checkpoint) else Checkpoints(checkpoint).latest()
     return {"name": str(checkpoint), **kind, "step": step, "sha256": hashlib.sha256(told.encode()).hexdigest()}
 
 
-def judge_of(config: ml_collections.ConfigDict) -> Judge | None:
+def judge_of(config: EvaluationConfig) -> Judge | None:
     """The judge that the config names, with the second one where there is one."""
     if not config.judge.model:
-        if config.second_judge.model:
-            raise UserError("second_judge.model is set without judge.model: name the first judge too")
         return None
     return Judge(config.judge, Judge(config.second_judge) if config.second_judge.model else None)
 
@@ -92,20 +90,6 @@ def table(result: results.Result) -> str:
     return getattr(benchmark_of(result["benchmark"]), "table", results.table)(result)
 
 
-def check(config: ml_collections.ConfigDict, out: Path) -> None:
-    """Refuses now what would fail after all the work; raises UserError."""
-    for field, least in (
-        ("batch", 1),
-        ("questions", 1),
-        ("max_new_tokens", 1),
-        ("description_tokens", 1),
-        ("limit", 0),
-    ):
-        if config[field] < least:
-            raise UserError(f"{field}={config[field]} is too small: give at least {least}")
-    command_line.check_output("--out", str(out))
-
-
 def main() -> None:
     """Evaluates what the flags say."""
     if _CONFIG.value is None or not _OUT.value or not (_CHECKPOINT.value or _MODEL.value):
@@ -113,10 +97,11 @@ def main() -> None:
     if _CHECKPOINT.value and _MODEL.value:
         raise UserError("--checkpoint and --model both name the model: give one (--describer=DIR adds descriptions)")
     command_line.check_kind(_CONFIG, "benchmark", "configs/eval")
+    config = EvaluationConfig.from_ml_collections(_CONFIG.value)
+    command_line.check_output("--out", _OUT.value)
     out = Path(_OUT.value)
-    check(_CONFIG.value, out)
     journal = out.with_name(f"{out.name}.answers.jsonl")
-    result = evaluate(_CONFIG.value, _CHECKPOINT.value, model=_MODEL.value, describer=_DESCRIBER.value, journal=journal)
+    result = evaluate(config, _CHECKPOINT.value, model=_MODEL.value, describer=_DESCRIBER.value, journal=journal)
     results.write_result(out, result)
     journal.unlink(missing_ok=True)  # the result holds everything
     print(table(result))

@@ -19,7 +19,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from favchat_jax.errors import RunError, UserError
+from favchat_jax.errors import RunError, UserError, one_line
 
 SILENCE = 25  # seconds after which a host that does not answer any more counts as dead
 RESTART = "the last checkpoint is intact: start all processes again, and they go on"
@@ -60,7 +60,7 @@ def joined(processes: str) -> Iterator[None]:
         # Later than what is noticed here, so that its stack trace is seen only where that fails.
         jax.distributed.initialize(**place, heartbeat_timeout_seconds=2 * SILENCE, shutdown_timeout_seconds=SILENCE)
     except (RuntimeError, ValueError) as error:
-        raise UserError(f"--processes={processes}: {_first_line(error)}") from None
+        raise UserError(f"--processes={processes}: {one_line(error)}") from None
     others = _connect(host)
     left = threading.Event()
     for other in others:
@@ -70,7 +70,7 @@ def joined(processes: str) -> Iterator[None]:
         for other in others:
             other.sendall(b".")  # this process ends as it should
     except jax.errors.JaxRuntimeError as error:
-        raise RunError(f"{_who()} lost another one ({_first_line(error)}); {RESTART}") from None
+        raise RunError(f"{_who()} lost another one ({one_line(error)}); {RESTART}") from None
     finally:
         left.set()
         for other in others:
@@ -137,7 +137,3 @@ def gathered(value: dict[str, Any]) -> list[dict[str, Any]]:
     longest = int(np.max(multihost_utils.process_allgather(np.array(text.size))))
     padded = multihost_utils.process_allgather(np.pad(text, (0, longest - text.size), constant_values=ord(" ")))
     return [json.loads(row.tobytes()) for row in padded]
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]

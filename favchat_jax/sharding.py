@@ -13,12 +13,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import ml_collections
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Shaped
 
+from favchat_jax.config import Config, MeshConfig
 from favchat_jax.errors import UserError
 
 AXES = ("data", "fsdp", "tensor")
@@ -41,33 +41,45 @@ TABLE = (
 )
 
 
-def make_mesh(section: ml_collections.ConfigDict, devices: list[jax.Device] | None = None) -> Mesh:
-    """The mesh of a config's `mesh` section, over all devices that there are, or over `devices`.
+def training_mesh(config: Config) -> Mesh:
+    """The mesh that a stage trains on; for stage grpo, the first device.
 
-    Args:
-        section: devices along each of AXES; one of them may be -1, all that the others leave.
+    Raises:
+        UserError: the devices or processes that are here do not suit the config.
+    """
+    if config.stage == "grpo":
+        if jax.process_count() > 1:
+            raise UserError("stage=grpo computes on one device, in one process: leave out --processes")
+        return one_device()
+    if config.data.keep_features and jax.process_count() > 1:
+        raise UserError("data.keep_features=True is for a single process: leave it out where there are several")
+    mesh = make_mesh(config.mesh)
+    check_batch(config.batch, config.accumulate, mesh)
+    return mesh
+
+
+def make_mesh(sizes: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
+    """The mesh of a config over `devices`, by default all that there are.
 
     Raises:
         UserError: there are not as many devices, or they do not divide.
     """
     devices = jax.devices() if devices is None else devices
-    sizes = [section[axis] for axis in AXES]
-    given = ", ".join(f"mesh.{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
-    if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
-        raise UserError(f"{given}: give numbers above 0, or -1 in one place for all devices that are left")
-    known = math.prod(size for size in sizes if size != -1)
+    shape = [sizes.data, sizes.fsdp, sizes.tensor]
+    given = ", ".join(f"mesh.{axis}={size}" for axis, size in zip(AXES, shape, strict=True))
+    known = math.prod(size for size in shape if size != -1)
     if known > len(devices):
         raise UserError(f"{given} needs {known} devices, and {len(devices)} are here: choose a smaller mesh")
-    if -1 in sizes:
+    if -1 in shape:
         if len(devices) % known:
             raise UserError(f"{given} does not divide the {len(devices)} devices that are here: choose a divisor")
-        sizes[sizes.index(-1)] = len(devices) // known
-    if math.prod(sizes) < len(devices) and jax.process_count() > 1:
+        shape[shape.index(-1)] = len(devices) // known
+    count, local = math.prod(shape), jax.local_device_count()
+    if count < len(devices) and jax.process_count() > 1:
         raise UserError(f"{given} leaves devices of other processes without work: choose a mesh of {len(devices)}")
-    if jax.process_count() > 1 and jax.local_device_count() % sizes[2]:
-        raise UserError(f"mesh.tensor={sizes[2]} does not divide the {jax.local_device_count()} devices of a process")
-    used = devices[: math.prod(sizes)]
-    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=used)
+    if jax.process_count() > 1 and local % sizes.tensor:
+        raise UserError(f"mesh.tensor={sizes.tensor} does not divide the {local} devices of a process")
+    return jax.make_mesh(tuple(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices[:count])
 
 
 def check_batch(batch: int, accumulate: int, mesh: Mesh, named: str = "batch") -> None:

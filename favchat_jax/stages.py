@@ -1,15 +1,15 @@
-"""Which weights learn in which stage (FaVChat v1, Section 4.2; v2's figure of the training paradigm).
+"""The stages of training: their order, their workdirs, and which weights learn in which of them.
 
-The freeze table is data: groups of weights by path, and for each variant and stage the groups that train. Weights live
-in two flat dictionaries, `trainable` and `frozen`; gradients and moments exist for the first only.
+The freeze table (FaVChat v1, Section 4.2; v2's figure of the training paradigm) is data: groups of weights by path, and
+for each variant and stage the groups that train. Weights live in two flat dictionaries, `trainable` and `frozen`;
+gradients and moments exist for the first only.
 """
 
 import dataclasses
 import re
 from collections.abc import Mapping
-from typing import Any
-
-from favchat_jax.errors import UserError
+from pathlib import Path
+from typing import Any, Literal
 
 # Group -> pattern on a weight's path. Every weight of every model matches exactly one.
 GROUPS = {
@@ -22,7 +22,8 @@ GROUPS = {
     "llm": r"llm/(?!.*lora_[ab]$).*",
 }
 
-VISUAL = ("encoders", "fusion", "qformers", "linears", "adapter")
+ENCODING = ("encoders", "fusion")  # groups that make a clip's features
+VISUAL = (*ENCODING, "qformers", "linears", "adapter")
 # Variant -> stage -> groups that train; the others are frozen.
 TRAINS = {
     "v1": {
@@ -58,7 +59,8 @@ class Stage:
     before: str | None
 
 
-STAGES = {
+Name = Literal["stage1", "stage2", "stage3", "coldstart", "grpo"]
+STAGES: dict[Name, Stage] = {
     "stage1": Stage(text="summary", lora=False, before=None),
     "stage2": Stage(text="qa", lora=True, before="stage1"),
     "stage3": Stage(text="face_qa", lora=True, before="stage2"),
@@ -77,14 +79,17 @@ def group_of(path: str) -> str:
 
 
 def split(weights: Mapping[str, Any], variant: str, stage: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Parts a flat dictionary of weights into (trainable, frozen).
-
-    Raises:
-        UserError: an unknown variant or stage.
-    """
-    if variant not in TRAINS or stage not in TRAINS[variant]:
-        known = ", ".join(f"{v} {s}" for v, stages in TRAINS.items() for s in stages)
-        raise UserError(f"there is no stage {stage!r} of variant {variant!r}: choose one of {known}")
+    """Parts a flat dictionary of weights into (trainable, frozen)."""
     trains = TRAINS[variant][stage]
     trainable = {path: leaf for path, leaf in weights.items() if group_of(path) in trains}
     return trainable, {path: leaf for path, leaf in weights.items() if path not in trainable}
+
+
+def has_fixed_features(variant: str, stage: str) -> bool:
+    """Whether a clip has the same features throughout a stage that learns from text, since their weights are frozen."""
+    return STAGES[stage].text is not None and not set(ENCODING) & set(TRAINS[variant][stage])
+
+
+def default_workdir(preset: str, variant: str, ablation: str, stage: str) -> Path:
+    """runs/PRESET-VARIANT[-ABLATION]/STAGE."""
+    return Path("runs") / "-".join([preset, variant, *([] if ablation == "none" else [ablation])]) / stage

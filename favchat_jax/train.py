@@ -1,126 +1,166 @@
 """Trains one stage: python -m favchat_jax.train --config=configs/stage3.py [--config.FIELD=VALUE] [--workdir=DIR]
 
 In the embedded preset, whatever a stage needs and does not find is made first: rendered clips, pretrained parts, the
-stages before it. Other presets say what is missing and how to get it.
+stages before it. For other presets, the command says what is missing and how to get it.
+
+Order within a step: the step is dispatched; the metrics of the step before are read, so that the device never waits;
+a checkpoint is written if one is due; then the next batch is fetched. A saved iterator so stands exactly after the
+last trained batch, and a run resumes to the bit.
 """
 
-import importlib
+import contextlib
 import logging
 import time
 from pathlib import Path
 
-import ml_collections
+import jax
 from absl import flags
+from jax.sharding import Mesh
 from ml_collections import config_flags
+from tqdm import tqdm
 
-from favchat_jax import command_line, processes, sharding, stages
-from favchat_jax.embedded import parts as pretraining
+from favchat_jax import command_line, processes
+from favchat_jax.checkpoints.run import assemble
+from favchat_jax.checkpoints.store import Checkpoints
+from favchat_jax.checkpoints.workdir import claim
+from favchat_jax.config import Config
+from favchat_jax.embedded.prepare import prepare
 from favchat_jax.errors import UserError
 from favchat_jax.rl import de_grpo
-from favchat_jax.training.checks import check
-from favchat_jax.training.loop import Outcome, is_finished, train
+from favchat_jax.sharding import training_mesh
+from favchat_jax.signals import termination
+from favchat_jax.training.batches import open_batches
+from favchat_jax.training.features import placement
+from favchat_jax.training.metrics import Metrics, Pending, next_batch
+from favchat_jax.training.optimizer import make_optimizer, schedule
+from favchat_jax.training.programs import keep_programs, tracing
+from favchat_jax.training.progress import Outcome, total_steps
+from favchat_jax.training.starting import starting_state
+from favchat_jax.training.step import make_step
 
 log = logging.getLogger("favchat_jax")
 
 
-def default_workdir(config: ml_collections.ConfigDict) -> Path:
-    """runs/PRESET-VARIANT[-ABLATION]/STAGE."""
-    ablation = "" if config.ablation == "none" else f"-{config.ablation}"
-    return Path("runs") / f"{config.preset}-{config.variant}{ablation}" / config.stage
+def train_stage(config: Config, workdir: Path, profile: int = 0) -> Outcome:
+    """Trains a stage in `workdir`, after the earlier stages that it needs; `profile` of its steps are traced.
 
-
-def train_stage(config: ml_collections.ConfigDict, workdir: Path, profile: int = 0) -> Outcome:
-    """Trains the stage of `config` in `workdir`, after what it needs; `profile` steps of it are traced.
+    Returns:
+        The outcome of the stage, or of an earlier one that was stopped.
 
     Raises:
         UserError: something is missing that cannot be made here; the message names the command that makes it.
     """
-    check(config)
+    mesh = training_mesh(config)
     if config.stage == "grpo":
-        de_grpo.check(config)
+        de_grpo.load_rewards(config.rl)  # refused before anything is made
         if profile:
             raise UserError("--profile traces the stages that learn from text; grpo is not one of them")
-    else:  # before anything is made that it needs
-        sharding.check_batch(config.batch, config.accumulate, sharding.make_mesh(config.mesh))
-    if config.preset == "tiny":
-        processes.first_alone(lambda: pretraining.make_missing_parts(config))
-    else:
-        _require_sources(config)
-    previous = stages.STAGES[config.stage].before
-    if previous and not is_finished(config.init.from_run):
-        if config.preset != "tiny" or Path(config.init.from_run) != default_workdir(_stage_config(config, previous)):
-            chosen = f"preset={config.preset},variant={config.variant},ablation={config.ablation}"
-            raise UserError(
-                f"init.from_run={config.init.from_run} holds no finished {previous}: name the workdir of one, "
-                f"made with python -m favchat_jax.train --config=configs/{previous}.py:{chosen} --workdir=DIR"
-            )
-        _train_first(_stage_config(config, previous), config)
-    if config.preset == "tiny" and not previous:
-        stand_in = _stage_config(config, "stage1", variant="v1", ablation="none")
-        if Path(config.init.qformer) == default_workdir(stand_in) and not is_finished(config.init.qformer):
-            _train_first(stand_in, config)
+    for earlier in prepare(config):
+        folder = earlier.default_workdir
+        log.info("%s of %s needs %s, which is trained first", config.stage, config.variant, folder)
+        outcome = _run(earlier, folder, training_mesh(earlier))
+        if not outcome.finished:
+            return outcome
+    return _run(config, workdir, mesh, profile)
+
+
+def _run(config: Config, workdir: Path, mesh: Mesh, profile: int = 0) -> Outcome:
+    """Trains one stage and reports how it ended."""
     started = time.perf_counter()
-    outcome = de_grpo.train(config, workdir) if config.stage == "grpo" else train(config, workdir, profile)
+    outcome = de_grpo.train(config, workdir, mesh) if config.stage == "grpo" else train(config, workdir, mesh, profile)
     if outcome.resumed_at == outcome.steps:
         log.info("%s in %s is already finished at step %d", config.stage, workdir, outcome.steps)
     elif outcome.finished:
         seconds = time.perf_counter() - started
         log.info("%s finished at step %d after %.0f s: %s", config.stage, outcome.step, seconds, workdir)
     else:
-        log.info(
-            "%s stopped at step %d of %d and saved; the same command goes on", config.stage, outcome.step, outcome.steps
-        )
+        stopped = config.stage, outcome.step, outcome.steps
+        log.info("%s stopped at step %d of %d and saved; the same command goes on", *stopped)
     return outcome
 
 
-def _train_first(before: ml_collections.ConfigDict, config: ml_collections.ConfigDict) -> None:
-    log.info("%s of %s needs %s, which is trained first", config.stage, config.variant, default_workdir(before))
-    if not train_stage(before, default_workdir(before)).finished:
-        raise SystemExit(0)  # SIGTERM: what was done is saved
+def train(config: Config, workdir: Path, mesh: Mesh, profile: int = 0) -> Outcome:
+    """Trains one stage that learns from text, from the newest checkpoint in `workdir` if there is one.
 
+    Args:
+        config: of the stage.
+        workdir: holds all that the run leaves.
+        mesh: devices that share the work.
+        profile: steps of which a trace is written to `workdir/profile`.
 
-def _stage_config(config: ml_collections.ConfigDict, stage: str, **other_choice: str) -> ml_collections.ConfigDict:
-    """The default config of another stage of the same preset, variant, ablation and seed, made from the same parts."""
-    chosen = {name: other_choice.get(name, config[name]) for name in ("preset", "variant", "ablation")}
-    argument = ",".join(f"{name}={value}" for name, value in chosen.items())
-    other = importlib.import_module(f"configs.{stage}").get_config(argument)
-    for field in ("seed", "llm", "prompt_tokenizer"):
-        other[field] = config[field]
-    for part in ("umt", "facexformer", "videochat2") + (() if "variant" in other_choice else ("qformer",)):
-        other.init[part] = config.init[part]
-    other.data.packed = config.data.packed
-    return other
+    Raises:
+        UserError: the workdir belongs to another config, a source of weights or data is missing, the disk is full.
+        RunError: the loss became NaN or infinite.
+    """
+    claim(workdir, config)
+    keep_programs(workdir)
 
+    # Model, with the tokenizers of its inputs
+    parts = assemble(config)
 
-def _require_sources(config: ml_collections.ConfigDict) -> None:
-    if not config.llm.path:
-        raise UserError("llm.path is not set: name the Hugging Face folder of Mistral with --config.llm.path=DIR")
-    if not config.data.root:
-        raise UserError(f"data.root is not set: name the folder of {config.data.name} with --config.data.root=DIR")
-    if config.stage == "stage1":
-        for part in ("umt", "facexformer"):
-            given = config.init[part] or (part == "umt" and config.init.videochat2)
-            if not given and not (part == "facexformer" and config.ablation == "no_face"):
-                raise UserError(
-                    f"init.{part} is not set: convert the published weights with python -m tools.convert_weights "
-                    f"--kind={part} --src=FILE --out=DIR, then --config.init.{part}=DIR"
-                )
-        if config.variant == "v2" and not config.init.qformer:
-            raise UserError(
-                "init.qformer is not set, but v2 freezes its Q-Formers in stage 1: convert published ones with "
-                "python -m tools.convert_weights --kind=qformer --src=FILE --out=DIR, or name a finished run of v1, "
-                "then --config.init.qformer=DIR"
-            )
+    # Data
+    with (
+        contextlib.closing(open_batches(config, parts)) as batches,
+        Checkpoints(workdir, config.checkpoints_kept) as checkpoints,
+    ):
+        steps = total_steps(config)
+
+        # Weights
+        optimizer, rate = make_optimizer(config.optimizer, steps), schedule(config.optimizer, steps)
+        state, frozen, iterator_state = starting_state(config, parts.model, optimizer, checkpoints, mesh)
+        if iterator_state is not None:
+            batches.set_state(iterator_state)
+        step = resumed_at = int(state.step)
+        if step >= steps:
+            return Outcome(step, steps, resumed_at)
+
+        # Step
+        update = make_step(
+            parts.model, optimizer, rate, accumulate=config.accumulate, chunk=config.loss_chunk, mesh=mesh
+        )
+        place = placement(config, workdir, parts.model, frozen, mesh)
+
+        # Loop, until the end, SIGTERM or Ctrl-C, which save first
+        silent = not processes.is_first()
+        with (
+            Metrics(workdir, resumed_at, config.log_every) as metrics,
+            tracing(workdir, profile, resumed_at) as trace,
+            termination("this step is finished and saved, and the same command goes on") as stop,
+            tqdm(total=steps, initial=step, desc=config.stage, unit="step", mininterval=1, disable=silent) as bar,
+        ):
+            pending, stopping = None, False
+            while step < steps and not stopping:
+                batch, waited = next_batch(batches, pending)
+                trace(step, state)
+                state, values = update(state, frozen, place(batch))
+                step += 1
+                if pending:
+                    pending.read(metrics)
+                pending = Pending(step, values, batch, waited)
+                # Processes ask each other now and then alone, since the answer waits for the device.
+                if jax.process_count() == 1 or step % config.log_every == 0:
+                    stopping = processes.anyone(stop.is_set())
+                if step % config.checkpoint_every == 0 or step == steps or stopping:
+                    pending.read(metrics)
+                    pending = None
+                    checkpoints.save(state, batches.get_state())
+                bar.update()
+                if metrics.latest:
+                    rate_now = f"{metrics.latest['clips_per_second']:.0f}/s"
+                    bar.set_postfix(loss=f"{metrics.latest['loss']:.3f}", clips=rate_now)
+            metrics.flush(step)
+            checkpoints.wait()
+    return Outcome(step, steps, resumed_at)
 
 
 def main() -> None:
     """Trains what the flags say."""
-    config = _CONFIG.value
-    if config is None:
+    if _CONFIG.value is None:
         raise UserError("--config is missing: for example --config=configs/stage3.py")
     command_line.check_kind(_CONFIG, "stage", "configs/stage1.py, stage2.py, stage3.py, coldstart.py, grpo.py")
+    config = Config.from_ml_collections(_CONFIG.value)
     with processes.joined(_PROCESSES.value):
-        train_stage(config, Path(_WORKDIR.value or default_workdir(config)), _PROFILE.value)
+        train_stage(config, Path(_WORKDIR.value or config.default_workdir), _PROFILE.value)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import dataclasses
 import importlib
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -23,7 +24,6 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"
 
 import jax  # noqa: E402
-import ml_collections  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 from jaxtyping import install_import_hook  # noqa: E402
@@ -32,9 +32,12 @@ from jaxtyping import install_import_hook  # noqa: E402
 install_import_hook(("favchat_jax.models", "favchat_jax.generation"), "beartype.beartype")
 
 from favchat_jax.checkpoints.store import Checkpoints  # noqa: E402
+from favchat_jax.config import Config  # noqa: E402
 from favchat_jax.data.sources import open_dataset, prepare  # noqa: E402
 from favchat_jax.embedded.language_model import make_language_model  # noqa: E402
-from favchat_jax.training.loop import Outcome, train  # noqa: E402
+from favchat_jax.sharding import training_mesh  # noqa: E402
+from favchat_jax.train import train  # noqa: E402
+from favchat_jax.training.progress import Outcome  # noqa: E402
 from favchat_jax.training.step import compiler_options  # noqa: E402
 
 # Compiling takes a third of the time without optimisation and fusion emitters. XLA reads its flags with the first
@@ -108,11 +111,10 @@ class SmallWorld:
     packed: str
     llm: str
 
-    def config(self, stage: str, argument: str = "", /, **changes: Any) -> ml_collections.ConfigDict:
+    def config(self, stage: str, argument: str = "", /, **changes: Any) -> Config:
         """The config of a stage of the tiny preset, shrunken; `changes` by path, dots written as double underscores."""
         config = importlib.import_module(f"configs.{stage}").get_config(argument)
-        config.update_from_flattened_dict(self._values(changes))
-        return config
+        return Config.from_ml_collections(config).updated(self._values(changes))
 
     def flags(self, stage: str, argument: str = "", /, **changes: Any) -> list[str]:
         """The command line of the same config."""
@@ -155,24 +157,26 @@ class Trained:
         return Path(shutil.copytree(self.folder / stage, into / stage))
 
 
+def train_alone(config: Config, workdir: Path) -> Outcome:
+    """Trains one stage on the devices that are here, without asking whether the one before is finished."""
+    return train(config, workdir, training_mesh(config))
+
+
 @pytest.fixture(scope="session")
 def trained(small_world, tmp_path_factory) -> Trained:
     """See `Trained`."""
     folder = tmp_path_factory.mktemp("trained")
     outcomes, before = {}, ""
     for stage in STAGES:
-        outcomes[stage] = train(small_world.config(stage, init__from_run=before), folder / stage)
+        outcomes[stage] = train_alone(small_world.config(stage, init__from_run=before), folder / stage)
         before = str(folder / stage)
     return Trained(folder, outcomes)
 
 
 def newest(workdir: Path) -> dict[str, np.ndarray]:
     """The trainable weights of a workdir's newest whole checkpoint."""
-    checkpoints = Checkpoints(workdir)
-    try:
+    with Checkpoints(workdir) as checkpoints:
         return {path: np.asarray(leaf) for path, leaf in checkpoints.load_trainable().items()}
-    finally:
-        checkpoints.close()
 
 
 def same_weights(one: dict[str, Any], other: dict[str, Any]) -> bool:
@@ -217,6 +221,14 @@ def small_disk(tmp_path) -> Iterator[Path]:
         yield place
     finally:
         subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+@pytest.fixture
+def heeded() -> Iterator[None]:
+    """Ctrl-C as a process in the foreground has it, however the tests were started."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def fill(disk: Path) -> Path:

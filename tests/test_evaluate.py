@@ -14,6 +14,7 @@ from configs.eval import rendered as rendered_config
 from favchat_jax.checkpoints.run import load_run
 from favchat_jax.errors import RunError, UserError
 from favchat_jax.evaluate import evaluate, identity_of, judge_of
+from favchat_jax.evaluation.config import EvaluationConfig
 from favchat_jax.evaluation.respondents import FaVChat
 from favchat_jax.evaluation.result import PACKAGES, write_result
 from tests.conftest import DATA, start_module
@@ -34,17 +35,13 @@ def checkpoint(trained) -> Path:
 
 
 def config_of(root: Path, **changes):
-    config = dfew_config.get_config()
-    config.data.root = str(root)
-    config.update({"batch": 4, "description_tokens": 4, "max_new_tokens": 4, "describe": "Who?", "question": "Mood?"})
-    config.update(changes)
-    return config
+    ours = {"batch": 4, "description_tokens": 4, "max_new_tokens": 4, "describe": "Who?", "question": "Mood?"}
+    config = EvaluationConfig.from_ml_collections(dfew_config.get_config())
+    return config.updated({"data.root": str(root), **ours, **changes})
 
 
 def server_config(root: Path, **changes):
-    config = config_of(root, **changes)
-    config.server.update({"frames": 2, "size": 32, "retries": 0})
-    return config
+    return config_of(root, **changes).updated({"server.frames": 2, "server.size": 32, "server.retries": 0})
 
 
 @pytest.mark.parametrize("method", ["describe", "likelihood"])
@@ -143,9 +140,8 @@ def test_a_server_has_no_likelihoods(dfew):
 def test_a_second_judge_without_a_first_is_refused(dfew):
     config = config_of(dfew)
     assert judge_of(config) is None
-    config.second_judge.model = "m"
     with pytest.raises(UserError, match="second_judge.model is set without judge.model"):
-        judge_of(config)
+        config.updated({"second_judge.model": "m"})
 
 
 def test_an_evaluation_that_was_killed_gives_the_same_json_when_it_is_resumed(small_world, tmp_path):
@@ -207,12 +203,12 @@ def test_a_checkpoints_evaluation_that_was_stopped_gives_the_same_result_when_it
 
 
 def test_batches_of_one_and_of_eight_give_the_same_answers(small_world, checkpoint):
-    config = rendered_config.get_config()
-    config.data.update({"name": DATA, "packed": small_world.packed})
-    config.limit = 6
+    config = EvaluationConfig.from_ml_collections(rendered_config.get_config())
+    config = config.updated({"data.name": DATA, "data.packed": small_world.packed, "limit": 6})
     answers = []
-    for config.batch in (1, 8):
-        answers.append([row["answer"] for row in evaluate(config, checkpoint)["samples"]])
+    for batch in (1, 8):
+        result = evaluate(config.updated({"batch": batch}), checkpoint)
+        answers.append([row["answer"] for row in result["samples"]])
     assert answers[0] == answers[1]
 
 

@@ -18,7 +18,7 @@ from absl import flags
 import favchat_jax
 from favchat_jax import command_line
 from favchat_jax.data.sources import open_dataset
-from favchat_jax.training.loop import Outcome
+from favchat_jax.errors import RunError
 from tests.conftest import DATA, ROOT, damage, start_module
 from tests.data.video_files import audio_only, encode_video
 
@@ -171,39 +171,18 @@ def test_train_refuses_a_workdir_whose_checkpoints_are_all_damaged(command, smal
     assert ended.is_refusal(f"every checkpoint in {copy}/checkpoints is damaged: delete the workdir and train again")
 
 
-def test_in_the_embedded_preset_what_a_stage_needs_is_trained_first(command, monkeypatch):
-    made = []
-
-    def train(config, workdir, profile=0):
-        made.append(str(workdir))
-        return Outcome(step=1, steps=1, resumed_at=0)
-
-    monkeypatch.setattr("favchat_jax.embedded.parts.make_missing_parts", lambda config: None)
-    monkeypatch.setattr("favchat_jax.training.loop.is_finished", lambda workdir: str(workdir) in made)
-    monkeypatch.setattr("favchat_jax.training.loop.train", train)
-    monkeypatch.setattr("favchat_jax.rl.de_grpo.train", train)
-    assert command("train", "--config=configs/grpo.py:variant=v2,ablation=no_moe").code == 0
-    stages = ("stage1", "stage2", "stage3", "coldstart", "grpo")
-    # The Q-Formers that v2 freezes in its first stage come from v1's.
-    assert made == ["runs/tiny-v1/stage1", *(f"runs/tiny-v2-no_moe/{stage}" for stage in stages)]
-
-
 def test_settings_of_the_last_stage_are_refused_before_anything_is_made_for_it(command, monkeypatch):
-    monkeypatch.setattr("favchat_jax.embedded.parts.make_missing_parts", lambda config: pytest.fail("made"))
+    monkeypatch.setattr("favchat_jax.embedded.prepare.make_missing_parts", lambda config: pytest.fail("made"))
     assert command("train", "--config=configs/grpo.py", "--config.rl.group=1").is_refusal("rl.group=1 is too small")
     path = "--config.rl.rewards.facial.path=nowhere:facial"
     assert command("train", "--config=configs/grpo.py", path).is_refusal("reward 'nowhere:facial' cannot be imported")
 
 
 def test_train_ends_with_1_where_the_loss_is_not_a_number(command, small_world, tmp_path, monkeypatch):
-    from favchat_jax import train
-    from favchat_jax.errors import RunError
-
-    def diverge(config, workdir, profile):
+    def diverge(*_):
         raise RunError("the loss of step 7 is nan, clips a, b")
 
-    monkeypatch.setattr("favchat_jax.training.loop.train", diverge)
-    assert train.train is not diverge, "the command reads its own module anew"
+    monkeypatch.setattr("favchat_jax.training.starting.starting_state", diverge)
     ended = command("train", *small_world.flags("stage1"), f"--workdir={tmp_path}")
     assert (ended.code, ended.stdout) == (1, "")
     assert ended.stderr == "train: the loss of step 7 is nan, clips a, b\n"

@@ -9,56 +9,46 @@ arm that is finished is not trained again.
 """
 
 import ast
-import importlib
 import json
 import logging
 from pathlib import Path
 from typing import Any
 
-import ml_collections
 from absl import flags
-from flax.traverse_util import flatten_dict
 
 from configs.common import PRESETS
 from configs.eval import rendered
 from favchat_jax import command_line
-from favchat_jax.checkpoints.store import load_config
+from favchat_jax.checkpoints.workdir import claim, stored_config
+from favchat_jax.config import ABLATIONS, VARIANTS, Config
+from favchat_jax.embedded.prepare import stage_config
 from favchat_jax.errors import UserError
 from favchat_jax.evaluate import evaluate
 from favchat_jax.evaluation import ablations
+from favchat_jax.evaluation.config import EvaluationConfig
 from favchat_jax.evaluation.result import versions, write_result
-from favchat_jax.models.favchat import ABLATIONS, VARIANTS
-from favchat_jax.train import default_workdir, train_stage
-from favchat_jax.training.checks import claim
-from favchat_jax.training.loop import is_finished, write
+from favchat_jax.files import replace_file
+from favchat_jax.train import train_stage
+from favchat_jax.training.progress import is_finished
 from tools.demo import STAGES
 
 log = logging.getLogger("favchat_jax")
 
 
-def arm_config(
-    stage: str, variant: str, ablation: str, seed: int, changes: dict[str, Any]
-) -> ml_collections.ConfigDict:
+def arm_config(stage: str, variant: str, ablation: str, seed: int, changes: dict[str, Any]) -> Config:
     """The config of a stage of an arm: the preset's, in its seed's folder, with the changes that all arms have."""
-    argument = f"preset=tiny,variant={variant},ablation={ablation}"
-    config = importlib.import_module(f"configs.{stage}").get_config(argument)
-    config.seed = seed
-    for field in ("from_run", "qformer"):
-        if config.init[field]:
-            config.init[field] = str(_of_seed(Path(config.init[field]), seed))
-    unknown = sorted(changes.keys() - flatten_dict(config.to_dict(), sep=".").keys())
-    if unknown:
-        raise UserError(f"--set: unknown config option: {unknown[0]}")
+    config = stage_config(stage, f"preset=tiny,variant={variant},ablation={ablation}")
+    sources = {"init.from_run": config.init.from_run, "init.qformer": config.init.qformer}
+    ours = {field: str(_of_seed(Path(source), seed)) for field, source in sources.items() if source}
     try:
-        config.update_from_flattened_dict(changes)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"--set: config option of the wrong type: {error}") from None
-    return config
+        return config.updated({"seed": seed, **ours, **changes})
+    except UserError as error:
+        raise UserError(f"--set: {error}") from None
 
 
-def arm_workdir(config: ml_collections.ConfigDict) -> Path:
+def arm_workdir(config: Config) -> Path:
     """Where a stage of an arm is trained."""
-    return _of_seed(default_workdir(config), config.seed)
+    return _of_seed(config.default_workdir, config.seed)
 
 
 def _of_seed(workdir: Path, seed: int) -> Path:
@@ -76,7 +66,7 @@ def train_arm(variant: str, ablation: str, seed: int, changes: dict[str, Any]) -
     return arm_workdir(configs[-1])
 
 
-def _train(config: ml_collections.ConfigDict) -> None:
+def _train(config: Config) -> None:
     workdir = arm_workdir(config)
     if is_finished(workdir):
         claim(workdir, config)  # refused where it was trained otherwise than the other arms
@@ -86,12 +76,13 @@ def _train(config: ml_collections.ConfigDict) -> None:
 
 def evaluate_arm(workdir: Path) -> dict[str, Any]:
     """The held-out result of a finished arm, read from its workdir where it was evaluated so before."""
-    config, trained = rendered.get_config(), load_config(workdir)
-    config.data.update({name: trained["data"][name] for name in ("name", "packed")})
+    data = stored_config(workdir).data
+    config = EvaluationConfig.from_ml_collections(rendered.get_config())
+    config = config.updated({"data.name": data.name, "data.packed": data.packed})
     path = workdir / "heldout.json"
     if path.exists():
         kept = json.loads(path.read_text())
-        if kept["provenance"]["config"] == json.loads(config.to_json()):
+        if kept["provenance"]["config"] == config.to_json():
             return kept
     result = evaluate(config, workdir)
     write_result(path, result)
@@ -148,7 +139,7 @@ def main() -> None:
         **ablations.compare(variant, answers),
     }
     if _JSON.value:
-        write(Path(_JSON.value), json.dumps(compared, indent=1))
+        replace_file(_JSON.value, json.dumps(compared, indent=1))
     print(f"{variant} after {' + '.join(str(count) for count in steps.values())} steps, seeds {_SEEDS.value}")
     print(ablations.table(compared))
 

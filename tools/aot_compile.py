@@ -15,12 +15,13 @@ import json
 import os
 from pathlib import Path
 
-import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
 from favchat_jax import command_line
+from favchat_jax.config import Config
 from favchat_jax.errors import UserError
+from favchat_jax.files import replace_file
 
 # Before jax is imported: it must not look for the devices of the compilers that are installed here.
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -84,16 +85,17 @@ def main() -> None:
         chosen = [_TARGET.value] if _TARGET.value else list(TARGETS)
         for target in chosen:
             for stage in STAGES:
-                config = importlib.import_module(f"configs.{stage}").get_config("preset=paper")
-                config.llm.storage = find(target).storage
-                wanted.append((config, target))
+                config = Config.from_ml_collections(
+                    importlib.import_module(f"configs.{stage}").get_config("preset=paper")
+                )
+                wanted.append((config.updated({"llm.storage": find(target).storage}), target))
     else:
         if _CONFIG.value is None or not _TARGET.value:
             raise UserError("--config and --target are needed, or --all")
         command_line.check_kind(_CONFIG, "stage", "configs/stage1.py, stage2.py, stage3.py, coldstart.py, grpo.py")
-        wanted.append((_CONFIG.value, _TARGET.value))
+        wanted.append((Config.from_ml_collections(_CONFIG.value), _TARGET.value))
     if _SAVE.value:
-        _write(Path(_SAVE.value), plan.save(*wanted[0], _CLIPS.value))
+        replace_file(_SAVE.value, plan.save(*wanted[0], _CLIPS.value))
     kept = _kept(Path(_JSON.value)) if _ALL.value and _JSON.value else {}
     plans, made = [], []
     for config, target in wanted:
@@ -104,12 +106,12 @@ def main() -> None:
         print(_verdict(plans[-1]), flush=True)
         if _JSON.value:
             rest = [{**dataclasses.asdict(p), "of": of} for of, p in kept.items() if of not in {m["of"] for m in made}]
-            _write(Path(_JSON.value), json.dumps(made + rest if _ALL.value else made[0], indent=1).encode())
+            replace_file(_JSON.value, json.dumps(made + rest if _ALL.value else made[0], indent=1))
     if _ALL.value:
         print(table(plans))
 
 
-def _digest(config: ml_collections.ConfigDict, target: str, clips: int | None) -> str:
+def _digest(config: Config, target: str, clips: int | None) -> str:
     """What a plan is of: config, target, clips of a step and the jax that compiled it."""
     return hashlib.sha256(json.dumps([config.to_json(), target, clips, jax.__version__]).encode()).hexdigest()[:16]
 
@@ -123,12 +125,6 @@ def _kept(path: Path) -> dict[str, plan.Plan]:
         return {row.pop("of"): plan.Plan(**row) for row in rows}
     except (AttributeError, KeyError, TypeError, ValueError):
         raise UserError(f"--json={path} has no plans of --all in it: name another file, or delete it") from None
-
-
-def _write(path: Path, content: bytes) -> None:
-    draft = path.with_name(path.name + ".draft")
-    draft.write_bytes(content)
-    draft.replace(path)
 
 
 if __name__ == "__main__":

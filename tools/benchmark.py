@@ -28,6 +28,7 @@ from absl import flags
 from configs.common import PRESETS
 from favchat_jax import command_line
 from favchat_jax.errors import RunError, UserError
+from favchat_jax.files import replace_file
 from tools.beside_pytorch import bare, material, ours
 from tools.beside_pytorch.contest import Side, Timing, alternate
 
@@ -235,9 +236,7 @@ def _others(path: Path, rows: Rows) -> Rows:
 
 def _merge(path: Path, rows: Rows) -> None:
     """Writes the rows; those of other settings that the file holds stay."""
-    draft = path.with_name(path.name + ".draft")
-    draft.write_text(json.dumps([*_others(path, rows), *rows], indent=1) + "\n")
-    draft.replace(path)
+    replace_file(path, json.dumps([*_others(path, rows), *rows], indent=1) + "\n")
 
 
 if __name__ == "__main__":

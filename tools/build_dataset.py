@@ -6,7 +6,7 @@
     review     a local web page on which people judge them
     pack       the data set that training reads, its statistics and its datasheet
 
-Every command goes on where a killed one stopped. docs/corpus.md leads through all of them.
+Every command goes on where a killed one stopped. docs/how-to/corpus.md leads through all of them.
 """
 
 import importlib

@@ -18,6 +18,7 @@ from favchat_jax.convert.exported import favchat_config, is_exported
 from favchat_jax.data.sources import open_dataset
 from favchat_jax.embedded import benchmark
 from favchat_jax.errors import RunError, UserError
+from favchat_jax.evaluation.config import EvaluationConfig
 from favchat_jax.evaluation.session import Session
 from favchat_jax.generation.sampler import Sampler
 
@@ -27,8 +28,7 @@ def compare(checkpoint: str | Path, export: str | Path, clips: int) -> list[dict
     if not is_exported(Path(export)):
         raise UserError(f"--export={export} is not an exported folder: write one with tools.export_pytorch")
     _check_same_model(checkpoint, export)
-    config = rendered.get_config()
-    config.limit = clips
+    config = EvaluationConfig.from_ml_collections(rendered.get_config()).updated({"limit": clips})
     rows = benchmark.run(config, Session.of(Sampler.of(load_run(checkpoint)), config))["samples"]
     source = open_dataset(config.data.name, config.data.packed, config.data.split)
     encoded = {record.id: record.clip for record in (source[i] for i in range(len(source)))}

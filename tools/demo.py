@@ -11,14 +11,15 @@ from pathlib import Path
 from absl import flags
 
 import favchat_jax
-from configs import stage3
 from configs.eval import rendered
 from favchat_jax import command_line
 from favchat_jax.data.sources import open_dataset
 from favchat_jax.embedded import benchmark
+from favchat_jax.embedded.prepare import stage_config
 from favchat_jax.evaluate import table
+from favchat_jax.evaluation.config import EvaluationConfig
 from favchat_jax.evaluation.session import Session
-from favchat_jax.train import default_workdir, train_stage
+from favchat_jax.train import train_stage
 
 STAGES = ("stage1", "stage2", "stage3")
 
@@ -35,12 +36,11 @@ def stage_report(folder: Path) -> dict[str, dict[str, float]]:
 def main() -> None:
     """Trains, evaluates, asks, reports."""
     started = time.perf_counter()
-    config = stage3.get_config(_ARGUMENT.value)
-    config.seed = _SEED.value
-    workdir = default_workdir(config)
+    config = stage_config("stage3", _ARGUMENT.value).updated({"seed": _SEED.value})
+    workdir = config.default_workdir
     if not train_stage(config, workdir).finished:
         return  # stopped by SIGTERM and saved; the same command goes on
-    model, asked = favchat_jax.load(workdir), rendered.get_config()
+    model, asked = favchat_jax.load(workdir), EvaluationConfig.from_ml_collections(rendered.get_config())
     heldout = benchmark.run(asked, Session.of(model.sampler, asked))
 
     record = open_dataset(config.data.name, config.data.packed, "heldout")[0]

@@ -6,6 +6,7 @@ The same weights answer the held-out questions from fewer or more frames than th
 fewer than asked for repeats its last one: rendered clips have 16.
 """
 
+import dataclasses
 import json
 import logging
 from pathlib import Path
@@ -20,6 +21,7 @@ from favchat_jax import command_line
 from favchat_jax.checkpoints.run import Run, load_run
 from favchat_jax.embedded import benchmark
 from favchat_jax.errors import UserError
+from favchat_jax.evaluation.config import EvaluationConfig
 from favchat_jax.evaluation.session import Session
 from favchat_jax.generation.sampler import Sampler
 
@@ -37,14 +39,14 @@ PUBLISHED = {
 
 def sweep(run: Run, lengths: list[int], limit: int) -> list[dict[str, Any]]:
     """For each number of frames, accuracy with its interval: of all answers, and of each kind of question."""
-    config = rendered.get_config()
-    config.limit = limit
-    config.data.update({"name": run.config.data.name, "packed": run.config.data.packed})
+    data = run.config.data
+    config = EvaluationConfig.from_ml_collections(rendered.get_config())
+    config = config.updated({"limit": limit, "data.name": data.name, "data.packed": data.packed})
     rows = []
     for frames in lengths:
         log.info("%d frames", frames)
-        run.config.model.frames = frames
-        result = benchmark.run(config, Session.of(Sampler.of(run), config))
+        longer = dataclasses.replace(run, config=run.config.updated({"model.frames": frames}))
+        result = benchmark.run(config, Session.of(Sampler.of(longer), config))
         groups = {"all": result, **result["groups"]}
         figures = {name: {"n": part["n"], **part["figures"]["accuracy"]} for name, part in groups.items()}
         rows.append({"frames": frames, "figures": figures})

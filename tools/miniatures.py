@@ -8,7 +8,6 @@ the embedded data set.
 
 import csv
 import json
-import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -16,12 +15,12 @@ import cv2
 from absl import flags
 
 from favchat_jax import command_line
-from favchat_jax.checkpoints.weights_folder import draft_of
 from favchat_jax.data.record import Record
 from favchat_jax.data.video import decode
 from favchat_jax.embedded import faces as rendered_faces
 from favchat_jax.errors import UserError
 from favchat_jax.evaluation.benchmarks import dfew
+from favchat_jax.files import replace_folder
 
 EMOTIONS = rendered_faces.LABELS["emotion"]
 FRAME_SIZE = 128  # pixels a side of the frames of YouTube Faces
@@ -143,11 +142,8 @@ def make(benchmark: str, out: Path, clips: int, seed: int = 0) -> Path:
         raise UserError(f"--benchmark={benchmark} has no miniature: choose one of {', '.join(MAKERS)}")
     if out.exists():
         raise UserError(f"--out={out} is there already: name another folder, or delete it")
-    draft = draft_of(out.absolute())
-    shutil.rmtree(draft, ignore_errors=True)  # of a run that was killed
-    draft.mkdir(parents=True)
-    MAKERS[benchmark](draft, draw(clips, seed))
-    draft.rename(out)
+    with replace_folder(out) as draft:
+        MAKERS[benchmark](draft, draw(clips, seed))
     return out
 
 

@@ -13,7 +13,7 @@ from absl import flags
 from favchat_jax import command_line
 from favchat_jax.errors import UserError
 from favchat_jax.evaluation import report
-from favchat_jax.training.loop import write
+from favchat_jax.files import replace_file
 
 
 def main() -> None:
@@ -30,7 +30,7 @@ def main() -> None:
             raise UserError(f"--out={out} would replace the result {path}: choose another name")
     page = report.build(report.read(_RESULTS.value), examples=_EXAMPLES.value)
     for suffix, to_text in ((".html", report.to_html), (".md", report.to_markdown), (".json", report.to_json)):
-        write(beside[suffix], to_text(page))
+        replace_file(beside[suffix], to_text(page))
     print(*beside.values(), sep="\n")
 
 

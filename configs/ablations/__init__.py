@@ -4,8 +4,7 @@ import importlib
 
 from ml_collections import ConfigDict
 
-from favchat_jax.errors import UserError
-from favchat_jax.stages import STAGES
+from configs.common import STAGES
 
 
 def get_config(ablation: str, argument: str = "") -> ConfigDict:
@@ -14,14 +13,17 @@ def get_config(ablation: str, argument: str = "") -> ConfigDict:
     Args:
         ablation: no_face, no_granularity or no_moe.
         argument: comma-separated `stage=` (stage3 by default), `preset=`, `variant=`.
+
+    Raises:
+        ValueError: an argument is unknown, or names another ablation.
     """
     items = [item for item in argument.split(",") if item]
     given = [item.partition("=")[0] for item in items]
     if "ablation" in given:
-        raise UserError(f"config argument ablation= is {ablation} here: use stage=, preset= or variant=")
+        raise ValueError(f"config argument ablation= is {ablation} here: use stage=, preset= or variant=")
     chosen = [item.partition("=")[2] for item in items if item.startswith("stage=")]
     stage = chosen[-1] if chosen else "stage3"
     if stage not in STAGES:
-        raise UserError(f"stage={stage} is unknown: choose one of {', '.join(STAGES)}")
+        raise ValueError(f"stage={stage} is unknown: choose one of {', '.join(STAGES)}")
     rest = [item for item in items if not item.startswith("stage=")]
     return importlib.import_module(f"configs.{stage}").get_config(",".join([*rest, f"ablation={ablation}"]))

@@ -1,15 +1,15 @@
-"""What survives a process that trains: exactly resumable checkpoints, each leaf with a checksum.
+"""The checkpoints of a run, exactly resumable, each leaf with a checksum.
 
-They lie in WORKDIR/checkpoints/STEP, with the trainable weights apart from the optimiser's moments so that answering
-questions reads the weights alone. What does not change in a run is in a weights folder (`favchat_jax.weights_folder`).
+They lie in WORKDIR/checkpoints/STEP, with the trainable weights apart from the optimiser's moments, so that answering
+questions reads the weights alone. What never changes in a run is in a weights folder (`weights_folder.py`).
 """
 
 import json
 import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import jax
 import numpy as np
@@ -20,38 +20,26 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Int
 
 from favchat_jax.checkpoints.weights_folder import (
+    ORBAX_ERRORS,
+    RESTORE,
     Weights,
     abstract,
     check_leaves,
     describe_leaves,
-    full_disk_told,
-    one_line,
+    is_weights_folder,
+    load_weights,
 )
-from favchat_jax.errors import UserError
+from favchat_jax.errors import UserError, one_line
+from favchat_jax.files import write_errors
 from favchat_jax.processes import first_alone, gathered
+from favchat_jax.stages import group_of
 
 log = logging.getLogger("favchat_jax")
 
 
-def load_config(folder: str | Path) -> dict[str, Any]:
-    """The config.json beside weights or checkpoints; raises UserError where there is none."""
-    path = Path(folder) / "config.json"
-    try:
-        config = json.loads(path.read_text())
-    except (FileNotFoundError, NotADirectoryError):
-        raise UserError(f"{path} is missing: {folder} is not a workdir or a weights folder") from None
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}): check its permissions") from None
-    except ValueError as error:  # not JSON, or not even text
-        raise UserError(f"{path} is damaged ({one_line(error)}): make or copy {folder} again") from None
-    if not isinstance(config, dict):
-        raise UserError(f"{path} is damaged (not a JSON object): make or copy {folder} again")
-    return config
-
-
 @struct.dataclass
 class TrainState:
-    """What an update changes, and the whole of what a checkpoint holds beside the data iterator."""
+    """All that an update changes; with the data iterator's state, all that a checkpoint holds."""
 
     step: Int[jax.Array, ""]
     trainable: Weights
@@ -60,7 +48,7 @@ class TrainState:
 
 
 class Checkpoints:
-    """The checkpoints of one run.
+    """The checkpoints of one run; as a context manager, it waits at its end for the last write.
 
     Args:
         workdir: the run's folder.
@@ -68,9 +56,15 @@ class Checkpoints:
     """
 
     def __init__(self, workdir: str | Path, keep: int = 2):
-        self._folder = Path(workdir).absolute() / "checkpoints"
-        self._keep = keep
-        self._manager = None
+        self.workdir = Path(workdir).absolute()
+        self._folder, self._keep = self.workdir / "checkpoints", keep
+        self._manager: ocp.CheckpointManager | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
 
     def latest(self) -> int | None:
         """The newest step that was saved."""
@@ -89,21 +83,19 @@ class Checkpoints:
         step = int(state.step)
         # What this process holds whole is copied, since the next step gives the state's memory away.
         state = jax.tree.map(lambda leaf: np.asarray(leaf) if leaf.is_fully_addressable else leaf, state)
+        weights, optimizer = dict(state.trainable), _optimizer_part(state)
         hosts = gathered(dict(iterator_state))
-        with full_disk_told(self._folder):
+        with write_errors(self._folder, *ORBAX_ERRORS):
             manager = self._open()
             manager.wait_until_finished()
             manager.save(
                 step,
                 args=ocp.args.Composite(
-                    weights=ocp.args.StandardSave(unflatten_dict(dict(state.trainable), sep="/")),
-                    optimizer=ocp.args.StandardSave(_optimizer_part(state)),
+                    weights=ocp.args.StandardSave(unflatten_dict(weights, sep="/")),
+                    optimizer=ocp.args.StandardSave(optimizer),
                     data=ocp.args.JsonSave({"hosts": hosts} if len(hosts) > 1 else hosts[0]),
                     leaves=ocp.args.JsonSave(
-                        {
-                            "weights": describe_leaves(dict(state.trainable)),
-                            "optimizer": describe_leaves(_optimizer_part(state)),
-                        }
+                        {"weights": describe_leaves(weights), "optimizer": describe_leaves(optimizer)}
                     ),
                 ),
             )
@@ -111,14 +103,16 @@ class Checkpoints:
     def wait(self) -> None:
         """Waits for a write to end; raises UserError where it failed."""
         if self._manager is not None:
-            with full_disk_told(self._folder):
+            with write_errors(self._folder, *ORBAX_ERRORS):
                 self._manager.wait_until_finished()
 
     def restore(self, like: TrainState) -> tuple[TrainState, dict[str, Any] | None] | None:
-        """The newest whole checkpoint: (state with the shapes and shards of `like`, iterator state), or None where none
-        was ever saved. The iterator state is None where another number of processes saved it.
+        """The newest whole checkpoint: (state with the shapes and shards of `like`, iterator state).
 
-        A damaged checkpoint is named in the log, moved to WORKDIR/damaged, and the one before it is taken.
+        A damaged checkpoint is logged and moved to WORKDIR/damaged, and the one before it is taken.
+
+        Returns:
+            None where nothing was ever saved. The iterator state is None where another number of processes saved it.
 
         Raises:
             UserError: there are checkpoints but all are damaged.
@@ -131,17 +125,17 @@ class Checkpoints:
                 data=ocp.args.JsonRestore(),
             )
             restored = self._open().restore(step, args=item)
-            weights = flatten_dict(restored.weights, sep="/")
+            weights, part = flatten_dict(restored.weights, sep="/"), restored.optimizer
             check_leaves(weights, leaves["weights"])
-            check_leaves(restored.optimizer, leaves["optimizer"])
-            part, hosts = restored.optimizer, restored.data.get("hosts", [restored.data])
+            check_leaves(part, leaves["optimizer"])
+            hosts = restored.data.get("hosts", [restored.data])
             data = hosts[jax.process_index()] if len(hosts) == jax.process_count() else None
             return TrainState(part["step"], weights, part["moments"], part["key"]), data
 
         return self._newest(read, move_damaged=True)
 
     def load_trainable(self) -> dict[str, jax.Array]:
-        """The trainable weights of the newest whole checkpoint; the folder is left as it is.
+        """The trainable weights of the newest whole checkpoint; the folder is not changed.
 
         Raises:
             UserError: there is no checkpoint, or all are damaged.
@@ -155,30 +149,24 @@ class Checkpoints:
 
         weights = self._newest(read, move_damaged=False)
         if weights is None:
-            raise UserError(f"{self._folder.parent} holds no checkpoint: train it first")
+            raise UserError(f"{self.workdir} holds no checkpoint: train it first")
         return weights
 
     def close(self) -> None:
-        """Waits for the last write and lets go of the folder."""
+        """Waits for the last write and releases the folder."""
         if self._manager is not None:
             manager, self._manager = self._manager, None
-            with full_disk_told(self._folder):
+            with write_errors(self._folder, *ORBAX_ERRORS):
                 manager.close()
 
-    def _newest(self, read, move_damaged: bool):
+    def _newest(self, read: Callable[[int, Mapping], Any], move_damaged: bool) -> Any:
         steps = self.steps()
         for step in reversed(steps):
             try:
-                leaves = json.loads((self._folder / str(step) / "leaves" / "metadata").read_text())
-                return read(step, leaves)
+                return read(step, json.loads((self._folder / str(step) / "leaves" / "metadata").read_text()))
             except Exception as error:  # Orbax raises many kinds for a damaged file, none of them its own.
-                log.warning(
-                    "checkpoint %s of %s is damaged (%s)%s",
-                    step,
-                    self._folder.parent,
-                    one_line(error),
-                    ": taking the one before" if step != steps[0] else "",
-                )
+                instead = ": taking the one before" if step != steps[0] else ""
+                log.warning("checkpoint %s of %s is damaged (%s)%s", step, self.workdir, one_line(error), instead)
                 if move_damaged:
                     self._move_away(step)
         if steps:
@@ -187,7 +175,7 @@ class Checkpoints:
 
     def _move_away(self, step: int) -> None:
         self.close()
-        damaged = self._folder.parent / "damaged"
+        damaged = self.workdir / "damaged"
 
         def move() -> None:
             damaged.mkdir(exist_ok=True)
@@ -201,6 +189,36 @@ class Checkpoints:
             options = ocp.CheckpointManagerOptions(max_to_keep=self._keep, cleanup_tmp_directories=True)
             self._manager = ocp.CheckpointManager(self._folder, options=options)
         return self._manager
+
+
+def load_run_weights(workdir: str | Path, needed: Iterable[str] = ()) -> dict[str, Any]:
+    """All weights of a run but the language model's base: frozen ones, and the trained ones of its newest step.
+
+    Raises:
+        UserError: there is no whole checkpoint, or one of the paths `needed` is missing, the language model's aside.
+    """
+    workdir = Path(workdir)
+    weights = frozen_weights(workdir)
+    if not is_weights_folder(workdir):
+        with Checkpoints(workdir) as checkpoints:
+            weights |= checkpoints.load_trainable()
+    missing = sorted(path for path in needed if path not in weights and group_of(path) != "llm")
+    if missing:
+        where = "" if is_weights_folder(workdir) or (workdir / "frozen").exists() else ", for it has no frozen/"
+        count = f" and {len(missing) - 1} more weights" if len(missing) > 1 else ""
+        raise UserError(f"{workdir} lacks {missing[0]}{count}{where}: {RESTORE}")
+    return weights
+
+
+def frozen_weights(workdir: Path) -> dict[str, np.ndarray]:
+    """The weights that a run saved at its start since they never change; of a self-contained folder, all.
+
+    Stage 1 has none but the language model's, which are in its own folder.
+    """
+    folder = workdir if is_weights_folder(workdir) else workdir / "frozen"
+    if folder.exists() and not is_weights_folder(folder):
+        raise UserError(f"{folder}/leaves.json is missing: {RESTORE}")
+    return load_weights(folder) if folder.exists() else {}
 
 
 def _abstract(tree: Any) -> Any:

@@ -25,6 +25,7 @@ from tqdm import tqdm
 from favchat_jax.checkpoints import mistral_folder as mistral
 from favchat_jax.checkpoints.table import Slot, account, check, finite, slots, write
 from favchat_jax.checkpoints.tensors import INDEX, open_tensors, read_json
+from favchat_jax.config import Config
 from favchat_jax.convert import favchat, lora
 from favchat_jax.convert.folder import copy_tokenizer
 from favchat_jax.errors import UserError
@@ -38,7 +39,7 @@ MODEL_FILES = Path(__file__).parent / "pytorch"
 VISUAL = "visual.safetensors"
 
 
-def write_folder(folder: Path, config: Any, weights: Weights, tokenizer: Any, dtype: str) -> None:
+def write_folder(folder: Path, config: Config, weights: Weights, tokenizer: Any, dtype: str) -> None:
     """Fills an empty folder with a run.
 
     Args:
@@ -82,7 +83,7 @@ def is_exported(folder: Path) -> bool:
         return False
 
 
-def _write_llm(folder: Path, config: Any, adapters: Weights, dtype: str) -> dict[str, str]:
+def _write_llm(folder: Path, config: Config, adapters: Weights, dtype: str) -> dict[str, str]:
     """Writes the language model with its adapters merged; returns the file of each tensor."""
     folder.mkdir()
     source, shapes = config.llm.path, mistral.weight_shapes(mistral.read_config(config.llm.path))
@@ -133,10 +134,10 @@ def _merged(weight: np.ndarray, slot: Slot, adapters: Weights, alpha: float) -> 
     return merge({"kernel": weight.astype(np.float32), **pair}, alpha)["kernel"]
 
 
-def _write_adapter(folder: Path, config: Any, adapters: Weights) -> None:
+def _write_adapter(folder: Path, config: Config, adapters: Weights) -> None:
     folder.mkdir()
     section = config.model.lora
-    settings = LoRA(section.rank, section.alpha, section.dropout, tuple(section.targets))
+    settings = LoRA(section.rank, section.alpha, section.dropout, section.targets)
     save_file(dict(write(lora.TABLE, adapters)), folder / "adapter_model.safetensors", metadata={"format": "pt"})
     _write_json(folder / "adapter_config.json", lora.adapter_config(settings, config.llm.path))
 
@@ -147,10 +148,10 @@ def _llm_config(source: str) -> dict[str, Any]:
     return {name: value for name, value in read_json(Path(source) / "config.json").items() if name not in written}
 
 
-def favchat_config(config: Any, llm: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+def favchat_config(config: Config, llm: Mapping[str, Any], dtype: str) -> dict[str, Any]:
     """What the exported config.json says of a run; `llm` are the fields of its language model's."""
     model = config.model
-    umt = {name: value for name, value in model.umt.items() if name != "depth"}  # of the published model
+    umt = {name: value for name, value in model.umt.to_json().items() if name != "depth"}  # of the published model
     return {
         **llm,
         "architectures": ["FaVChatForConditionalGeneration"],
@@ -167,10 +168,10 @@ def favchat_config(config: Any, llm: Mapping[str, Any], dtype: str) -> dict[str,
         "prompt_length": config.data.prompt_length,
         "umt": umt,
         "no_face_taps": list(model.no_face_taps),
-        "facexformer": model.facexformer.to_dict(),
-        "fusion": model.fusion.to_dict(),
-        "qformer": model.qformer.to_dict(),
-        "adapter": model.adapter.to_dict(),
+        "facexformer": model.facexformer.to_json(),
+        "fusion": model.fusion.to_json(),
+        "qformer": model.qformer.to_json(),
+        "adapter": model.adapter.to_json(),
     }
 
 
@@ -182,7 +183,7 @@ def _write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=1))
 
 
-def _model_card(config: Any, adapters: bool) -> str:
+def _model_card(config: Config, adapters: bool) -> str:
     model, ablation = config.model, "" if config.ablation == "none" else f", ablation {config.ablation}"
     adapter = "| `adapter/` | the same LoRA for PEFT, on the original language model (not for `llm/`) |\n" * adapters
     return f"""\

@@ -1,4 +1,4 @@
-"""Folders that are handed on: filled beside their place, so that one that is there is whole; copied with all parts."""
+"""Folders that are handed on: an export replaces an earlier one alone, and a copied part comes with all its files."""
 
 import contextlib
 import shutil
@@ -9,8 +9,8 @@ from safetensors import SafetensorError
 from tqdm import tqdm
 
 from favchat_jax.checkpoints.tensors import INDEX, PARTS, shards
-from favchat_jax.checkpoints.weights_folder import draft_of, place_mend
 from favchat_jax.errors import UserError
+from favchat_jax.files import replace_folder
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -24,7 +24,7 @@ TOKENIZER_FILES = (
 
 @contextlib.contextmanager
 def replacing(out: str | Path, is_ours: Callable[[Path], bool]) -> Iterator[Path]:
-    """An empty folder that takes the place of `out` once it is filled; after a failure nothing of it is left.
+    """See `files.replace_folder`; what is at `out` must be an earlier export.
 
     Args:
         out: where the folder will be.
@@ -36,19 +36,8 @@ def replacing(out: str | Path, is_ours: Callable[[Path], bool]) -> Iterator[Path
     out = Path(out).absolute()
     if out.exists() and not (out.is_dir() and (is_ours(out) or not any(out.iterdir()))):
         raise UserError(f"--out={out} exists and is not an earlier export: name a new folder")
-    draft = draft_of(out)
-    try:
-        shutil.rmtree(draft, ignore_errors=True)  # of a run that was killed
-        draft.mkdir(parents=True)
+    with replace_folder(out, SafetensorError) as draft:
         yield draft
-        shutil.rmtree(out, ignore_errors=True)
-        draft.rename(out)
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        mend = place_mend(error) or "free disk space or name another --out"
-        raise UserError(f"could not write {out} ({reason}): {mend}") from None
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
 
 
 def copy_tokenizer(source: str | Path, folder: Path) -> None:

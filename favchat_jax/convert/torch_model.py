@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import peft
 import torch
-from ml_collections import ConfigDict
 
 from favchat_jax.checkpoints import mistral_folder as mistral
 from favchat_jax.checkpoints.table import write
+from favchat_jax.config import Config
 from favchat_jax.convert import exported, favchat, lora
 from favchat_jax.convert.pytorch.configuration_favchat import FaVChatConfig
 from favchat_jax.convert.pytorch.modeling_favchat import FaVChatForConditionalGeneration
@@ -40,7 +40,7 @@ def published(weights: dict[str, Any]) -> dict[str, torch.Tensor]:
     return {name: torch.tensor(tensors.pop(name)) for name in list(tensors)}
 
 
-def torch_favchat(config: ConfigDict, llm: Mapping[str, Any], weights: dict[str, Any]) -> peft.PeftModel:
+def torch_favchat(config: Config, llm: Mapping[str, Any], weights: dict[str, Any]) -> peft.PeftModel:
     """The PyTorch model of a config with PEFT's adapters, on exactly the weights given: none is missing or left over.
 
     All that stage 2 trains has gradients; `weights` are used up.

@@ -10,7 +10,6 @@ import dataclasses
 import hashlib
 import json
 import logging
-import signal
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
@@ -21,16 +20,19 @@ from typing import Protocol
 from absl import flags
 from tqdm import tqdm
 
-from favchat_jax.corpus.annotations import UNANNOTATED, Annotation, write_lines
+from favchat_jax.corpus.annotations import UNANNOTATED, Annotation
 from favchat_jax.corpus.calls import Calls
 from favchat_jax.corpus.describe import Clip, Describer, Unannotated
-from favchat_jax.corpus.endpoint import Endpoint, Limits, NoAnswer, OutOfBudget, Stopped, model_of_environment
+from favchat_jax.corpus.endpoint import Endpoint, Limits, OutOfBudget, model_of_environment
 from favchat_jax.corpus.estimate import forecast
 from favchat_jax.corpus.kept import Kept, read_kept
 from favchat_jax.corpus.manifest import ANNOTATIONS
 from favchat_jax.corpus.reviews import Reviews
 from favchat_jax.corpus.templates import TemplateWriter
 from favchat_jax.errors import RunError, UserError
+from favchat_jax.files import replace_file
+from favchat_jax.openai_client import NoAnswer, Stopped
+from favchat_jax.signals import termination
 
 log = logging.getLogger("favchat_jax")
 
@@ -67,29 +69,30 @@ def annotate(out: Path, backend: str, limits: Limits, attempts: int, dry_run: bo
             raise UserError("--backend=template calls nobody: --dry_run is for --backend=openai")
         texts = write_texts(clips, TemplateWriter(), reviews, 1, threading.Event())
     else:
-        calls = Calls(out)
-        try:
-            with stopping() as stop:
-                if dry_run:
-                    print(forecast(_readable(clips, reviews), calls, model_of_environment(), attempts, limits))
+        with contextlib.closing(Calls(out)) as calls:
+            if dry_run:
+                print(forecast(_readable(clips, reviews), calls, model_of_environment(), attempts, limits))
+                return
+            with termination("calls under way are awaited and kept") as stop:
+                try:
+                    endpoint = Endpoint(calls, limits, stop)
+                    writer = Describer(endpoint, model_of_environment(), attempts)
+                    texts = write_texts(clips, writer, reviews, limits.concurrency, stop)
+                except Stopped:
+                    log.info("stopped: what is paid for is kept, and the same command goes on")
                     return
-                endpoint = Endpoint(calls, limits, stop)
-                writer = Describer(endpoint, model_of_environment(), attempts)
-                texts = write_texts(clips, writer, reviews, limits.concurrency, stop)
                 log.info("$%.2f paid in all", endpoint.spent)
-        except Stopped:
-            log.info("stopped: what is paid for is kept, and the same command goes on")
-            return
-        finally:
-            calls.close()
     save(out, texts, len(clips))
 
 
 def save(out: Path, texts: Texts, clips: int) -> None:
     """Writes both files and says what is in them."""
     reasons = sorted(texts.reasons.items())
-    write_lines(out / UNANNOTATED, (json.dumps({"id": i, "reason": why}, ensure_ascii=False) for i, why in reasons))
-    write_lines(out / ANNOTATIONS, (texts.annotations[name].line() for name in sorted(texts.annotations)))
+    without = (json.dumps({"id": name, "reason": why}, ensure_ascii=False) for name, why in reasons)
+    replace_file(out / UNANNOTATED, "".join(f"{line}\n" for line in without))
+    replace_file(
+        out / ANNOTATIONS, "".join(f"{texts.annotations[name].line()}\n" for name in sorted(texts.annotations))
+    )
     doubtful = sum(bool(annotation.problems) for annotation in texts.annotations.values())
     told = (
         f"{len(texts.annotations)} of {clips} clips have texts, {doubtful} of them with problems for review; "
@@ -194,36 +197,6 @@ def _readable(clips: Sequence[Kept], reviews: Reviews) -> Iterator[tuple[Clip, S
     for kept in tqdm(clips, unit=" clips", mininterval=1, disable=None):
         with contextlib.suppress(Unannotated):
             yield read_clip(kept), reviews.refused(kept.id)
-
-
-@contextlib.contextmanager
-def stopping() -> Iterator[threading.Event]:
-    """An event that SIGTERM and the first Ctrl-C set in place of ending the process, so that no paid call is lost.
-
-    Raises:
-      KeyboardInterrupt: after the body, if there was a Ctrl-C; at once for a second one.
-    """
-    stop, interrupted = threading.Event(), threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-
-    def interrupt(*_) -> None:
-        signal.signal(signal.SIGINT, before[signal.SIGINT])
-        interrupted.set()
-        stop.set()
-        log.info("interrupted: calls under way are awaited and kept; Ctrl-C again ends at once")
-
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    signal.signal(signal.SIGTERM, lambda *_: stop.set())
-    signal.signal(signal.SIGINT, interrupt)
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        if interrupted.is_set():
-            raise KeyboardInterrupt
 
 
 def define_flags() -> None:

@@ -19,7 +19,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int32
 from tokenizers import Tokenizer
 
-from favchat_jax.errors import UserError
+from favchat_jax.errors import UserError, one_line
 
 VISUAL_PLACEHOLDER = -1  # token id at which the model puts a visual token's vector instead of a word's
 
@@ -48,8 +48,7 @@ def load_tokenizer(folder: str | Path) -> Any:
     try:
         return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # the tokenizers library raises bare Exceptions
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"the tokenizer in {folder} cannot be read ({reason}): download it again") from error
+        raise UserError(f"the tokenizer in {folder} cannot be read ({one_line(error)}): download it again") from error
 
 
 class Conversation:

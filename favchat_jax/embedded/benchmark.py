@@ -6,11 +6,10 @@ Its result has "accuracy", "majority_baseline" (of always giving a kind's common
 from collections.abc import Sequence
 from typing import Any
 
-import ml_collections
-
 from favchat_jax.data.record import Record
 from favchat_jax.data.sources import open_dataset, prepare
 from favchat_jax.errors import UserError
+from favchat_jax.evaluation.config import EvaluationConfig
 from favchat_jax.evaluation.footage import Footage
 from favchat_jax.evaluation.metrics import accuracy_by_kind, exact_matches, majority_baseline, mean_figure, normalise
 from favchat_jax.evaluation.respondents import Ask
@@ -18,7 +17,7 @@ from favchat_jax.evaluation.result import Result, make_result
 from favchat_jax.evaluation.session import Session
 
 
-def run(config: ml_collections.ConfigDict, session: Session) -> Result:
+def run(config: EvaluationConfig, session: Session) -> Result:
     """Answers every question of the split.
 
     Raises:

@@ -14,15 +14,16 @@ import numpy as np
 import optax
 from flax.traverse_util import flatten_dict
 from jaxtyping import Array, Float, Int, UInt8
-from ml_collections import ConfigDict
 
 from favchat_jax.checkpoints.weights_folder import save_weights
+from favchat_jax.config import Config
 from favchat_jax.data.record import Record
 from favchat_jax.data.video import frame_indices
 from favchat_jax.embedded import faces as rendered_faces
 from favchat_jax.embedded.dataset import draw_general_clips, draw_stills
 from favchat_jax.embedded.drawing import FRAMES
 from favchat_jax.embedded.fitting import fit
+from favchat_jax.embedded.pretrain import Pretrain
 from favchat_jax.models.facexformer import FaceXFormerEncoder
 from favchat_jax.models.favchat import normalise
 from favchat_jax.models.kernels.linear import Linear
@@ -61,7 +62,7 @@ class ClipClassifier(nn.Module):
 Frames = Callable[[], UInt8[np.ndarray, "N T H W 3"]]
 
 
-def make_facial_encoder(config: ConfigDict, records: Sequence[Record], frames: Frames, folder: Path) -> None:
+def make_facial_encoder(config: Config, records: Sequence[Record], frames: Frames, folder: Path) -> None:
     """Writes the weights folder of a facial encoder that names attributes of single frames.
 
     Args:
@@ -70,10 +71,11 @@ def make_facial_encoder(config: ConfigDict, records: Sequence[Record], frames: F
         frames: decodes all of them.
         folder: where to write.
     """
+    pretrain = Pretrain.of(config)
     labels = (*rendered_faces.APPEARANCE, *rendered_faces.DETAILS, "emotion")
     faces = np.flatnonzero([record.has_face for record in records])
     clips, clip_classes = frames(), _classes(records, labels)
-    stills, still_classes = draw_stills(config.pretrain.stills, config.seed, config.model.image_size)
+    stills, still_classes = draw_stills(pretrain.stills, config.seed, config.model.image_size)
     rng = np.random.default_rng(config.seed + 1)
 
     def batches(size: int = 128):
@@ -84,19 +86,28 @@ def make_facial_encoder(config: ConfigDict, records: Sequence[Record], frames: F
             classes = {k: np.concatenate([clip_classes[k][clip], still_classes[k][still]]) for k in labels}
             yield mirror_half(pixels, classes, rng)
 
-    model = FrameClassifier(FaceXFormerEncoder(**config.model.facexformer), _counts(labels))
+    model = FrameClassifier(FaceXFormerEncoder(**vars(config.model.facexformer)), _counts(labels))
     # Small things, which a token has to say loudly.
     importance = dict.fromkeys(rendered_faces.DETAILS, 2.5) | {"beard": 1.5}
-    weights = fit_classifier(model, batches(), config.pretrain.facial_steps, config, "facial encoder", importance)
+    weights = fit_classifier(
+        model,
+        batches(),
+        pretrain.facial_steps,
+        rate=pretrain.learning_rate,
+        seed=config.seed,
+        name="facial encoder",
+        importance=importance,
+    )
     save_weights(folder, flatten_dict({"facexformer": weights["encoder"]}, sep="/"), {"kind": "facexformer"})
 
 
-def make_general_encoder(config: ConfigDict, records: Sequence[Record], frames: Frames, folder: Path) -> None:
+def make_general_encoder(config: Config, records: Sequence[Record], frames: Frames, folder: Path) -> None:
     """Writes the weights folder of a general encoder that names content and motion of clips; arguments as above."""
+    pretrain = Pretrain.of(config)
     labels = ("motion", *rendered_faces.GENERAL_LABELS, "emotion", "hat")
     faces = np.flatnonzero([record.has_face for record in records])
     clips, clip_classes = frames(), _classes(records, labels)
-    general, general_classes = draw_general_clips(config.pretrain.general_clips, config.seed, config.model.image_size)
+    general, general_classes = draw_general_clips(pretrain.general_clips, config.seed, config.model.image_size)
     unknown = np.full(len(general), -1, np.int32)
     rng = np.random.default_rng(config.seed + 2)
 
@@ -113,10 +124,18 @@ def make_general_encoder(config: ConfigDict, records: Sequence[Record], frames: 
             }
             yield mirror_half(pixels, classes, rng)
 
-    model = ClipClassifier(UMT(**config.model.umt), _counts(labels))
+    model = ClipClassifier(UMT(**vars(config.model.umt)), _counts(labels))
     # What moves and whither is what only this stream can see, and what takes longest to learn.
     importance = {"motion": 2.0, "direction": 2.0}
-    weights = fit_classifier(model, batches(), config.pretrain.general_steps, config, "general encoder", importance)
+    weights = fit_classifier(
+        model,
+        batches(),
+        pretrain.general_steps,
+        rate=pretrain.learning_rate,
+        seed=config.seed,
+        name="general encoder",
+        importance=importance,
+    )
     tree = {"umt": weights["encoder"], "vision_layernorm": weights["vision_layernorm"]}
     save_weights(folder, flatten_dict(tree, sep="/"), {"kind": "umt"})
 
@@ -137,7 +156,9 @@ def mirror_half(
     return pixels, mirrored
 
 
-def fit_classifier(model, batches, steps: int, config, name: str, importance: dict[str, float]) -> dict:
+def fit_classifier(
+    model, batches, steps: int, *, rate: float, seed: int, name: str, importance: dict[str, float]
+) -> dict:
     """Trains the encoder under heads that stay as they were drawn, so that what the labels need must become most of
     what a token holds; heads that learn would make do with faint traces, which a fresh Q-Former takes long to find."""
 
@@ -151,9 +172,9 @@ def fit_classifier(model, batches, steps: int, config, name: str, importance: di
         return total / len(classes)
 
     example = next(batches)[0][:1].astype(np.float32)
-    drawn = jax.jit(model.init)(jax.random.key(config.seed), example)["params"]
+    drawn = jax.jit(model.init)(jax.random.key(seed), example)["params"]
     heads = {label: drawn.pop(label) for label in model.classes}
-    return fit(loss, drawn, batches, steps, config.pretrain.learning_rate, name) | heads
+    return fit(loss, drawn, batches, steps, rate, name) | heads
 
 
 def _classes(records: Sequence[Record], labels: Sequence[str]) -> dict[str, Int[np.ndarray, " N"]]:

@@ -4,11 +4,11 @@ import functools
 from collections.abc import Callable, Iterator
 
 import jax
-import ml_collections
 import optax
 from jaxtyping import Array, Float
 from tqdm import tqdm
 
+from favchat_jax.config import OptimizerConfig
 from favchat_jax.training.optimizer import make_optimizer
 from favchat_jax.training.step import compiler_options
 
@@ -17,9 +17,18 @@ def fit(
     loss: Callable[..., Float[Array, ""]], weights: dict, batches: Iterator[tuple], steps: int, rate: float, name: str
 ) -> dict:
     """Muon over `steps` batches with warm-up and cosine decay; a batch is what `loss` takes after the weights."""
-    settings = {"name": "muon", "learning_rate": rate, "warmup": 0.1, "floor": 0.05}
-    settings |= {"encoder_rate": 1.0, "b1": 0.9, "b2": 0.999, "weight_decay": 0.02, "clip_norm": 1.0}
-    optimizer = make_optimizer(ml_collections.ConfigDict(settings), steps)
+    settings = OptimizerConfig(
+        name="muon",
+        learning_rate=rate,
+        encoder_rate=1.0,
+        b1=0.9,
+        b2=0.999,
+        weight_decay=0.02,
+        clip_norm=1.0,
+        warmup=0.1,
+        floor=0.05,
+    )
+    optimizer = make_optimizer(settings, steps)
 
     @functools.partial(jax.jit, donate_argnums=(0, 1), compiler_options=compiler_options())
     def update(weights, moments, *batch):

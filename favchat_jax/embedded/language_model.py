@@ -7,23 +7,23 @@ import functools
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
-from ml_collections import ConfigDict
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from favchat_jax.checkpoints import mistral_folder
+from favchat_jax.config import Config
 from favchat_jax.data.conversation import Conversation, load_tokenizer
 from favchat_jax.data.loader import INSTRUCTIONS
 from favchat_jax.data.record import Record
 from favchat_jax.embedded import faces as rendered_faces
 from favchat_jax.embedded.drawing import FRAMES
 from favchat_jax.embedded.fitting import fit
+from favchat_jax.embedded.pretrain import LanguageModelSizes, Pretrain
 from favchat_jax.models import favchat
 from favchat_jax.models.mistral import Mistral
 from favchat_jax.training.step import chunked_cross_entropy, next_token_targets
@@ -33,7 +33,7 @@ QUESTIONS = 6  # in each of the others
 NOISE = 0.5  # in a told fact, as a share of its size
 
 
-def make_language_model(config: ConfigDict, records: Sequence[Record], frames: Callable, folder: Path) -> None:
+def make_language_model(config: Config, records: Sequence[Record], frames: Callable, folder: Path) -> None:
     """Writes a Hugging Face folder of a small Mistral that answers questions about facts told in words.
 
     Args:
@@ -43,9 +43,9 @@ def make_language_model(config: ConfigDict, records: Sequence[Record], frames: C
         folder: where to write.
     """
     del frames
-    rng = np.random.default_rng(config.seed)
+    pretrain, rng = Pretrain.of(config), np.random.default_rng(config.seed)
     told = [text for r in records for text in (r.summary, *r.targets.values(), *_spoken(r))]
-    write_sizes(folder, config.pretrain.llm, told)
+    write_sizes(folder, pretrain.llm, told)
     tokenizer = load_tokenizer(folder)
     model = Mistral(mistral_folder.read_config(folder))
     visual_tokens = config.model.qformer.queries + config.model.qformer.extra_queries
@@ -76,7 +76,7 @@ def make_language_model(config: ConfigDict, records: Sequence[Record], frames: C
         return total / jnp.sum(counted)
 
     weights = model.init(jax.random.key(config.seed), jnp.zeros((1, 1), jnp.int32), method="read")["params"]
-    weights = fit(loss, weights, texts, config.pretrain.llm_steps, config.pretrain.learning_rate, "language model")
+    weights = fit(loss, weights, texts, pretrain.llm_steps, pretrain.learning_rate, "language model")
     mistral_folder.write_weights(folder, jax.device_get(weights))
 
 
@@ -84,12 +84,12 @@ def _spoken(record: Record) -> Iterator[str]:
     return (f"{q.question} {q.answer}" for q in record.questions)
 
 
-def write_sizes(folder: Path, sizes: Any, texts: Sequence[str]) -> None:
+def write_sizes(folder: Path, sizes: LanguageModelSizes, texts: Sequence[str]) -> None:
     """Writes what a Hugging Face folder holds beside its weights: config.json of these sizes, and a tokenizer.
 
     Args:
         folder: where to write.
-        sizes: `pretrain.llm` of a config.
+        sizes: of the model.
         texts: what the tokenizer learns its pieces from.
     """
     _train_tokenizer(texts, sizes.vocabulary).save_pretrained(folder)

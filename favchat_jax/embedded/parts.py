@@ -6,30 +6,32 @@ model as a Hugging Face folder, the encoders as weights folders. Without them a 
 
 import functools
 import json
-import shutil
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import ml_collections
 import numpy as np
 from jaxtyping import UInt8
+from safetensors import SafetensorError
 from tqdm import tqdm
 
+from favchat_jax.checkpoints.workdir import differing
+from favchat_jax.config import Config
 from favchat_jax.data.record import Record
 from favchat_jax.data.sources import open_dataset, prepare
 from favchat_jax.data.video import decode
 from favchat_jax.embedded.drawing import FRAMES
 from favchat_jax.embedded.encoders import make_facial_encoder, make_general_encoder
 from favchat_jax.embedded.language_model import make_language_model
+from favchat_jax.embedded.pretrain import Pretrain
 from favchat_jax.errors import UserError
-from favchat_jax.training.checks import differing
+from favchat_jax.files import replace_folder
 
 DATA = "rendered_faces"
 PARTS = Path("runs/tiny-parts")
 
 
-def make_missing_parts(config: ml_collections.ConfigDict) -> None:
+def make_missing_parts(config: Config) -> None:
     """Makes whichever of the embedded preset's parts are not in PARTS.
 
     A part that the config takes from anywhere else is a person's own: it is not made.
@@ -37,8 +39,8 @@ def make_missing_parts(config: ml_collections.ConfigDict) -> None:
     Raises:
         UserError: a part is there that was made with other settings; finished runs may need it as it is.
     """
-    settings = json.loads(config.to_json())
-    recipe = {name: settings["pretrain"][name] for name in settings["pretrain"]}
+    settings = config.to_json()
+    recipe = Pretrain.of(config).to_json()
     recipe["model"] = {name: settings["model"][name] for name in ("image_size", "frames", "umt", "facexformer")}
     recipe["visual_tokens"] = settings["model"]["qformer"]["queries"] + settings["model"]["qformer"]["extra_queries"]
     makers = {
@@ -62,12 +64,9 @@ def make_missing_parts(config: ml_collections.ConfigDict) -> None:
         return _decode_all(records, config.model.image_size)
 
     for folder, make in missing.items():
-        draft = Path(folder + ".draft")
-        shutil.rmtree(draft, ignore_errors=True)
-        draft.mkdir(parents=True)
-        make(config, records, frames, draft)
-        (draft / "recipe.json").write_text(json.dumps(recipe, indent=1))
-        draft.rename(folder)
+        with replace_folder(folder, SafetensorError) as draft:
+            make(config, records, frames, draft)
+            (draft / "recipe.json").write_text(json.dumps(recipe, indent=1))
 
 
 def _is_made(folder: Path, field: str, recipe: dict) -> bool:

@@ -3,8 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import ml_collections
-
+from favchat_jax.evaluation.config import EvaluationConfig
 from favchat_jax.evaluation.judge import Judge, Question
 from favchat_jax.evaluation.metrics import cider, mean_figure, rouge_l, words
 from favchat_jax.evaluation.respondents import Unanswered
@@ -26,7 +25,7 @@ def all_figures(
 
 
 def captions_result(
-    config: ml_collections.ConfigDict,
+    config: EvaluationConfig,
     session: Session,
     samples: Sequence[dict[str, Any]],
     figures: Mapping[str, Figure],

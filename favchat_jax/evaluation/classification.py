@@ -9,18 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import ml_collections
 import numpy as np
 
-from favchat_jax.errors import UserError
+from favchat_jax.evaluation.config import EvaluationConfig
 from favchat_jax.evaluation.footage import Footage
 from favchat_jax.evaluation.labels import decide, emotion_names
 from favchat_jax.evaluation.metrics import confusion, recall_figures
 from favchat_jax.evaluation.respondents import Ask
 from favchat_jax.evaluation.result import Result, make_result
 from favchat_jax.evaluation.session import Session, present
-
-METHODS = ("describe", "direct", "likelihood")
 
 
 @dataclass(frozen=True)
@@ -33,7 +30,7 @@ class Listed:
 
 
 def classify(
-    config: ml_collections.ConfigDict,
+    config: EvaluationConfig,
     session: Session,
     root: Path,
     folds: Mapping[str, Sequence[Listed]],
@@ -48,8 +45,6 @@ def classify(
         folds: clips of each fold.
         classes: name of each class, and its emotion (`labels.SYNONYMS`).
     """
-    if config.method not in METHODS:
-        raise UserError(f"method={config.method} is unknown: choose one of {', '.join(METHODS)}")
     folds = {fold: clips[: config.limit or None] for fold, clips in folds.items()}
     listed = {clip.id: clip for clips in folds.values() for clip in clips}
     there = present([(id, clip.path) for id, clip in listed.items()], session, root)
@@ -75,7 +70,7 @@ def classify(
 
 
 def _answer(
-    config: ml_collections.ConfigDict, session: Session, clips: Mapping[str, Footage], classes: Sequence[str]
+    config: EvaluationConfig, session: Session, clips: Mapping[str, Footage], classes: Sequence[str]
 ) -> dict[str, dict[str, Any]]:
     """For each clip: question, answer and predicted class, with the description or the log-probabilities."""
     question = config.question.format(classes=", ".join(classes))

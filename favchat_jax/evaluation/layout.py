@@ -5,13 +5,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import ml_collections
-
 from favchat_jax.errors import UserError
+from favchat_jax.evaluation.config import EvaluationConfig
 from favchat_jax.evaluation.result import data_hash
 
 
-def root_of(config: ml_collections.ConfigDict, layout: str, source: str) -> Path:
+def root_of(config: EvaluationConfig, layout: str, source: str) -> Path:
     """The data set's folder.
 
     Raises:

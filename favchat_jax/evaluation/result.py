@@ -32,7 +32,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import ml_collections
+from favchat_jax.evaluation.config import EvaluationConfig
+from favchat_jax.files import replace_file
 
 Figure = dict[str, float | None]
 Result = dict[str, Any]
@@ -83,7 +84,7 @@ def make_result(
 
 
 def with_provenance(
-    result: Result, config: ml_collections.ConfigDict, model: Mapping[str, Any], describer: Mapping[str, Any] | None
+    result: Result, config: EvaluationConfig, model: Mapping[str, Any], describer: Mapping[str, Any] | None
 ) -> Result:
     """The whole result: a benchmark's, and by what, with what and of what it was made.
 
@@ -96,7 +97,7 @@ def with_provenance(
         "describer": describer["name"] if describer else None,
         **own,
         "provenance": {
-            "config": json.loads(config.to_json()),
+            "config": config.to_json(),
             "checkpoint": dict(model),
             "describer": dict(describer) if describer else None,
             "data": result["data"],
@@ -128,10 +129,8 @@ def data_hash(annotations: Iterable[Path], clips: Iterable[Path]) -> str:
 
 
 def write_result(path: Path, result: Result) -> None:
-    """Writes the JSON beside its place and renames it, so that a file that is there is whole."""
-    draft = path.with_name(f".{path.name}.draft-favchat")
-    draft.write_text(json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False))
-    os.replace(draft, path)
+    """Writes a result as JSON."""
+    replace_file(path, json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False))
 
 
 def table(result: Result) -> str:

@@ -16,11 +16,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import ml_collections
 from tqdm import tqdm
 
 from favchat_jax.data.video import VideoError
 from favchat_jax.errors import RunError, UserError
+from favchat_jax.evaluation.config import EvaluationConfig
 from favchat_jax.evaluation.judge import Judge
 from favchat_jax.evaluation.respondents import Ask, FaVChat, Respondent, Unanswered
 from favchat_jax.generation.sampler import Sampler
@@ -95,7 +95,7 @@ class Session:
         self._description_tokens = description_tokens
 
     @classmethod
-    def of(cls, sampler: Sampler, config: ml_collections.ConfigDict) -> "Session":
+    def of(cls, sampler: Sampler, config: EvaluationConfig) -> "Session":
         """A session with a model in memory and a benchmark's config, that keeps nothing on disk."""
         return cls(FaVChat(sampler, config.batch, config.questions), batch=config.batch)
 

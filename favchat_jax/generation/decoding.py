@@ -5,12 +5,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 from einops import rearrange
 from flax import struct
 from flax.traverse_util import unflatten_dict
 from jaxtyping import Array, Bool, Float, Int
 
+from favchat_jax.config import Config
 from favchat_jax.models import favchat
 from favchat_jax.models.favchat import ClipFeatures
 from favchat_jax.models.likelihood import target_log_probabilities
@@ -62,7 +62,7 @@ class Decoder:
         eos: the token that ends an answer.
     """
 
-    def __init__(self, config: ml_collections.ConfigDict, llm: MistralConfig, eos: int):
+    def __init__(self, config: Config, llm: MistralConfig, eos: int):
         self.model = favchat.build(config.model, llm, variant=config.variant, ablation=config.ablation, decoding=True)
         self._llm, self._eos, self._alpha = llm, eos, config.model.lora.alpha
         self._dtype = jnp.dtype(config.model.dtype)

@@ -10,12 +10,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 from jaxtyping import Array, Float, Int, UInt8
 from transformers import PreTrainedTokenizerBase
 
 from favchat_jax.checkpoints.mistral_folder import read_config
+from favchat_jax.config import Config
 from favchat_jax.data.conversation import Conversation, PromptEncoder
 from favchat_jax.generation.decoding import Decoder
 from favchat_jax.models.favchat import ClipFeatures
@@ -53,7 +53,7 @@ class Sampler:
 
     def __init__(
         self,
-        config: ml_collections.ConfigDict,
+        config: Config,
         weights: dict[str, Array],
         tokenizer: PreTrainedTokenizerBase,
         prompt_tokenizer: PreTrainedTokenizerBase,

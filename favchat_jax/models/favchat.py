@@ -13,8 +13,6 @@ v2, prompt-guided at three levels (low: CA2, medium: Q-Formers, high: weight ada
 Encoders and v1's fusion run once a clip; everything that reads the question runs once a question.
 """
 
-from typing import Any
-
 import flax.linen as nn
 import jax.numpy as jnp
 from einops import rearrange
@@ -22,7 +20,7 @@ from flax import struct
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
-from favchat_jax.errors import UserError
+from favchat_jax.config import ModelConfig
 from favchat_jax.models.adapters import GatedMixture, ScalarMixture, TokenMLP, WeightAdapters
 from favchat_jax.models.facexformer import FaceXFormerEncoder, LinearFuse
 from favchat_jax.models.granularity import GranularityFusion, PromptGuidedFusion, add_positions
@@ -35,9 +33,6 @@ from favchat_jax.models.umt import UMT, VISION_LAYERNORM_EPSILON
 # Published normalisation of both encoders' input (ImageNet's).
 PIXEL_MEAN = (0.485, 0.456, 0.406)
 PIXEL_STD = (0.229, 0.224, 0.225)
-
-VARIANTS = ("v1", "v2")
-ABLATIONS = ("none", "no_face", "no_granularity", "no_moe")
 
 
 @struct.dataclass
@@ -256,7 +251,7 @@ def place_visual_tokens(
 
 
 def build(
-    model: Any,
+    model: ModelConfig,
     llm: MistralConfig,
     *,
     variant: str = "v1",
@@ -276,29 +271,20 @@ def build(
         lora_rank: of the language model's adapters; 0 in stage 1 and for decoding.
         storage: how the language model's frozen kernels lie (`kernels/quantized.py`).
         decoding: the language model is in its decoding form.
-
-    Raises:
-        UserError: unknown variant or ablation, or a v2 whose Q-Formers have no words for CA2 and the adapters.
     """
-    if variant not in VARIANTS:
-        raise UserError(f"variant={variant} is unknown: choose one of {', '.join(VARIANTS)}")
-    if ablation not in ABLATIONS:
-        raise UserError(f"ablation={ablation} is unknown: choose one of {', '.join(ABLATIONS)}")
-    if variant == "v2" and not model.qformer.prompt:
-        raise UserError("model.qformer.prompt=False leaves v2 without the question that guides it: choose variant=v1")
     dtype = jnp.dtype(model.dtype)
     common = {"remat": model.remat, "dtype": dtype}
     taps = tuple(model.no_face_taps) if ablation == "no_face" else ()
-    facexformer = FaceXFormerEncoder(**model.facexformer, **common)
+    facexformer = FaceXFormerEncoder(**vars(model.facexformer), **common)
     adapters = LoRA(lora_rank, model.lora.alpha, model.lora.dropout, tuple(model.lora.targets))
     # Visual tokens start as large as word embeddings. At the size of a Q-Former's normed output they would drown what
     # the language model's layers add to them.
     word_scale = nn.initializers.variance_scaling(1 / llm.hidden_size, "fan_in", "normal")
     shared = {
-        "umt": UMT(**model.umt, taps=taps, **common),
+        "umt": UMT(**vars(model.umt), taps=taps, **common),
         "facexformer": None if ablation == "no_face" else facexformer,
-        "general_qformer": QFormer(**model.qformer, **common),
-        "facial_qformer": QFormer(**model.qformer, **common),
+        "general_qformer": QFormer(**vars(model.qformer), **common),
+        "facial_qformer": QFormer(**vars(model.qformer), **common),
         "general_proj": Linear(llm.hidden_size, dtype=dtype, kernel_init=word_scale),
         "facial_proj": Linear(llm.hidden_size, dtype=dtype, kernel_init=word_scale),
         "llm": DecodingMistral(llm, dtype) if decoding else Mistral(llm, adapters, storage=storage, **common),

@@ -1,24 +1,23 @@
 """A stage's training step, compiled for devices that are not here: what it needs of them.
 
-The step is the very one that `training.loop` runs; only its arguments are shapes. No weight is ever made.
+The step is the very one that `train.py` runs; only its arguments are shapes. No weight is ever made.
 """
 
 import dataclasses
 import functools
-import json
 import math
 import time
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 from jax import export
 from jax.sharding import Mesh
 
 from favchat_jax import sharding, stages
-from favchat_jax.checkpoints import run as assembly
 from favchat_jax.checkpoints.mistral_folder import read_config
+from favchat_jax.checkpoints.run import weight_shapes
+from favchat_jax.config import Config
 from favchat_jax.errors import UserError
 from favchat_jax.models import favchat
 from favchat_jax.models.kernels.attention import compiling_for
@@ -26,7 +25,6 @@ from favchat_jax.models.kernels.quantized import store
 from favchat_jax.models.mistral import MistralConfig
 from favchat_jax.planning import cost
 from favchat_jax.planning.targets import GIB, devices, find
-from favchat_jax.training.checks import check
 from favchat_jax.training.optimizer import make_optimizer, schedule
 from favchat_jax.training.step import batch_loss, make_step, new_state
 
@@ -98,7 +96,7 @@ class Arguments:
     batch: Any
 
 
-def make_plan(config: ml_collections.ConfigDict, name: str, clips: int | None = None) -> Plan:
+def make_plan(config: Config, name: str, clips: int | None = None) -> Plan:
     """Compiles the step of a config for a target.
 
     Args:
@@ -107,8 +105,8 @@ def make_plan(config: ml_collections.ConfigDict, name: str, clips: int | None = 
         clips: of a step, on all devices; by default as the target says.
 
     Raises:
-        UserError: the target is unknown or its compiler missing, the batch does not divide, the stage is no training,
-            or a value of the config suits no run.
+        UserError: the target is unknown or its compiler missing, the batch does not divide, or the stage is no
+            training.
     """
     target = find(name)
     mesh, clips = _mesh_and_clips(config, name, clips)
@@ -119,8 +117,8 @@ def make_plan(config: ml_collections.ConfigDict, name: str, clips: int | None = 
     seconds = time.perf_counter() - started
     frozen, trained = _held(arguments.frozen), _held(arguments.state.trainable)
     optimizer = _held(arguments.state.moments)
-    flops, activations = _of_one_clip(config.to_json(), mesh.devices.flat[0].platform)
-    executed = _executed(config.to_json(), clips)
+    flops, activations = _of_one_clip(config, mesh.devices.flat[0].platform)
+    executed = _executed(config, clips)
     share = clips // (mesh.shape["data"] * mesh.shape["fsdp"] * config.accumulate)
     activations = min(activations * share, memory.temp_size_in_bytes)
     least = max(
@@ -153,7 +151,7 @@ def make_plan(config: ml_collections.ConfigDict, name: str, clips: int | None = 
     )
 
 
-def lay_out(config: ml_collections.ConfigDict, mesh: Mesh, clips: int) -> Arguments:
+def lay_out(config: Config, mesh: Mesh, clips: int) -> Arguments:
     """The step of a config on a mesh, with the shapes of all that goes into it."""
     stage = stages.STAGES[config.stage]
     if stage.text is None:
@@ -161,7 +159,7 @@ def lay_out(config: ml_collections.ConfigDict, mesh: Mesh, clips: int) -> Argume
             f"stage={config.stage} draws its own responses, and has no single step to save: leave out --save"
         )
     sharding.check_batch(clips, config.accumulate, mesh, "clips")
-    model, shapes = model_and_weights(config.to_json())
+    model, shapes = model_and_weights(config)
     trainable, frozen = stages.split(shapes, config.variant, config.stage)
     frozen = _stored(frozen, config)
     optimizer, rate = make_optimizer(config.optimizer, STEPS), schedule(config.optimizer, STEPS)
@@ -176,14 +174,14 @@ def lay_out(config: ml_collections.ConfigDict, mesh: Mesh, clips: int) -> Argume
     )
 
 
-def _stored(frozen: dict[str, Any], config: ml_collections.ConfigDict) -> dict[str, Any]:
+def _stored(frozen: dict[str, Any], config: Config) -> dict[str, Any]:
     """The shapes of frozen weights as a run of the config holds them."""
     dtype = jnp.dtype(config.model.dtype)
     frozen = {path: jax.ShapeDtypeStruct(leaf.shape, dtype) for path, leaf in frozen.items()}
     return jax.eval_shape(lambda weights: store(weights, config.llm.storage), frozen)
 
 
-def batch_shapes(config: ml_collections.ConfigDict, clips: int) -> dict[str, jax.ShapeDtypeStruct]:
+def batch_shapes(config: Config, clips: int) -> dict[str, jax.ShapeDtypeStruct]:
     """A batch in the longest bucket, as `data.loader` makes it."""
     size, words, longest = config.model.image_size, config.data.prompt_length, config.data.buckets[-1]
     questions = config.data.questions if stages.STAGES[config.stage].text in ("qa", "face_qa") else 1
@@ -197,7 +195,7 @@ def batch_shapes(config: ml_collections.ConfigDict, clips: int) -> dict[str, jax
     return {name: jax.ShapeDtypeStruct((clips, *shape), dtype) for name, (shape, dtype) in shapes.items()}
 
 
-def save(config: ml_collections.ConfigDict, name: str, clips: int | None = None) -> bytes:
+def save(config: Config, name: str, clips: int | None = None) -> bytes:
     """The step of a config, lowered for a target, as bytes that `load` turns into a function wherever the devices are.
 
     It holds the program and where everything lies, no weights and no Python; arguments and results are flat.
@@ -205,9 +203,8 @@ def save(config: ml_collections.ConfigDict, name: str, clips: int | None = None)
     return export_step(lay_out(config, *_mesh_and_clips(config, name, clips)), find(name).platform)
 
 
-def _mesh_and_clips(config: ml_collections.ConfigDict, name: str, clips: int | None) -> tuple[Mesh, int]:
+def _mesh_and_clips(config: Config, name: str, clips: int | None) -> tuple[Mesh, int]:
     """The mesh of a config over a target's devices, not all of which it has to take, and the clips of a step there."""
-    check(config)
     mesh = sharding.make_mesh(config.mesh, devices(name))
     return mesh, clips or find(name).clips or config.batch * mesh.size
 
@@ -231,14 +228,13 @@ def load(artefact: bytes) -> export.Exported:
 
 
 @functools.lru_cache(maxsize=8)
-def model_and_weights(config_json: str) -> tuple[favchat.FaVChat, dict[str, jax.ShapeDtypeStruct]]:
+def model_and_weights(config: Config) -> tuple[favchat.FaVChat, dict[str, jax.ShapeDtypeStruct]]:
     """The model of a config in its training form, and the shapes of its weights by path."""
-    config = ml_collections.ConfigDict(json.loads(config_json))
     model = build(config)
-    return model, assembly.weight_shapes(model, config)
+    return model, weight_shapes(model, config)
 
 
-def language_model(config: ml_collections.ConfigDict) -> MistralConfig:
+def language_model(config: Config) -> MistralConfig:
     """Sizes of a config's language model; raises UserError where they are not known."""
     if config.preset == "paper" and not config.llm.path:
         return MISTRAL_7B
@@ -248,13 +244,12 @@ def language_model(config: ml_collections.ConfigDict) -> MistralConfig:
 
 
 @functools.lru_cache(maxsize=8)
-def _of_one_clip(config_json: str, platform: str) -> tuple[float, int]:
+def _of_one_clip(config: Config, platform: str) -> tuple[float, int]:
     """(operations of the forward and backward pass without rematerialisation, bytes of activations with it).
 
     The operations are those of plain attention, whose products can be counted, the bytes those of the platform's.
     """
-    config = ml_collections.ConfigDict(json.loads(config_json))
-    trainable, frozen = stages.split(model_and_weights(config_json)[1], config.variant, config.stage)
+    trainable, frozen = stages.split(model_and_weights(config)[1], config.variant, config.stage)
     frozen = _stored(frozen, config)
     batch = batch_shapes(config, 1)
 
@@ -265,34 +260,32 @@ def _of_one_clip(config_json: str, platform: str) -> tuple[float, int]:
         return of
 
     def forward(weights, frozen, batch):
-        value, backward = jax.vjp(lambda w: loss(model_and_weights(config_json)[0])(w, frozen, batch), weights)
+        value, backward = jax.vjp(lambda w: loss(model_and_weights(config)[0])(w, frozen, batch), weights)
         return value, [leaf for leaf in jax.tree.leaves(backward) if isinstance(leaf, jax.Array)]
 
     with compiling_for(platform):
         kept = jax.make_jaxpr(forward)(trainable, frozen, batch)
-    config.model.remat = ""
-    gradient = jax.make_jaxpr(jax.value_and_grad(loss(build(config))))(trainable, frozen, batch)
+    plain = build(config.updated({"model.remat": ""}))
+    gradient = jax.make_jaxpr(jax.value_and_grad(loss(plain)))(trainable, frozen, batch)
     weights = {leaf.shape for leaf in (*trainable.values(), *frozen.values())}
     return cost.total_flops(cost.products(gradient)), cost.saved_bytes(kept, weights)
 
 
 @functools.lru_cache(maxsize=8)
-def _executed(config_json: str, clips: int) -> list[cost.Product]:
+def _executed(config: Config, clips: int) -> list[cost.Product]:
     """The products of the whole step, traced for a CPU, where attention is plain and its products can be counted."""
-    config = ml_collections.ConfigDict(json.loads(config_json))
     arguments = lay_out(config, sharding.one_device(), clips)
     return list(cost.products(arguments.step.trace(arguments.state, arguments.frozen, arguments.batch).jaxpr))
 
 
-def build(config: ml_collections.ConfigDict) -> favchat.FaVChat:
+def build(config: Config) -> favchat.FaVChat:
     """The model of a config in its training form."""
-    rank = config.model.lora.rank if stages.STAGES[config.stage].lora else 0
     return favchat.build(
         config.model,
         language_model(config),
         variant=config.variant,
         ablation=config.ablation,
-        lora_rank=rank,
+        lora_rank=config.lora_rank,
         storage=config.llm.storage,
     )
 
@@ -302,7 +295,7 @@ def _held(tree: Any) -> int:
     return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
-def _moved(arguments: Arguments, config: ml_collections.ConfigDict) -> float:
+def _moved(arguments: Arguments, config: Config) -> float:
     """Bytes that a device receives in a step: cut weights, gathered for the forward and for the backward pass in the
     computation's dtype, and gradients in float32, summed where they lie."""
     width = jnp.dtype(config.model.dtype).itemsize
@@ -314,7 +307,7 @@ def _moved(arguments: Arguments, config: ml_collections.ConfigDict) -> float:
     return 2 * width * (elsewhere(arguments.frozen) + trained) + 4 * trained
 
 
-def _advice(config: Any, share: int, lacking: int, temp: int, frozen: int) -> str:
+def _advice(config: Config, share: int, lacking: int, temp: int, frozen: int) -> str:
     """Which option frees what is lacking, by estimate: the parts of a batch take turns with what a step needs beside
     its arguments. `share` is a device's clips in a part."""
     if not config.model.remat:

@@ -12,18 +12,17 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 from flax.traverse_util import flatten_dict
 from jax.sharding import SingleDeviceSharding
 
 from favchat_jax import stages
+from favchat_jax.config import Config
 from favchat_jax.errors import UserError
 from favchat_jax.generation.decoding import Decoder, Decoding
 from favchat_jax.models.kernels.attention import compiling_for
 from favchat_jax.planning import cost, plan
 from favchat_jax.planning.targets import GIB, devices, find
-from favchat_jax.rl import de_grpo, policy
-from favchat_jax.training.checks import check
+from favchat_jax.rl import policy
 from favchat_jax.training.optimizer import make_optimizer
 from favchat_jax.training.step import new_state
 
@@ -51,7 +50,7 @@ class Program:
     once: Any = None
 
 
-def make_policy_plan(config: ml_collections.ConfigDict, name: str, clips: int | None = None) -> plan.Plan:
+def make_policy_plan(config: Config, name: str, clips: int | None = None) -> plan.Plan:
     """Compiles an iteration of the reinforcement stage for one device of a target.
 
     Args:
@@ -69,8 +68,6 @@ def make_policy_plan(config: ml_collections.ConfigDict, name: str, clips: int | 
     target = find(name)
     if target.devices > 1:
         raise UserError(f"--target={name}: stage=grpo computes on one device; name a target that is one")
-    check(config)
-    de_grpo.check(config)
     clips = clips or config.batch
     device = devices(name)[0]
     held, programs = _lay_out(config, clips, device)
@@ -118,10 +115,10 @@ def _advice(resident: int, usable: int) -> str:
     return "a smaller rl.group or rl.max_new_tokens"
 
 
-def _lay_out(config: ml_collections.ConfigDict, clips: int, device: jax.Device) -> tuple[dict[str, int], list[Program]]:
+def _lay_out(config: Config, clips: int, device: jax.Device) -> tuple[dict[str, int], list[Program]]:
     """Bytes of what stays on the device, by what it is, and the programs of an iteration in their order."""
     dtype = jnp.dtype(config.model.dtype)
-    model, shapes = plan.model_and_weights(config.to_json())
+    model, shapes = plan.model_and_weights(config)
     trainable, frozen = stages.split(shapes, config.variant, config.stage)
     frozen = {path: jax.ShapeDtypeStruct(leaf.shape, dtype) for path, leaf in frozen.items()}
     optimizer = make_optimizer(config.optimizer, plan.STEPS)

@@ -4,13 +4,13 @@ from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 import optax
 from einops import rearrange
 from flax.traverse_util import unflatten_dict
 from jaxtyping import Array, Bool, Float, Int
 
+from favchat_jax.config import RLConfig
 from favchat_jax.models.favchat import ClipFeatures, FaVChat
 from favchat_jax.models.likelihood import target_log_probabilities
 from favchat_jax.rl import objective
@@ -48,7 +48,7 @@ def response_mask(responses: Int[np.ndarray, "... n"], end: int) -> Bool[np.ndar
     return (ends == 0) | ((ends == 1) & (responses == end))
 
 
-def make_score(model: FaVChat, settings: ml_collections.ConfigDict, chunk: int) -> Callable[..., Array]:
+def make_score(model: FaVChat, settings: RLConfig, chunk: int) -> Callable[..., Array]:
     """Compiles `token_log_probabilities`: (trainable, frozen, features, batch) -> [B, G, L]."""
     return jax.jit(
         lambda trainable, frozen, features, batch: token_log_probabilities(
@@ -58,7 +58,7 @@ def make_score(model: FaVChat, settings: ml_collections.ConfigDict, chunk: int) 
 
 
 def make_update(
-    model: FaVChat, optimizer: optax.GradientTransformation, settings: ml_collections.ConfigDict, chunk: int
+    model: FaVChat, optimizer: optax.GradientTransformation, settings: RLConfig, chunk: int
 ) -> Callable[..., tuple[TrainState, dict[str, Array]]]:
     """Compiles one update of the policy: (state, frozen, features, batch) -> (state, metrics); the step stays."""
 

@@ -20,48 +20,18 @@ multiplied by tanh(margin - baseline), which can turn its sign. Here arithmetic 
 utility free of scale, discovery comes before any judgement, and no weight is negative.
 """
 
-import dataclasses
 import itertools
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
 
-from favchat_jax.errors import UserError
+from favchat_jax.config import PoolConfig
 
 DISCOVER, EXPLOIT, COOL_DOWN, DISCARD = STATES = ("discover", "exploit", "cool_down", "discard")
 DELTA = {DISCOVER: 1.0, EXPLOIT: 1.0, COOL_DOWN: 0.5, DISCARD: 0.0}
 PAIR_FLOOR = 1e-6  # of the published form
 USUAL = 0.5  # utility of a usual sample, and so the prior of one not seen
-
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """Symbols of the module's docstring.
-
-    Attributes:
-        smoothing: share of the old s in the new one.
-        tau_remove, tau_keep: thresholds on s.
-        discovery: visits of a sample before it is judged.
-        rest: iterations for which a sample that cools down is not drawn.
-        published: the published form.
-        baseline: of the published form's margin; there a value head that no loss trains.
-
-    Raises:
-        UserError: smoothing is not within [0, 1).
-    """
-
-    smoothing: float = 0.8
-    tau_remove: float = 0.2
-    tau_keep: float = 0.8
-    discovery: int = 2
-    rest: int = 5
-    published: bool = False
-    baseline: float = 0.0
-
-    def __post_init__(self):
-        if not 0 <= self.smoothing < 1:
-            raise UserError(f"rl.pool.smoothing={self.smoothing} is a share of the old state: give 0 to less than 1")
 
 
 def pairwise(values: Float[np.ndarray, "B G"]) -> Float[np.ndarray, "B P"]:
@@ -96,13 +66,14 @@ class Pool:
 
     Args:
         size: number of samples.
-        settings: see `Settings`.
+        settings: thresholds and smoothing.
         seed: of the draws.
         efficient: False for plain GRPO: shuffled epochs, no states, weights of 1.
+        published: whether utility and weights have the published form.
     """
 
-    def __init__(self, size: int, settings: Settings, seed: int, efficient: bool = True):
-        self.size, self.settings, self.efficient = size, settings, efficient
+    def __init__(self, size: int, settings: PoolConfig, seed: int, *, efficient: bool = True, published: bool = False):
+        self.size, self.settings, self.efficient, self.published = size, settings, efficient, published
         self.score = np.zeros(size)
         self.visits = np.zeros(size, np.int64)
         self.resting_until = np.zeros(size, np.int64)
@@ -116,7 +87,7 @@ class Pool:
         """Where a sample stands in its life."""
         if self.discarded[sample]:
             return DISCARD
-        if self.visits[sample] < (1 if self.settings.published else self.settings.discovery):
+        if self.visits[sample] < (1 if self.published else self.settings.discovery):
             return DISCOVER
         return COOL_DOWN if self.score[sample] > self.settings.tau_keep else EXPLOIT
 
@@ -162,7 +133,7 @@ class Pool:
             rewards: of their responses.
             log_probabilities: mean over each response's tokens, under the policy that answered.
         """
-        chosen, ours = self.settings, not self.settings.published
+        chosen, ours = self.settings, not self.published
         utility = self._utility(rewards, log_probabilities) if ours else published_utility(rewards, log_probabilities)
         if not self.efficient:
             self.visits[samples] += 1
@@ -178,7 +149,7 @@ class Pool:
         self.resting_until[tired] = self.iteration + chosen.rest
         delta = np.array([DELTA[state] for state in states])
         if not ours:
-            return published_weights(rewards, delta, chosen.baseline), utility
+            return published_weights(rewards, delta, chosen.published_baseline), utility
         share = delta * utility
         return share / share.mean() if share.any() else np.zeros(len(samples)), utility
 

@@ -21,7 +21,8 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 from jaxtyping import Float
 
-from favchat_jax.errors import UserError
+from favchat_jax.data.reasoning import answer_of
+from favchat_jax.errors import UserError, one_line
 
 TARGET_WEIGHTS = {"attributes": 0.4, "emotion": 0.3, "action": 0.3}
 # The whole text, with nothing around the two parts and no tag inside them.
@@ -65,12 +66,6 @@ def jaccard(one: frozenset[str], other: frozenset[str]) -> float:
     """Shared words over all words of two sets; 0 where both are empty."""
     union = one | other
     return len(one & other) / len(union) if union else 0.0
-
-
-def answer_of(response: str) -> str:
-    """What stands between `<answer>` and `</answer>`, or after an `<answer>` without end; else the whole response."""
-    found = re.search(r"<answer>(.*?)(?:</answer>|\Z)", response, re.S)
-    return (found.group(1) if found else response).strip()
 
 
 def facial_score(answer: str, targets: Mapping[str, str], published: bool = False) -> float:
@@ -147,7 +142,9 @@ def load(path: str) -> Reward:
     try:
         reward = getattr(importlib.import_module(module), name)
     except Exception as error:  # a person's own module may raise anything
-        raise UserError(f"reward {path!r} cannot be imported ({_line(error)}): write it as module:function") from None
+        raise UserError(
+            f"reward {path!r} cannot be imported ({one_line(error)}): write it as module:function"
+        ) from None
     if not callable(reward):
         raise UserError(f"reward {path!r} is no function: write it as module:function")
     return reward
@@ -171,15 +168,10 @@ def evaluate(rewards: Mapping[str, tuple[Reward, float]], group: Group) -> dict[
         except UserError as error:
             raise UserError(f"{where}: {error}") from None
         except Exception as error:  # a person's own function may raise anything
-            raise UserError(f"{where} raised {type(error).__name__}: {_line(error)}") from error
+            raise UserError(f"{where} raised {type(error).__name__}: {one_line(error)}") from error
         if len(values) != len(group.responses):
             raise UserError(f"{where} gave {len(values)} values for {len(group.responses)} responses")
         if not all(map(math.isfinite, values)):
             raise UserError(f"{where} gave {values}: rewards must be finite numbers")
         parts[name] = np.array(values)
     return {**parts, "total": sum(weight * parts[name] for name, (_, weight) in rewards.items())}
-
-
-def _line(error: Exception) -> str:
-    """What an error says, as one line."""
-    return " ".join(str(error).split())

@@ -1,15 +1,16 @@
-"""What frozen encoders make of each clip, kept beside the run: later epochs read it and do not run them again.
+"""The frozen encoders' features of each clip, kept beside the run, so that later epochs do not run the encoders.
 
 From stage 3 on nothing in the encoders and in v1's fusion learns, so that the same frames of a clip have the same
 features in every epoch. Q-Formers, which read the question and have dropout, still run in each step.
 """
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 from flax.traverse_util import unflatten_dict
 from jax.sharding import Mesh
@@ -18,27 +19,11 @@ from safetensors.numpy import load_file, save_file
 
 from favchat_jax import sharding
 from favchat_jax.checkpoints.weights_folder import Weights
+from favchat_jax.config import Config
 from favchat_jax.data.loader import Batch
-from favchat_jax.errors import UserError
+from favchat_jax.files import draft_file
 from favchat_jax.models.favchat import ClipFeatures, FaVChat
-from favchat_jax.stages import STAGES, TRAINS, group_of
-
-ENCODING = ("encoders", "fusion")  # groups of weights that make a clip's features
-
-
-def check_keeping(config: ml_collections.ConfigDict) -> None:
-    """Raises UserError where a run cannot keep features, as its config asks."""
-    learning = [group for group in ENCODING if group in TRAINS[config.variant][config.stage]]
-    data = config.data
-    if learning or STAGES[config.stage].text is None:
-        raise UserError(f"data.keep_features=True is for stage3 and coldstart, not for {config.stage}: leave it out")
-    if data.sampling != "middle" or data.random_crop or data.flip:
-        raise UserError(
-            "data.keep_features=True needs the same frames of a clip in every epoch: set data.sampling=middle, "
-            "data.random_crop=False and data.flip=False besides"
-        )
-    if jax.process_count() > 1:
-        raise UserError("data.keep_features=True is for a single process: leave it out where there are several")
+from favchat_jax.stages import ENCODING, group_of
 
 
 class KeptFeatures:
@@ -81,8 +66,21 @@ class KeptFeatures:
         return [stored[key] for key in sorted(stored, key=int)]
 
     def _write(self, name: str, row: list[np.ndarray]) -> None:
-        """Beside its place first, so that a file is whole or not there."""
-        file = self._file(name)
-        draft = file.with_suffix(".draft")
-        save_file({str(i): np.ascontiguousarray(leaf) for i, leaf in enumerate(row)}, draft)
-        draft.replace(file)
+        with draft_file(self._file(name), sync=False) as draft:  # a damaged file is made again
+            save_file({str(i): np.ascontiguousarray(leaf) for i, leaf in enumerate(row)}, draft)
+
+
+def placement(
+    config: Config, workdir: Path, model: FaVChat, frozen: dict[str, jax.Array], mesh: Mesh
+) -> Callable[[Batch], dict[str, Any]]:
+    """What a step takes of a batch, on its devices: all arrays, or kept features in place of the frames."""
+    size = config.model.image_size
+    frames = (config.batch, config.model.frames, size, size, 3)
+    kept = KeptFeatures(workdir / "features", model, frozen, mesh, frames) if config.data.keep_features else None
+
+    def place(batch: Batch) -> dict[str, Any]:
+        left_out = ("length", "frames") if kept else ("length",)
+        arrays = {name: array for name, array in batch.arrays.items() if name not in left_out}
+        return sharding.place_batch({**arrays, "features": kept.of(batch)} if kept else arrays, mesh)
+
+    return place

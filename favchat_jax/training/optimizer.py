@@ -9,33 +9,28 @@ import jax.numpy as jnp
 import optax
 from optax.contrib import MuonDimensionNumbers, muon
 
-from favchat_jax.errors import UserError
+from favchat_jax.config import OptimizerConfig
 from favchat_jax.stages import GROUPS
 
 ADAM_SHARE = 0.1  # of Muon's rate, for the weights that it does not move
 
 
-def schedule(optimizer: Any, steps: int) -> optax.Schedule:
+def schedule(optimizer: OptimizerConfig, steps: int) -> optax.Schedule:
     """Linear warm-up to the peak, then a cosine down to a floor (VideoChat2's: floor 0.25 of the peak)."""
     warmup = max(1, round(optimizer.warmup * steps))
     rate = optimizer.learning_rate
     return optax.warmup_cosine_decay_schedule(0.0, rate, warmup, max(steps, warmup + 1), rate * optimizer.floor)
 
 
-def make_optimizer(optimizer: Any, steps: int) -> optax.GradientTransformation:
+def make_optimizer(optimizer: OptimizerConfig, steps: int) -> optax.GradientTransformation:
     """The optimiser of a config, after clipping by global norm.
 
     `adamw` is VideoChat2's; weight decay spares one-dimensional weights (biases and norm scales). `muon`
     (github: KellerJordan/Muon) moves kernels by orthogonalised momentum, all other weights by AdamW at a tenth of the
     rate: the embedded preset's, which learns more a step with it. The encoders are moved by AdamW in any case,
     at `encoder_rate` of the rate.
-
-    Raises:
-        UserError: another name.
     """
     rate = schedule(optimizer, steps)
-    if optimizer.name not in ("adamw", "muon"):
-        raise UserError(f"optimizer.name={optimizer.name} is unknown: choose adamw or muon")
     return optax.chain(
         optax.clip_by_global_norm(optimizer.clip_norm),
         optax.partition(
@@ -56,11 +51,11 @@ def _encoders_and_others(weights: Any) -> Any:
     return jax.tree_util.tree_map_with_path(label, weights)
 
 
-def _adamw(optimizer: Any, rate: optax.Schedule) -> optax.GradientTransformation:
+def _adamw(optimizer: OptimizerConfig, rate: optax.Schedule) -> optax.GradientTransformation:
     return optax.adamw(rate, b1=optimizer.b1, b2=optimizer.b2, weight_decay=optimizer.weight_decay, mask=_decay_mask)
 
 
-def _muon(optimizer: Any, rate: optax.Schedule) -> optax.GradientTransformation:
+def _muon(optimizer: OptimizerConfig, rate: optax.Schedule) -> optax.GradientTransformation:
     return _stacked(
         muon(
             rate,

@@ -40,7 +40,7 @@ def set_paths(workdir: Path, **paths) -> None:
 def test_it_holds_the_runs_weights_bit_for_bit_and_its_config(folder, trained):
     moved, run = load_run(folder), load_run(trained.folder / "stage3")
     assert same_weights(moved.weights, run.weights)
-    differing = {name for name, value in moved.config.items() if value != run.config[name]}
+    differing = {name for name, value in vars(moved.config).items() if value != getattr(run.config, name)}
     assert differing == {"llm"} and moved.config.llm.path == str(folder / "llm")
     assert moved.tokenizer.get_vocab() == run.tokenizer.get_vocab()
 

@@ -10,7 +10,8 @@ import pytest
 
 from favchat_jax.chat import ask
 from favchat_jax.checkpoints import mistral_folder as mistral
-from favchat_jax.checkpoints.run import assemble, initial_weights, load_run, weight_shapes
+from favchat_jax.checkpoints.initial import initial_weights
+from favchat_jax.checkpoints.run import assemble, load_run, weight_shapes
 from favchat_jax.checkpoints.tensors import open_tensors
 from favchat_jax.checkpoints.weights_folder import save_weights
 from favchat_jax.convert import favchat
@@ -42,8 +43,7 @@ def exported(small_world, tmp_path_factory) -> Exported:
     config = small_world.config("stage3", "variant=v2")
     shapes = weight_shapes(assemble(config).model, config)
     weights = drawn_flat({path: leaf for path, leaf in shapes.items() if group_of(path) != "llm"}, 0.3)
-    config.llm.path = "llm"
-    save_weights(place / "run", weights, config.to_dict())
+    save_weights(place / "run", weights, config.updated({"llm.path": "llm"}).to_json())
     shutil.copytree(small_world.llm, place / "run" / "llm")
     fingerprint = {"fingerprint": mistral.fingerprint(small_world.llm)}
     (place / "run" / "llm.json").write_text(json.dumps(fingerprint))

@@ -16,11 +16,11 @@ from einops import rearrange
 from flax.traverse_util import unflatten_dict
 
 from configs import stage2
+from favchat_jax.config import ABLATIONS, VARIANTS
 from favchat_jax.convert.pytorch.inputs_favchat import Prompts
 from favchat_jax.convert.torch_model import for_torch, torch_favchat
 from favchat_jax.generation.sampler import Sampler, Sampling
 from favchat_jax.models import favchat
-from favchat_jax.models.favchat import ABLATIONS, VARIANTS
 from favchat_jax.models.mistral import MistralConfig
 from favchat_jax.training.step import batch_loss
 from tests.convert.torch_parts import error, gradient_error, inputs
@@ -113,8 +113,8 @@ def test_every_model_has_the_logits_and_the_gradient_of_its_pytorch_counterpart(
     ids=["sizes", "one frame", "sizes of v2", *(f"v2 {ablation}" for ablation in ABLATIONS[1:])],
 )
 def test_other_settings_mean_the_same_in_pytorch(argument, changes, window):
-    config, llm = tiny_config(argument), dataclasses.replace(MISTRAL, sliding_window=window)
-    config.model.update_from_flattened_dict(changes)
+    config = tiny_config(argument).updated({f"model.{path}": value for path, value in changes.items()})
+    llm = dataclasses.replace(MISTRAL, sliding_window=window)
     weights, batch = drawn_weights(config, llm, 0.3), inputs(config, llm)
     assert logits_error(config, llm, weights, batch) <= LIMIT
 
@@ -124,8 +124,7 @@ def test_other_settings_mean_the_same_in_pytorch(argument, changes, window):
     [("v1", "none", 0), ("v1", "no_face", 0), *(("v2", "none", seed) for seed in (0, 1, 2))],
 )
 def test_greedy_answers_are_the_same_over_64_tokens(variant, ablation, seed, tmp_path):
-    config = tiny_config(f"variant={variant},ablation={ablation}")
-    config.llm.path = str(tmp_path)
+    config = tiny_config(f"variant={variant},ablation={ablation}").updated({"llm.path": str(tmp_path)})
     (tmp_path / "config.json").write_text(json.dumps(config_json(MISTRAL)))
     weights, batch = drawn_weights(config, MISTRAL, 0.3, seed), inputs(config, MISTRAL, seed=seed)
     tokenizer = words(*(f"word{i}" for i in range(MISTRAL.vocab_size - 3)), "<end>")

@@ -7,10 +7,11 @@ import pytest
 
 from favchat_jax.checkpoints import mistral_folder as mistral
 from favchat_jax.checkpoints.table import TRANSFORMS, Row, Table, account, is_finite, read, slots, write
+from favchat_jax.config import ABLATIONS, VARIANTS
 from favchat_jax.convert import facexformer, favchat, lora, qformer, umt, videochat2
 from favchat_jax.errors import UserError
 from favchat_jax.models.facexformer import FaceXFormerEncoder, LinearFuse
-from favchat_jax.models.favchat import ABLATIONS, VARIANTS, build
+from favchat_jax.models.favchat import build
 from favchat_jax.models.mistral import LoRA
 from favchat_jax.models.qformer import QFormer
 from favchat_jax.models.umt import UMT

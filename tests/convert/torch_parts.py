@@ -6,13 +6,13 @@ from typing import Any
 import jax
 import numpy as np
 import torch
-from ml_collections import ConfigDict
 
+from favchat_jax.config import Config
 from favchat_jax.convert.torch_model import published
 from favchat_jax.models.mistral import MistralConfig
 
 
-def inputs(config: ConfigDict, llm: MistralConfig, *, clips=2, questions=2, words=9, seed=0) -> dict[str, np.ndarray]:
+def inputs(config: Config, llm: MistralConfig, *, clips=2, questions=2, words=9, seed=0) -> dict[str, np.ndarray]:
     """A batch of the training step: random frames, words, prompts of different lengths and answers."""
     rng = np.random.default_rng(seed)
     size, vocabulary = config.model.image_size, config.model.qformer.vocabulary

@@ -256,3 +256,14 @@ def test_every_name_that_a_python_example_uses_exists(name, code):
                 assert hasattr(favchat_jax, node.attr), ast.unparse(node)
             if node.value.id == "model" and "favchat_jax.load" in code:
                 assert hasattr(favchat_jax.Model, node.attr), ast.unparse(node)
+
+
+def test_every_page_that_the_code_names_exists():
+    named = {
+        (path.name, page)
+        for folder in ("favchat_jax", "configs", "tools")
+        for path in (ROOT / folder).rglob("*.py")
+        for page in re.findall(r"\bdocs/[\w/.-]+\.(?:md|json)\b", path.read_text())
+    }
+    assert named
+    assert {(name, page) for name, page in named if not (ROOT / page).exists()} == set()

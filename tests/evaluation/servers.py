@@ -7,15 +7,16 @@ from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-Reply = str | int  # a message, or the status of a refusal
+Reply = str | int | bytes  # a message, the status of a refusal, or a whole body
 
 
 class Server:
-    """What a test sees of a running server: its address and the requests it got."""
+    """What a test sees of a running server: its address, the requests it got, and the key of each."""
 
     def __init__(self, url: str):
         self.url = url
         self.requests: list[dict[str, Any]] = []
+        self.keys: list[str] = []
 
 
 @contextlib.contextmanager
@@ -28,14 +29,16 @@ def serve(reply: Callable[[dict[str, Any]], Reply]) -> Iterator[Server]:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             with lock:
                 server.requests.append(body)
+                server.keys.append(self.headers["Authorization"])
                 said = reply(body)
-            status, content = (said, {"error": {"message": "no"}}) if isinstance(said, int) else (200, completion(said))
-            encoded = json.dumps(content).encode()
+            status = said if isinstance(said, int) else 200
+            if not isinstance(said, bytes):
+                said = json.dumps({"error": {"message": "no"}} if isinstance(said, int) else completion(said)).encode()
             self.send_response(status)
             self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(encoded)))
+            self.send_header("Content-Length", str(len(said)))
             self.end_headers()
-            self.wfile.write(encoded)
+            self.wfile.write(said)
 
         def log_message(self, *_):
             pass

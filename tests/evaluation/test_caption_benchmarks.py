@@ -5,7 +5,6 @@ import shutil
 from pathlib import Path
 
 import pytest
-from ml_collections import ConfigDict
 
 from configs.eval import common
 from configs.eval import dfec as dfec_config
@@ -13,6 +12,7 @@ from configs.eval import emer as emer_config
 from configs.eval import held_out_qa as qa_config
 from favchat_jax.errors import RunError, UserError
 from favchat_jax.evaluation.benchmarks import dfec, emer, held_out_qa
+from favchat_jax.evaluation.config import EvaluationConfig, JudgeConfig
 from favchat_jax.evaluation.judge import Judge
 from tests.evaluation.models_for_tests import Scripted, session
 from tests.evaluation.servers import asked, serve
@@ -34,17 +34,14 @@ def broken(folders, tmp_path):
     return lambda name: Path(shutil.copytree(folders[name], tmp_path / name))
 
 
-def config_of(name: str, root: Path, **changes) -> ConfigDict:
-    config = BENCHMARKS[name][1].get_config()
-    config.data.root = str(root)
-    config.update(changes)
-    return config
+def config_of(name: str, root: Path, **changes) -> EvaluationConfig:
+    config = EvaluationConfig.from_ml_collections(BENCHMARKS[name][1].get_config())
+    return config.updated({"data.root": str(root), **changes})
 
 
 def judge_at(url: str, tmp_path: Path) -> Judge:
-    section = common.judge()
-    section.update({"url": url, "model": "m", "cache": str(tmp_path / "cache.jsonl"), "retries": 0})
-    return Judge(section)
+    ours = {"url": url, "model": "m", "cache": str(tmp_path / "cache.jsonl"), "retries": 0}
+    return Judge(JudgeConfig.read({**common.judge(), **ours}))
 
 
 def ideal(body) -> str:

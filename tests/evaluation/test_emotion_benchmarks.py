@@ -4,12 +4,12 @@ import shutil
 from pathlib import Path
 
 import pytest
-from ml_collections import ConfigDict
 
 from configs.eval import dfew as dfew_config
 from configs.eval import mafw as mafw_config
 from favchat_jax.errors import UserError
 from favchat_jax.evaluation.benchmarks import dfew, mafw
+from favchat_jax.evaluation.config import EvaluationConfig
 from tests.evaluation.models_for_tests import Scripted, session
 from tools import miniatures
 
@@ -23,18 +23,16 @@ def folders(tmp_path_factory) -> dict[str, Path]:
     return {name: miniatures.make(name, root / name, clips=10) for name in BENCHMARKS}
 
 
-def config_of(name: str, root: Path, **changes) -> ConfigDict:
-    config = BENCHMARKS[name][1].get_config()
-    config.data.root = str(root)
-    config.update(changes)
-    return config
+def config_of(name: str, root: Path, **changes) -> EvaluationConfig:
+    config = EvaluationConfig.from_ml_collections(BENCHMARKS[name][1].get_config())
+    return config.updated({"data.root": str(root), **changes})
 
 
-def evaluated(name: str, config: ConfigDict, model: Scripted) -> dict:
+def evaluated(name: str, config: EvaluationConfig, model: Scripted) -> dict:
     return BENCHMARKS[name][0].run(config, session(model))
 
 
-def truth(name: str, config: ConfigDict) -> dict[str, str]:
+def truth(name: str, config: EvaluationConfig) -> dict[str, str]:
     """The label of each clip, by its id."""
     result = evaluated(name, config, Scripted(lambda *_: ""))
     return {row["id"]: row["expected"] for row in result["samples"]}

@@ -3,10 +3,11 @@
 import json
 
 import pytest
-from ml_collections import ConfigDict
 
 from configs.eval import common
+from favchat_jax import openai_client
 from favchat_jax.errors import RunError, UserError
+from favchat_jax.evaluation.config import JudgeConfig
 from favchat_jax.evaluation.judge import PROMPT_VERSION, Judge, Question, agreement
 from favchat_jax.evaluation.respondents import Unanswered
 from tests.evaluation.servers import asked, serve
@@ -14,10 +15,9 @@ from tests.evaluation.servers import asked, serve
 QA = [Question(str(i), "qa", {"question": f"q{i}?", "reference": "a", "answer": f"b{i}"}) for i in range(5)]
 
 
-def config(url, tmp_path, **changes) -> ConfigDict:
-    section = common.judge()
-    section.update({"url": url, "model": "m", "cache": str(tmp_path / "cache.jsonl"), "retries": 0, **changes})
-    return section
+def config(url, tmp_path, **changes) -> JudgeConfig:
+    ours = {"url": url, "model": "m", "cache": str(tmp_path / "cache.jsonl"), "retries": 0}
+    return JudgeConfig.read({**common.judge(), **ours, **changes})
 
 
 def test_scores_come_back_by_question_and_are_asked_at_temperature_0(tmp_path):
@@ -93,7 +93,8 @@ def test_a_request_that_the_server_refuses_leaves_the_answer_unjudged_and_others
     assert isinstance(said.pop("1"), Unanswered) and set(said.values()) == {5.0}
 
 
-def test_a_busy_server_is_tried_again(tmp_path):
+def test_a_busy_server_is_tried_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(openai_client, "FIRST_PAUSE", 0.01)
     said = iter([503, 429, '{"score": 5}'])
     with serve(lambda body: next(said)) as server:
         assert Judge(config(server.url, tmp_path, retries=2)).scores(QA[:1]) == {"0": 5.0}
@@ -108,10 +109,42 @@ def test_a_judge_that_goes_offline_midway_ends_the_run_and_what_it_said_is_kept(
     assert Judge(section).scores(QA[:3]) == {"0": 5.0, "1": 5.0, "2": 5.0}
 
 
-@pytest.mark.parametrize("status", [401, 403, 404])
-def test_a_wrong_key_or_model_is_a_mistake_of_the_user(status, tmp_path):
-    with serve(lambda body: status) as server, pytest.raises(UserError, match="refuses model m: .*; check the URL"):
+@pytest.mark.parametrize(
+    ("status", "line"),
+    [
+        (401, r"/v1 refuses the key \(HTTP 401\): set OPENAI_API_KEY to a valid one"),
+        (403, r"/v1 refuses the key \(HTTP 403\): set OPENAI_API_KEY to a valid one"),
+        (404, r"/v1 has no chat completions with model 'm' \(HTTP 404\): check the address"),
+    ],
+)
+def test_a_wrong_key_or_model_is_a_mistake_of_the_user(status, line, tmp_path):
+    with serve(lambda body: status) as server, pytest.raises(UserError, match=line):
         Judge(config(server.url, tmp_path)).scores(QA[:1])
+
+
+def test_the_key_is_sent_and_shown_nowhere(tmp_path, monkeypatch):
+    monkeypatch.setenv("JUDGES_KEY", "sk-not-to-be-seen")
+    said = iter(["sk-not-to-be-seen", '{"score": 5}', 400])
+    with serve(lambda body: next(said)) as server:
+        judge = Judge(config(server.url, tmp_path, key_variable="JUDGES_KEY"))
+        assert judge.scores(QA[:1]) == {"0": 5.0}
+        assert str(judge.scores(QA[1:2])["1"]) == "the server refused the request: HTTP 400: no"
+    assert server.keys == ["Bearer sk-not-to-be-seen"] * 3 and "sk-not" not in json.dumps(judge.summary())
+
+
+def test_a_server_without_a_key_and_without_an_address_that_can_be_right(tmp_path, monkeypatch):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    with serve(lambda body: '{"score": 5}') as server:
+        assert Judge(config(server.url, tmp_path)).scores(QA[:1]) == {"0": 5.0}
+    for url in ("localhost:8000/v1", "http://[::8000/v1"):
+        with pytest.raises(UserError, match="must be (an|the http:// or https://) address"):
+            Judge(config(url, tmp_path))
+
+
+def test_a_body_that_is_no_chat_completion_leaves_the_answer_unjudged(tmp_path):
+    with serve(lambda body: b"<html>") as server:
+        said = Judge(config(server.url, tmp_path)).scores(QA[:1])["0"]
+    assert isinstance(said, Unanswered) and str(said) == "the reply is not a chat completion"
 
 
 def test_verdicts_must_be_as_many_as_the_events(tmp_path):

@@ -2,12 +2,12 @@
 
 import numpy as np
 import pytest
-from ml_collections import ConfigDict
 
 from configs.eval import rendered as rendered_config
 from favchat_jax.data.record import Question, Record
 from favchat_jax.embedded import benchmark as rendered
 from favchat_jax.errors import UserError
+from favchat_jax.evaluation.config import EvaluationConfig
 from favchat_jax.evaluation.session import Session
 
 
@@ -74,9 +74,7 @@ class Repeating:
 
 @pytest.fixture
 def config():
-    config = ConfigDict(rendered_config.get_config())
-    config.batch = 2
-    return config
+    return EvaluationConfig.from_ml_collections(rendered_config.get_config()).updated({"batch": 2})
 
 
 @pytest.fixture
@@ -110,8 +108,7 @@ def test_all_batches_have_one_shape(config, five_records):
 
 
 def test_the_limit_counts_clips(config, five_records):
-    config.limit = 3
-    answers = rendered.run(config, Session.of(Repeating(), config))["samples"]
+    answers = rendered.run(config.updated({"limit": 3}), Session.of(Repeating(), config))["samples"]
     assert {row["clip"] for row in answers} == {"clip 0", "clip 1", "clip 2"}
 
 

@@ -7,6 +7,7 @@ import pytest
 from configs.eval import youtube_faces as config_module
 from favchat_jax.errors import UserError
 from favchat_jax.evaluation.benchmarks import youtube_faces
+from favchat_jax.evaluation.config import EvaluationConfig
 from tests.evaluation.models_for_tests import Scripted, session
 from tools import miniatures
 
@@ -18,11 +19,8 @@ def folder(tmp_path_factory):
 
 
 def config_of(root, **changes):
-    config = config_module.get_config()
-    config.data.root = str(root)
-    config.segment = 4
-    config.update(changes)
-    return config
+    config = EvaluationConfig.from_ml_collections(config_module.get_config())
+    return config.updated({"data.root": str(root), "segment": 4, **changes})
 
 
 def knows(id: str, question: str) -> str:

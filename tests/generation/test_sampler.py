@@ -46,10 +46,8 @@ class Setting:
         self.tokenizer = train_tokenizer()
         llm = {**config_json(MISTRAL), "vocab_size": len(self.tokenizer)}
         (folder / "config.json").write_text(json.dumps(llm))
-        self.config = tiny_config(f"variant={variant}")
-        self.config.llm.path = str(folder)
-        self.config.data.buckets = (BUCKET,)
-        self.config.model.qformer.vocabulary = len(self.tokenizer)
+        sizes = {"data.buckets": (BUCKET,), "model.qformer.vocabulary": len(self.tokenizer)}
+        self.config = tiny_config(f"variant={variant}").updated({"llm.path": str(folder), **sizes})
         rank = self.config.model.lora.rank
         self.model = favchat.build(self.config.model, read_config(folder), variant=variant, lora_rank=rank)
         weights = drawn_flat(favchat_shapes(self.model, 2, 32), spread=0.4)

@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
-from ml_collections import ConfigDict
 
 from configs import stage2
+from favchat_jax.config import Config
 from favchat_jax.models.favchat import FaVChat
 from favchat_jax.models.mistral import Mistral, MistralConfig
 
@@ -82,16 +82,21 @@ def drawn_flat(shapes: dict[str, jax.ShapeDtypeStruct], spread: float, seed: int
     return flatten_dict(drawn(unflatten_dict(shapes, sep="/"), spread, seed), sep="/")
 
 
-def tiny_config(argument: str = "") -> ConfigDict:
+def tiny_config(argument: str = "") -> Config:
     """Stage 2's config with every size cut down to what compiles in seconds."""
-    config = stage2.get_config(argument)
-    model = config.model
-    model.image_size, model.frames = 32, 2
-    model.umt.update({"width": 8, "depth": 3, "layers_run": 2, "heads": 2, "checkpoint_size": 32})
-    model.no_face_taps = (1, 2)
-    model.facexformer.update({"width": 4, "depths": (1, 1), "heads": (1, 2), "window": 4})
-    model.fusion.heads = 2
-    model.qformer.update({"width": 8, "depth": 2, "heads": 2, "mlp": 8, "queries": 2, "extra_queries": 1})
-    model.adapter.hidden = 8
-    model.lora.update({"rank": 2, "alpha": 3.0})
-    return config
+    return Config.from_ml_collections(stage2.get_config(argument)).updated(
+        {
+            "model.image_size": 32,
+            "model.frames": 2,
+            "model.umt": {"width": 8, "depth": 3, "layers_run": 2, "heads": 2, "patch": 16, "checkpoint_size": 32},
+            "model.no_face_taps": (1, 2),
+            "model.facexformer": {"patch": 4, "width": 4, "depths": (1, 1), "heads": (1, 2), "window": 4},
+            "model.fusion.heads": 2,
+            **{f"model.qformer.{name}": 8 for name in ("width", "mlp")},
+            **{f"model.qformer.{name}": 2 for name in ("depth", "heads", "queries")},
+            "model.qformer.extra_queries": 1,
+            "model.adapter.hidden": 8,
+            "model.lora.rank": 2,
+            "model.lora.alpha": 3.0,
+        }
+    )

@@ -9,6 +9,7 @@ from jax.sharding import PartitionSpec as P
 
 from configs import stage3
 from favchat_jax import sharding
+from favchat_jax.config import Config
 from favchat_jax.errors import UserError
 from favchat_jax.planning import plan, targets
 
@@ -85,32 +86,17 @@ def test_bytes_that_are_no_saved_step_are_refused():
     ],
 )
 def test_what_would_make_a_step_fit_is_named(share, lacking, frozen, says):
-    config = stage3.get_config("preset=paper")
+    config = Config.from_ml_collections(stage3.get_config("preset=paper"))
     assert plan._advice(config, share, lacking, temp=10, frozen=frozen) == says
-    config.model.remat = ""
+    config = config.updated({"model.remat": ""})
     assert plan._advice(config, share, lacking, temp=10, frozen=frozen) == "model.remat=block"
     assert dataclasses.replace(targets.find("a100-40gb"), memory=10).usable == 9
 
 
 def test_more_parts_are_advised_than_a_batch_is_cut_into_already():
-    config = stage3.get_config("preset=paper")
-    config.accumulate = 2
+    config = Config.from_ml_collections(stage3.get_config("preset=paper")).updated({"accumulate": 2})
     assert plan._advice(config, share=4, lacking=7, temp=10, frozen=0) == "accumulate=8"
     assert plan._advice(config, share=4, lacking=25, temp=10, frozen=20) == "accumulate=8 on two or more devices"
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"model__remat": "all"}, "model.remat=all is unknown"),
-        ({"llm__storage": "int3"}, "llm.storage=int3 is unknown"),
-        ({"accumulate": 0}, "accumulate=0 is too small"),
-    ],
-)
-def test_a_config_that_suits_no_run_is_neither_planned_nor_saved(changes, message, small_world):
-    for do in (plan.make_plan, plan.save):
-        with pytest.raises(UserError, match=message):
-            do(small_world.config("stage3", **changes), "v5e-8")
 
 
 def test_a_mesh_may_leave_devices_of_a_target_out_and_has_as_many_clips_as_it_takes(small_world, monkeypatch):

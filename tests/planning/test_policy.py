@@ -27,7 +27,7 @@ def test_a_target_of_several_devices_is_refused(config):
 
 def test_what_stays_on_the_device_is_what_a_sampler_adds_to_the_weights(config, laid_out):
     held, _ = laid_out
-    _, shapes = plan.model_and_weights(config.to_json())
+    _, shapes = plan.model_and_weights(config)
     weights = {path: jnp.zeros(leaf.shape, config.model.dtype) for path, leaf in shapes.items()}
     trainable, frozen = stages.split(weights, config.variant, config.stage)
     assert held["frozen"] == sum(leaf.nbytes for leaf in frozen.values())

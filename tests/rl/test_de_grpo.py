@@ -9,14 +9,18 @@ import pytest
 from flax.traverse_util import unflatten_dict
 
 from favchat_jax.checkpoints import run as assembly
+from favchat_jax.checkpoints.store import load_run_weights
 from favchat_jax.checkpoints.weights_folder import load_weights
+from favchat_jax.config import VARIANTS
 from favchat_jax.errors import UserError
 from favchat_jax.generation.sampler import Sampler, Sampling
 from favchat_jax.models import favchat
 from favchat_jax.rl import de_grpo, policy
 from favchat_jax.rl.curves import read_lines
 from favchat_jax.rl.pool import STATES
-from favchat_jax.training import loop
+from favchat_jax.rl.rollouts import Rollouts
+from favchat_jax.sharding import training_mesh
+from favchat_jax.training.progress import Outcome
 from tests.conftest import newest, same_weights
 from tests.models.tiny_parts import MISTRAL, drawn_flat, favchat_shapes, tiny_config
 
@@ -51,18 +55,21 @@ def config_of(small_world, trained, tmp_path_factory):
     (start / "config.json").write_text(json.dumps({**settings, "stage": "coldstart"}))
 
     def config(**changes):
-        config = small_world.config("grpo", init__from_run=str(start), **{**SMALL, **changes})
-        config.rl.rewards.form.path = "tests.rl.test_de_grpo:favour_short_words"
-        return config
+        ours = {"init__from_run": str(start), "rl__rewards__form__path": "tests.rl.test_de_grpo:favour_short_words"}
+        return small_world.config("grpo", **{**SMALL, **ours, **changes})
 
     return config
+
+
+def train(config, workdir) -> Outcome:
+    return de_grpo.train(config, workdir, training_mesh(config))
 
 
 @pytest.fixture(scope="module")
 def whole(config_of, tmp_path_factory):
     """A run that nothing disturbed."""
     workdir = tmp_path_factory.mktemp("whole") / "grpo"
-    assert de_grpo.train(config_of(), workdir) == loop.Outcome(step=4, steps=4, resumed_at=0)
+    assert train(config_of(), workdir) == Outcome(step=4, steps=4, resumed_at=0)
     return workdir
 
 
@@ -80,7 +87,7 @@ def test_a_run_writes_rewards_by_part_states_and_curves(whole):
 
 
 def test_only_adapters_and_lora_move_away_from_a_reference_that_stays(whole, config_of):
-    start = assembly.visual_and_lora(config_of().init.from_run)
+    start = load_run_weights(config_of().init.from_run)
     trained, reference = newest(whole), load_weights(whole / "reference")
     assert all(path.startswith("adapter/") or "lora_" in path for path in trained)
     assert same_weights(reference, {path: start[path] for path in reference})
@@ -88,19 +95,19 @@ def test_only_adapters_and_lora_move_away_from_a_reference_that_stays(whole, con
 
 
 def test_a_resumed_run_ends_with_the_bits_of_one_that_was_never_interrupted(whole, config_of, tmp_path, monkeypatch):
-    workdir, original, seen = tmp_path / "grpo", de_grpo._Run._iterate, []
+    workdir, original, seen = tmp_path / "grpo", Rollouts.batch, []
 
-    def end_after_three(self, samples, records):
+    def end_after_three(self, rollout):
         if len(seen) == 3:
             raise KeyboardInterrupt
-        seen.append(samples)
-        return original(self, samples, records)
+        seen.append(rollout)
+        return original(self, rollout)
 
-    monkeypatch.setattr(de_grpo._Run, "_iterate", end_after_three)
+    monkeypatch.setattr(Rollouts, "batch", end_after_three)
     with pytest.raises(KeyboardInterrupt):
-        de_grpo.train(config_of(), workdir)
+        train(config_of(), workdir)
     monkeypatch.undo()
-    assert de_grpo.train(config_of(), workdir) == loop.Outcome(step=4, steps=4, resumed_at=2)
+    assert train(config_of(), workdir) == Outcome(step=4, steps=4, resumed_at=2)
     assert same_weights(newest(workdir), newest(whole))
     kept = [
         [{k: v for k, v in line.items() if "second" not in k} for line in read_lines(folder / "metrics.jsonl")]
@@ -119,49 +126,34 @@ def test_a_finished_run_answers(whole, small_world):
 def test_a_pool_that_runs_empty_ends_the_run_cleanly_and_says_so(config_of, tmp_path, caplog):
     config = config_of(steps=9, rl__pool__tau_remove=1.0, rl__pool__discovery=1)
     with caplog.at_level("INFO", logger="favchat_jax"):
-        outcome = de_grpo.train(config, tmp_path / "grpo")
+        outcome = train(config, tmp_path / "grpo")
     assert outcome.finished and outcome.step == 3, "five samples in batches of two"
     assert "the pool ran empty at step 3" in caplog.text
     assert read_lines(tmp_path / "grpo" / "metrics.jsonl")[-1]["rollouts"] == 3
     assert [line["step"] for line in read_lines(tmp_path / "grpo" / "heldout.jsonl")] == [0, 2, 3]
-    assert de_grpo.train(config, tmp_path / "grpo") == loop.Outcome(step=3, steps=3, resumed_at=3)
+    assert train(config, tmp_path / "grpo") == Outcome(step=3, steps=3, resumed_at=3)
     assert [line["step"] for line in read_lines(tmp_path / "grpo" / "heldout.jsonl")] == [0, 2, 3]
 
 
-@pytest.mark.parametrize(
-    ("changes", "says"),
-    [
-        ({"rl__group": 1}, "rl.group=1 is too small"),
-        ({"rl__temperature": 0.0}, "rl.temperature=0 makes all responses"),
-        ({"rl__utility": "best"}, "rl.utility=best is unknown: choose scale_free or published"),
-        ({"rl__updates": 0}, "rl.updates=0: give at least 1"),
-        ({"rl__measure_every": 0}, "rl.measure_every=0: give at least 1"),
-        ({"rl__max_new_tokens": 0}, "rl.max_new_tokens=0: give at least 1"),
-        ({"rl__pool__smoothing": 7.0}, "rl.pool.smoothing=7.0 is a share"),
-        ({"rl__rewards__form__weight": float("nan")}, "rl.rewards.form.weight=nan is no weight"),
-        ({"rl__rewards__step": {"path": "x:y", "weight": 1.0}}, "rl.rewards.step: .* rename it"),
-        ({"llm__storage": "int8"}, "llm.storage=int8 cannot be answered from"),
-        ({"rl__rewards__facial__path": "nowhere:facial"}, "reward 'nowhere:facial' cannot be imported"),
-    ],
-)
-def test_settings_that_suit_no_run_are_refused(changes, says, config_of, tmp_path):
-    with pytest.raises(UserError, match=says):
-        de_grpo.train(config_of(**changes), tmp_path / "grpo")
+def test_a_reward_that_cannot_be_imported_is_refused_before_any_work(config_of, tmp_path):
+    with pytest.raises(UserError, match="reward 'nowhere:facial' cannot be imported"):
+        train(config_of(rl__rewards__facial__path="nowhere:facial"), tmp_path / "grpo")
+    assert not (tmp_path / "grpo").exists()
 
 
 def test_several_processes_are_refused_by_a_stage_that_computes_on_one_device(config_of, tmp_path, monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     with pytest.raises(UserError, match="stage=grpo computes on one device, in one process"):
-        de_grpo.train(config_of(), tmp_path / "grpo")
+        train(config_of(), tmp_path / "grpo")
 
 
 def test_the_temporal_reward_gets_responses_about_shuffled_frames_where_they_are_asked_for(config_of, tmp_path):
     settings = {"steps": 1, "rl__rewards__facial__path": "favchat_jax.rl.rewards:temporal"}
     with pytest.raises(UserError, match="needs responses about shuffled frames"):
-        de_grpo.train(config_of(**settings), tmp_path / "without")
+        train(config_of(**settings), tmp_path / "without")
+    settings["rl__rewards__facial__path"] = "tests.rl.test_de_grpo:count_shuffled"
     config = config_of(**settings, rl__shuffled_frames=True, rl__measure_every=5)
-    config.rl.rewards.facial.path = "tests.rl.test_de_grpo:count_shuffled"
-    de_grpo.train(config, tmp_path / "with")
+    train(config, tmp_path / "with")
     assert read_lines(tmp_path / "with" / "metrics.jsonl")[0]["reward_facial"] == config.rl.group
     assert [line["facial"] for line in read_lines(tmp_path / "with" / "heldout.jsonl")] == [1, 1], "one greedy response"
 
@@ -179,17 +171,17 @@ def test_a_reward_that_fails_late_loses_no_iteration(good, whole, config_of, tmp
 
     monkeypatch.setitem(globals(), "favour_short_words", fails_late)
     with pytest.raises(UserError, match="raised ValueError: out of words"):
-        de_grpo.train(config_of(checkpoint_every=100), workdir)
+        train(config_of(checkpoint_every=100), workdir)
     monkeypatch.undo()
     assert [line["step"] for line in read_lines(workdir / "metrics.jsonl")] == [1, 2]
-    assert de_grpo.train(config_of(checkpoint_every=100), workdir) == loop.Outcome(step=4, steps=4, resumed_at=2)
+    assert train(config_of(checkpoint_every=100), workdir) == Outcome(step=4, steps=4, resumed_at=2)
     assert same_weights(newest(workdir), newest(whole))
 
 
 def test_a_start_of_another_variant_is_refused(small_world, config_of, tmp_path):
     config = small_world.config("grpo", "variant=v2", init__from_run=config_of().init.from_run, **SMALL)
     with pytest.raises(UserError, match="is of variant=v1, this run of variant=v2"):
-        de_grpo.train(config, tmp_path / "grpo")
+        train(config, tmp_path / "grpo")
 
 
 def test_a_response_counts_up_to_its_first_end():
@@ -197,7 +189,7 @@ def test_a_response_counts_up_to_its_first_end():
     assert mask.astype(int).tolist() == [[1, 1, 0, 0, 0], [1, 1, 1, 1, 1], [1, 0, 0, 0, 0]]
 
 
-@pytest.mark.parametrize("variant", favchat.VARIANTS)
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_log_probabilities_are_those_of_the_whole_model_one_sequence_at_a_time(variant):
     model = favchat.build(tiny_config().model, MISTRAL, variant=variant, lora_rank=2)
     weights = drawn_flat(favchat_shapes(model, 2, 32), spread=0.3)

@@ -5,7 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from favchat_jax.rl.pool import Pool, Settings, pairwise, published_utility, published_weights, saturating
+from favchat_jax.config import PoolConfig
+from favchat_jax.rl.pool import Pool, pairwise, published_utility, published_weights, saturating
 
 SPREAD = np.array([[0.0, 0.4, 0.8]])  # mean pairwise difference 1.6 / 3
 LOG = np.array([[-1.0, -1.3, -1.6]])  # 1.2 / 3
@@ -26,7 +27,7 @@ def test_a_saturating_share_is_a_half_for_the_usual_and_defined_where_nothing_va
 
 
 def test_the_first_sample_is_the_usual_one_and_later_ones_are_measured_against_a_running_mean():
-    pool = Pool(5, Settings(), seed=0)
+    pool = Pool(5, PoolConfig(), seed=0)
     weights, utility = pool.update(np.array([0]), SPREAD, LOG)
     assert utility == pytest.approx([0.5]) and weights == pytest.approx([1.0])
     # Three times the spread of rewards: R = 1.6, R' = 0.8 x 1.6/3 + 0.2 x 1.6; P as usual.
@@ -38,7 +39,7 @@ def test_the_first_sample_is_the_usual_one_and_later_ones_are_measured_against_a
 def test_utility_does_not_change_with_the_size_of_rewards_or_log_probabilities():
     rng = np.random.default_rng(0)
     rewards, log = rng.random((3, 4, 8)), -rng.random((3, 4, 8))
-    one, other = Pool(12, Settings(), seed=0), Pool(12, Settings(), seed=0)
+    one, other = Pool(12, PoolConfig(), seed=0), Pool(12, PoolConfig(), seed=0)
     for step in range(3):
         samples = np.arange(4) + 4 * step
         small, _ = one.update(samples, rewards[step], log[step])[::-1]
@@ -50,7 +51,7 @@ def test_utility_does_not_change_with_the_size_of_rewards_or_log_probabilities()
 def test_one_tie_costs_little_where_it_brings_the_published_utility_to_nothing():
     different, tied = groups([0.0, 0.3, 0.6, 0.9]), groups([0.0, 0.3, 0.6, 0.6])
     log = groups([-1.0, -1.1, -1.2, -1.3])
-    pool = Pool(2, Settings(), seed=0)
+    pool = Pool(2, PoolConfig(), seed=0)
     _, utility = pool.update(np.array([0, 1]), np.concatenate([different, tied]), np.concatenate([log, log]))
     assert utility[1] > 0.8 * utility[0]
     assert published_utility(tied, log)[0] < 0.15 * published_utility(different, log)[0]
@@ -58,7 +59,7 @@ def test_one_tie_costs_little_where_it_brings_the_published_utility_to_nothing()
 
 @pytest.mark.parametrize("tied", ["rewards", "log_probabilities"])
 def test_a_group_that_is_of_one_mind_is_of_no_use(tied):
-    pool = Pool(2, Settings(), seed=0)
+    pool = Pool(2, PoolConfig(), seed=0)
     values = {"rewards": np.concatenate([SPREAD, SPREAD]), "log_probabilities": np.concatenate([LOG, LOG])}
     values[tied][1] = values[tied][1, 0]
     weights, utility = pool.update(np.array([0, 1]), **values)
@@ -84,7 +85,7 @@ def visit(pool, sample, utility):
 
 
 def test_the_state_is_the_first_utility_and_then_smoothed():
-    pool = Pool(1, Settings(), seed=0)
+    pool = Pool(1, PoolConfig(), seed=0)
     visit(pool, 0, 0.6)
     assert pool.score[0] == pytest.approx(0.6)
     visit(pool, 0, 0.1)
@@ -92,7 +93,7 @@ def test_the_state_is_the_first_utility_and_then_smoothed():
 
 
 def test_a_sample_is_discovered_then_judged_and_one_without_use_is_never_drawn_again():
-    pool = Pool(3, Settings(discovery=2), seed=0)
+    pool = Pool(3, PoolConfig(discovery=2), seed=0)
     assert pool.counts() == {"discover": 3, "exploit": 0, "cool_down": 0, "discard": 0}
     visit(pool, 0, 0.0)
     assert pool.state_of(0) == "discover", "one bad visit condemns nobody"
@@ -109,13 +110,13 @@ def test_a_sample_is_discovered_then_judged_and_one_without_use_is_never_drawn_a
     ("score", "state"), [(0.19, "discard"), (0.2, "discard"), (0.21, "exploit"), (0.8, "exploit"), (0.81, "cool_down")]
 )
 def test_thresholds_part_the_states(score, state):
-    pool = Pool(1, Settings(discovery=1), seed=0)
+    pool = Pool(1, PoolConfig(discovery=1), seed=0)
     visit(pool, 0, score)
     assert pool.state_of(0) == state
 
 
 def test_a_sample_that_was_useful_and_is_solved_fades_out():
-    pool, visits = Pool(1, Settings(), seed=0), 0
+    pool, visits = Pool(1, PoolConfig(), seed=0), 0
     visit(pool, 0, 0.5)
     while pool.state_of(0) != "discard":
         visit(pool, 0, 0.0)
@@ -124,7 +125,7 @@ def test_a_sample_that_was_useful_and_is_solved_fades_out():
 
 
 def test_a_sample_that_cools_down_counts_half_and_rests():
-    pool = Pool(3, Settings(discovery=1, rest=4), seed=0)
+    pool = Pool(3, PoolConfig(discovery=1, rest=4), seed=0)
     pool.draw(1)  # iteration 1
     pool._utility = lambda *_: np.array([0.9, 0.45])
     weights, _ = pool.update(np.array([0, 1]), np.tile(SPREAD, (2, 1)), np.tile(LOG, (2, 1)))
@@ -134,7 +135,7 @@ def test_a_sample_that_cools_down_counts_half_and_rests():
 
 
 def test_those_that_rest_are_drawn_where_too_few_others_live():
-    pool = Pool(2, Settings(discovery=1, rest=10), seed=0)
+    pool = Pool(2, PoolConfig(discovery=1, rest=10), seed=0)
     for sample in range(2):
         visit(pool, sample, 0.9)
     assert sorted(pool.draw(2)) == [0, 1]
@@ -142,7 +143,7 @@ def test_those_that_rest_are_drawn_where_too_few_others_live():
 
 def test_weights_are_never_negative_and_average_to_one():
     rng = np.random.default_rng(0)
-    pool = Pool(40, Settings(), seed=0)
+    pool = Pool(40, PoolConfig(), seed=0)
     for _ in range(30):
         samples = pool.draw(8)
         if not len(samples):
@@ -154,7 +155,7 @@ def test_weights_are_never_negative_and_average_to_one():
 
 
 def test_draws_hold_no_sample_twice_and_follow_what_samples_were_worth():
-    pool = Pool(4, Settings(discovery=1), seed=0)
+    pool = Pool(4, PoolConfig(discovery=1), seed=0)
     for sample, utility in enumerate((0.3, 0.75)):
         visit(pool, sample, utility)
     counts = np.zeros(4)
@@ -167,7 +168,7 @@ def test_draws_hold_no_sample_twice_and_follow_what_samples_were_worth():
 
 
 def test_fewer_are_drawn_where_fewer_live_and_none_from_an_empty_pool():
-    pool = Pool(3, Settings(discovery=1), seed=0)
+    pool = Pool(3, PoolConfig(discovery=1), seed=0)
     visit(pool, 0, 0.0)
     assert sorted(pool.draw(3)) == [1, 2]
     visit(pool, 1, 0.0)
@@ -176,7 +177,7 @@ def test_fewer_are_drawn_where_fewer_live_and_none_from_an_empty_pool():
 
 
 def test_plain_grpo_visits_every_sample_once_an_epoch_and_weighs_all_alike():
-    pool = Pool(6, Settings(), seed=0, efficient=False)
+    pool = Pool(6, PoolConfig(), seed=0, efficient=False)
     drawn = [pool.draw(4) for _ in range(3)]
     assert np.bincount(np.concatenate(drawn), minlength=6).tolist() == [2] * 6
     weights, _ = pool.update(drawn[0], np.zeros((4, 3)), np.zeros((4, 3)))
@@ -185,7 +186,7 @@ def test_plain_grpo_visits_every_sample_once_an_epoch_and_weighs_all_alike():
 
 
 def test_the_published_form_discards_a_sample_at_its_first_visit_unless_it_is_worth_more_than_1():
-    pool = Pool(2, Settings(published=True), seed=0)
+    pool = Pool(2, PoolConfig(), seed=0, published=True)
     weights, utility = pool.update(np.array([0, 1]), groups([0, 0.5], [0, 2.0]), groups([-1, -2], [-1, -3]))
     np.testing.assert_allclose(utility, [0.5, 4.0], rtol=1e-4)
     np.testing.assert_allclose(pool.score, [0.1, 0.8], rtol=1e-4)  # from 0: 0.2 x utility
@@ -200,10 +201,10 @@ def test_a_pool_goes_on_exactly_where_its_state_was_taken(efficient):
         weights, utility = pool.update(samples, rng.random((len(samples), 4)), -rng.random((len(samples), 4)))
         return samples.tolist(), weights.tolist(), utility.tolist()
 
-    one, rng = Pool(10, Settings(), 3, efficient), np.random.default_rng(1)
+    one, rng = Pool(10, PoolConfig(), 3, efficient=efficient), np.random.default_rng(1)
     for _ in range(7):
         step(one, rng)
-    other = Pool(10, Settings(), 99, efficient)
+    other = Pool(10, PoolConfig(), 99, efficient=efficient)
     other.set_state(json.loads(json.dumps(one.get_state())))
     again = np.random.default_rng()
     again.bit_generator.state = rng.bit_generator.state

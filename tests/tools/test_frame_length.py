@@ -3,8 +3,9 @@
 from types import SimpleNamespace
 
 import pytest
-from ml_collections import ConfigDict
 
+from favchat_jax.checkpoints.run import Run
+from tests.models.tiny_parts import tiny_config
 from tools import frame_length
 
 
@@ -24,7 +25,8 @@ def rows(monkeypatch):
     monkeypatch.setattr(frame_length, "benchmark", SimpleNamespace(run=run))
     monkeypatch.setattr(frame_length, "Sampler", SimpleNamespace(of=lambda run: run))
     monkeypatch.setattr(frame_length, "Session", SimpleNamespace(of=lambda run, *_: run.config.model.frames))
-    run = SimpleNamespace(config=ConfigDict({"model": {"frames": 8}, "data": {"name": "faces", "packed": "data"}}))
+    config = tiny_config().updated({"model.frames": 8, "data.name": "faces"})
+    run = Run(config, weights={}, tokenizer=None, prompt_tokenizer=None)
     rows = frame_length.sweep(run, [2, 8], limit=3)
     assert asked == [("faces", 3, 2), ("faces", 3, 8)]
     return rows

@@ -17,16 +17,10 @@ import numpy as np
 from favchat_jax import processes, sharding
 from favchat_jax.checkpoints import run as assembly
 from favchat_jax.checkpoints.store import Checkpoints
-from favchat_jax.training import loop
+from favchat_jax.config import Config
 from favchat_jax.training.optimizer import make_optimizer, schedule
+from favchat_jax.training.starting import starting_state
 from favchat_jax.training.step import make_step
-
-
-class Clips:
-    """Stands in for the data stream, whose order depends on the number of processes."""
-
-    def set_state(self, state):
-        """Takes where the stream stood."""
 
 
 def main(spec: dict[str, Any]) -> list[dict[str, Any]]:
@@ -43,12 +37,10 @@ def main(spec: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _run(spec, batches, sizes, jobs):
-    config = importlib.import_module(f"configs.{spec['stage']}").get_config()
-    tuples = {path: tuple(value) for path, value in spec["changes"].items() if isinstance(value, list)}
-    config.update_from_flattened_dict({**spec["changes"], **tuples})
-    config.mesh.update(dict(zip(sharding.AXES, sizes, strict=True)))
-    mesh = sharding.make_mesh(config.mesh)
-    sharding.check_batch(config.batch, config.accumulate, mesh)
+    mesh = {f"mesh.{axis}": size for axis, size in zip(sharding.AXES, sizes, strict=True)}
+    config = Config.from_ml_collections(importlib.import_module(f"configs.{spec['stage']}").get_config())
+    config = config.updated({**spec["changes"], **mesh})
+    mesh = sharding.training_mesh(config)
     parts = assembly.assemble(config)
     optimizer, rate = make_optimizer(config.optimizer, 20), schedule(config.optimizer, 20)
     step = make_step(parts.model, optimizer, rate, accumulate=config.accumulate, chunk=config.loss_chunk, mesh=mesh)
@@ -56,7 +48,7 @@ def _run(spec, batches, sizes, jobs):
     for workdir, steps in jobs:
         Path(workdir).mkdir(parents=True, exist_ok=True)
         checkpoints = Checkpoints(workdir, keep=20)
-        state, frozen = loop.start(config, Path(workdir), parts, optimizer, checkpoints, Clips(), mesh)
+        state, frozen, _ = starting_state(config, parts.model, optimizer, checkpoints, mesh)
         losses.append([])
         for _ in range(steps):
             batch = {name: array[int(state.step)] for name, array in batches.items()}

@@ -2,15 +2,18 @@ import contextlib
 import json
 
 import chex
+import jax
 import numpy as np
 import pytest
 
 from favchat_jax import sharding, stages
 from favchat_jax.checkpoints import run as assembly
+from favchat_jax.checkpoints.initial import initial_weights
 from favchat_jax.errors import UserError
-from favchat_jax.training import loop
-from favchat_jax.training.checks import check
+from favchat_jax.sharding import training_mesh
+from favchat_jax.training.batches import open_batches
 from favchat_jax.training.features import KeptFeatures
+from tests.conftest import train_alone
 
 SAME_FRAMES = {"data__sampling": "middle", "steps": 18, "checkpoint_every": 9}  # 72 clips: each is seen twice
 
@@ -32,9 +35,8 @@ def test_a_run_that_keeps_features_learns_what_one_does_that_encodes_each_clip_a
     variant, small_world, tmp_path, encoded
 ):
     config = small_world.config("stage3", f"variant={variant}", **SAME_FRAMES)
-    loop.train(config, tmp_path / "anew")
-    config.data.keep_features = True
-    loop.train(config, tmp_path / "kept")
+    train_alone(config, tmp_path / "anew")
+    train_alone(config.updated({"data.keep_features": True}), tmp_path / "kept")
     np.testing.assert_allclose(losses(tmp_path / "kept"), losses(tmp_path / "anew"), rtol=1e-5)
     files = list((tmp_path / "kept" / "features").iterdir())
     assert 0 < len(set(encoded)) == len(files) < config.steps * config.batch
@@ -47,8 +49,8 @@ def test_a_run_that_keeps_features_learns_what_one_does_that_encodes_each_clip_a
 def test_a_damaged_file_of_features_is_made_again(small_world, tmp_path, encoded):
     config = small_world.config("stage3", **SAME_FRAMES)
     parts, mesh = assembly.assemble(config), sharding.one_device()
-    _, frozen = stages.split(assembly.initial_weights(config, parts.model, mesh), "v1", "stage3")
-    with contextlib.closing(loop.open_batches(config, parts)) as batches:
+    _, frozen = stages.split(initial_weights(config, parts.model, mesh), "v1", "stage3")
+    with contextlib.closing(open_batches(config, parts)) as batches:
         batch = next(batches)
     kept = KeptFeatures(tmp_path / "features", parts.model, frozen, mesh, batch.arrays["frames"].shape)
     first = kept.of(batch)
@@ -61,15 +63,8 @@ def test_a_damaged_file_of_features_is_made_again(small_world, tmp_path, encoded
     assert len(encoded) == 2 * config.batch, "what is whole is read"
 
 
-@pytest.mark.parametrize(
-    ("stage", "changes", "says"),
-    [
-        ("stage2", {"data__sampling": "middle"}, "is for stage3 and coldstart, not for stage2"),
-        ("grpo", {"data__sampling": "middle"}, "not for grpo"),
-        ("stage3", {}, "set data.sampling=middle"),
-        ("stage3", {"data__sampling": "middle", "data__flip": True}, "data.flip=False"),
-    ],
-)
-def test_features_that_change_from_epoch_to_epoch_cannot_be_kept(stage, changes, says, small_world):
-    with pytest.raises(UserError, match=says):
-        check(small_world.config(stage, data__keep_features=True, **changes))
+def test_several_processes_cannot_keep_features(small_world, monkeypatch):
+    config = small_world.config("stage3", data__keep_features=True, **SAME_FRAMES)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(UserError, match="data.keep_features=True is for a single process"):
+        training_mesh(config)

@@ -11,16 +11,15 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
-from ml_collections import ConfigDict
 
 from configs import stage2
 from favchat_jax import sharding
 from favchat_jax.checkpoints import run as assembly
+from favchat_jax.config import ABLATIONS, VARIANTS, Config, MeshConfig
 from favchat_jax.errors import UserError
 from favchat_jax.models import favchat
-from favchat_jax.models.favchat import ABLATIONS, VARIANTS
 from favchat_jax.models.mistral import MistralConfig
-from favchat_jax.training import loop
+from favchat_jax.training.batches import open_batches
 from favchat_jax.training.optimizer import make_optimizer
 from favchat_jax.training.step import new_state
 from tests.conftest import ROOT
@@ -50,10 +49,9 @@ def abstract_mesh(*sizes: int) -> AbstractMesh:
     + [(preset, variant, "none") for preset in ("base", "paper") for variant in VARIANTS],
 )
 def test_every_weight_of_every_model_has_one_row_in_the_table(preset, variant, ablation):
-    config = stage2.get_config(f"preset={preset},variant={variant},ablation={ablation}")
+    config = Config.from_ml_collections(stage2.get_config(f"preset={preset},variant={variant},ablation={ablation}"))
     # One block stands for the many of the same kind, whose paths differ by a number.
-    config.model.facexformer.depths = (1, 1, 2, 1)
-    config.model.qformer.depth = 2
+    config = config.updated({"model.facexformer.depths": (1, 1, 2, 1), "model.qformer.depth": 2})
     llm = PUBLISHED if preset == "paper" else MISTRAL
     model = favchat.build(config.model, llm, variant=variant, ablation=ablation, lora_rank=2)
     shapes = assembly.weight_shapes(model, config)
@@ -82,8 +80,8 @@ def test_the_language_models_products_are_cut_along_both_axes_and_what_does_not_
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_moments_lie_as_the_weights_that_they_are_of(name):
-    config = stage2.get_config("preset=tiny")
-    optimizer = make_optimizer(ConfigDict({**config.optimizer, "name": name}), 10)
+    config = Config.from_ml_collections(stage2.get_config("preset=tiny")).updated({"optimizer.name": name})
+    optimizer = make_optimizer(config.optimizer, 10)
     weights = {
         "umt/blocks/attn/qkv/kernel": jax.ShapeDtypeStruct((2, 16, 48), np.float32),
         "llm/layers/mlp/up_proj/lora_b": jax.ShapeDtypeStruct((2, 2, 8), np.float32),
@@ -104,19 +102,19 @@ def test_moments_lie_as_the_weights_that_they_are_of(name):
     ("sizes", "says"),
     [
         ((1, 4, 1), "mesh.data=1, mesh.fsdp=4, mesh.tensor=1 needs 4 devices, and 1 are here: choose a smaller mesh"),
-        ((1, -1, -1), "or -1 in one place"),
-        ((0, 1, 1), "give numbers above 0"),
+        ((1, -1, -1), "give -1 in one place"),
+        ((0, 1, 1), "data=0: give a number above 0"),
         ((64, -1, 1), "mesh.data=64, mesh.fsdp=-1, mesh.tensor=1 needs 64 devices, and 1 are here"),
     ],
 )
 def test_a_mesh_that_the_devices_cannot_be_is_refused(sizes, says):
     with pytest.raises(UserError, match=says):
-        sharding.make_mesh(ConfigDict(dict(zip(sharding.AXES, sizes, strict=True))))
+        sharding.make_mesh(MeshConfig(**dict(zip(sharding.AXES, sizes, strict=True))))
 
 
 def test_a_mesh_that_does_not_divide_the_devices_is_refused():
     with pytest.raises(UserError, match="mesh.data=3, mesh.fsdp=-1, mesh.tensor=1 does not divide the 4 devices"):
-        sharding.make_mesh(ConfigDict({"data": 3, "fsdp": -1, "tensor": 1}), devices=[None] * 4)
+        sharding.make_mesh(MeshConfig(data=3, fsdp=-1, tensor=1), devices=[None] * 4)
 
 
 def test_a_batch_that_the_mesh_does_not_divide_is_refused():
@@ -134,7 +132,7 @@ def spec(small_world, tmp_path_factory):
     """What `many_devices.py` is told but for its runs: stage 2, in which most weights train."""
     changes = {**small_world.changes, "batch": 8, "data.buckets": (160,)}
     config = small_world.config("stage2", batch=8)
-    with contextlib.closing(loop.open_batches(config, assembly.assemble(config))) as stream:
+    with contextlib.closing(open_batches(config, assembly.assemble(config))) as stream:
         batches = [{k: v for k, v in next(stream).arrays.items() if k != "length"} for _ in range(STEPS + 1)]
     file = tmp_path_factory.mktemp("batches") / "batches.npz"
     np.savez(file, **{name: np.stack([batch[name] for batch in batches]) for name in batches[0]})

@@ -1,7 +1,6 @@
 """What both sides start from: a config, a language model's folder, weights and inputs, all drawn from one seed."""
 
 import dataclasses
-import importlib
 import io
 from pathlib import Path
 from typing import Any
@@ -10,19 +9,22 @@ import av
 import cv2
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 from flax.traverse_util import unflatten_dict
 
+from configs import stage2
 from favchat_jax.checkpoints import mistral_folder as mistral
 from favchat_jax.checkpoints import run as assembly
+from favchat_jax.checkpoints.initial import initial_weights
 from favchat_jax.checkpoints.weights_folder import load_weights, save_weights
+from favchat_jax.config import Config
 from favchat_jax.data.conversation import VISUAL_PLACEHOLDER
 from favchat_jax.data.loader import INSTRUCTIONS
 from favchat_jax.data.record import Record
 from favchat_jax.data.sources import open_dataset, prepare
 from favchat_jax.embedded import faces as rendered_faces
 from favchat_jax.embedded.language_model import write_sizes
+from favchat_jax.embedded.pretrain import LanguageModelSizes
 from favchat_jax.stages import group_of
 
 QUESTION = "What can be seen of the face in this video, and which emotion does it show?"
@@ -31,15 +33,19 @@ DATA = "rendered_faces/smoke"
 SMALL, LARGE = 128, 512  # pixels a side: the rendered clips', and CelebV-HQ's
 
 
-def settings(folder: str, preset: str) -> ml_collections.ConfigDict:
+def settings(folder: str, preset: str) -> Config:
     """Stage 2's config on the material in `folder`, without dropout, so that both sides compute the same numbers."""
-    config = importlib.import_module("configs.stage2").get_config(f"preset={preset}")
-    config.llm.path = str(Path(folder) / "llm")
-    config.init.update({"umt": "", "facexformer": "", "qformer": "", "from_run": ""})
-    config.model.lora.dropout = config.model.qformer.dropout = 0.0
-    config.model.dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    config.batch = CLIPS
-    return config
+    config = Config.from_ml_collections(stage2.get_config(f"preset={preset}"))
+    return config.updated(
+        {
+            "llm.path": str(Path(folder) / "llm"),
+            "init": {},
+            "model.lora.dropout": 0.0,
+            "model.qformer.dropout": 0.0,
+            "model.dtype": "float32" if jax.default_backend() == "cpu" else "bfloat16",
+            "batch": CLIPS,
+        }
+    )
 
 
 def make(folder: str, preset: str) -> None:
@@ -47,12 +53,12 @@ def make(folder: str, preset: str) -> None:
     llm = Path(folder) / "llm"
     llm.mkdir()
     config = settings(folder, preset)
-    write_sizes(llm, config.pretrain.llm, INSTRUCTIONS)
+    write_sizes(llm, LanguageModelSizes.read(config.pretrain["llm"]), INSTRUCTIONS)
     rng = np.random.default_rng(0)
     shapes = mistral.weight_shapes(mistral.read_config(llm))
     mistral.write_weights(llm, unflatten_dict({path: _drawn(rng, path, shapes[path]) for path in shapes}, sep="/"))
     parts = assembly.assemble(config)
-    weights = assembly.initial_weights(config, parts.model)
+    weights = initial_weights(config, parts.model)
     # Fresh adapters are zero, which would leave them out of what is compared.
     fresh = {path: _drawn(rng, path, leaf.shape) for path, leaf in weights.items() if path.endswith("lora_b")}
     weights |= {path: jnp.asarray(leaf) for path, leaf in fresh.items()}
@@ -76,7 +82,7 @@ def weights(folder: str) -> dict[str, Any]:
     return {**dict(assembly.load_llm(str(Path(folder) / "llm"))), **load_weights(Path(folder) / "weights")}
 
 
-def batch(config: ml_collections.ConfigDict) -> dict[str, np.ndarray]:
+def batch(config: Config) -> dict[str, np.ndarray]:
     """A training step's batch: random frames, and one question a clip whose answer fills half of the text."""
     rng = np.random.default_rng(0)
     llm, qformer = mistral.read_config(config.llm.path), config.model.qformer
@@ -93,7 +99,7 @@ def batch(config: ml_collections.ConfigDict) -> dict[str, np.ndarray]:
     }
 
 
-def frames(config: ml_collections.ConfigDict, clips: int) -> np.ndarray:
+def frames(config: Config, clips: int) -> np.ndarray:
     """Random clips."""
     size = config.model.image_size
     shape = (clips, config.model.frames, size, size, 3)

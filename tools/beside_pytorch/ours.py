@@ -37,8 +37,7 @@ def train(folder: str, preset: str) -> Runs:
     optimizer = make_optimizer(config.optimizer, 1000)
 
     def steps(remat: str):
-        config.model.remat = remat
-        model = assembly.assemble(config).model
+        model = assembly.assemble(config.updated({"model.remat": remat})).model
         rate = schedule(config.optimizer, 1000)
         update = make_step(model, optimizer, rate, accumulate=1, chunk=config.loss_chunk)
         fresh = new_state(jax.tree.map(jnp.copy, trainable), optimizer, 0)

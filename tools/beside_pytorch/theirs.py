@@ -18,6 +18,7 @@ from transformers.generation.configuration_utils import CompileConfig
 
 from favchat_jax.checkpoints import run as assembly
 from favchat_jax.checkpoints.tensors import read_json
+from favchat_jax.config import Config
 from favchat_jax.convert.torch_model import for_torch, torch_favchat
 from favchat_jax.data.conversation import Conversation, PromptEncoder
 from favchat_jax.data.loader import Example
@@ -219,7 +220,7 @@ def _model(folder: str, preset: str) -> tuple[Any, Any]:
     return config, model
 
 
-def _prompt(config: Any, batch: int) -> dict[str, torch.Tensor]:
+def _prompt(config: Config, batch: int) -> dict[str, torch.Tensor]:
     """The question to each clip, as the sampler asks it."""
     parts = assembly.assemble(config)
     qformer = config.model.qformer

@@ -12,11 +12,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import ml_collections
-
 from favchat_jax.errors import UserError
 from favchat_jax.evaluation import published
 from favchat_jax.evaluation.captions import all_figures, captions_result, note_score, unjudged_note
+from favchat_jax.evaluation.config import EvaluationConfig
 from favchat_jax.evaluation.footage import Footage
 from favchat_jax.evaluation.judge import Judge, Question
 from favchat_jax.evaluation.layout import described, first_of, root_of
@@ -30,7 +29,7 @@ LAYOUT = "test.json and the clips that it names"
 ASPECTS = ("correctness", "detail", "context", "temporal")
 
 
-def run(config: ml_collections.ConfigDict, session: Session) -> Result:
+def run(config: EvaluationConfig, session: Session) -> Result:
     """Describes each clip and scores the descriptions."""
     root = root_of(config, LAYOUT, SOURCE)
     path = first_of(root, ["test.json"], "its captions", SOURCE)

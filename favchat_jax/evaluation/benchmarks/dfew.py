@@ -8,11 +8,10 @@ A fold's file begins with `video_name,label`; labels are 1 to 7 in the order of 
 
 from pathlib import Path
 
-import ml_collections
-
 from favchat_jax.errors import UserError
 from favchat_jax.evaluation import published
 from favchat_jax.evaluation.classification import Listed, classify
+from favchat_jax.evaluation.config import EvaluationConfig
 from favchat_jax.evaluation.layout import described, find_clip, first_of, read_table, root_of
 from favchat_jax.evaluation.result import Result
 from favchat_jax.evaluation.session import Session
@@ -41,7 +40,7 @@ CLIPS = (
 )
 
 
-def run(config: ml_collections.ConfigDict, session: Session) -> Result:
+def run(config: EvaluationConfig, session: Session) -> Result:
     """Classifies the test clips of the folds that `folds` names."""
     root = root_of(config, LAYOUT, SOURCE)
     files = {

@@ -8,10 +8,9 @@ The first file is the first version's, 100 samples, which Table 4 goes back to; 
 
 from pathlib import Path
 
-import ml_collections
-
 from favchat_jax.evaluation import published
 from favchat_jax.evaluation.captions import all_figures, captions_result
+from favchat_jax.evaluation.config import EvaluationConfig
 from favchat_jax.evaluation.footage import Footage
 from favchat_jax.evaluation.layout import described, find_clip, first_of, read_table, root_of
 from favchat_jax.evaluation.respondents import Ask
@@ -27,7 +26,7 @@ VERSIONS = {"gt-eng.csv": ("names", "reasons"), "final-EMER-reason.csv": ("name"
 CLIPS = ("video/{name}.avi", "video/{name}.mp4")
 
 
-def run(config: ml_collections.ConfigDict, session: Session) -> Result:
+def run(config: EvaluationConfig, session: Session) -> Result:
     """Asks for the clues to each person's emotion and scores their overlap, and that of the emotions concluded."""
     root = root_of(config, LAYOUT, SOURCE)
     path = first_of(root, list(VERSIONS), "its annotations", SOURCE)

@@ -11,12 +11,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-import ml_collections
 import numpy as np
 
 from favchat_jax.errors import UserError
 from favchat_jax.evaluation import published
 from favchat_jax.evaluation.captions import all_figures, captions_result
+from favchat_jax.evaluation.config import EvaluationConfig
 from favchat_jax.evaluation.footage import Footage
 from favchat_jax.evaluation.layout import described, first_of, root_of
 from favchat_jax.evaluation.respondents import Ask
@@ -27,7 +27,7 @@ SOURCE = "write one line a clip: clip, video, and qa, a list of q and a"
 LAYOUT = "qa.jsonl and clips/"
 
 
-def run(config: ml_collections.ConfigDict, session: Session) -> Result:
+def run(config: EvaluationConfig, session: Session) -> Result:
     """Answers the questions and scores the answers."""
     root = root_of(config, LAYOUT, SOURCE)
     path = first_of(root, ["qa.jsonl"], "its questions", SOURCE)

@@ -6,11 +6,10 @@ ROOT/data/clips/00001.mp4    or    ROOT/data/frames/00001/
 
 from pathlib import Path
 
-import ml_collections
-
 from favchat_jax.errors import UserError
 from favchat_jax.evaluation import published
 from favchat_jax.evaluation.classification import Listed, classify
+from favchat_jax.evaluation.config import EvaluationConfig
 from favchat_jax.evaluation.layout import described, find_clip, first_of, root_of
 from favchat_jax.evaluation.result import Result
 from favchat_jax.evaluation.session import Session
@@ -26,7 +25,7 @@ FOLD = "Train & Test Set/single/no_caption/set_{fold}/test.txt"
 CLIPS = ("data/clips/{name}.mp4", "data/frames/{name}")
 
 
-def run(config: ml_collections.ConfigDict, session: Session) -> Result:
+def run(config: EvaluationConfig, session: Session) -> Result:
     """Classifies the test clips of the folds that `folds` names."""
     root = root_of(config, LAYOUT, SOURCE)
     files = {fold: first_of(root, [FOLD.format(fold=fold)], f"fold {fold}", SOURCE) for fold in config.folds}

@@ -17,11 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import ml_collections
 import numpy as np
 
 from favchat_jax.errors import UserError
 from favchat_jax.evaluation import published
+from favchat_jax.evaluation.config import EvaluationConfig
 from favchat_jax.evaluation.footage import Footage, pictures
 from favchat_jax.evaluation.labels import says_same
 from favchat_jax.evaluation.layout import described, first_of, root_of
@@ -45,12 +45,10 @@ class Pair:
     part: str
 
 
-def run(config: ml_collections.ConfigDict, session: Session) -> Result:
+def run(config: EvaluationConfig, session: Session) -> Result:
     """Asks about each pair."""
     if config.method not in ("direct", "likelihood"):
         raise UserError(f"method={config.method} is unknown: choose direct or likelihood")
-    if config.pairs not in ("segments", "splits"):
-        raise UserError(f"pairs={config.pairs} is unknown: choose segments or splits")
     root = root_of(config, LAYOUT, SOURCE)
     images = first_of(root, [config.data.images], "its frames", SOURCE)
     annotations = [] if config.pairs == "segments" else [first_of(root, ["splits.txt"], "its pairs", SOURCE)]
@@ -76,7 +74,7 @@ def run(config: ml_collections.ConfigDict, session: Session) -> Result:
     )
 
 
-def _samples(config: ml_collections.ConfigDict, session: Session, pairs: Sequence[Pair]) -> list[dict[str, Any]]:
+def _samples(config: EvaluationConfig, session: Session, pairs: Sequence[Pair]) -> list[dict[str, Any]]:
     asks = [Ask(pair.id, pair.clips, (((config.question, None),),)) for pair in pairs]
     if config.method == "likelihood":
         weights = session.likelihoods(asks, ANSWERS)

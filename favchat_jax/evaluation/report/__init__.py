@@ -11,7 +11,7 @@ from typing import Any
 
 import jinja2
 
-from favchat_jax.errors import UserError
+from favchat_jax.errors import UserError, one_line
 from favchat_jax.evaluation.report import sections
 from favchat_jax.evaluation.report.clips import Clips
 from favchat_jax.evaluation.report.examples import Frames
@@ -39,7 +39,7 @@ def _read(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise UserError(f"{path} does not exist: name JSON files that favchat_jax.evaluate wrote") from None
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read as JSON ({str(error).splitlines()[0]}): write it again") from None
+        raise UserError(f"{path} cannot be read as JSON ({one_line(error)}): write it again") from None
     known = isinstance(result, dict) and (result.get("table") in TABLES or "benchmark" in result)
     if not known:
         raise UserError(f"{path} is no result: name what favchat_jax.evaluate or another command's --json wrote")

@@ -4,13 +4,13 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import ml_collections
 import numpy as np
 from jaxtyping import UInt8
 
 from favchat_jax.data.video import VideoError
 from favchat_jax.errors import UserError
 from favchat_jax.evaluation.benchmarks import BENCHMARKS, benchmark_of
+from favchat_jax.evaluation.config import EvaluationConfig
 from favchat_jax.evaluation.footage import Footage, beside_each_other
 from favchat_jax.evaluation.report.examples import SIDE, STRIP, Sample
 from favchat_jax.evaluation.respondents import Ask
@@ -66,7 +66,7 @@ def _listed(result: Mapping[str, Any]) -> dict[str, tuple[Footage, ...]]:
         return {}
     listing = _Listing()
     try:
-        config = ml_collections.ConfigDict(result["provenance"]["config"])
+        config = EvaluationConfig.from_json(result["provenance"]["config"])
         benchmark_of(name).run(config, listing)
     except _Done:
         return listing.clips

@@ -7,7 +7,7 @@ The plain form of both functions is
 
 They differ in how weights lie, which checkpoints fix: `scan_stacked` runs layers whose weights are stacked along a
 first axis (UMT, Mistral), `scan_layers` layers that lie apart (Swin, Q-Former).
-A scan gains no speed in a step; it makes compiling stage 1 for an A800 twice as fast (docs/performance.md).
+A scan gains no speed in a step; it makes compiling stage 1 for an A800 twice as fast (docs/results.md).
 """
 
 from collections.abc import Callable, Sequence

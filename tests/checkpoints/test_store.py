@@ -9,8 +9,9 @@ import numpy as np
 import optax
 import pytest
 
-from favchat_jax.checkpoints.store import Checkpoints, load_config
-from favchat_jax.checkpoints.weights_folder import draft_of, load_weights, save_weights
+from favchat_jax.checkpoints.store import Checkpoints
+from favchat_jax.checkpoints.weights_folder import load_weights, save_weights
+from favchat_jax.checkpoints.workdir import load_config
 from favchat_jax.convert.folder import replacing
 from favchat_jax.errors import UserError
 from favchat_jax.training.step import TrainState, new_state
@@ -220,7 +221,7 @@ def test_writing_a_weights_folder_again_replaces_it_whole(tmp_path):
 
 def test_writing_a_weights_folder_leaves_a_persons_draft_alone_and_clears_away_that_of_a_killed_run(tmp_path):
     (tmp_path / "frozen.draft").mkdir()
-    draft_of(tmp_path / "frozen").mkdir()
+    (tmp_path / ".frozen.draft-favchat" / "weights").mkdir(parents=True)
     save_weights(tmp_path / "frozen", {"a/kernel": jnp.ones(3)}, {})
     assert sorted(path.name for path in tmp_path.iterdir()) == ["frozen", "frozen.draft"]
 
@@ -229,7 +230,7 @@ def test_a_place_where_nothing_can_be_written_is_told_from_a_full_disk(tmp_path)
     (tmp_path / "file").touch()
     for place, mend in (
         (tmp_path / "file" / "out", "a file is in the way"),
-        ("/proc/x", "no folder can be made there"),
+        ("/proc/x", "its folder is missing or takes no files"),
     ):
         with pytest.raises(UserError, match=f"could not write {place} .*: {mend}"):
             save_weights(place, {"a/kernel": jnp.ones(3)}, {})

@@ -6,8 +6,11 @@ import numpy as np
 import pytest
 
 from favchat_jax import stages
-from favchat_jax.checkpoints import mistral_folder
+from favchat_jax.checkpoints import initial as initial_room
+from favchat_jax.checkpoints import mistral_folder, store
 from favchat_jax.checkpoints import run as assembly
+from favchat_jax.checkpoints.initial import initial_weights
+from favchat_jax.checkpoints.store import frozen_weights, load_run_weights
 from favchat_jax.checkpoints.weights_folder import save_weights
 from favchat_jax.errors import UserError
 from tests.conftest import damage, newest, same_weights
@@ -18,7 +21,7 @@ from tools import export_orbax, export_pytorch
 def start(small_world):
     """The weights that stage 1 starts from, all drawn afresh but the language model's."""
     config = small_world.config("stage1")
-    return assembly.initial_weights(config, assembly.assemble(config).model)
+    return initial_weights(config, assembly.assemble(config).model)
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +31,7 @@ def runs(trained):
 
 
 def initial(config):
-    return assembly.initial_weights(config, assembly.assemble(config).model)
+    return initial_weights(config, assembly.assemble(config).model)
 
 
 def part(weights: dict, prefix: str) -> dict:
@@ -61,7 +64,7 @@ def test_the_language_model_is_that_of_its_folder_in_every_stage(runs, small_wor
 
 def test_a_workdir_is_whole_without_the_one_it_started_from(trained, runs, tmp_path):
     copy = trained.copy("stage3", tmp_path)
-    assert "encoders" in {stages.group_of(path) for path in assembly.frozen_weights(copy)}
+    assert "encoders" in {stages.group_of(path) for path in frozen_weights(copy)}
     assert same_weights(assembly.load_run(copy).weights, runs["stage3"])
 
 
@@ -84,9 +87,11 @@ def test_a_workdir_that_was_half_copied_neither_answers_nor_is_exported(lost, tr
 
 
 def test_a_stage_does_not_draw_afresh_what_the_stage_before_has_lost(small_world, trained, monkeypatch):
-    whole = assembly.visual_and_lora(trained.folder / "stage2")
+    whole = load_run_weights(trained.folder / "stage2")
     lost = next(path for path in whole if path.startswith("umt/"))
-    monkeypatch.setattr(assembly, "visual_and_lora", lambda _: {p: leaf for p, leaf in whole.items() if p != lost})
+    kept = {path: leaf for path, leaf in whole.items() if path != lost}
+    monkeypatch.setattr(store, "frozen_weights", lambda workdir: kept)
+    monkeypatch.setattr(store.Checkpoints, "load_trainable", lambda self: {})
     with pytest.raises(UserError, match=f"stage2 lacks {lost}.*: copy the whole workdir again"):
         initial(small_world.config("stage3", init__from_run=str(trained.folder / "stage2")))
 
@@ -162,9 +167,8 @@ def test_a_folder_with_weights_of_another_size_is_a_users_error_that_names_the_f
     shapes = assembly.weight_shapes(assembly.assemble(other).model, other)
     path = next(path for path in shapes if shapes[path].shape != runs["stage1"][path].shape)
     with pytest.raises(UserError, match=f"{path} has shape .*, expected "), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(assembly, "load_weights", lambda _: {path: runs["stage1"][path]})
-        other.init.umt = "folder"
-        initial(other)
+        patch.setattr(initial_room, "load_weights", lambda _: {path: runs["stage1"][path]})
+        initial(other.updated({"init.umt": "folder"}))
 
 
 def test_a_folder_that_is_missing_is_a_users_error(small_world, tmp_path):

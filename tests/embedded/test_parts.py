@@ -5,14 +5,14 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 import pytest
 
 from favchat_jax.checkpoints import mistral_folder
 from favchat_jax.checkpoints import run as assembly
-from favchat_jax.checkpoints.store import load_config
+from favchat_jax.checkpoints.initial import initial_weights
 from favchat_jax.checkpoints.weights_folder import load_weights
+from favchat_jax.checkpoints.workdir import load_config
 from favchat_jax.data.conversation import Conversation, load_tokenizer
 from favchat_jax.data.sources import open_dataset
 from favchat_jax.embedded import encoders, language_model
@@ -71,6 +71,12 @@ def test_a_stage_can_start_from_the_parts(inside):
         assert all(shapes[path].shape == leaf.shape for path, leaf in load_weights(folder).items())
 
 
+@pytest.mark.parametrize("value", [0, "many"])
+def test_a_value_that_suits_no_part_is_refused(value, inside):
+    with pytest.raises(UserError, match="^pretrain.llm_steps="):
+        pretraining.make_missing_parts(inside.updated({"pretrain.llm_steps": value}))
+
+
 def test_parts_that_are_there_are_not_made_again(inside, made):
     pretraining.make_missing_parts(inside)
     assert made == []
@@ -78,11 +84,9 @@ def test_parts_that_are_there_are_not_made_again(inside, made):
 
 def test_parts_of_other_settings_are_refused_and_stay_as_they_are(inside, made):
     before = sorted((path, path.stat().st_mtime_ns) for path in pretraining.PARTS.rglob("*"))
-    other = inside.copy_and_resolve_references()
-    other.pretrain.learning_rate = 0.5
-    differs = (
-        f"tiny-parts/mistral was made with other settings.*: learning_rate .{inside.pretrain.learning_rate} there, 0.5"
-    )
+    other = inside.updated({"pretrain.learning_rate": 0.5})
+    rate = inside.pretrain["learning_rate"]
+    differs = f"tiny-parts/mistral was made with other settings.*: learning_rate .{rate} there, 0.5"
     with pytest.raises(UserError, match=f"{differs}.*--config.llm.path=runs/tiny-parts/NAME"):
         pretraining.make_missing_parts(other)
     assert made == []
@@ -91,11 +95,10 @@ def test_parts_of_other_settings_are_refused_and_stay_as_they_are(inside, made):
 
 def test_parts_of_other_settings_are_made_under_other_names(place, inside, made, monkeypatch, tmp_path):
     monkeypatch.chdir(shutil.copytree(place[0], tmp_path / "copy"))
-    other = inside.copy_and_resolve_references()
-    other.pretrain.learning_rate = 0.5
-    other.update_from_flattened_dict({path: f"{pretraining.PARTS}/{name}-2" for path, name in PARTS.items()})
+    elsewhere = {path: f"{pretraining.PARTS}/{name}-2" for path, name in PARTS.items()}
+    other = inside.updated({"pretrain.learning_rate": 0.5, **elsewhere})
     pretraining.make_missing_parts(other)
-    assert sorted(made) == sorted(f"{name}-2.draft" for name in PARTS.values()), "written beside their place first"
+    assert sorted(made) == sorted(f".{name}-2.draft-favchat" for name in PARTS.values()), "drafts first"
     recipes = [pretraining.PARTS / f"{name}-2" / "recipe.json" for name in PARTS.values()]
     assert [json.loads(path.read_text())["learning_rate"] for path in recipes] == [0.5] * 3
 
@@ -111,13 +114,12 @@ def test_a_folder_in_a_parts_place_that_no_run_made_is_refused(place, inside, ma
 def test_a_part_at_any_other_place_is_neither_made_nor_replaced(inside, made, small_world, tmp_path):
     own = Path(small_world.llm)
     before = sorted((path, path.stat().st_mtime_ns) for path in own.iterdir())
-    config = inside.copy_and_resolve_references()
-    config.llm.path, config.init.umt, config.init.facexformer = str(own), str(tmp_path / "none"), ""
+    config = inside.updated({"llm.path": str(own), "init.umt": str(tmp_path / "none"), "init.facexformer": ""})
     pretraining.make_missing_parts(config)
     assert made == [] and not (tmp_path / "none").exists()
     assert sorted((path, path.stat().st_mtime_ns) for path in own.iterdir()) == before
     with pytest.raises(UserError, match="none is not a weights folder"):
-        assembly.initial_weights(config, assembly.assemble(config).model)
+        initial_weights(config, assembly.assemble(config).model)
 
 
 def told(records, tokenizer, visual_tokens=16):
@@ -182,9 +184,8 @@ def test_heads_stay_as_they_were_drawn_while_the_encoder_learns():
         rng.integers(256, size=(4, 16, 16, 3), dtype=np.uint8),
         {"hat": np.array([0, 1, 1, -1]), "mole": np.arange(4) % 3},
     )
-    config = ml_collections.ConfigDict({"seed": 0, "pretrain": {"learning_rate": 0.01}})
     before = model.init(jax.random.key(0), batch[0][:1].astype(np.float32))["params"]
-    after = encoders.fit_classifier(model, iter([batch] * 4), 3, config, "test", {})
+    after = encoders.fit_classifier(model, iter([batch] * 4), 3, rate=0.01, seed=0, name="test", importance={})
     for label in ("hat", "mole"):
         assert not after[label]["bias"].any()
         np.testing.assert_allclose(after[label]["kernel"], before[label]["kernel"], rtol=1e-6)

@@ -1,4 +1,4 @@
-"""A thousand rendered clips go the whole way, as processes and against a real HTTP server, to a trained stage 3."""
+"""The corpus from end to end: separate processes and a real HTTP server turn raw clips into a trained stage 3."""
 
 import json
 import time
@@ -11,7 +11,7 @@ from favchat_jax.corpus.manifest import DROPPED, KEPT, read_table
 from favchat_jax.data import vocabulary
 from favchat_jax.data.sources import open_dataset
 from favchat_jax.embedded import faces as rendered_faces
-from favchat_jax.training.loop import train
+from tests.conftest import train_alone
 from tests.corpus.chat_server import FEATURES, Answer
 from tests.corpus.corpus_files import celebvhq_entry, celebvhq_info, write
 from tests.corpus.processes import command, finish
@@ -33,7 +33,7 @@ QUESTIONS = [
 
 
 def fair(asked, number):
-    """An answer that no label denies; one call in 50 meets a gateway in trouble."""
+    """Returns an answer that no label contradicts; one call in 50 meets a failing gateway."""
     if number % 50 == 49:
         return Answer(status=503, raw=b"")
     return {
@@ -44,7 +44,7 @@ def fair(asked, number):
 
 
 def lay_out(root):
-    """Rendered clips as CelebV-HQ is published; returns the names of those that show a face."""
+    """Writes rendered clips in CelebV-HQ's published layout; returns the names of those that show a face."""
     entries, faces = {}, set()
     for index in range(CLIPS):
         record = rendered_faces.render(0, "corpus", index)
@@ -87,7 +87,7 @@ def test_a_thousand_rendered_clips_become_a_trained_stage(start, small_world, tm
     assert not groups[0] & groups[1]
     data = {"data__name": "corpus", "data__root": str(out), "data__packed": str(out / "packed")}
     config = small_world.config("stage3", "", **data, steps=5, batch=4, data__buckets=(480,))
-    assert train(config, tmp_path / "run").finished
+    assert train_alone(config, tmp_path / "run").finished
     losses = [json.loads(line).get("loss") for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert all(np.isfinite(loss) for loss in losses if loss is not None)
     print(f"{len(faces)} with a face, {len(kept)} kept, {len(kept & faces)} of them right; seconds {seconds}")

@@ -14,16 +14,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from favchat_jax import train as page
 from favchat_jax.checkpoints import run as assembly
 from favchat_jax.checkpoints.store import Checkpoints
+from favchat_jax.checkpoints.workdir import claim
 from favchat_jax.data.sources import open_dataset
 from favchat_jax.errors import RunError, UserError
 from favchat_jax.train import train_stage
-from favchat_jax.training import loop
-from favchat_jax.training.checks import claim
+from favchat_jax.training import batches as batches_room
+from favchat_jax.training import starting
 from favchat_jax.training.optimizer import schedule
+from favchat_jax.training.progress import Outcome, total_steps
 from favchat_jax.training.step import make_step
-from tests.conftest import damage, fill, newest, same_weights, start_module
+from tests.conftest import ROOT, damage, fill, newest, same_weights, start_module, train_alone
 
 STEPS = 20  # of the small world's config; checkpoints at 6, 12, 18 and 20
 
@@ -50,11 +53,11 @@ def compiled_steps():
             shapes[str(model)] = weight_shapes(model, config)
         return shapes[str(model)]
 
-    initial_weights, weight_shapes = assembly.initial_weights, assembly.weight_shapes
+    initial_weights, weight_shapes = starting.initial_weights, starting.weight_shapes
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "make_step", step_once)
-        patch.setattr(assembly, "initial_weights", weights_once)
-        patch.setattr(assembly, "weight_shapes", shapes_once)
+        patch.setattr(page, "make_step", step_once)
+        patch.setattr(starting, "initial_weights", weights_once)
+        patch.setattr(starting, "weight_shapes", shapes_once)
         yield steps
 
 
@@ -68,7 +71,7 @@ def settings(small_world):
 def whole(settings, tmp_path_factory):
     """A run of `settings` that nothing disturbed; its workdir."""
     workdir = tmp_path_factory.mktemp("whole") / "stage1"
-    assert loop.train(settings, workdir) == loop.Outcome(step=STEPS, steps=STEPS, resumed_at=0)
+    assert train_alone(settings, workdir) == Outcome(step=STEPS, steps=STEPS, resumed_at=0)
     return workdir
 
 
@@ -77,14 +80,14 @@ def before_step(monkeypatch):
     """Calls a function before the batch of a given step is fetched, once."""
 
     def arrange(number: int, act) -> None:
-        original, count = loop._next, iter(range(1, 10**9))
+        original, count = page.next_batch, iter(range(1, 10**9))
 
         def fetch(batches, pending):
             if next(count) == number:
                 act()
             return original(batches, pending)
 
-        monkeypatch.setattr(loop, "_next", fetch)
+        monkeypatch.setattr(page, "next_batch", fetch)
 
     return arrange
 
@@ -132,9 +135,7 @@ def test_metrics_hold_one_line_a_logged_step_with_all_that_is_measured(whole, se
 
 
 def test_a_metrics_line_is_the_average_of_the_steps_since_the_one_before(settings, whole, tmp_path):
-    config = settings.copy_and_resolve_references()
-    config.log_every = 9
-    loop.train(config, tmp_path)
+    train_alone(settings.updated({"log_every": 9}), tmp_path)
     every = dict(losses(whole))
     assert [step for step, _ in losses(tmp_path)] == [9, 18, 20]
     expected = [np.mean([every[i] for i in steps]) for steps in (range(1, 10), range(10, 19), range(19, 21))]
@@ -161,10 +162,10 @@ def test_a_run_that_broke_off_goes_on_to_the_same_bits(step, settings, whole, be
 
     before_step(step, break_off)
     with pytest.raises(MemoryError):
-        loop.train(settings, tmp_path)
+        train_alone(settings, tmp_path)
     assert Checkpoints(tmp_path).latest() == (6 if step > 6 else None)
     before_step(0, break_off)
-    assert loop.train(settings, tmp_path).resumed_at == (6 if step > 6 else 0)
+    assert train_alone(settings, tmp_path).resumed_at == (6 if step > 6 else 0)
     assert ended_as(tmp_path, whole)
 
 
@@ -179,16 +180,8 @@ def test_sigterm_saves_where_the_run_stands_and_the_rest_goes_on_to_the_same_bit
     assert Checkpoints(tmp_path).latest() == step
     assert f"stage1 stopped at step {step} of {STEPS} and saved; the same command goes on" in caplog.text
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
-    assert loop.train(settings, tmp_path).resumed_at == step
+    assert train_alone(settings, tmp_path).resumed_at == step
     assert ended_as(tmp_path, whole)
-
-
-@pytest.fixture
-def heeded():
-    """Ctrl-C as a process in the foreground has it, however the tests were started."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.usefixtures("heeded")
@@ -200,32 +193,21 @@ def test_ctrl_c_saves_where_the_run_stands_before_it_ends_the_command(settings, 
     assert Checkpoints(tmp_path).latest() == 8
     assert "Ctrl-C again ends at once" in caplog.text
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    assert loop.train(settings, tmp_path).resumed_at == 8
+    assert train_alone(settings, tmp_path).resumed_at == 8
     assert ended_as(tmp_path, whole)
-
-
-@pytest.mark.usefixtures("heeded")
-def test_a_second_ctrl_c_ends_at_once():
-    after = []
-    with pytest.raises(KeyboardInterrupt), loop.termination() as stop:
-        os.kill(os.getpid(), signal.SIGINT)
-        assert stop.is_set()
-        os.kill(os.getpid(), signal.SIGINT)
-        after.append("the rest of the work")
-    assert after == [] and signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_nothing_compiles_after_the_first_step_not_even_in_a_resumed_run(settings, whole, compiled_steps, tmp_path):
     shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
     shutil.rmtree(tmp_path / "checkpoints" / "20")
-    assert loop.train(settings, tmp_path).resumed_at == 18
+    assert train_alone(settings, tmp_path).resumed_at == 18
     assert [step._cache_size() for step in compiled_steps.values()] == [1] * len(compiled_steps)
 
 
 def test_a_damaged_checkpoint_costs_only_the_steps_since_the_one_before(settings, whole, tmp_path, caplog):
     shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
     damage(tmp_path / "checkpoints" / "20" / "optimizer")
-    assert loop.train(settings, tmp_path).resumed_at == 18
+    assert train_alone(settings, tmp_path).resumed_at == 18
     assert f"checkpoint 20 of {tmp_path} is damaged" in caplog.text
     assert ended_as(tmp_path, whole)
 
@@ -252,7 +234,7 @@ def test_a_finished_stage_run_again_says_so_and_changes_nothing(settings, whole,
 def test_a_workdir_of_another_config_is_refused_with_the_fields_that_differ(small_world, whole):
     other = small_world.config("stage1", batch=2, optimizer__learning_rate=0.5)
     with pytest.raises(UserError, match="fields differ: batch .4 there, 2 here., optimizer.learning_rate .0.001 there"):
-        loop.train(other, whole)
+        train_alone(other, whole)
 
 
 def test_a_mesh_that_does_not_fit_is_refused_before_a_stage_before_is_asked_for(small_world, tmp_path):
@@ -266,19 +248,19 @@ def test_a_mesh_that_does_not_fit_is_refused_before_a_stage_before_is_asked_for(
 def test_a_start_that_failed_over_a_wrong_path_does_not_bind_the_workdir_to_it(small_world, settings, tmp_path):
     wrong = small_world.config("stage2", init__from_run=str(tmp_path / "nowhere"))
     with pytest.raises(UserError, match="nowhere"):
-        loop.train(wrong, tmp_path)
+        train_alone(wrong, tmp_path)
     claim(tmp_path, settings)
 
 
 def test_a_workdir_that_cannot_be_written_is_a_users_error(settings, tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(UserError, match="workdir .*file.* cannot be written"):
-        loop.train(settings, tmp_path / "file")
+        train_alone(settings, tmp_path / "file")
 
 
 def test_without_steps_a_run_lasts_the_epochs(small_world):
-    assert loop.total_steps(small_world.config("stage1", steps=0, epochs=3.0)) == 27  # 36 clips, 4 a batch
-    assert loop.total_steps(small_world.config("stage1", steps=0, epochs=0.01)) == 1
+    assert total_steps(small_world.config("stage1", steps=0, epochs=3.0)) == 27  # 36 clips, 4 a batch
+    assert total_steps(small_world.config("stage1", steps=0, epochs=0.01)) == 1
 
 
 def clip_ids(config) -> set[str]:
@@ -294,7 +276,7 @@ def test_a_loss_that_is_not_a_number_stops_the_run_and_names_step_and_clips(smal
     assembly.mistral_folder.write_weights(poisoned, weights)
     config = small_world.config("stage1", llm__path=str(poisoned))
     with pytest.raises(RunError, match="the loss of step 1 is (nan|inf), clips ") as caught:
-        loop.train(config, tmp_path / "run")
+        train_alone(config, tmp_path / "run")
     named = str(caught.value).split("clips ")[1].split(";")[0].split(", ")
     assert len(named) == 4 and set(named) <= clip_ids(config)
     assert Checkpoints(tmp_path / "run").steps() == []
@@ -302,7 +284,7 @@ def test_a_loss_that_is_not_a_number_stops_the_run_and_names_step_and_clips(smal
 
 @pytest.mark.parametrize("name", ["loss", "gradient_norm"])
 def test_what_is_not_finite_stops_the_run_before_the_spoilt_weights_are_saved(name, settings, monkeypatch, tmp_path):
-    good = loop.make_step
+    good = page.make_step
 
     def poisoned(*arguments, **keywords):
         update, steps = good(*arguments, **keywords), iter(range(1, 100))
@@ -313,9 +295,9 @@ def test_what_is_not_finite_stops_the_run_before_the_spoilt_weights_are_saved(na
 
         return run
 
-    monkeypatch.setattr(loop, "make_step", poisoned)
+    monkeypatch.setattr(page, "make_step", poisoned)
     with pytest.raises(RunError, match=f"the {name} of step 12 is inf.*the last checkpoint is intact"):
-        loop.train(settings, tmp_path)
+        train_alone(settings, tmp_path)
     assert Checkpoints(tmp_path).steps() == [6] and [step for step, _ in losses(tmp_path)] == list(range(1, 12))
 
 
@@ -336,9 +318,9 @@ class Broken:
 
 
 def test_a_record_that_cannot_be_decoded_is_left_out_counted_and_named(settings, monkeypatch, tmp_path, caplog):
-    monkeypatch.setattr(loop, "open_dataset", Broken)
+    monkeypatch.setattr(batches_room, "open_dataset", Broken)
     monkeypatch.setattr(Broken, "first", 33)  # 33 and 35, of 36; 80 records are too few to judge the data set by
-    loop.train(settings, tmp_path)
+    train_alone(settings, tmp_path)
     source = open_dataset(settings.data.name, settings.data.packed, "train")
     bad = {source[33].id, source[35].id}
     state = json.loads((tmp_path / "checkpoints" / "20" / "data" / "metadata").read_text())
@@ -347,9 +329,9 @@ def test_a_record_that_cannot_be_decoded_is_left_out_counted_and_named(settings,
 
 
 def test_many_such_records_stop_the_run_and_the_last_checkpoint_stays(settings, monkeypatch, tmp_path):
-    monkeypatch.setattr(loop, "open_dataset", Broken)
+    monkeypatch.setattr(batches_room, "open_dataset", Broken)
     with pytest.raises(UserError, match="of 1.. records are bad, more than 1%: mend or remove "):
-        loop.train(settings, tmp_path)
+        train_alone(settings, tmp_path)
     assert Checkpoints(tmp_path).latest() == 12
     assert newest(tmp_path)
 
@@ -362,7 +344,7 @@ def start_training(small_world, workdir: Path, **changes):
         "favchat_jax.train",
         *small_world.flags("stage1", **changes),
         f"--workdir={workdir}",
-        cwd=Path(__file__).parents[2],
+        cwd=ROOT,
     )
 
 
@@ -415,7 +397,7 @@ def test_a_process_told_to_end_saves_and_exits_with_0_and_goes_on_to_the_same_bi
     stdout, stderr = process.communicate(timeout=60)
     assert process.returncode == 0 and stdout == "" and "and saved; the same command goes on" in stderr
     assert 7 <= Checkpoints(tmp_path).latest() < STEPS
-    loop.train(settings, tmp_path)
+    train_alone(settings, tmp_path)
     assert ended_as(tmp_path, whole)
 
 

@@ -1,0 +1,72 @@
+"""What a stage needs before it can train: made here in the embedded preset, asked for in the others."""
+
+import importlib
+from pathlib import Path
+
+from favchat_jax import processes
+from favchat_jax.config import Config
+from favchat_jax.embedded.parts import make_missing_parts
+from favchat_jax.errors import UserError
+from favchat_jax.stages import STAGES
+from favchat_jax.training.progress import is_finished
+
+PRESET = "tiny"
+
+
+def prepare(config: Config) -> list[Config]:
+    """Makes the embedded preset's missing parts, and returns the stages to be trained first, in their order.
+
+    Each of those stages belongs in its default workdir.
+
+    Raises:
+        UserError: something is missing that cannot be made here; the message names the command that makes it.
+    """
+    if config.preset != PRESET:
+        config.require_sources()
+    stages = [config]
+    while before := _missing_before(stages[0]):
+        stages.insert(0, before)
+    if config.preset == PRESET:
+        processes.first_alone(lambda: [make_missing_parts(stage) for stage in reversed(stages)])
+    return stages[:-1]
+
+
+def stage_config(stage: str, argument: str) -> Config:
+    """The config of a stage as its file in `configs/` gives it; the argument is what follows the file's colon."""
+    try:
+        file = importlib.import_module(f"configs.{stage}").get_config(argument)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    return Config.from_ml_collections(file)
+
+
+def _missing_before(config: Config) -> Config | None:
+    """The stage that has to be trained before `config`'s; None if nothing is missing."""
+    before, made_here = STAGES[config.stage].before, config.preset == PRESET
+    if before is None:  # the Q-Formers that v2 freezes in its first stage come from v1's
+        earlier, source = made_here and _default(config, "stage1", variant="v1", ablation="none"), config.init.qformer
+    else:
+        earlier, source = made_here and _default(config, before), config.init.from_run
+    is_earlier = earlier and Path(source) == earlier.default_workdir
+    if (before is None and not is_earlier) or is_finished(source):
+        return None
+    if is_earlier:
+        return earlier
+    chosen = f"preset={config.preset},variant={config.variant},ablation={config.ablation}"
+    raise UserError(
+        f"init.from_run={source} holds no finished {before}: name the workdir of one, "
+        f"made with python -m favchat_jax.train --config=configs/{before}.py:{chosen} --workdir=DIR"
+    )
+
+
+def _default(config: Config, stage: str, **kind: str) -> Config:
+    """The default config of an earlier stage, with the parts, data and seed of `config`; `kind` is of another model."""
+    chosen = {name: kind.get(name, getattr(config, name)) for name in ("preset", "variant", "ablation")}
+    argument = ",".join(f"{name}={value}" for name, value in chosen.items())
+    default = stage_config(stage, argument)
+    parts = ["umt", "facexformer", "videochat2"] + ([] if kind else ["qformer"])
+    same = {f"init.{part}": getattr(config.init, part) for part in parts} | {"data.packed": config.data.packed}
+    return default.updated(
+        {"seed": config.seed, "llm.path": config.llm.path, "llm.storage": config.llm.storage}
+        | {"prompt_tokenizer": config.prompt_tokenizer, **same}
+    )

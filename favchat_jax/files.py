@@ -1,0 +1,161 @@
+"""Files and folders that appear whole: each is written beside its place and renamed into it.
+
+The draft of `runs/a.json` is `runs/.a.json.draft-favchat`. A place has one draft name, so the next writer finds what a
+killed run left and writes over it. A lock on the draft keeps two writers of one place apart.
+"""
+
+import contextlib
+import errno
+import fcntl
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from favchat_jax.errors import RunError, UserError, one_line
+
+HINTS = {
+    errno.ENOENT: "its folder is missing or takes no files: name another place",
+    errno.ENOTDIR: "a file is in the way: name another place",
+    errno.EISDIR: "a folder is in the way: name another place",
+    errno.EACCES: "check the permissions, or name another place",
+    errno.EPERM: "check the permissions, or name another place",
+    errno.EROFS: "the place is read-only: name another",
+    errno.ENAMETOOLONG: "the name is too long: give a shorter one",
+}
+FREE_SPACE = "free disk space, then run the same command again"
+
+
+def replace_file(path: str | Path, content: bytes | str, sync: bool = True) -> None:
+    """Writes a file whole or not at all; see `draft_file`."""
+    with draft_file(path, sync) as draft:
+        draft.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+@contextlib.contextmanager
+def draft_file(path: str | Path, sync: bool = True) -> Iterator[Path]:
+    """The path of a draft that takes the place of `path` at the end; a failure removes it and leaves `path` alone.
+
+    Args:
+        path: where the file will be. A second writer of it waits for the first.
+        sync: whether the content reaches the disk before the name does. Otherwise a power cut can leave an empty file,
+            which is good enough for what a reader checks and can make again.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    path = Path(path)
+    draft = _hidden(path, "draft")
+    with write_errors(path):
+        lock = _lock(path, draft, folder=False)
+        try:
+            yield draft
+            if sync:
+                with draft.open("rb") as file:
+                    os.fsync(file.fileno())
+            draft.replace(path)
+        except BaseException:
+            draft.unlink(missing_ok=True)
+            raise
+        finally:
+            os.close(lock)
+
+
+@contextlib.contextmanager
+def replace_folder(path: str | Path, *also: type[Exception]) -> Iterator[Path]:
+    """An empty folder that takes the place of `path` at the end; a failure removes it and leaves `path` alone.
+
+    Folders are not synced: they are made from what is still there, and their readers check them.
+
+    Args:
+        path: where the folder will be; folders above it are made.
+        also: what else, besides OSError, a library raises when it cannot write.
+
+    Raises:
+        UserError: the folder cannot be written, or another process is writing it.
+    """
+    path = Path(path).absolute()
+    draft, before = _hidden(path, "draft"), _hidden(path, "before")
+    with write_errors(path, *also):
+        lock = _lock(path, draft, folder=True)
+        try:
+            _settle(path, before)
+            for left in draft.iterdir():  # by a killed run
+                shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
+            yield draft
+            if path.is_dir():  # renamed, not removed: removing takes time, in which a kill would lose both
+                path.rename(before)
+            draft.rename(path)
+        except BaseException:
+            _remove(draft)
+            raise
+        finally:
+            _settle(path, before)
+            os.close(lock)
+
+
+@contextlib.contextmanager
+def write_errors(place: str | Path, *also: type[Exception]) -> Iterator[None]:
+    """Turns a failed write of `place` into a UserError that says why and what to do.
+
+    Args:
+        place: the file or folder that is being written.
+        also: what else, besides OSError, a library raises when it cannot write.
+    """
+    try:
+        yield
+    except (UserError, RunError):
+        raise
+    except (OSError, *also) as error:
+        hint = HINTS.get(getattr(error, "errno", None), FREE_SPACE)
+        raise UserError(f"could not write {place} ({one_line(error)}): {hint}") from None
+
+
+def _hidden(path: Path, role: str) -> Path:
+    """A name beside `path` that no person gives."""
+    return path.with_name(f".{path.name}.{role}-favchat")
+
+
+def _lock(path: Path, draft: Path, *, folder: bool) -> int:
+    """Makes a draft where it is missing and locks it; closing the descriptor it returns, or dying, unlocks it.
+
+    Raises:
+        UserError: another process is writing the folder. A file takes a moment, so its second writer waits.
+    """
+    while True:
+        if folder:
+            draft.mkdir(parents=True, exist_ok=True)
+        lock = os.open(draft, os.O_RDONLY if folder else os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | (fcntl.LOCK_NB if folder else 0))
+            except BlockingIOError:
+                raise UserError(f"another process is writing {path}: wait for it, or name another") from None
+            except OSError:  # some network file systems have no locks
+                return lock
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(lock), draft.stat()):
+                    return lock
+        except BaseException:
+            os.close(lock)
+            raise
+        os.close(lock)  # the writer before has renamed or removed this draft: make another
+
+
+def _settle(path: Path, before: Path) -> None:
+    """Removes the folder that `path` has replaced, or puts it back where nothing took its place."""
+    if before.exists():
+        if path.exists():
+            _remove(before)
+        else:
+            before.rename(path)
+
+
+def _remove(folder: Path) -> None:
+    """Removes a folder for good: Orbax's threads go on writing for a moment after a write that failed."""
+    for _ in range(50):
+        shutil.rmtree(folder, ignore_errors=True)
+        time.sleep(0.02)
+        if not folder.exists():
+            return

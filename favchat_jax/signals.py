@@ -1,0 +1,45 @@
+"""SIGTERM and Ctrl-C end work at a point where nothing is lost."""
+
+import contextlib
+import logging
+import signal
+import threading
+from collections.abc import Iterator
+
+log = logging.getLogger("favchat_jax")
+
+
+@contextlib.contextmanager
+def termination(meanwhile: str) -> Iterator[threading.Event]:
+    """An event that SIGTERM and the first Ctrl-C set, in place of ending the process.
+
+    In a thread other than the main one nothing sets it, since Python hands signals to the main thread alone.
+
+    Args:
+        meanwhile: what happens before the process ends; logged after a Ctrl-C.
+
+    Raises:
+        KeyboardInterrupt: after the body, which has saved, if there was a Ctrl-C; at once for a second one.
+    """
+    event, interrupted = threading.Event(), threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield event
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def interrupt(*_) -> None:
+        signal.signal(signal.SIGINT, before[signal.SIGINT])
+        interrupted.set()
+        event.set()
+        log.info("interrupted: %s; Ctrl-C again ends at once", meanwhile)
+
+    signal.signal(signal.SIGTERM, lambda *_: event.set())
+    if before[signal.SIGINT] is not signal.SIG_IGN:  # the shell ignores it for background jobs
+        signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield event
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if interrupted.is_set():
+        raise KeyboardInterrupt

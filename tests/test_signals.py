@@ -1,0 +1,77 @@
+"""SIGTERM and Ctrl-C are heard between two steps."""
+
+import logging
+import os
+import signal
+import threading
+
+import pytest
+
+from favchat_jax.signals import termination
+
+pytestmark = pytest.mark.usefixtures("heeded")
+
+
+def test_sigterm_sets_the_event_and_ends_nothing():
+    before = signal.getsignal(signal.SIGTERM)
+    with termination("all is saved") as stop:
+        assert not stop.is_set()
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.is_set()
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_ctrl_c_sets_the_event_says_what_follows_and_raises_after_the_body(caplog):
+    caplog.set_level(logging.INFO, "favchat_jax")
+    done = []
+    with pytest.raises(KeyboardInterrupt), termination("all is saved") as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        done.append(stop.is_set())
+    assert done == [True] and caplog.messages == ["interrupted: all is saved; Ctrl-C again ends at once"]
+
+
+def test_ctrl_c_raises_too_where_the_body_returns():
+    def work():
+        with termination("all is saved"):
+            os.kill(os.getpid(), signal.SIGINT)
+            return
+
+    with pytest.raises(KeyboardInterrupt):
+        work()
+
+
+def test_an_error_of_the_body_comes_before_the_interrupt():
+    with pytest.raises(ValueError), termination("all is saved"):
+        os.kill(os.getpid(), signal.SIGINT)
+        raise ValueError
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_second_ctrl_c_ends_at_once():
+    after = []
+    with pytest.raises(KeyboardInterrupt), termination("all is saved") as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.is_set()
+        os.kill(os.getpid(), signal.SIGINT)
+        after.append("the rest of the work")
+    assert after == [] and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_ctrl_c_stays_ignored_where_the_shell_ignores_it():
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with termination("all is saved") as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert not stop.is_set()
+
+
+def test_another_thread_gets_an_event_that_nothing_sets_and_leaves_the_handlers():
+    handlers, seen = signal.getsignal(signal.SIGINT), []
+
+    def work():
+        with termination("all is saved") as stop:
+            seen.append((stop.is_set(), signal.getsignal(signal.SIGINT) is handlers))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert seen == [(False, True)]
