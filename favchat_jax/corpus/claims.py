@@ -73,7 +73,7 @@ def pair_contradictions(question: str, answer: str, labels: Labels) -> list[str]
 
 
 def sex(appearance: Iterable[str]) -> str | None:
-    """Man or woman by the labels; None where they say nothing or no man but a beard, as rendered faces have it."""
+    """Man or woman by the labels; None where they say nothing, or name a beard without a man."""
     if "male" in appearance:
         return "man"
     return "woman" if appearance and not set(BEARDS) & set(appearance) else None
