@@ -1,9 +1,10 @@
 """The command `favchat COMMAND --option=value ...`, the same as `python -m favchat_jax.COMMAND --option=value ...`."""
 
-import importlib.metadata
 import os
 import runpy
 import sys
+
+import favchat_jax
 
 COMMANDS = {
     "train": "train a stage, or reinforce a trained model",
@@ -19,7 +20,7 @@ def main() -> None:
         print(usage())
         sys.exit(0 if arguments else 2)
     if arguments[0] == "--version":
-        print(importlib.metadata.version("favchat_jax"))
+        print(favchat_jax.__version__)
         sys.exit(0)
     if arguments[0] not in COMMANDS:
         print(f"favchat: unknown command {arguments[0]!r}: choose one of {', '.join(COMMANDS)}", file=sys.stderr)

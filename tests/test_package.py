@@ -4,11 +4,11 @@ import os
 import shutil
 import subprocess
 import sys
-import tomllib
 from pathlib import Path
 
 import pytest
 
+import favchat_jax
 from tests.conftest import ROOT
 
 
@@ -47,8 +47,8 @@ def test_the_wheel_installs_the_package_alone_and_all_of_it(installed):
 def test_the_installed_command_lists_its_commands_and_refuses_others(installed, tmp_path):
     help = favchat(installed, tmp_path, "--help")
     assert help.returncode == 0 and all(name in help.stdout for name in ("train", "chat", "evaluate"))
-    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
-    assert favchat(installed, tmp_path, "--version").stdout == f"{version}\n"
+    assert favchat(installed, tmp_path, "--version").stdout == f"{favchat_jax.__version__}\n"
+    assert (installed / f"favchat_jax-{favchat_jax.__version__}.dist-info").is_dir()
     assert favchat(installed, tmp_path).returncode == 2
     unknown = favchat(installed, tmp_path, "teach")
     assert unknown.returncode == 2

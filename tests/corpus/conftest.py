@@ -1,4 +1,4 @@
-"""A server on loopback in the place of an OpenAI-compatible endpoint."""
+"""A server on loopback that stands in for an OpenAI-compatible endpoint."""
 
 import pytest
 

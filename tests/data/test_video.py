@@ -155,6 +155,14 @@ def test_rotation_metadata_is_applied(turns):
     assert clip.frames[0, -5:].mean() > clip.frames[0, 60:65].mean() + 30  # the lighter ground is at the bottom
 
 
+def test_metadata_that_are_not_utf8_do_not_matter():
+    video = encode_video()
+    assert b"Lavf" in video  # the muxer's name is in the metadata
+    assert (
+        numbers(decode(video.replace(b"Lavf", b"\xe9\xe8\xff\xe0"), frames=6, size=96)) == frame_indices(24, 6).tolist()
+    )
+
+
 def test_a_mirrored_display_matrix_is_applied():
     file = io.BytesIO()
     with av.open(file, "w", format="mp4") as output:
