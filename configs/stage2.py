@@ -1,6 +1,6 @@
 """Stage 2: everything but the language model's base learns from question-answer pairs (Section 4.2, 170K pairs).
 
-python -m favchat_jax.train --config=configs/stage2.py
+python -m favchat_jax.train --config=configs/stage2.py:variant=v1
 """
 
 from configs import common
