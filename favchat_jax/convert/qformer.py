@@ -62,6 +62,7 @@ TABLE = Table(
 def weight_shapes(model: QFormer | None = None, visual: int = 1024) -> dict[str, Shape]:
     """Path -> shape of a Q-Former's weights (by default the published one's) that reads tokens of width `visual`."""
     model = model or QFormer()
-    tokens, ids = jax.ShapeDtypeStruct((1, 1, visual), jnp.float32), jax.ShapeDtypeStruct((1, 1, 1), jnp.int32)
-    tree = jax.eval_shape(model.init, jax.random.key(0), tokens, ids, ids)["params"]
+    tokens = jax.ShapeDtypeStruct((1, 1, visual), jnp.float32)
+    prompt, mask = (jax.ShapeDtypeStruct((1, 1, 1), dtype) for dtype in (jnp.int32, jnp.bool_))
+    tree = jax.eval_shape(model.init, jax.random.key(0), tokens, prompt, mask)["params"]
     return {path: leaf.shape for path, leaf in flatten_dict(tree, sep="/").items()}
