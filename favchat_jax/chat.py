@@ -10,9 +10,9 @@ from absl import flags
 
 import favchat_jax
 from favchat_jax import command_line
+from favchat_jax.data.reasoning import answer_of
 from favchat_jax.data.video import decode
 from favchat_jax.errors import UserError
-from favchat_jax.rl.rewards import answer_of
 
 
 def converse(model: favchat_jax.Model, video: str, **sampling: Any) -> None:

@@ -16,8 +16,7 @@ from favchat_jax import command_line
 from favchat_jax.checkpoints.mistral_folder import fingerprint
 from favchat_jax.checkpoints.run import Run, load_run
 from favchat_jax.checkpoints.store import Checkpoints
-from favchat_jax.checkpoints.weights_folder import describe_leaves
-from favchat_jax.checkpoints.workdir import is_self_contained
+from favchat_jax.checkpoints.weights_folder import describe_leaves, is_weights_folder
 from favchat_jax.errors import UserError
 from favchat_jax.evaluation import result as results
 from favchat_jax.evaluation.benchmarks import benchmark_of
@@ -75,7 +74,7 @@ def identity_of(checkpoint: str | Path, run: Run) -> dict[str, Any]:
     weights = {path: leaf for path, leaf in run.weights.items() if group_of(path) != "llm"}
     told = json.dumps([describe_leaves(weights), fingerprint(run.config.llm.path)], sort_keys=True)
     kind = {name: getattr(run.config, name) for name in ("preset", "variant", "ablation", "stage")}
-    step = None if is_self_contained(checkpoint) else Checkpoints(checkpoint).latest()
+    step = None if is_weights_folder(checkpoint) else Checkpoints(checkpoint).latest()
     return {"name": str(checkpoint), **kind, "step": step, "sha256": hashlib.sha256(told.encode()).hexdigest()}
 
 

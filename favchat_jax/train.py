@@ -29,7 +29,8 @@ from favchat_jax.errors import UserError
 from favchat_jax.rl import de_grpo
 from favchat_jax.sharding import training_mesh
 from favchat_jax.signals import termination
-from favchat_jax.training.batches import open_batches, placement
+from favchat_jax.training.batches import open_batches
+from favchat_jax.training.features import placement
 from favchat_jax.training.metrics import Metrics, Pending, next_batch
 from favchat_jax.training.optimizer import make_optimizer, schedule
 from favchat_jax.training.programs import keep_programs, tracing

@@ -26,6 +26,10 @@ os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
+from jaxtyping import install_import_hook  # noqa: E402
+
+# Shapes in signatures are checked in every call, of the modules that are imported from here on.
+install_import_hook(("favchat_jax.models", "favchat_jax.generation"), "beartype.beartype")
 
 from favchat_jax.checkpoints.store import Checkpoints  # noqa: E402
 from favchat_jax.config import Config  # noqa: E402

@@ -15,8 +15,7 @@ from absl import flags
 
 from favchat_jax import command_line
 from favchat_jax.checkpoints.run import assemble, run_config, whole_visual_and_lora
-from favchat_jax.checkpoints.weights_folder import save_weights
-from favchat_jax.checkpoints.workdir import is_self_contained
+from favchat_jax.checkpoints.weights_folder import is_weights_folder, save_weights
 from favchat_jax.convert.folder import copy_llm, copy_tokenizer, replacing
 from favchat_jax.errors import UserError
 
@@ -28,7 +27,7 @@ def export(checkpoint: str | Path, out: str | Path) -> None:
         checkpoint: workdir of a stage.
         out: the folder to write; an earlier export there is replaced.
     """
-    with replacing(out, lambda folder: is_self_contained(folder) and (folder / "llm").is_dir()) as draft:
+    with replacing(out, lambda folder: is_weights_folder(folder) and (folder / "llm").is_dir()) as draft:
         config = run_config(checkpoint)
         weights = whole_visual_and_lora(checkpoint, config, assemble(config).model)
         parts = {"llm": config.llm.path, "prompt_tokenizer": config.prompt_tokenizer}

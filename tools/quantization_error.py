@@ -4,6 +4,7 @@ Reads summaries of held-out rendered clips with a Mistral in float32, and with i
 Prints how far the scores over the vocabulary are from those in float32, and how well the next token is told.
 """
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -36,25 +37,25 @@ def errors(folder: str) -> list[dict[str, Any]]:
     for row, text in enumerate(texts):
         ids = tokenizer.encode(text, add_special_tokens=True)[:LENGTH]
         tokens[row, : len(ids)], counted[row, : len(ids)] = ids, True
-    model = Mistral(mistral.read_config(folder))
+    config = mistral.read_config(folder)
     weights = {f"llm/{path}": jnp.asarray(x) for path, x in flatten_dict(mistral.read_weights(folder), sep="/").items()}
 
-    @jax.jit
-    def read(weights):
+    @functools.partial(jax.jit, static_argnums=1)
+    def read(weights, storage):
         params = {"params": unflatten_dict(weights, sep="/")["llm"]}
-        scores = model.apply(params, tokens, method=lambda m, t: m.logits(m(m.embed(t))[0]))[:, :-1]
+        scores = Mistral(config, storage=storage).apply(params, tokens, method="read")[:, :-1]
         likely = jax.nn.log_softmax(scores)
         told = jnp.take_along_axis(likely, tokens[:, 1:, None], axis=-1)[..., 0]
         return scores, -jnp.sum(told * counted[:, 1:]) / jnp.sum(counted[:, 1:])
 
-    exact, loss = read(weights)
+    exact, loss = read(weights, "full")
     rows = [
         {"storage": "float32", "bytes": _kernel_bytes(weights), "error": 0.0, "same_token": 1.0, "loss": float(loss)}
     ]
     for name, storage in STORED.items():
         narrow = {p: x.astype(jnp.bfloat16) if p.endswith("kernel") else x for p, x in weights.items()}
         stored = narrow if storage == "full" else store(dict(weights), storage)
-        scores, loss = read(stored)
+        scores, loss = read(stored, storage)
         off = jnp.linalg.norm(scores - exact) / jnp.linalg.norm(exact)
         same = jnp.mean(jnp.argmax(scores, -1) == jnp.argmax(exact, -1), where=counted[:, 1:])
         row = {"storage": name, "bytes": _kernel_bytes(stored), "error": float(off)}

@@ -1,7 +1,7 @@
 """The weights that a stage starts from: the language model's, those of the stage before, converted ones, fresh ones."""
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +10,8 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict
 
 from favchat_jax import sharding
-from favchat_jax.checkpoints.run import (
-    Shapes,
-    Weights,
-    check_none_missing,
-    initialise,
-    load_llm,
-    visual_and_lora,
-    weight_shapes,
-)
+from favchat_jax.checkpoints.run import Shapes, Weights, initialise, load_llm, weight_shapes
+from favchat_jax.checkpoints.store import load_run_weights
 from favchat_jax.checkpoints.weights_folder import load_weights
 from favchat_jax.checkpoints.workdir import stored_config
 from favchat_jax.config import Config
@@ -42,25 +35,13 @@ def initial_weights(config: Config, model: FaVChat, mesh: jax.sharding.Mesh | No
     mesh = mesh or sharding.one_device()
     shapes = weight_shapes(model, config)
     weights: Weights = {}
-
-    def take(source: str, loaded: Iterable[tuple[str, Any]], dtype: Any = jnp.float32) -> None:
+    for source, dtype, loaded in _sources(config, shapes):
         for path, leaf in loaded:
             if path not in shapes:
                 raise UserError(f"{source} holds {path}, which this model has not: check variant, ablation and preset")
             if leaf.shape != shapes[path].shape:
                 raise UserError(f"{source}: {path} has shape {leaf.shape}, expected {shapes[path].shape}")
             weights[path] = sharding.place(path, leaf, mesh, dtype)
-
-    take(config.llm.path, load_llm(config.llm.path, config.model.dtype), config.model.dtype)
-    if config.init.videochat2:
-        take(config.init.videochat2, _placed(load_weights(config.init.videochat2), config))
-    if config.init.from_run:
-        take(config.init.from_run, _previous_stage(config, shapes).items())
-    else:
-        for source in filter(None, (config.init.umt, config.init.facexformer)):
-            take(source, _placed(load_weights(source), config))
-        if config.init.qformer:
-            take(config.init.qformer, _placed(_qformer(config.init.qformer), config))
     missing = {path: shape for path, shape in shapes.items() if path not in weights}
     if missing:
         log.info("%d of %d weight arrays start afresh", len(missing), len(shapes))
@@ -73,31 +54,45 @@ def initial_weights(config: Config, model: FaVChat, mesh: jax.sharding.Mesh | No
     return weights
 
 
-def _qformer(source: str) -> Weights:
-    """A converted Q-Former; of a run, both of its Q-Formers and their linear layers."""
-    if (Path(source) / "llm.json").exists():
-        weights = visual_and_lora(source)
-        return {path: leaf for path, leaf in weights.items() if group_of(path) in ("qformers", "linears")}
-    return {f"qformer/{path}": leaf for path, leaf in load_weights(source).items()}
+def _sources(config: Config, shapes: Shapes) -> Iterator[tuple[str, Any, Iterable[tuple[str, Any]]]]:
+    """Where weights come from, their dtype, and the weights by path; a later source replaces an earlier one's."""
+    init, dtype = config.init, config.model.dtype
+    yield config.llm.path, dtype, load_llm(config.llm.path, dtype)
+    if init.from_run:
+        converted, previous = (init.videochat2,), _previous_stage(config, shapes)
+    else:
+        converted, previous = (init.videochat2, init.umt, init.facexformer, init.qformer), {}
+    for source in filter(None, converted):
+        yield source, jnp.float32, _converted(source, config)
+    yield init.from_run, jnp.float32, previous.items()
 
 
-def _placed(weights: Mapping[str, Any], config: Config) -> Iterable[tuple[str, Any]]:
-    """Converted weights under their paths in the model: a Q-Former and its projection go to both streams, and weights
-    of parts that the stage or the ablation lacks are dropped."""
+def _converted(source: str, config: Config) -> Iterator[tuple[str, Any]]:
+    """Weights of a converted folder under their paths in the model.
+
+    A Q-Former and its projection go to both streams; weights of parts that the stage or the ablation lacks are dropped.
+    Of a run that `init.qformer` names, both Q-Formers and their linear layers are taken.
+    """
     absent = {
         "facexformer/": config.ablation == "no_face",
         "linear_fuse/": config.ablation != "no_granularity",
         "llm/": not STAGES[config.stage].lora,
     }
     dropped = tuple(part for part, lacks in absent.items() if lacks)
-    for path, leaf in weights.items():
-        if path.startswith(("qformer/", "proj/")):
-            yield from ((f"{stream}_{path}", leaf) for stream in ("general", "facial"))
+    is_run = source == config.init.qformer and (Path(source) / "llm.json").exists()
+    for path, leaf in (load_run_weights(source) if is_run else load_weights(source)).items():
+        if is_run:
+            if group_of(path) in ("qformers", "linears"):
+                yield path, leaf
+        elif source == config.init.qformer or path.startswith(("qformer/", "proj/")):
+            part = f"qformer/{path}" if source == config.init.qformer else path
+            yield from ((f"{stream}_{part}", leaf) for stream in ("general", "facial"))
         elif not path.startswith(dropped):
             yield path, leaf
 
 
-def _previous_stage(config: Config, shapes: Shapes) -> Weights:
+def _previous_stage(config: Config, shapes: Shapes) -> Mapping[str, Any]:
+    """The weights of `init.from_run`, which have to be of the stage before and of the same model."""
     source = config.init.from_run
     before = stored_config(source)
     for field in ("preset", "variant", "ablation"):
@@ -107,7 +102,5 @@ def _previous_stage(config: Config, shapes: Shapes) -> Weights:
     expected = STAGES[config.stage].before
     if before.stage != expected:
         raise UserError(f"init.from_run={source} is {before.stage}, but {config.stage} starts from {expected}")
-    weights = visual_and_lora(source)
     had_adapters = STAGES[before.stage].lora
-    check_none_missing(source, weights, {p: s for p, s in shapes.items() if had_adapters or group_of(p) != "lora"})
-    return weights
+    return load_run_weights(source, [path for path in shapes if had_adapters or group_of(path) != "lora"])

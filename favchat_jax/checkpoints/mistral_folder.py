@@ -136,11 +136,8 @@ def is_copy(folder: str | Path) -> bool:
 def weight_shapes(config: MistralConfig, lora: LoRA | None = None) -> dict[str, Shape]:
     """Path -> shape of every weight, layers stacked; those of adapters too where `lora` has some."""
     model = Mistral(config, lora or LoRA())
-
-    def initialise(key, x):
-        return model.init(key, x, method=lambda m, x: m.logits(m(m.embed(x))[0]))
-
-    shapes = jax.eval_shape(initialise, jax.random.key(0), jax.ShapeDtypeStruct((1, 1), np.int32))
+    words = jax.ShapeDtypeStruct((1, 1), np.int32)
+    shapes = jax.eval_shape(lambda key, words: model.init(key, words, method="read"), jax.random.key(0), words)
     return {path: leaf.shape for path, leaf in flatten_dict(shapes["params"], sep="/").items()}
 
 

@@ -12,14 +12,13 @@ from flax.traverse_util import flatten_dict
 from transformers import PreTrainedTokenizerBase
 
 from favchat_jax.checkpoints import mistral_folder
-from favchat_jax.checkpoints.store import Checkpoints
-from favchat_jax.checkpoints.weights_folder import load_weights
-from favchat_jax.checkpoints.workdir import RESTORE, check_llm, is_self_contained, stored_config
+from favchat_jax.checkpoints.store import load_run_weights
+from favchat_jax.checkpoints.weights_folder import RESTORE, is_weights_folder
+from favchat_jax.checkpoints.workdir import check_llm, stored_config
 from favchat_jax.config import Config, ModelConfig
 from favchat_jax.data.conversation import load_tokenizer
 from favchat_jax.errors import UserError
 from favchat_jax.models import favchat
-from favchat_jax.stages import group_of
 
 Weights = dict[str, jax.Array]
 Shapes = dict[str, jax.ShapeDtypeStruct]
@@ -48,7 +47,12 @@ def assemble(config: Config) -> Assembly:
     """The model and tokenizers of a config; the language model's folder has its sizes and its tokenizer."""
     llm = mistral_folder.read_config(config.llm.path)
     model = favchat.build(
-        config.model, llm, variant=config.variant, ablation=config.ablation, lora_rank=config.lora_rank
+        config.model,
+        llm,
+        variant=config.variant,
+        ablation=config.ablation,
+        lora_rank=config.lora_rank,
+        storage=config.llm.storage,
     )
     tokenizer = load_tokenizer(config.llm.path)
     prompt_tokenizer = load_tokenizer(config.prompt_tokenizer) if config.prompt_tokenizer else tokenizer
@@ -99,47 +103,21 @@ def run_config(workdir: str | Path) -> Config:
     Paths in an exported folder (tools.export_orbax) are relative to it.
     """
     workdir, config = Path(workdir), stored_config(workdir)
-    if is_self_contained(workdir):
+    if is_weights_folder(workdir):
         prompt_tokenizer = config.prompt_tokenizer and str(workdir / config.prompt_tokenizer)
         config = config.updated({"llm.path": str(workdir / config.llm.path), "prompt_tokenizer": prompt_tokenizer})
     check_llm(workdir, config)
     return config
 
 
-def visual_and_lora(workdir: str | Path) -> Weights:
-    """All weights of a run but the language model's base: the frozen ones, and the trained ones of its newest step."""
-    if is_self_contained(workdir):
-        return load_weights(workdir)
-    with Checkpoints(workdir) as checkpoints:
-        return {**frozen_weights(Path(workdir)), **checkpoints.load_trainable()}
-
-
 def whole_visual_and_lora(workdir: str | Path, config: Config, model: favchat.FaVChat) -> Weights:
-    """`visual_and_lora` of a run, all that the model of its config needs; raises UserError where some are missing."""
-    weights, shapes = visual_and_lora(workdir), weight_shapes(model, config)
+    """All weights of a run but the language model's base; raises UserError unless they are those of its model."""
+    shapes = weight_shapes(model, config)
+    weights = load_run_weights(workdir, shapes)
     for path, leaf in weights.items():
         if path not in shapes:
             raise UserError(f"{workdir} holds {path}, which the model of its config.json has not: {RESTORE}")
         if leaf.shape != shapes[path].shape:
             expected = shapes[path].shape
             raise UserError(f"{workdir}: {path} has shape {leaf.shape}, its config.json says {expected}: {RESTORE}")
-    check_none_missing(workdir, weights, shapes)
     return weights
-
-
-def check_none_missing(workdir: str | Path, weights: Weights, shapes: Shapes) -> None:
-    """Raises UserError where a run's weights are not all of `shapes`, the language model's base aside."""
-    missing = sorted(path for path in shapes if path not in weights and group_of(path) != "llm")
-    if missing:
-        gone = not is_self_contained(workdir) and not (Path(workdir) / "frozen").exists()
-        where = ", for it has no frozen/" if gone else ""
-        count = f" and {len(missing) - 1} more weights" if len(missing) > 1 else ""
-        raise UserError(f"{workdir} lacks {missing[0]}{count}{where}: {RESTORE}")
-
-
-def frozen_weights(workdir: Path) -> Weights:
-    """The weights that a run saved at its start since they never change; stage 1 has none but the language model's."""
-    folder = workdir / "frozen"
-    if folder.exists() and not (folder / "leaves.json").exists():
-        raise UserError(f"{folder}/leaves.json is missing: {RESTORE}")
-    return load_weights(folder) if folder.exists() else {}

@@ -7,7 +7,7 @@ questions reads the weights alone. What never changes in a run is in a weights f
 import json
 import logging
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -19,10 +19,20 @@ from flax import struct
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Int
 
-from favchat_jax.checkpoints.weights_folder import ORBAX_ERRORS, Weights, abstract, check_leaves, describe_leaves
+from favchat_jax.checkpoints.weights_folder import (
+    ORBAX_ERRORS,
+    RESTORE,
+    Weights,
+    abstract,
+    check_leaves,
+    describe_leaves,
+    is_weights_folder,
+    load_weights,
+)
 from favchat_jax.errors import UserError, one_line
 from favchat_jax.files import write_errors
 from favchat_jax.processes import first_alone, gathered
+from favchat_jax.stages import group_of
 
 log = logging.getLogger("favchat_jax")
 
@@ -179,6 +189,36 @@ class Checkpoints:
             options = ocp.CheckpointManagerOptions(max_to_keep=self._keep, cleanup_tmp_directories=True)
             self._manager = ocp.CheckpointManager(self._folder, options=options)
         return self._manager
+
+
+def load_run_weights(workdir: str | Path, needed: Iterable[str] = ()) -> dict[str, Any]:
+    """All weights of a run but the language model's base: frozen ones, and the trained ones of its newest step.
+
+    Raises:
+        UserError: there is no whole checkpoint, or one of the paths `needed` is missing, the language model's aside.
+    """
+    workdir = Path(workdir)
+    weights = frozen_weights(workdir)
+    if not is_weights_folder(workdir):
+        with Checkpoints(workdir) as checkpoints:
+            weights |= checkpoints.load_trainable()
+    missing = sorted(path for path in needed if path not in weights and group_of(path) != "llm")
+    if missing:
+        where = "" if is_weights_folder(workdir) or (workdir / "frozen").exists() else ", for it has no frozen/"
+        count = f" and {len(missing) - 1} more weights" if len(missing) > 1 else ""
+        raise UserError(f"{workdir} lacks {missing[0]}{count}{where}: {RESTORE}")
+    return weights
+
+
+def frozen_weights(workdir: Path) -> dict[str, np.ndarray]:
+    """The weights that a run saved at its start since they never change; of a self-contained folder, all.
+
+    Stage 1 has none but the language model's, which are in its own folder.
+    """
+    folder = workdir if is_weights_folder(workdir) else workdir / "frozen"
+    if folder.exists() and not is_weights_folder(folder):
+        raise UserError(f"{folder}/leaves.json is missing: {RESTORE}")
+    return load_weights(folder) if folder.exists() else {}
 
 
 def _abstract(tree: Any) -> Any:

@@ -27,6 +27,9 @@ Weights = Mapping[str, jax.Array]
 ORBAX_ERRORS = (ValueError, RuntimeError)  # that Orbax raises besides OSError when it cannot write
 
 
+RESTORE = "copy the whole workdir again, or train again"
+
+
 class DamagedError(Exception):
     """A checkpoint does not read back as it was written."""
 
@@ -85,6 +88,11 @@ def load_weights(folder: str | Path) -> dict[str, np.ndarray]:
     except Exception as error:  # Orbax raises many kinds for a damaged file, none of them its own.
         raise UserError(f"{folder} is damaged ({one_line(error)}): make or copy it again") from None
     return weights
+
+
+def is_weights_folder(folder: str | Path) -> bool:
+    """Whether a folder is one; of a run, whether it is self-contained, as tools.export_orbax writes it."""
+    return (Path(folder) / "leaves.json").exists()
 
 
 def weight_shapes(folder: str | Path) -> dict[str, tuple[int, ...]]:

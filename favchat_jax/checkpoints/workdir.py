@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from favchat_jax.checkpoints import mistral_folder
+from favchat_jax.checkpoints.weights_folder import RESTORE
 from favchat_jax.config import Config
 from favchat_jax.errors import UserError, one_line
 from favchat_jax.files import replace_file
 
-RESTORE = "copy the whole workdir again, or train again"
 # Fields that change where and how a run is computed, not its result: a run may go on with others. Dropout then draws
 # other numbers.
 FREE = ("mesh", "model.remat", "accumulate", "loss_chunk", "data.keep_features")
@@ -42,8 +42,8 @@ def stored_config(workdir: str | Path) -> Config:
     workdir, fields = Path(workdir), load_config(workdir)
     kinds = {"favchat": "an export for PyTorch", "mistral": "a language model's folder"}
     what = kinds.get(str(fields.get("model_type")))
-    if is_self_contained(workdir) and "stage" not in fields and fields:
-        what = f"a weights folder ({fields.get('kind') or fields.get('of') or 'of one part'})"
+    if fields.keys() & {"kind", "of"}:
+        what = f"a weights folder ({fields.get('kind') or fields.get('of')})"
     if what:
         raise UserError(f"{workdir} is {what}, not a run: name a stage's workdir, or what tools.export_orbax wrote")
     try:
@@ -52,13 +52,12 @@ def stored_config(workdir: str | Path) -> Config:
         raise UserError(f"{workdir}/config.json is damaged ({error}): {RESTORE}") from None
 
 
-def is_self_contained(workdir: str | Path) -> bool:
-    """Whether a run's weights lie in one weights folder, as tools.export_orbax writes it, and not in checkpoints."""
-    return (Path(workdir) / "leaves.json").exists()
-
-
 def claim(workdir: Path, config: Config) -> None:
-    """Makes a new workdir; raises UserError where it cannot be written, or holds steps of a run of another config."""
+    """Makes a new workdir, or checks that the run in it may go on.
+
+    Raises:
+        UserError: the workdir cannot be written, or has steps of a run of another config or language model.
+    """
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         (workdir / "metrics.jsonl").touch()
@@ -73,6 +72,7 @@ def claim(workdir: Path, config: Config) -> None:
             f"{workdir} was made with another config; these fields differ: {', '.join(fields)}. "
             "Choose another --workdir or the same values"
         )
+    check_llm(workdir, config)
 
 
 def differing(one: Any, other: Any, path: str = "") -> Iterator[str]:

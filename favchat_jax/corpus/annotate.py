@@ -23,7 +23,7 @@ from tqdm import tqdm
 from favchat_jax.corpus.annotations import UNANNOTATED, Annotation
 from favchat_jax.corpus.calls import Calls
 from favchat_jax.corpus.describe import Clip, Describer, Unannotated
-from favchat_jax.corpus.endpoint import Endpoint, Limits, NoAnswer, OutOfBudget, Stopped, model_of_environment
+from favchat_jax.corpus.endpoint import Endpoint, Limits, OutOfBudget, model_of_environment
 from favchat_jax.corpus.estimate import forecast
 from favchat_jax.corpus.kept import Kept, read_kept
 from favchat_jax.corpus.manifest import ANNOTATIONS
@@ -31,6 +31,7 @@ from favchat_jax.corpus.reviews import Reviews
 from favchat_jax.corpus.templates import TemplateWriter
 from favchat_jax.errors import RunError, UserError
 from favchat_jax.files import replace_file
+from favchat_jax.openai_client import NoAnswer, Stopped
 from favchat_jax.signals import termination
 
 log = logging.getLogger("favchat_jax")

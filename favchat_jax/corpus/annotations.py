@@ -1,4 +1,4 @@
-"""The text of the corpus, one object a clip: what `annotate` writes, `review` judges and `pack` takes."""
+"""The generated text of the corpus, one object per clip: `annotate` writes it, `review` judges it, `pack` reads it."""
 
 import dataclasses
 import hashlib
@@ -18,16 +18,16 @@ UNANNOTATED = "unannotated.jsonl"
 class Annotation:
     """Features, summary and questions of one clip.
 
-    `key` is a hash of the clip's bytes and labels and of all that shapes its text; `attempts` counts the answers that
-    it took. `problems` are what the automatic checks still find after the last of them: such a text is for a person to
-    accept or mend, and not for training before that.
+    `key` is a hash of the clip's bytes, its labels and everything else that shapes the text. `attempts` counts the
+    answers that were needed. `problems` lists what the automatic checks found in the last answer. A text with problems
+    is used for training only after a person has accepted or edited it.
     """
 
     id: str
     key: str
     backend: str
     model: str
-    prompts: str  # version: a hash of the wording
+    prompts: str  # version: a hash of the prompts' wording
     features: dict
     summary: str
     questions: tuple[Question, ...]
@@ -35,33 +35,37 @@ class Annotation:
     problems: tuple[str, ...]
 
     def text(self) -> str:
-        """Names the summary and questions, so that a verdict on them is not taken for one on a later text."""
+        """Returns a hash of the summary and questions, which ties a verdict to the text that was judged."""
         return text_digest(self.summary, self.questions)
 
     def line(self) -> str:
-        """The object as JSON on one line."""
+        """Returns the object as one line of JSON."""
         return json.dumps(dataclasses.asdict(self), ensure_ascii=False)
 
 
 def text_digest(summary: str, questions: Iterable[Question]) -> str:
-    """A short hash of a clip's summary and questions."""
+    """Returns a short hash of a clip's summary and questions."""
     text = json.dumps([summary, [[pair.question, pair.answer] for pair in questions]])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def read_questions(published: object) -> tuple[Question, ...]:
-    """Questions of a JSON list of `{"question", "answer", "kind"}`; raises what a wrong shape raises."""
+    """Returns the questions in a JSON list of `{"question", "answer", "kind"}`.
+
+    Raises:
+      TypeError: the list has another form.
+    """
     pairs = tuple(Question(**pair) for pair in published)
     if not all(isinstance(text, str) for pair in pairs for text in dataclasses.astuple(pair)):
-        raise TypeError("a question, its answer and its kind are texts")
+        raise TypeError("a question, its answer and its kind must be text")
     return pairs
 
 
 def read_annotations(out: Path) -> dict[str, Annotation]:
-    """Clip id -> annotation, in the order of the file.
+    """Returns the annotation of each clip id, in the order of the file.
 
     Raises:
-      UserError: there is no such file, or a line that is not an annotation.
+      UserError: the file is missing, or a line is not an annotation.
     """
     path = out / ANNOTATIONS
     if not path.is_file():
@@ -72,5 +76,5 @@ def read_annotations(out: Path) -> dict[str, Annotation]:
             row["questions"], row["problems"] = read_questions(row["questions"]), tuple(row["problems"])
             annotations[row["id"]] = Annotation(**row)
         except (KeyError, TypeError):
-            raise UserError(f"{path}: {row['id']} is not an annotation: run annotate again to write it anew") from None
+            raise UserError(f"{path}: {row['id']} is not an annotation: run annotate again to rewrite it") from None
     return annotations

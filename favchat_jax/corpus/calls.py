@@ -1,6 +1,6 @@
-"""Every answer that was paid for, kept in one file and found again by what was asked.
+"""A cache of all paid answers in one SQLite file, looked up by a hash of the request.
 
-SQLite, because an answer must be on the disk before the next is asked for, whatever ends the process in between.
+SQLite ensures that an answer is on disk before the next call starts, even if the process is killed.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ TABLE = """CREATE TABLE IF NOT EXISTS calls (
 
 @dataclass(frozen=True)
 class Reply:
-    """What came back for one call: its text, or the reason why there is none. Tokens as the endpoint counted them."""
+    """The reply to one call: its text, or the problem that prevented one. The endpoint counted the tokens."""
 
     text: str
     problem: str
@@ -43,13 +43,13 @@ class Calls:
     """The replies of one corpus folder; threads may share it, processes may not.
 
     Raises:
-      UserError: the file is in use, is not such a file, or the disk is full.
+      UserError: the file is in use or not a database of calls, or the disk is full.
     """
 
     def __init__(self, out: Path):
         self._path = out / CALLS
         self._lock = threading.Lock()
-        with self._told():
+        with self._user_errors():
             self._file = sqlite3.connect(self._path, check_same_thread=False, isolation_level=None, timeout=1)
             # Two processes on one folder would pay for the same call each.
             for pragma in ("locking_mode = EXCLUSIVE", "journal_mode = WAL", "synchronous = FULL"):
@@ -59,38 +59,39 @@ class Calls:
             self._file.execute("COMMIT")
 
     def find(self, key: str) -> Reply | None:
-        """The reply to an earlier call of this key."""
+        """Returns the stored reply for a key, or None."""
         query = "SELECT text, problem, input_tokens, output_tokens, seconds FROM calls WHERE key = ?"
-        with self._lock, self._told():
+        with self._lock, self._user_errors():
             row = self._file.execute(query, (key,)).fetchone()
         return Reply(*row) if row else None
 
     def store(self, key: str, step: str, reply: Reply) -> None:
-        """Keeps a reply; on return it is on the disk."""
+        """Stores a reply. It is on disk when this returns."""
         row = (key, step, reply.text, reply.problem, reply.input_tokens, reply.output_tokens, reply.seconds)
-        with self._lock, self._told():
+        with self._lock, self._user_errors():
             self._file.execute("INSERT INTO calls VALUES (?, ?, ?, ?, ?, ?, ?)", row)
 
     def totals(self) -> dict[str, Total]:
-        """Step -> what its calls add up to."""
+        """Returns the sums over the calls of each step."""
         query = "SELECT step, count(*), sum(input_tokens), sum(output_tokens), sum(seconds) FROM calls GROUP BY step"
-        with self._lock, self._told():
+        with self._lock, self._user_errors():
             return {step: Total(*sums) for step, *sums in self._file.execute(query)}
 
     def close(self) -> None:
-        """Lets another process have the file."""
+        """Closes the file, so that another process can use it."""
         self._file.close()
 
     @contextlib.contextmanager
-    def _told(self) -> Iterator[None]:
+    def _user_errors(self) -> Iterator[None]:
+        """Turns SQLite's errors into a UserError with a hint."""
         try:
             yield
         except sqlite3.Error as error:
-            mends = {
-                "SQLITE_BUSY": "another annotate is at work on this folder; wait for it or stop it",
-                "SQLITE_FULL": "the disk is full; make room, and the same command goes on",
-                "SQLITE_NOTADB": "not a file of calls; move it away, and every call is made anew",
-                "SQLITE_CORRUPT": "the file is damaged; put a copy in its place, or move it away to pay anew",
+            hints = {
+                "SQLITE_BUSY": "another annotate is using this folder; wait for it or stop it",
+                "SQLITE_FULL": "the disk is full; free some space, then repeat the command to resume",
+                "SQLITE_NOTADB": "not a database of calls; move it away, and every call is repeated",
+                "SQLITE_CORRUPT": "the file is damaged; restore a copy, or move it away and pay for every call again",
             }
-            mend = mends.get(error.sqlite_errorname, f"{error}; the run needs to read and write here")
-            raise UserError(f"{self._path}: {mend}") from None
+            hint = hints.get(error.sqlite_errorname, f"{error}; the run needs to read and write this file")
+            raise UserError(f"{self._path}: {hint}") from None

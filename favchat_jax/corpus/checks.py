@@ -1,4 +1,4 @@
-"""Automatic checks of what an endpoint wrote: each problem is a short sentence that is sent back with the next try."""
+"""Automatic checks of an endpoint's answers. Each problem is a short sentence, sent back with the next attempt."""
 
 import functools
 import json
@@ -11,11 +11,11 @@ from favchat_jax.corpus.claims import Labels, contradictions, pair_contradiction
 from favchat_jax.data.record import Question
 
 PROMPTS = Path(__file__).with_name("prompts")
-SUMMARY_WORDS = (20, 160)  # asked for are 40 to 90; what is a little off is still good
+SUMMARY_WORDS = (20, 160)  # the prompt asks for 40 to 90; a small deviation is accepted
 QUESTION_WORDS = (3, 30)
 ANSWER_WORDS = (1, 45)
 KINDS = ("appearance", "emotion", "motion", "general")
-FEWEST_PAIRS = 2  # the paper has 2 to 4 a clip
+FEWEST_PAIRS = 2  # the paper has 2 to 4 per clip
 
 REFUSAL = re.compile(
     r"\b(?:(?:i'?m|i am|we are) (?:sorry|unable|not able)|i (?:can'?t|cannot|can not|won'?t|must decline)|as an ai\b"
@@ -31,22 +31,22 @@ MATERIAL = re.compile(
 
 
 def parse_features(text: str, labels: Labels) -> tuple[dict, list[str]]:
-    """The feature dictionary of an answer, and its problems."""
+    """Returns the feature dictionary in an answer, and its problems."""
     features, problems = _parse(text, "features")
     if problems:
         return {}, problems
     words = json.dumps(features, ensure_ascii=False)
-    return features, contradictions(words, {**labels, "emotion": ()})  # emotions come with their time there
+    return features, contradictions(words, {**labels, "emotion": ()})  # emotions are timed there
 
 
 def parse_summary(text: str, labels: Labels) -> tuple[str, list[str]]:
-    """The summary of an answer, and its problems."""
+    """Returns the summary in an answer, and its problems."""
     summary = " ".join(text.split())
     return summary, _prose(summary, SUMMARY_WORDS) or contradictions(summary, labels)
 
 
 def parse_questions(text: str, labels: Labels) -> tuple[tuple[Question, ...], list[str]]:
-    """The good pairs of an answer, and the problems of all of them."""
+    """Returns the pairs without problems in an answer, and the problems of the others."""
     published, problems = _parse(text, "questions")
     if problems:
         return (), problems
@@ -63,7 +63,7 @@ def parse_questions(text: str, labels: Labels) -> tuple[tuple[Question, ...], li
 
 
 def check_pair(pair: Question, labels: Labels) -> list[str]:
-    """Problems of one question with its answer."""
+    """Returns the problems of one question-answer pair."""
     problems = _prose(pair.question, QUESTION_WORDS) + _prose(pair.answer, ANSWER_WORDS)
     if not problems and not pair.question.endswith("?"):
         problems.append("it does not end with a question mark")
@@ -73,7 +73,7 @@ def check_pair(pair: Question, labels: Labels) -> list[str]:
 
 
 def _prose(text: str, words: tuple[int, int]) -> list[str]:
-    """Problems that any text may have."""
+    """Returns the problems that any text can have."""
     count = len(text.split())
     if not text:
         return ["the text is empty"]
@@ -87,13 +87,13 @@ def _prose(text: str, words: tuple[int, int]) -> list[str]:
 
 
 def _parse(text: str, schema: str) -> tuple[dict, list[str]]:
-    """The JSON object of an answer, with or without a fence of Markdown around it, checked against its schema."""
+    """Returns the JSON object in an answer, with or without a Markdown fence, and how it violates its schema."""
     text = re.sub(r"^```\w*\s*|\s*```$", "", text.strip())
     if not text:
         return {}, ["the text is empty"]
     try:
         published = json.loads(text)
-        json.dumps(published, ensure_ascii=False).encode()  # half of a surrogate pair can be escaped, and is no text
+        json.dumps(published, ensure_ascii=False).encode()  # fails for an escaped lone surrogate
     except (ValueError, RecursionError):
         refused = REFUSAL.search(text.replace("\u2019", "'"))
         return {}, ["the text is a refusal" if refused else "the text is not JSON"]

@@ -1,13 +1,13 @@
-"""What a text says about a face that CelebV-HQ's labels can deny.
+"""Finds statements about a face that contradict CelebV-HQ's labels.
 
-A label contradicts a text only where both are plain: the text names the thing and says that it is there or that it is
-not. Words are searched for with regular expressions, so a subtle contradiction passes; that is what `review` is for.
+Only a plain contradiction counts: the text names a thing and says that it is present or absent. Regular expressions
+find the words, so a subtle contradiction passes the checks; reviewers catch it in `review`.
 """
 
 import re
 from collections.abc import Iterable, Mapping
 
-Labels = Mapping[str, tuple[str, ...]]  # group -> the labels that hold; an empty group was not labelled
+Labels = Mapping[str, tuple[str, ...]]  # group -> labels that are true of the clip; an empty group is unlabelled
 
 THINGS = {
     "eyeglasses": r"(?:eye)?glasses|spectacles",
@@ -25,7 +25,7 @@ THINGS = {
     "double_chin": r"double chin",
     "bald": r"bald",
 }
-# Labels that make one thing right under another label too: sunglasses are glasses.
+# Labels that also justify the words of another label: sunglasses are glasses.
 ALSO = {"eyeglasses": ("sunglasses",), "sunglasses": ("eyeglasses",), "mustache": ("goatee",), "goatee": ("mustache",)}
 BEARD = r"beard(?:ed)?|goatee|mou?stache"
 BEARDS = ("goatee", "mustache", "5_o_clock_shadow", "sideburns")
@@ -47,11 +47,11 @@ EMOTIONS = {
 }
 MALE, FEMALE = r"man|boy|he|his|him|gentleman", r"woman|girl|she|her|hers|lady"
 NOT = r"(?:\b(?:no|not|without|never|neither|nor|lacks?|lacking|free of|rather than|instead of)\b|n't\b)"
-BOUNDS = r"(?:and|but|with|wears|ha[sd]|he|she|while|who)\b"  # a denial does not reach past these
+BOUNDS = r"(?:and|but|with|wears|ha[sd]|he|she|while|who)\b"  # a negation ends before these words
 
 
 def contradictions(text: str, labels: Labels) -> list[str]:
-    """What `text` says against the labels, a short sentence each."""
+    """Returns the contradictions between `text` and the labels, one short sentence each."""
     found = []
     appearance, emotion = labels.get("appearance", ()), labels.get("emotion", ())
     if appearance:
@@ -63,7 +63,7 @@ def contradictions(text: str, labels: Labels) -> list[str]:
 
 
 def pair_contradictions(question: str, answer: str, labels: Labels) -> list[str]:
-    """What a pair says against the labels; a yes or a no speaks of what the question names."""
+    """Returns the contradictions between a pair and the labels. A yes or no applies to the words of the question."""
     start = re.match(r"\s*(yes|no)\b", answer, re.IGNORECASE)
     if not start or re.search(r"\bor\b", question):
         return contradictions(answer, labels)
@@ -73,14 +73,17 @@ def pair_contradictions(question: str, answer: str, labels: Labels) -> list[str]
 
 
 def sex(appearance: Iterable[str]) -> str | None:
-    """Man or woman by the labels; None where they say nothing or no man but a beard, as rendered faces have it."""
+    """Returns man or woman according to the labels.
+
+    Without labels it returns None, and also for a beard without male, as rendered faces have.
+    """
     if "male" in appearance:
         return "man"
     return "woman" if appearance and not set(BEARDS) & set(appearance) else None
 
 
 def says(text: str, words: str) -> set[bool]:
-    """Whether `words` are asserted (True) or denied (False) where they occur; a `no` reaches six words far at most."""
+    """Returns whether a text asserts `words` (True), denies them (False), or both. A negation reaches six words."""
     pattern = rf"(?P<no>{NOT}(?: +(?!{BOUNDS})[\w'-]+){{0,5}}? +)?(?<![\w-])(?:{words})\b(?![- ]free)"
     return {match["no"] is None for match in re.finditer(pattern, text, re.IGNORECASE)}
 
@@ -109,7 +112,7 @@ def _hair(text: str, appearance: Iterable[str]) -> list[str]:
 
 
 def _sex(text: str, appearance: Iterable[str]) -> list[str]:
-    """Only where every word is of one sex: a text may speak of a second person."""
+    """Reports only texts whose words are all of one sex, since a text may mention a second person."""
     if sex(appearance) is None:
         return []
     male, female = (bool(re.search(rf"\b(?:{words})\b", text, re.IGNORECASE)) for words in (MALE, FEMALE))

@@ -1,4 +1,4 @@
-"""A kept clip as the pictures that an endpoint is shown: one frame in four (paper, section 3.2), as JPEG."""
+"""Reads the pictures of a kept clip that are sent to an endpoint: one frame in four (paper, section 3.2), as JPEG."""
 
 from pathlib import Path
 
@@ -10,25 +10,25 @@ from jaxtyping import UInt8
 from favchat_jax.errors import UserError
 
 EVERY = 4
-MOST = 64  # pictures; a longer clip shows this many of its every fourth frames, evenly spread
-SIDE = 512  # pixels of the longer side at most: what GPT-4o sees with `detail: low`
+MOST = 64  # pictures; a longer clip is thinned evenly to this many
+SIDE = 512  # most pixels of the longer side: the size that GPT-4o sees with `detail: low`
 QUALITY = 85  # of the JPEG files
 SETTINGS = [EVERY, MOST, SIDE, QUALITY]
 
 
 class ClipError(UserError):
-    """A kept clip that cannot be decoded."""
+    """Raised for a kept clip that cannot be decoded."""
 
 
 def pictures(path: Path) -> list[bytes]:
-    """JPEG files in order of time.
+    """Returns the pictures as JPEG files in order of time.
 
     Raises:
       ClipError: the clip cannot be decoded.
     """
     frames = []
     try:
-        # "file:" keeps a colon in a name from being taken for a protocol, the white list a playlist from the network.
+        # "file:" stops FFmpeg from reading a colon as a protocol. The whitelist keeps playlists off the network.
         with av.open(f"file:{path}", options={"protocol_whitelist": "file"}) as container:
             for number, frame in enumerate(container.decode(video=0)):
                 if number % EVERY == 0:
@@ -44,7 +44,7 @@ def pictures(path: Path) -> list[bytes]:
 
 
 def count(frames: int) -> int:
-    """How many pictures a clip of so many frames gives."""
+    """Returns the number of pictures of a clip with `frames` frames."""
     return min(MOST, -(-frames // EVERY))
 
 

@@ -1,6 +1,6 @@
-"""The second step: which videos show a face for long enough, and the best stretch of each as a clip (Section 3.1).
+"""Selects videos that show a face for long enough, and cuts the best stretch of each as a clip (Section 3.1).
 
-CelebV-HQ's clips are kept whole, others where a face is found in a large enough share of the sampled frames.
+CelebV-HQ's clips are kept in full. Other videos are kept if enough of their sampled frames show a face.
 """
 
 import functools
@@ -31,14 +31,14 @@ class Settings:
 
     Attributes:
         detector, model: see `faces.make_detector`.
-        min_share: of the sampled frames that must show a face.
-        min_face: height of the smallest face that counts, as a share of the picture's shorter side. It decides:
-            with 0.1 a distant player on a field counts too.
-        every: a frame of so many is looked at.
-        shortest, longest: frames of a clip.
+        min_share: share of the sampled frames that must show a face.
+        min_face: height of the smallest face that counts, as a share of the picture's shorter side. With 0.1, even
+            a distant player on a field counts.
+        every: one of this many frames is sampled.
+        shortest, longest: length of a clip in frames.
         crop: keep only the part of the picture around the face.
         filter_celebvhq: judge CelebV-HQ's clips too.
-        largest_side: pixels; larger pictures are shrunk.
+        largest_side: in pixels; larger pictures are shrunk.
     """
 
     detector: str = "haar"
@@ -55,7 +55,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Sighting:
-    """What the detector saw: the number of all frames, their times, and the boxes of each sampled one."""
+    """What the detector saw: the times of all frames in seconds, and the boxes in each sampled frame."""
 
     times: list[float | None]
     boxes: list[np.ndarray]
@@ -66,13 +66,13 @@ class Sighting:
 
 
 def make_clip(row: dict[str, Any], settings: Settings, out: str) -> dict[str, Any]:
-    """Judges one video of the manifest, and writes its clip where it is kept.
+    """Judges one video of the manifest, and writes its clip if it is kept.
 
     Returns:
         {"kept": row of kept.parquet} or {"dropped": the reason}.
 
     Raises:
-        UserError: the detector cannot be made.
+        UserError: the detector cannot be loaded.
     """
     if row["status"] != OK:
         return {"dropped": f"{row['status']}: {row['reason']}"}
@@ -80,10 +80,10 @@ def make_clip(row: dict[str, Any], settings: Settings, out: str) -> dict[str, An
     detector = _detector(settings.detector, settings.model, settings.min_face)
     try:
         if row["source"] == "celebvhq" and not settings.filter_celebvhq:
-            content, facts = _whole(row, settings)
+            content, facts = _complete_clip(row, settings)
         else:
             content, facts = _filtered(row, settings, detector)
-    except (UserError, OSError) as error:  # of reading it: what is written is written below
+    except (UserError, OSError) as error:  # from reading; the clip is written below
         return {"dropped": str(error)}
     target.parent.mkdir(exist_ok=True)
     replace_file(target, content)
@@ -92,35 +92,37 @@ def make_clip(row: dict[str, Any], settings: Settings, out: str) -> dict[str, An
     return {"kept": {**columns, "path": f"{VIDEOS}/{target.name}", **facts}}
 
 
-def _whole(row: dict[str, Any], settings: Settings, face_share: float | None = None) -> tuple[bytes, dict[str, Any]]:
-    """A clip that is kept as it is: copied, or cut out of the full video."""
+def _complete_clip(
+    row: dict[str, Any], settings: Settings, face_share: float | None = None
+) -> tuple[bytes, dict[str, Any]]:
+    """Returns a clip that is kept in full: copied, or cut out of the longer video."""
     path = Path(row["path"])
     first = round((row["start"] or 0) * row["fps"])
     facts = {"fps": row["fps"], "face_share": face_share, "start_frame": first}
     if row["end"] is None and not row["box"] and path.suffix.lower() == ".mp4":
-        decode(path, frames=3, size=footage.SMALLEST_SIDE)  # a damaged file is not kept
+        decode(path, frames=3, size=footage.SMALLEST_SIDE)  # raises for a damaged file
         return path.read_bytes(), {**facts, "frames": row["frames"]}
     content, count = footage.encode(_frames(row), row["fps"], settings.largest_side)
     if not count:
-        raise UserError("no frame of it can be decoded: fetch it again")
+        raise UserError("no frame can be decoded: fetch the video again")
     return content, {**facts, "frames": count}
 
 
 def _filtered(row: dict[str, Any], settings: Settings, detector: Detector) -> tuple[bytes, dict[str, Any]]:
-    """The best stretch of a video that shows a face for long enough.
+    """Returns the best stretch of a video that shows a face for long enough.
 
     Raises:
-        UserError: it does not, or is too short or damaged; the message is the reason.
+        UserError: the video does not qualify; the message is the reason.
     """
     seen = look_for_faces(_frames(row), detector, settings.every)
     if not seen.times:
-        raise UserError("no frame of it can be decoded: fetch it again")
+        raise UserError("no frame can be decoded: fetch the video again")
     if seen.share < settings.min_share:
-        raise UserError(f"a face in {seen.share:.0%} of the sampled frames, {settings.min_share:.0%} are asked for")
+        raise UserError(f"a face in {seen.share:.0%} of the sampled frames; {settings.min_share:.0%} are required")
     if row["source"] == "celebvhq":
-        return _whole(row, settings, round(seen.share, 4))
+        return _complete_clip(row, settings, round(seen.share, 4))
     if len(seen.times) < settings.shortest:
-        raise UserError(f"{len(seen.times)} frames, at least {settings.shortest} are asked for")
+        raise UserError(f"{len(seen.times)} frames; at least {settings.shortest} are required")
     found = [len(boxes) > 0 for boxes in seen.boxes]
     start, length = best_stretch(found, settings.every, len(seen.times), settings.shortest, settings.longest)
     pictures = _stretch(row, seen.times, start, length)
@@ -142,7 +144,7 @@ def _frames(row: dict[str, Any], start: float | None = None) -> Iterator[av.Vide
 
 
 def look_for_faces(pictures: Iterator[av.VideoFrame], detector: Detector, every: int) -> Sighting:
-    """Looks at one frame of `every`, from the first on; keeps no picture."""
+    """Runs the detector on one of `every` frames, from the first on, without keeping pictures."""
     seen = Sighting([], [])
     for number, picture in enumerate(pictures):
         seen.times.append(picture.time)
@@ -152,13 +154,13 @@ def look_for_faces(pictures: Iterator[av.VideoFrame], detector: Detector, every:
 
 
 def best_stretch(found: Sequence[bool], every: int, frames: int, shortest: int, longest: int) -> tuple[int, int]:
-    """First frame and length of the stretch with the most sampled frames that show a face.
+    """Returns the first frame and the length of the stretch with the most sampled frames that show a face.
 
-    Of equals it is the earliest that begins with a face. At its ends, what shows no face is cut off down to `shortest`.
+    Among equals, the earliest that begins with a face wins. Ends without a face are trimmed, down to `shortest`.
 
     Args:
         found: whether a face was found in frame 0, `every`, 2 `every`, ...
-        frames: of the whole video, at least `shortest`.
+        frames: length of the video, at least `shortest`.
     """
     length = min(longest, frames)
     faces = np.zeros(frames + 1, int)  # faces[i]: finds before frame i
@@ -175,22 +177,22 @@ def best_stretch(found: Sequence[bool], every: int, frames: int, shortest: int, 
 
 
 def track_box(boxes: Sequence[np.ndarray]) -> footage.Box:
-    """The part of the picture around the face that the most frames show, the same for the whole stretch.
+    """Returns one box for the entire stretch, around the face that most frames show.
 
-    The track begins with the largest face and goes on, either way, with the face that overlaps it most; its reach with
-    half a face of room to each side is the box.
+    The track starts at the largest face and follows it in both directions by overlap. The box encloses the track, with
+    a margin of half a face on each side.
     """
     first = max(range(len(boxes)), key=lambda i: _area(boxes[i][0]) if len(boxes[i]) else 0.0)
     track = [boxes[first][0]]
-    for way in (boxes[first + 1 :], boxes[:first][::-1]):
+    for direction in (boxes[first + 1 :], boxes[:first][::-1]):
         last = boxes[first][0]
-        for faces in way:
+        for faces in direction:
             near = max(faces, key=lambda face: _overlap(face, last), default=None)  # noqa: B023
             if near is not None and _overlap(near, last) > 0:
                 track.append(last := near)
     top, bottom, left, right = np.array(track).T
-    room_y, room_x = np.median(bottom - top) / 2, np.median(right - left) / 2
-    box = np.array([top.min() - room_y, bottom.max() + room_y, left.min() - room_x, right.max() + room_x])
+    margin_y, margin_x = np.median(bottom - top) / 2, np.median(right - left) / 2
+    box = np.array([top.min() - margin_y, bottom.max() + margin_y, left.min() - margin_x, right.max() + margin_x])
     return tuple(float(side) for side in box.clip(0, 1))
 
 
@@ -199,14 +201,14 @@ def _area(box: np.ndarray) -> float:
 
 
 def _overlap(one: np.ndarray, other: np.ndarray) -> float:
-    """Intersection over union."""
+    """Returns the intersection over union of two boxes."""
     both = np.stack([one, other])
     shared = _area(np.array([both[:, 0].max(), both[:, 1].min(), both[:, 2].max(), both[:, 3].min()]))
     return shared / (_area(one) + _area(other) - shared)
 
 
 def _stretch(row: dict[str, Any], times: list[float | None], start: int, length: int) -> Iterator[av.VideoFrame]:
-    """The frames of a stretch, decoded from the keyframe before it where times and keyframes allow."""
+    """Returns the frames of a stretch, decoded from the keyframe before it if times and keyframes allow."""
     wanted = times[start]
     if start and wanted is not None and times[0] is not None:
         pictures = _frames(row, (row["start"] or 0) + wanted - times[0])

@@ -1,6 +1,6 @@
-"""The sheet that goes with a packed corpus (questions of Gebru et al., Datasheets for Datasets, 2021).
+"""Writes the datasheet of a packed corpus (questions of Gebru et al., Datasheets for Datasets, 2021).
 
-What the folder itself knows is filled in; what only the people who made it know is left as a line to complete.
+The folder's own facts are filled in. Facts that only its makers know are left as lines for them to complete.
 """
 
 import json
@@ -13,7 +13,7 @@ from favchat_jax.corpus.manifest import DROPPED, MANIFEST, REVIEWS, read_lines, 
 from favchat_jax.corpus.statistics import table
 from favchat_jax.files import replace_file
 
-SETTINGS = "clip.json"  # what `clip` was run with
+SETTINGS = "clip.json"  # the settings of the last `clip`
 TO_FILL = "*To be filled in by whoever shares it:*"
 SHEET = """# Datasheet of this corpus
 
@@ -28,8 +28,8 @@ pairs for short clips. {to_fill} who made it, for what, and who paid.
 
 Instances are clips (H.264 or as published) with the labels of their source in CelebV-HQ's vocabulary, a summary and
 question-answer pairs. They show people; labels such as male or young are impressions of annotators, not what the people
-say of themselves. Left out of training and kept for tests: {heldout_share:.0%} of the source videos or persons, one at
-least; none is on both sides.
+say of themselves. {heldout_share:.0%} of the source videos or persons, at least one, are held out for tests; none is on
+both sides.
 
 ## Collection
 
@@ -39,7 +39,7 @@ least; none is on both sides.
 
 ## Preprocessing and filtering
 
-Settings of the clip step: `{settings}`. Every clip that was dropped is in `dropped.parquet`:
+Settings of the clip step: `{settings}`. `dropped.parquet` lists every dropped clip:
 
 {dropped}
 
@@ -54,18 +54,19 @@ Face detectors do not find all people equally well: Haar cascades miss dark skin
 
 ## Uses
 
-Training and testing models of this kind. Not fit for identifying people, nor for judging anyone by their face.
+Training and testing models of this kind. Not fit for identifying people, or for judging people by their face.
 
 ## Distribution and maintenance
 
-{to_fill} where it lies, under which terms, and who answers for it. Most sources forbid passing their videos on.
+{to_fill} where it is stored, under which terms, and who is responsible for it. Most sources forbid redistribution of
+their videos.
 """
 
 
 def write(out: Path, figures: dict[str, Any], left_out: dict[str, int], heldout_share: float) -> None:
-    """Writes datasheet.md from what lies in the folder."""
+    """Writes datasheet.md from the files of the folder."""
     scanned = Counter((row["source"], row["status"]) for row in read_table(out, MANIFEST))
-    # Numbers differ from reason to reason: reasons are told apart by their words.
+    # Reasons that differ only in their numbers are counted together.
     dropped = Counter("".join("N" if c.isdigit() else c for c in row["reason"]) for row in read_table(out, DROPPED))
     backends = Counter((a.backend, a.model, a.prompts) for a in read_annotations(out).values())
     reviews = read_lines(out, REVIEWS) if (out / REVIEWS).exists() else []
@@ -89,7 +90,7 @@ def write(out: Path, figures: dict[str, Any], left_out: dict[str, int], heldout_
 
 
 def record_settings(out: Path, settings: dict[str, Any]) -> None:
-    """Leaves what `clip` was run with; a detector's file goes by its name alone."""
+    """Records the settings of `clip`, with the file name but not the path of the detector's model."""
     settings = {**settings, "model": Path(settings["model"]).name}
     replace_file(out / SETTINGS, json.dumps(settings))
 

@@ -1,6 +1,6 @@
-"""From a clip's frames and labels to features, summary and questions (paper, section 3.2), an answer at a time.
+"""Turns a clip's frames and labels into features, a summary and questions (paper, section 3.2), one call per step.
 
-Each step is a call; an answer that the automatic checks refuse is asked for anew, with the reason, up to a limit.
+An answer that fails the automatic checks is requested again with the reason, up to a limit.
 """
 
 import hashlib
@@ -26,7 +26,7 @@ Parsed = TypeVar("Parsed")
 
 @dataclass(frozen=True)
 class Clip:
-    """What is annotated: a kept clip, its labels, and a hash of its file's bytes."""
+    """A kept clip to annotate, its labels, and a hash of its file's bytes."""
 
     id: str
     path: Path
@@ -35,27 +35,30 @@ class Clip:
     digest: str
 
 
-class Asking(Protocol):
-    """What answers a call: an endpoint, or a forecast of one."""
+class Responder(Protocol):
+    """Answers a call: an endpoint, or the stored replies of one."""
 
     def ask(self, step: str, key: str, system: str, text: str, images: Callable[[], Sequence[bytes]]) -> Reply:
         """See `endpoint.Endpoint.ask`."""
 
 
 class Unannotated(Exception):
-    """A clip that gets no text, with the reason."""
+    """Raised for a clip that gets no text, with the reason."""
 
 
 @dataclass
 class Describer:
-    """Writes annotations with the answers of `asking`; `limit` is how many answers a step may take."""
+    """Writes annotations from the answers of `responder`; `limit` is the most answers that a step may take."""
 
-    asking: Asking
+    responder: Responder
     model: str
     limit: int
 
     def write(self, clip: Clip, refused: Sequence[str] = ()) -> Annotation:
-        """One clip's annotation; `refused` are earlier summaries that a person, or the check for duplicates, refused.
+        """Writes one clip's annotation.
+
+        Args:
+          refused: earlier summaries that a person or the check for duplicates refused.
 
         Raises:
           Unannotated: no answer was a feature dictionary, or the clip cannot be read.
@@ -68,7 +71,7 @@ class Describer:
         summary, more = work.answer("summary", checks.parse_summary, **known)
         problems += more
         questions: tuple[Question, ...] = ()
-        if not problems:  # questions about a text that nobody may learn from would be paid for in vain
+        if not problems:  # questions about a refused text would be a waste
             questions, found = work.answer("questions", checks.parse_questions, **known, summary=summary)
             problems += found if len(questions) < checks.FEWEST_PAIRS else []
         return Annotation(
@@ -87,7 +90,7 @@ class Describer:
 
 @dataclass
 class _Work:
-    """The calls of one clip."""
+    """The calls for one clip."""
 
     describer: Describer
     clip: Clip
@@ -97,10 +100,10 @@ class _Work:
     def answer(
         self, step: str, parse: Callable[[str, Labels], tuple[Parsed, list[str]]], **known: str
     ) -> tuple[Parsed, list[str]]:
-        """The first answer of a step without problems, else the last, and what its problems are."""
+        """Returns a step's first answer without problems, or else the last answer and its problems."""
         schema = PROMPTS.get(f"{step}.schema.json", "")
         asked = Template(PROMPTS[f"{step}.md"]).substitute(known, schema=schema)
-        # Features are of the clip, not of a text that was refused: they are not asked for anew.
+        # Features describe the clip, not a refused text, so they are not requested again.
         again = "".join(_again("a reader wants another text", text) for text in self.refused if step != "features")
         for attempt in range(self.describer.limit):
             reply = self._ask(step, asked + again, attempt)
@@ -115,18 +118,18 @@ class _Work:
     def _ask(self, step: str, text: str, attempt: int) -> Reply:
         self.attempts += 1
         seen = step != "questions"
-        # Of the clip's bytes and not of its pictures, which another version of a decoder may draw otherwise.
+        # Hash the clip's bytes rather than its pictures, which can differ between versions of a decoder.
         content = [self.clip.digest, clip_frames.SETTINGS] if seen else []
         key = digest(self.describer.model, PROMPTS["system.md"], text, content, attempt)
         images = (lambda: clip_frames.pictures(self.clip.path)) if seen else list
         try:
-            return self.describer.asking.ask(step, key, PROMPTS["system.md"], text, images)
+            return self.describer.responder.ask(step, key, PROMPTS["system.md"], text, images)
         except clip_frames.ClipError as error:
             raise Unannotated(str(error)) from None
 
 
 def attribute_text(labels: Labels) -> str:
-    """Labels as an endpoint is told them, a group a line."""
+    """Returns the labels as text for the prompt, one group per line."""
     lines = [f"{group}: {', '.join(names).replace('_', ' ')}" for group, names in labels.items() if names]
     if labels.get("appearance"):
         lines.append("What the labels of appearance could name and do not, is not there.")
@@ -134,13 +137,13 @@ def attribute_text(labels: Labels) -> str:
 
 
 def clip_key(clip: Clip, backend: str, model: str) -> str:
-    """A hash of the clip's content and of all else that its text follows from."""
+    """Returns a hash of the clip's content and of everything else that determines its text."""
     labels = {group: list(names) for group, names in sorted(clip.labels.items())}
     return digest(clip.digest, labels, backend, model, VERSION, clip_frames.SETTINGS)
 
 
 def digest(*parts: object) -> str:
-    """SHA-256 of JSON values."""
+    """Returns the SHA-256 of JSON values."""
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 

@@ -1,4 +1,4 @@
-"""What a run will ask and cost, told before anything is asked."""
+"""Estimates the calls and the cost of a run before the first call."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,25 +9,24 @@ from favchat_jax.corpus.describe import PROMPTS, STEPS, Clip, Describer, Unannot
 from favchat_jax.corpus.endpoint import IMAGE_TOKENS, Limits
 
 PAPER_VIDEOS = 61_007  # 35,666 of CelebV-HQ and 25,341 others
-# Tokens of an answer and seconds of a call before any call has been made, about those of GPT-4o; after that, the means
-# of the folder's own calls take their place.
+# Tokens per answer and seconds per call, roughly those of GPT-4o. After the folder's first calls, their means are used.
 OUTPUT_TOKENS = {"features": 350, "summary": 110, "questions": 220}
 SECONDS = 4.0
 SHORT_TEXT = 60  # tokens of a clip's labels
 
 
 class _Unknown(Exception):
-    """A call that was not made yet."""
+    """Raised for a call that has not been made yet."""
 
 
 class _Known:
-    """Answers the calls that were made before."""
+    """Answers calls from the stored replies."""
 
     def __init__(self, calls: Calls):
         self._calls = calls
 
     def ask(self, step: str, key: str, system: str, text: str, images: Callable[[], Sequence[bytes]]) -> Reply:
-        """See `describe.Asking`."""
+        """See `describe.Responder`."""
         reply = self._calls.find(key)
         if reply is None:
             raise _Unknown(step)
@@ -36,7 +35,7 @@ class _Known:
 
 @dataclass
 class Work:
-    """Calls and tokens that lie ahead."""
+    """An amount of work in clips, calls and tokens."""
 
     clips: int = 0
     calls: float = 0.0
@@ -44,7 +43,7 @@ class Work:
     output_tokens: float = 0.0
 
     def add(self, steps: Sequence[str], expected: Mapping[str, Total]) -> None:
-        """Counts a clip that still needs these steps."""
+        """Adds a clip that still needs these steps."""
         self.clips += 1
         for step in steps:
             total = expected[step]
@@ -56,24 +55,24 @@ class Work:
 def forecast(
     clips: Iterable[tuple[Clip, Sequence[str]]], calls: Calls, model: str, attempts: int, limits: Limits
 ) -> str:
-    """A table: what is left to ask for these clips, each with the texts refused so far, and for the paper's videos."""
+    """Returns a table of the work left for `clips`, each with its refused texts, and for the paper's videos."""
     known = Describer(_Known(calls), model, attempts)
     ahead = [(clip, _steps_left(known, clip, refused)) for clip, refused in clips]
-    left, whole, made = Work(), Work(), calls.totals()
+    left, full, made = Work(), Work(), calls.totals()
     reached = {step: sum(step not in steps for _, steps in ahead) for step in STEPS}
     answers = {step: made[step].calls / reached[step] if step in made and reached[step] else 1.0 for step in STEPS}
     for clip, steps in ahead:
         expected = _expected(clip, made, answers)
-        whole.add(STEPS, expected)
+        full.add(STEPS, expected)
         if steps:
             left.add(steps, expected)
     seconds = sum(total.seconds for total in made.values()) / max(1, sum(total.calls for total in made.values()))
     paid = limits.dollars(sum(t.input_tokens for t in made.values()), sum(t.output_tokens for t in made.values()))
-    scale = PAPER_VIDEOS / max(1, whole.clips)
-    paper = Work(PAPER_VIDEOS, whole.calls * scale, whole.input_tokens * scale, whole.output_tokens * scale)
+    scale = PAPER_VIDEOS / max(1, full.clips)
+    paper = Work(PAPER_VIDEOS, full.calls * scale, full.input_tokens * scale, full.output_tokens * scale)
     head = f"{'':<13} {'clips':>7} {'calls':>9} {'input tokens':>14} {'output tokens':>14} {'dollars':>10} {'hours':>7}"
     rows = [_row(name, work, limits, seconds or SECONDS) for name, work in (("to do", left), ("like these", paper))]
-    basis = "means of the calls made so far" if made else "no call made yet: lengths and times are assumed"
+    basis = "means of the calls made so far" if made else "no calls so far: lengths and times are assumed"
     pace = f"{limits.concurrency} calls at a time, at most {limits.calls_per_minute:g} a minute"
     return "\n".join([head, *rows, f"paid so far: ${paid:.2f}; {basis}; {pace}, {seconds or SECONDS:.1f} s each"])
 
@@ -92,13 +91,13 @@ def _steps_left(known: Describer, clip: Clip, refused: Sequence[str]) -> Sequenc
         known.write(clip, refused)
     except _Unknown as missing:
         return STEPS[STEPS.index(str(missing)) :]
-    except Unannotated:  # the answers that it took are there, and were of no use
+    except Unannotated:  # its answers are stored, but were unusable
         return ()
     return ()
 
 
 def _expected(clip: Clip, made: Mapping[str, Total], answers: Mapping[str, float]) -> dict[str, Total]:
-    """What each step of a clip takes; `answers` are those that a clip's step took on average, refused ones included."""
+    """Returns the expected work of each step; `answers` is its mean number per clip, including refused ones."""
     pictures = IMAGE_TOKENS * clip_frames.count(clip.frames)
     output = {
         step: made[step].output_tokens / made[step].calls if step in made else OUTPUT_TOKENS[step] for step in STEPS

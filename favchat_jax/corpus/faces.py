@@ -1,8 +1,8 @@
-"""Face detectors: where faces are in a frame. Haar cascades need no download; SCRFD finds more (paper, Section 3.1).
+"""Detects faces in frames. Haar cascades need no download; SCRFD finds more faces (paper, Section 3.1).
 
-Haar's cascades miss dark skin and dim light more often than bright faces, since they weigh differences in brightness.
-Frames without a find are therefore looked at again with dark tones spread, and for faces in profile; SCRFD
-(AntelopeV2's `scrfd_10g_bnkps.onnx`, a file of one's own) does not share that weakness to this degree.
+Haar cascades weigh differences in brightness, so they miss dark skin and dim light more often than bright faces.
+Frames without a find are therefore searched again, with dark tones spread and for faces in profile. SCRFD (AntelopeV2's
+`scrfd_10g_bnkps.onnx`, which you download yourself) has less of this weakness.
 """
 
 from pathlib import Path
@@ -23,11 +23,11 @@ class Detector(Protocol):
     """Finds the faces of a frame."""
 
     def __call__(self, frame: av.VideoFrame) -> Float[np.ndarray, "N 4"]:
-        """Faces as top, bottom, left, right in shares of the picture, the largest first."""
+        """Returns faces as top, bottom, left, right in shares of the picture, the largest first."""
 
 
 def make_detector(name: str, model: str, smallest: float) -> Detector:
-    """The detector of a name.
+    """Returns the detector with the given name.
 
     Args:
         name: one of DETECTORS.
@@ -35,7 +35,7 @@ def make_detector(name: str, model: str, smallest: float) -> Detector:
         smallest: height of the smallest face that counts, as a share of the picture's shorter side.
 
     Raises:
-        UserError: unknown name, or a model that is missing or of another kind.
+        UserError: the name is unknown, or the model is missing or of another kind.
     """
     if name == "haar":
         return Haar(smallest)
@@ -45,15 +45,15 @@ def make_detector(name: str, model: str, smallest: float) -> Detector:
 
 
 class Haar:
-    """OpenCV's cascades on grey pictures of 360 pixels at the shorter side."""
+    """OpenCV's Haar cascades on grey pictures whose shorter side has 360 pixels."""
 
     SIDE = 360
-    LONGEST = 4 * SIDE  # a banner is shrunk further: enlarged to SIDE it would take minutes a frame
-    MARGIN = 90  # pixels that the border is stretched by, so that faces that fill the picture are found
+    LONGEST = 4 * SIDE  # pixels; at SIDE a banner would take minutes a frame
+    MARGIN = 90  # pixels of stretched border, so that faces that fill the picture are found
     SPREAD = (255 * (np.arange(256) / 255) ** 0.5).astype(np.uint8)  # makes dark tones lighter
 
     def __init__(self, smallest: float):
-        cv2.setNumThreads(1)  # the pipeline's workers are the parallelism
+        cv2.setNumThreads(1)  # the pipeline's workers run in parallel
         folder = Path(cv2.data.haarcascades)
         self._frontal, self._profile = (
             cv2.CascadeClassifier(str(folder / f"haarcascade_{name}.xml"))
@@ -74,7 +74,7 @@ class Haar:
             found = self._frontal.detectMultiScale(cv2.LUT(plain, self.SPREAD), 1.05, 2, **least)
         if not len(found):
             found = self._profile.detectMultiScale(plain, 1.1, 2, **least)
-        if not len(found):  # the cascade knows faces turned to one side
+        if not len(found):  # the cascade finds faces turned to one side only
             found = self._profile.detectMultiScale(plain[:, ::-1].copy(), 1.1, 2, **least)
             if len(found):
                 found[:, 0] = plain.shape[1] - found[:, 0] - found[:, 2]
@@ -86,8 +86,8 @@ class Haar:
 class Scrfd:
     """InsightFace's SCRFD (Guo et al., 2021) from its ONNX file, on one thread.
 
-    The picture is fitted into the upper left of a square; at strides 8, 16 and 32 each cell has two anchors with a
-    score and distances to the four sides of its box in strides.
+    The picture is fitted into the upper left of a square. At strides 8, 16 and 32, each cell has two anchors. Each
+    anchor has a score and the distances to the four sides of its box, in strides.
     """
 
     SIDE = 640
@@ -133,7 +133,7 @@ class Scrfd:
     def _decode(
         self, stride: int, scores: Float[np.ndarray, "A 1"], distances: Float[np.ndarray, "A 4"]
     ) -> tuple[Float[np.ndarray, "K 4"], Float[np.ndarray, " K"]]:
-        """Boxes (top, bottom, left, right, in pixels of the square) and scores over the threshold at one stride."""
+        """Returns boxes (top, bottom, left, right, in pixels of the square) and scores over the threshold."""
         cells = self.SIDE // stride
         y, x = np.divmod(np.arange(cells * cells).repeat(self.ANCHORS), cells)
         left, top, right, bottom = distances.T * stride

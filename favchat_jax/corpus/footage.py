@@ -1,4 +1,4 @@
-"""What a video file or a folder of frames holds, and its frames one after the other without keeping any."""
+"""Reads the properties and the frames of a video file or a folder of frames, one frame at a time."""
 
 import contextlib
 import hashlib
@@ -17,19 +17,19 @@ from av.video.frame import PictureType
 from favchat_jax.corpus.manifest import FPS
 from favchat_jax.data.video import SMALLEST_SIDE, VideoError, open_video
 
-RATE = 25.0  # frames a second where a file states none, and of folders of frames
+RATE = 25.0  # frames a second of folders of frames, and of files that state no rate
 PICTURES = {".jpg", ".jpeg", ".png", ".bmp"}
-NOT_VIDEOS = re.compile(r"tty|image2|.*_pipe")  # FFmpeg's readers that take text or a single picture for a video
+NOT_VIDEOS = re.compile(r"tty|image2|.*_pipe")  # FFmpeg's formats for text and single pictures
 INSTANT = 1e-4  # seconds: times of frames are rounded to ticks
-QUALITY = {"preset": "veryfast", "crf": "18"}  # hardly told from the original
-LARGEST = 16384  # pixels a side: above it a header is damaged, and a single frame would not fit in memory
+QUALITY = {"preset": "veryfast", "crf": "18"}  # almost indistinguishable from the original
+LARGEST = 16384  # pixels a side; a larger value means a damaged header, and the frame would not fit in memory
 
-Box = tuple[float, float, float, float]  # top, bottom, left, right in shares of the picture
+Box = tuple[float, float, float, float]  # top, bottom, left, right as shares of the picture
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What a video is: seconds, frames a second, frames, pixels, the codec's name and bytes."""
+    """Properties of a video: seconds, frames a second, frames, pixels, the codec's name and bytes."""
 
     duration: float
     fps: float
@@ -42,10 +42,10 @@ class Facts:
 
 
 def facts(path: Path) -> Facts:
-    """Reads headers and packets of a video, decoding none, or the names of a folder's frames.
+    """Reads the headers and packets of a video without decoding it, or the files of a folder of frames.
 
     Raises:
-        VideoError: it cannot be read as a video.
+        VideoError: the video cannot be read.
     """
     return _folder_facts(path) if path.is_dir() else _file_facts(path)
 
@@ -55,7 +55,7 @@ def _file_facts(path: Path) -> Facts:
         if NOT_VIDEOS.fullmatch(container.format.name.partition(",")[0]):
             raise VideoError(f"{_shown(path)} holds text or a single picture: give a video file")
         times, frames = [], 0
-        with contextlib.suppress(av.error.InvalidDataError):  # cut short: what comes before the cut is good
+        with contextlib.suppress(av.error.InvalidDataError):  # truncated: the part before the cut is good
             for packet in container.demux(stream):
                 if packet.size and not packet.is_discard:
                     frames += 1
@@ -95,13 +95,13 @@ def _folder_facts(folder: Path) -> Facts:
 
 
 def frames(path: Path, start: float | None = None, end: float | None = None) -> Iterator[av.VideoFrame]:
-    """Decodes the frames of a video, or of a folder of them, upright and in order, each with its `time`.
+    """Decodes the frames of a video or a folder of frames, upright and in order, each with its `time`.
 
     Args:
-        start, end: seconds from the video's first frame; None for its beginning and its end.
+        start, end: seconds from the video's first frame; None stands for its beginning or end.
 
     Raises:
-        VideoError: it cannot be read as a video.
+        VideoError: the video cannot be read.
     """
     if path.is_dir():
         for number, file in enumerate(frame_files(path)):
@@ -124,14 +124,14 @@ def frames(path: Path, start: float | None = None, end: float | None = None) -> 
 
 
 def _decoded(container: av.container.InputContainer, stream: av.VideoStream) -> Iterator[av.VideoFrame]:
-    with contextlib.suppress(av.error.InvalidDataError):  # of reading: the file is cut short
+    with contextlib.suppress(av.error.InvalidDataError):  # from reading: the file is truncated
         for packet in container.demux(stream):
-            with contextlib.suppress(av.error.InvalidDataError):  # of decoding: the frames around it may be good
+            with contextlib.suppress(av.error.InvalidDataError):  # from decoding: neighbouring frames may be good
                 yield from packet.decode()
 
 
 def _upright(frame: av.VideoFrame) -> av.VideoFrame:
-    """The frame as a player shows it, turned by quarters."""
+    """Returns the frame as a player shows it, rotated by quarter turns."""
     turns = round(frame.rotation / 90)
     if not turns:
         return frame
@@ -145,7 +145,7 @@ def _at(frame: av.VideoFrame, pts: int | None, time_base: Fraction) -> av.VideoF
 
 
 def crop(frame: av.VideoFrame, box: Box) -> av.VideoFrame:
-    """The part of a frame in a box."""
+    """Returns the part of a frame inside a box."""
     top, bottom = (round(share * frame.height) for share in box[:2])
     left, right = (round(share * frame.width) for share in box[2:])
     picture = frame.to_ndarray(format="rgb24")[top : max(bottom, top + 2), left : max(right, left + 2)]
@@ -153,9 +153,12 @@ def crop(frame: av.VideoFrame, box: Box) -> av.VideoFrame:
 
 
 def encode(pictures: Iterable[av.VideoFrame], fps: float, largest_side: int) -> tuple[bytes, int]:
-    """H.264 mp4 bytes at a constant rate and the number of frames; pictures over `largest_side` pixels are shrunk.
+    """Encodes pictures as H.264 mp4 at a constant rate; pictures over `largest_side` pixels are shrunk.
 
-    One thread and no dates: equal frames give equal bytes.
+    With one thread and no dates, equal frames give equal bytes.
+
+    Returns:
+        The bytes of the file and the number of frames.
 
     Raises:
         VideoError: the pictures are too small to be read again.
@@ -179,28 +182,28 @@ def encode(pictures: Iterable[av.VideoFrame], fps: float, largest_side: int) -> 
 
 
 def _encoded_size(picture: av.VideoFrame, largest_side: int) -> tuple[int, int]:
-    """Width and height of the clip, both even."""
+    """Returns the width and height of the clip, both even."""
     shrunk = min(1.0, largest_side / max(picture.width, picture.height))
     width, height = (2 * round(side * shrunk / 2) for side in (picture.width, picture.height))
     if min(width, height) < SMALLEST_SIDE:
-        raise VideoError(f"its clip would be {width}x{height} pixels, at least {SMALLEST_SIDE} a side are needed")
+        raise VideoError(f"its clip would be {width}x{height} pixels; at least {SMALLEST_SIDE} a side are needed")
     return width, height
 
 
 def frame_files(folder: Path) -> list[Path]:
-    """The pictures of a folder in the order of the numbers in their names."""
+    """Returns the pictures of a folder, ordered by the numbers in their names."""
     files = [file for file in folder.iterdir() if file.suffix.lower() in PICTURES and file.is_file()]
     return sorted(files, key=lambda file: ([int(number) for number in re.findall(r"\d+", file.stem)], file.name))
 
 
 def _read_picture(file: Path) -> np.ndarray | None:
     data = np.frombuffer(file.read_bytes(), np.uint8)
-    with contextlib.suppress(cv2.error):  # of a head that tells of more pixels than OpenCV takes
+    with contextlib.suppress(cv2.error):  # the header claims more pixels than OpenCV accepts
         return cv2.imdecode(data, cv2.IMREAD_COLOR) if data.size else None
 
 
 def _rate(stream: av.VideoStream) -> float:
-    """Frames a second, where the file states a sensible one."""
+    """Returns the frames a second that the file states, or RATE if that is not plausible."""
     rate = float(stream.average_rate or stream.base_rate or 0)
     return rate if FPS[0] <= rate <= FPS[1] else RATE
 
@@ -223,6 +226,6 @@ def _digest(files: list[Path]) -> str:
 
 
 def _shown(path: Path) -> str:
-    """A path in one printable line, whatever characters its name has."""
+    """Returns a path as one printable line, whatever characters it contains."""
     name = str(path)
     return name if name.isprintable() else ascii(name)

@@ -1,4 +1,4 @@
-"""The clips that `clip` kept, as `annotate` and `review` read them."""
+"""Reads the clips that `clip` kept, for `annotate` and `review`."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +13,7 @@ GROUPS = {"appearance": vocabulary.APPEARANCE, "action": vocabulary.ACTION, "emo
 
 @dataclass(frozen=True)
 class Kept:
-    """A kept clip: its file, and its attributes as the table has them."""
+    """A kept clip: its file, and its attributes as stored in the table."""
 
     id: str
     path: Path
@@ -22,10 +22,10 @@ class Kept:
     frames: int
 
     def labels(self) -> Labels:
-        """Group -> the labels that hold at some time of the clip.
+        """Returns the labels of each group that are true at some time of the clip.
 
         Raises:
-          UserError: a label that CelebV-HQ does not have.
+          UserError: CelebV-HQ does not have a label of this name.
         """
         published = read_attributes(self.attributes, self.id)
         labels = {}
@@ -33,21 +33,21 @@ class Kept:
             entries = [entry.get("emotion") if isinstance(entry, dict) else entry for entry in published.get(group, ())]
             unknown = [entry for entry in entries if entry not in known]
             if unknown:
-                raise UserError(f"{unknown[0]!r} is no {group} of CelebV-HQ: mend the source and run scan again")
+                raise UserError(f"{unknown[0]!r} is no {group} of CelebV-HQ: correct the source and run scan again")
             labels[group] = tuple(dict.fromkeys(entries))
         return labels
 
 
 def read_kept(out: Path) -> list[Kept]:
-    """All kept clips, sorted by id.
+    """Returns all kept clips, sorted by id.
 
     Raises:
-      UserError: there is no such table, it was edited into something else, or a row lies outside the folder.
+      UserError: the table is missing or invalid, or a clip is stored outside the folder.
     """
     clips = []
     for row in read_table(out, KEPT):
         path = out / row["path"]
         if not path.resolve().is_relative_to(out.resolve()):
-            raise UserError(f"{out / KEPT}: {row['id']} lies outside {out}: run clip again")
+            raise UserError(f"{out / KEPT}: {row['id']} is stored outside {out}: run clip again")
         clips.append(Kept(row["id"], path, row["source"], row["attributes"], row["frames"] or 0))
     return sorted(clips, key=lambda clip: clip.id)

@@ -1,13 +1,13 @@
-"""What lies in a corpus folder: the tables that one step leaves for the next.
+"""Reads and writes the tables of a corpus folder, which each step leaves for the next.
 
-    manifest.parquet     scan: every video that was found, with the reason where it cannot be used
-    kept.parquet         clip: every clip that was kept; its video lies at kept/ID.mp4
-    dropped.parquet      clip: every video that was not, and why
-    annotations.jsonl    annotate: one object a clip
-    reviews.jsonl        review: one object a judgement, in the order of time
-    work/                what scan and clip have done so far: a killed run goes on from it
+    manifest.parquet     scan: every video that was found, with the reason if it is unusable
+    kept.parquet         clip: every kept clip; its video is kept/ID.mp4
+    dropped.parquet      clip: every dropped video, with the reason
+    annotations.jsonl    annotate: one object per clip
+    reviews.jsonl        review: one object per verdict, in the order of time
+    work/                results of scan and clip so far, from which a killed run resumes
 
-Rows are sorted by id and hold nothing of the run that wrote them, so that equal videos give equal bytes.
+Rows are sorted by id and independent of the run that wrote them, so equal videos give equal bytes.
 """
 
 import json
@@ -26,18 +26,18 @@ MANIFEST, KEPT, DROPPED = "manifest.parquet", "kept.parquet", "dropped.parquet"
 ANNOTATIONS, REVIEWS = "annotations.jsonl", "reviews.jsonl"
 OK, UNREADABLE, DUPLICATE = STATUSES = ("ok", "unreadable", "duplicate")
 SOURCES = ("celebvhq", "hmdb51", "youtube_faces", "faceforensics", "ferv39k", "folder")
-FPS = (0.001, 1000.0)  # the slowest and the fastest rate that a video can state
-LONGEST = 1e9  # seconds; no time of a video lies beyond
-GROUP = 1000  # rows that are written at a time
+FPS = (0.001, 1000.0)  # the lowest and the highest rate that a video can state
+LONGEST = 1e9  # seconds; no time in a video is larger
+GROUP = 1000  # rows written at a time
 
-# `id` is safe as a file name. Splits are disjoint by `group`, the source video, or the person where a source names one.
+# `id` is safe as a file name. Splits are disjoint by `group`: the source video, or the person if the source names one.
 # `attributes` is JSON: {"appearance": [labels], "action": [labels], "emotion": [labels, or timed segments
-# {"emotion", "start_sec", "end_sec"}]} in CelebV-HQ's vocabulary; a group that the source does not label is absent, and
-# the whole is "" where it labels none.
+# {"emotion", "start_sec", "end_sec"}]} in CelebV-HQ's vocabulary. A group that the source does not label is absent;
+# without any labels, the text is "".
 _SHARED = [("id", pa.string()), ("source", pa.string()), ("group", pa.string()), ("attributes", pa.string())]
 SCHEMAS = {
-    # The part of the file that is the clip: `start` to `end` in seconds, and `box`, JSON [top, bottom, left, right] in
-    # shares of the picture. Null and "" stand for the whole.
+    # The clip is a part of the file: `start` to `end` in seconds, and `box`, JSON [top, bottom, left, right] in shares
+    # of the picture. Null and "" stand for the entire video and picture.
     MANIFEST: pa.schema(
         [
             *_SHARED,
@@ -63,7 +63,7 @@ SCHEMAS = {
             ("path", pa.string()),  # relative to the corpus folder
             ("frames", pa.int64()),
             ("fps", pa.float64()),
-            ("face_share", pa.float64()),  # of the sampled frames of the whole video; null where nobody looked
+            ("face_share", pa.float64()),  # of the video's sampled frames; null if none were checked
             ("start_frame", pa.int64()),  # of the clip in the video
             ("sha256", pa.string()),  # of the clip
         ]
@@ -82,10 +82,10 @@ def write_table(folder: str | os.PathLike, name: str, rows: Iterable[dict[str, A
 
 
 def read_table(folder: str | os.PathLike, name: str) -> list[dict[str, Any]]:
-    """The rows of a table, checked.
+    """Returns the validated rows of a table.
 
     Raises:
-        UserError: no such table, not Parquet, or one whose columns, ids or statuses were edited into something else.
+        UserError: the table is missing, is not Parquet, or has invalid columns, ids or values.
     """
     path = Path(folder) / name
     if not path.is_file():
@@ -97,7 +97,7 @@ def read_table(folder: str | os.PathLike, name: str) -> list[dict[str, Any]]:
         raise UserError(f"{path} is not a Parquet file ({one_line(error)}): make it again") from None
     missing = set(SCHEMAS[name].names) - set(table.column_names)
     if missing:
-        raise UserError(f"{path} has no column {', '.join(sorted(missing))}: put it back, or make the table again")
+        raise UserError(f"{path} has no column {', '.join(sorted(missing))}: restore it, or make the table again")
     try:
         rows = table.select(SCHEMAS[name].names).cast(SCHEMAS[name]).to_pylist()
     except (pa.ArrowException, ValueError) as error:
@@ -113,7 +113,7 @@ def _check_rows(path: Path, name: str, rows: list[dict[str, Any]]) -> None:
         if not clip or not is_safe_id(clip):
             raise UserError(f"{path}: id {clip!r} is no file name of letters, digits, '.', '_' and '-': change it")
         if clip in seen:
-            raise UserError(f"{path}: id {clip} is there twice: remove one of the two rows")
+            raise UserError(f"{path}: id {clip} occurs twice: remove one of the two rows")
         seen.add(clip)
         required = ("source", "path") if name == DROPPED else ("source", "path", "group", "attributes")
         empty = [column for column in required if row[column] is None]
@@ -123,16 +123,16 @@ def _check_rows(path: Path, name: str, rows: list[dict[str, Any]]) -> None:
             raise UserError(f"{path}: {clip} has no {empty[0]}: fill it in, or make the table again")
         if row["source"] not in SOURCES:
             raise UserError(f"{path}: {clip} has source {row['source']!r}: choose one of {', '.join(SOURCES)}")
-        if row.get("status", OK) == OK and name != DROPPED and (odd := _odd_column(row)):
+        if row.get("status", OK) == OK and name != DROPPED and (invalid := _invalid_column(row)):
             raise UserError(
-                f"{path}: {clip} has {odd} {row[odd]!r}, which no video has: mend it or make the table again"
+                f"{path}: {clip} has {invalid} {row[invalid]!r}, which no video has: correct it or make the table again"
             )
         if "attributes" in row:
             read_attributes(row["attributes"], f"{path}: {clip}")
 
 
-def _odd_column(row: dict[str, Any]) -> str:
-    """The column of a usable video or clip that cannot be right; "" where all can."""
+def _invalid_column(row: dict[str, Any]) -> str:
+    """Returns the name of a column with an impossible value for a usable video or clip, or ""."""
     if not FPS[0] <= (row["fps"] or 0) <= FPS[1]:
         return "fps"
     if (row["frames"] or 0) < 1:
@@ -146,28 +146,28 @@ def _odd_column(row: dict[str, Any]) -> str:
 
 
 def is_time(start: float | None, end: float | None) -> bool:
-    """Whether these are a stretch of a video in seconds; None stands for its beginning and its end."""
+    """Returns whether these are a stretch of a video in seconds; None stands for its beginning or end."""
     return 0 <= (start or 0) < (LONGEST if end is None else end) <= LONGEST
 
 
 def is_box(sides: Sequence[float]) -> bool:
-    """Whether these are top, bottom, left and right of a part of a picture, in shares of it."""
+    """Returns whether these are top, bottom, left and right of a part of a picture, in shares of it."""
     top, bottom, left, right = sides
     return 0 <= top < bottom <= 1 and 0 <= left < right <= 1
 
 
 def is_safe_id(name: str) -> bool:
-    """Whether a name can stand for a file everywhere."""
+    """Returns whether a name is a valid file name on every system."""
     return all(character.isascii() and (character.isalnum() or character in "._-") for character in name) and (
         not name.startswith(".") and len(name) <= 200
     )
 
 
 def read_attributes(text: str, label: str) -> dict[str, list]:
-    """The labels of a row by group; {} where the source has none. `label` names the row in an error.
+    """Returns the labels of a row by group, {} if the source has none. `label` names the row in an error.
 
     Raises:
-        UserError: not JSON of this form.
+        UserError: the text is not JSON of this form.
     """
     try:
         attributes = json.loads(text) if text else {}
@@ -178,14 +178,14 @@ def read_attributes(text: str, label: str) -> dict[str, list]:
             return attributes
     except (ValueError, AttributeError, KeyError, TypeError):
         pass
-    raise UserError(f"{label}: attributes are not JSON of appearance, action and emotion, each a list: mend them")
+    raise UserError(f"{label}: attributes are not JSON of appearance, action and emotion, each a list: correct them")
 
 
 def read_lines(folder: str | os.PathLike, name: str) -> list[dict[str, Any]]:
-    """The objects of a JSON-lines file; a last line that a killed writer left without its end is passed over.
+    """Returns the objects of a JSON-lines file; an incomplete last line, left by a killed writer, is skipped.
 
     Raises:
-        UserError: a line that is not a JSON object with an id.
+        UserError: a line is not a JSON object with an id.
     """
     path = Path(folder) / name
     rows = []
@@ -199,6 +199,6 @@ def read_lines(folder: str | os.PathLike, name: str) -> list[dict[str, Any]]:
             except (ValueError, KeyError, TypeError):
                 if not line.endswith(b"\n"):
                     break
-                raise UserError(f"{path}, line {number}: not a JSON object with an id; mend or remove it") from None
+                raise UserError(f"{path}, line {number}: not a JSON object with an id; correct or remove it") from None
             rows.append(row)
     return rows

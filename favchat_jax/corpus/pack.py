@@ -1,4 +1,4 @@
-"""The last step: clips and their texts become the data set that training reads, with its statistics and datasheet."""
+"""The last step packs clips and their texts into the training data set, with statistics and a datasheet."""
 
 import hashlib
 import json
@@ -30,14 +30,14 @@ PACKED = "packed"
 
 
 def define_flags() -> None:
-    """The options of this step."""
+    """Defines the options of this step."""
     flags.DEFINE_float("heldout_share", HELDOUT_SHARE, "Share of the source videos that no stage trains on", 0, 0.9)
     flags.DEFINE_string("tokenizer", "", "Folder of a tokenizer, to count tokens instead of words")
     pipelines.define_flags()
 
 
 def run(out: Path) -> None:
-    """Packs as the flags say, and prints the table of statistics."""
+    """Packs according to the flags and prints the table of statistics."""
     print(pack(out, flags.FLAGS.heldout_share, flags.FLAGS.tokenizer, pipelines.chosen_options()))
 
 
@@ -45,12 +45,12 @@ def pack(out: Path, heldout_share: float = HELDOUT_SHARE, tokenizer: str = "", b
     """Writes records.jsonl, packed/, statistics.{json,md,png} and datasheet.md; returns the table of statistics.
 
     Raises:
-        UserError: a step before it is missing, nothing is left to train on, a full disk.
+        UserError: an earlier step is missing, nothing is left to train on, or the disk is full.
     """
     kept = read_table(out, KEPT)
     records, left_out = choose_records(out, kept, heldout_share)
     if not records:
-        raise UserError(f"{out / ANNOTATIONS} has no text for any kept clip: run annotate, or review what was rejected")
+        raise UserError(f"{out / ANNOTATIONS} has no text for any kept clip: run annotate, or review rejected texts")
     for reason, count in left_out.items():
         log.info("%d clips are left out: %s", count, reason)
     lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
@@ -65,10 +65,10 @@ def pack(out: Path, heldout_share: float = HELDOUT_SHARE, tokenizer: str = "", b
 def choose_records(
     out: Path, kept: list[dict[str, Any]], heldout_share: float
 ) -> tuple[list[dict[str, Any]], dict[str, int]]:
-    """Lines of records.jsonl, sorted by id, and how many clips were left out for which reason.
+    """Returns the lines of records.jsonl, sorted by id, and the number of clips left out for each reason.
 
     Raises:
-        UserError: no annotations, or damaged ones.
+        UserError: the annotations are missing or damaged.
     """
     annotations, reviews = read_annotations(out), Reviews(out)
     texts, left_out = {}, {"without annotation": 0, "rejected, or waiting for another text": 0}
@@ -85,9 +85,10 @@ def choose_records(
 
 
 def heldout_groups(groups: set[str], share: float) -> set[str]:
-    """The groups that no stage trains on: told by a hash of each name, so that they stay held out as a corpus grows.
+    """Returns the groups that no stage trains on.
 
-    Where there are two groups at least, one of them is held out unless `share` is 0.
+    A hash of each name decides, so that groups stay held out as a corpus grows. Of two or more groups, at least one is
+    held out unless `share` is 0.
     """
     if share == 0 or len(groups) < 2:
         return set()
@@ -98,8 +99,8 @@ def heldout_groups(groups: set[str], share: float) -> set[str]:
 def _record(row: dict[str, Any], summary: str, questions: Sequence, held_out: bool) -> dict[str, Any]:
     labels = label_names(read_attributes(row["attributes"], row["id"]))
     targets = label_text(label_vector(labels))
-    told = row["source"] == "celebvhq" and all(targets.values())
-    part = "train_rl" if told else "train_celebvhq" if row["source"] == "celebvhq" else "train_other"
+    has_targets = row["source"] == "celebvhq" and all(targets.values())
+    part = "train_rl" if has_targets else "train_celebvhq" if row["source"] == "celebvhq" else "train_other"
     rng = np.random.default_rng(zlib.crc32(row["id"].encode()))
     return {
         "id": row["id"],
@@ -111,19 +112,19 @@ def _record(row: dict[str, Any], summary: str, questions: Sequence, held_out: bo
         "labels": labels,
         "summary": summary,
         "questions": [vars(question) for question in questions],
-        "reasoning": reasoning.from_summary(summary, targets, rng) if told else "",
+        "reasoning": reasoning.from_summary(summary, targets, rng) if has_targets else "",
     }
 
 
 def label_names(attributes: dict[str, list]) -> list[str]:
-    """All labels of a clip in the vocabulary's order, timed emotions by their names; unknown ones are passed over."""
+    """Returns the known labels of a clip in the vocabulary's order, emotions without their times."""
     emotions = [item["emotion"] if isinstance(item, dict) else item for item in attributes.get("emotion", [])]
     named = {*attributes.get("appearance", []), *attributes.get("action", []), *emotions}
     return sorted(named & INDEX.keys(), key=INDEX.__getitem__)
 
 
 def _pack_records(out: Path, beam_options: Sequence[str]) -> None:
-    """Builds `packed/` where it is not of these records yet; an older one stays until the new one is whole."""
+    """Builds `packed/` unless it holds these records already; an older one stays until the new one is complete."""
     final = out / PACKED
     if stored_digest(Corpus.name, str(final)) == hashlib.sha256((out / RECORDS).read_bytes()).hexdigest():
         return

@@ -1,8 +1,8 @@
-"""Work on many videos as an Apache Beam pipeline that can be killed at any point and started again.
+"""Processes many videos in an Apache Beam pipeline that can be killed at any point and started again.
 
-Every video's result is a small file of its own below `work/`, written beside and renamed; a result made from the same
-input and settings is not made again. On one machine Beam's DirectRunner runs the work in this process; every other
-runner takes it as well, where all its workers see the videos and the corpus folder under the same paths.
+Every video's result is a small file below `work/`, written as a draft and renamed. A result of the same input and
+settings is reused. On one machine, Beam's DirectRunner works in this process. Other runners work as well if all their
+workers see the videos and the corpus folder under the same paths.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ log = logging.getLogger("favchat_jax")
 
 Work = Callable[[Any], dict[str, Any]]
 
-# Videos of one pipeline on one machine: DirectRunner keeps all that it ever handed on until its pipeline ends.
+# Videos per pipeline on one machine: DirectRunner keeps all its intermediate data until its pipeline ends.
 PORTION = 500
 
 
@@ -40,21 +40,21 @@ def run(
     options: Sequence[str] = (),
     still_there: Callable[[dict[str, Any]], bool] = lambda result: True,
 ) -> list[dict[str, Any]]:
-    """The result of every item, in their order.
+    """Returns the result of every item, in the order of the items.
 
     Args:
-        step: names the folder below `work/`.
-        work: pickled to the workers; (item) -> result, both as JSON can hold them.
-        items: (name, key, item): the name is the result's file's, the key is all that the result depends on.
+        step: name of the folder below `work/`.
+        work: (item) -> result, both JSON values; it is pickled for the workers.
+        items: (name, key, item): the name of the result's file, everything that the result depends on, and the input.
         out: the corpus folder.
-        options: of Beam, such as --runner=FlinkRunner; see Beam's documentation of each runner.
-        still_there: (result) -> whether the files that the work left besides are still there.
+        options: options of Beam, such as --runner=FlinkRunner; see Beam's documentation of each runner.
+        still_there: (result) -> whether the other files that the work wrote still exist.
 
     Raises:
-        UserError, OSError: what ends the whole run, the latter a full disk; what was done until then is kept.
+        UserError, OSError: the run has to end, for OSError because the disk is full; finished results are kept.
     """
     folder = str((out / "work" / step).resolve())
-    todo = Path(f"{folder}.todo.jsonl")  # a file, since the description of a pipeline is limited in size
+    todo = Path(f"{folder}.todo.jsonl")  # a file, since Beam limits the size of a pipeline's description
     Path(folder).mkdir(parents=True, exist_ok=True)
     keys, left = {}, 0
     with todo.open("w", encoding="utf-8") as file:
@@ -63,8 +63,8 @@ def run(
             if not _is_done(_finished(folder, name, keys[name]), still_there):
                 file.write(json.dumps([name, keys[name], item]) + "\n")
                 left += 1
-    _forget_others(folder, keys)
-    log.info("%s: %d of %d videos are left to do", step, left, len(keys))
+    _remove_stale(folder, keys)
+    log.info("%s: %d of %d videos remain", step, left, len(keys))
     here = all(not option.startswith("--runner=") or option == "--runner=DirectRunner" for option in options)
     portion = PORTION if here else max(1, left)
     for start in range(0, left, portion):
@@ -78,7 +78,7 @@ def _run_pipeline(work: Work, todo: Path, lines: range, folder: str, options: Se
         quiet_beam() as beam,
         beam.Pipeline(options=beam.options.pipeline_options.PipelineOptions(list(options))) as pipeline,
     ):
-        # Reshuffled, since a runner keeps what one file gave in one worker otherwise.
+        # Without Reshuffle, a runner keeps the lines of one file in one worker.
         each = pipeline | beam.Create([str(todo)]) | beam.FlatMap(_lines, lines) | beam.Reshuffle()
         _ = each | beam.Map(_do, work=work, folder=folder)
 
@@ -94,16 +94,16 @@ def _do(line: str, work: Work, folder: str) -> None:
     with write_errors(file):
         result = work(item)
         file.parent.mkdir(exist_ok=True)
-        replace_file(file, json.dumps({"key": key, "result": result}), sync=False)  # a damaged one is made again
+        replace_file(file, json.dumps({"key": key, "result": result}), sync=False)  # a damaged file is made again
 
 
 @contextlib.contextmanager
 def quiet_beam() -> Iterator[ModuleType]:
-    """Apache Beam, without its notes on missing clouds and without its log of every error that it raises anyway.
+    """Yields Apache Beam without its notes on missing clouds and its log of errors that it raises anyway.
 
     Raises:
-        UserError: as a worker raised it. Beam adds where, and passes on only text from other processes.
-        OSError: a full disk, which ArrayRecord reports in text alone.
+        UserError: the worker's own error. Beam adds its location, and from other processes passes on only its text.
+        OSError: the disk is full, which ArrayRecord reports only as text.
     """
     logging.disable(logging.WARNING)
     try:
@@ -139,17 +139,17 @@ def _finished(folder: str, name: str, key: str) -> dict[str, Any] | None:
 
 
 def _with_shared_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object of a result; every result has the same fields, whose names take as much memory as what they hold."""
+    """Makes an object with shared field names, which otherwise take as much memory as the values."""
     return {sys.intern(name): value for name, value in pairs}
 
 
 def _result(folder: str, name: str) -> Path:
-    """Two steps down, since file systems are slow with tens of thousands of names in one folder."""
+    """Returns the path of a result, in a subfolder: tens of thousands of names in one folder are slow."""
     return Path(folder, hashlib.sha256(name.encode()).hexdigest()[:2], f"{name}.json")
 
 
-def _forget_others(folder: str, names: Collection[str]) -> None:
-    """Removes results, and drafts of a killed run, of what is no longer asked for."""
+def _remove_stale(folder: str, names: Collection[str]) -> None:
+    """Removes results that are no longer needed, and drafts of a killed run."""
     for path in Path(folder).glob("*/*"):
         if path.suffix != ".json" or path.stem not in names:
             path.unlink()
@@ -160,12 +160,12 @@ def _digest(key: Any) -> str:
 
 
 def define_flags() -> None:
-    """The option of every step that runs as a pipeline."""
+    """Defines the option of every step that runs as a pipeline."""
     flags.DEFINE_multi_string(
-        "beam", [], "Option of Apache Beam without its dashes, such as runner=FlinkRunner; may be given many times"
+        "beam", [], "Option of Apache Beam without its dashes, such as runner=FlinkRunner; repeatable"
     )
 
 
 def chosen_options() -> list[str]:
-    """Beam's command line from the flags."""
+    """Returns Beam's options from the flags."""
     return [f"--{option}" for option in flags.FLAGS.beam]

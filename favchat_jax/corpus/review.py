@@ -1,6 +1,6 @@
-"""The check by hand (paper, section 3.2): a web page on this machine that shows a clip beside its text.
+"""Serves the review by people (paper, section 3.2): a local web page that shows each clip beside its text.
 
-Every verdict is on the disk before the page goes on. Several people may have the page open at once, each under a name.
+Every verdict is on disk before the page moves on. Several people can use the page at the same time, each under a name.
 """
 
 import contextlib
@@ -44,7 +44,7 @@ HEADERS = {
 
 
 class Refused(Exception):
-    """A request that is not answered, with the status and one line for the person."""
+    """Raised for a refused request, with the HTTP status and one line for the reviewer."""
 
     def __init__(self, status: HTTPStatus, message: str):
         super().__init__(message)
@@ -52,7 +52,7 @@ class Refused(Exception):
 
 
 class Desk:
-    """What lies on the reviewers' desk: clips with their texts, and the verdicts so far."""
+    """The data behind the page: clips with their texts, and the verdicts so far."""
 
     def __init__(self, out: Path):
         annotations = read_annotations(out)
@@ -64,7 +64,7 @@ class Desk:
         self._reviews = Reviews(out)
 
     def overview(self, reviewer: str) -> dict:
-        """Every clip with this reviewer's verdict and whether the checks found problems, and the agreement."""
+        """Returns each clip's verdict by this reviewer and whether it has problems, and all reviewers' agreement."""
         rows = []
         for name, (_, annotation) in self.clips.items():
             verdicts = self._reviews.of(annotation)
@@ -74,7 +74,7 @@ class Desk:
         return {"clips": rows, "agreement": pairs}
 
     def clip(self, name: str, reviewer: str) -> dict:
-        """All that the page shows of one clip."""
+        """Returns everything that the page shows of one clip."""
         kept, annotation = self._known(name)
         try:
             labels, fault = kept.labels(), ""
@@ -95,10 +95,10 @@ class Desk:
         }
 
     def judge(self, posted: object) -> dict:
-        """Keeps a verdict and gives it back.
+        """Stores a verdict and returns it.
 
         Raises:
-          Refused: not a verdict on a text that is there.
+          Refused: this is not a verdict on a current text.
         """
         try:
             name, reviewer, verdict = (str(posted[field]) for field in ("id", "reviewer", "verdict"))
@@ -111,21 +111,21 @@ class Desk:
             raise Refused(HTTPStatus.BAD_REQUEST, f"no such verdict: {verdict!r}")
         _, annotation = self._known(name)
         if text != annotation.text():
-            raise Refused(HTTPStatus.CONFLICT, "the text has been written anew: reload the page")
+            raise Refused(HTTPStatus.CONFLICT, "the text has been rewritten: reload the page")
         if verdict == "edit":
             check_edit(summary, questions)
-        else:  # the words judged are those on this side, whatever the page holds
+        else:  # the server's text counts, whatever the page sent
             summary, questions = annotation.summary, annotation.questions
         now = datetime.now(UTC).isoformat(timespec="milliseconds")
         self._reviews.add(Review(name, reviewer, verdict, summary, questions, now, annotation.text()))
         return {"id": name, "verdict": verdict}
 
     def agreement(self) -> list:
-        """Every pair of reviewers, how far they agree."""
+        """Returns the agreement of every pair of reviewers."""
         return agreement((annotation for _, annotation in self.clips.values()), self._reviews)
 
     def video(self, name: str) -> Path:
-        """The file of a clip."""
+        """Returns the file of a clip."""
         return self._known(name)[0].path
 
     def _known(self, name: str) -> tuple[Kept, Annotation]:
@@ -135,7 +135,7 @@ class Desk:
 
 
 def check_name(reviewer: str) -> str:
-    """A reviewer's name without blanks around it."""
+    """Returns a reviewer's name without surrounding blanks; raises Refused if it is invalid."""
     reviewer = reviewer.strip()
     if not reviewer or len(reviewer) > LONGEST_NAME or not reviewer.isprintable():
         raise Refused(HTTPStatus.BAD_REQUEST, f"a reviewer's name has 1 to {LONGEST_NAME} characters")
@@ -143,7 +143,7 @@ def check_name(reviewer: str) -> str:
 
 
 def check_edit(summary: str, questions: tuple[Question, ...]) -> None:
-    """Refuses an edit that leaves nothing to learn from; how good the words are is the reviewer's to say."""
+    """Refuses an edit with an empty text or an unknown kind; the reviewer is responsible for its quality."""
     if not summary:
         raise Refused(HTTPStatus.BAD_REQUEST, "the summary is empty: reject the clip instead")
     if any(not pair.question.strip() or not pair.answer.strip() for pair in questions):
@@ -153,7 +153,7 @@ def check_edit(summary: str, questions: tuple[Question, ...]) -> None:
 
 
 class Handler(BaseHTTPRequestHandler):
-    """The page, its data and the clips. Only a browser on this machine that shows this very page may write."""
+    """Serves the page, its data and the clips. Only this page, in a browser on this machine, may write."""
 
     protocol_version = "HTTP/1.1"
     server_version, sys_version = "favchat-review", ""
@@ -162,11 +162,11 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         """Answers a request for the page, an overview, a clip's text or a video."""
-        self._answered(self._get)
+        self._respond(self._get)
 
     def do_POST(self) -> None:
-        """Takes a verdict."""
-        self._answered(self._post)
+        """Stores a verdict."""
+        self._respond(self._post)
 
     def _get(self) -> None:
         address = urlsplit(self.path)
@@ -186,12 +186,12 @@ class Handler(BaseHTTPRequestHandler):
     def _post(self) -> None:
         if self.path != "/reviews":
             raise Refused(HTTPStatus.NOT_FOUND, "there is no such page")
-        # A page of another site can send forms here, but neither JSON nor its origin as ours.
+        # Another site's page can send forms here, but not JSON, and not with our origin.
         if (
             self.headers.get("Origin") not in self.server.origins
             or self.headers.get_content_type() != "application/json"
         ):
-            raise Refused(HTTPStatus.FORBIDDEN, "verdicts are taken from the review page alone")
+            raise Refused(HTTPStatus.FORBIDDEN, "only the review page can send verdicts")
         length = self.headers.get("Content-Length", "")
         if not length.isdecimal():
             raise Refused(HTTPStatus.LENGTH_REQUIRED, "the length of the verdict is missing")
@@ -203,22 +203,22 @@ class Handler(BaseHTTPRequestHandler):
             raise Refused(HTTPStatus.BAD_REQUEST, "not JSON") from None
         self._send_json(self.server.desk.judge(posted))
 
-    def _answered(self, work: Callable[[], None]) -> None:
+    def _respond(self, work: Callable[[], None]) -> None:
         try:
-            if self.headers.get("Host") not in self.server.hosts:  # another site's name that was made to point here
+            if self.headers.get("Host") not in self.server.hosts:  # another site's name that resolves to this machine
                 raise Refused(HTTPStatus.FORBIDDEN, "open the address that the review command printed")
             work()
         except Refused as error:
             self._send_error(error.status, str(error))
         except (ConnectionError, TimeoutError):
-            self.close_connection = True  # the browser went on to another clip
+            self.close_connection = True  # the browser has moved on to another clip
         except OSError as error:
             self._send_error(HTTPStatus.INSUFFICIENT_STORAGE, f"not saved: {error.strerror}")
         except UserError as error:
             self._send_error(HTTPStatus.INTERNAL_SERVER_ERROR, str(error))
 
     def _send_error(self, status: HTTPStatus, message: str) -> None:
-        self.close_connection = True  # what is left of the request is not read
+        self.close_connection = True  # the rest of the request is not read
         self._send(json.dumps({"error": message}).encode(), "application/json", status)
 
     def _send_json(self, content: object) -> None:
@@ -230,15 +230,15 @@ class Handler(BaseHTTPRequestHandler):
 
     def _head(self, status: HTTPStatus, kind: str | None, length: int, **more: str) -> None:
         self.send_response(status)
-        told = {"Content-Type": kind or "application/octet-stream", "Content-Length": str(length), **HEADERS, **more}
+        headers = {"Content-Type": kind or "application/octet-stream", "Content-Length": str(length), **HEADERS, **more}
         if self.close_connection:
-            told["Connection"] = "close"
-        for name, value in told.items():
+            headers["Connection"] = "close"
+        for name, value in headers.items():
             self.send_header(name.replace("_", "-"), value)
         self.end_headers()
 
     def _send_video(self, path: Path) -> None:
-        """A clip, whole or the part that the browser asks for in order to jump within it."""
+        """Sends a clip, or the part of it that the browser requests to jump within it."""
         try:
             file = path.open("rb")
         except OSError:
@@ -261,11 +261,11 @@ class Handler(BaseHTTPRequestHandler):
                 start += len(block)
 
     def log_message(self, format: str, *args: object) -> None:
-        """Says nothing: the page itself tells what happened."""
+        """Logs nothing, since the page itself reports errors."""
 
 
 class Server(ThreadingHTTPServer):
-    """The review page of one corpus folder, for browsers on this machine. Port 0 takes a free one."""
+    """The server of one corpus folder's review page, for browsers on this machine. Port 0 picks a free one."""
 
     daemon_threads = True
 
@@ -280,14 +280,14 @@ class Server(ThreadingHTTPServer):
 
 
 def define_flags() -> None:
-    """The options of `review`."""
-    flags.DEFINE_integer("port", 8010, "Port of the page, on this machine alone", lower_bound=0, upper_bound=65535)
+    """Defines the options of `review`."""
+    flags.DEFINE_integer("port", 8010, "Port of the page, on this machine only", lower_bound=0, upper_bound=65535)
 
 
 def run(out: Path) -> None:
-    """Serves the page until Ctrl-C or SIGTERM, then prints how far the reviewers agree."""
+    """Serves the page until Ctrl-C or SIGTERM, then prints the reviewers' agreement."""
     server = Server(out, flags.FLAGS.port)
-    # Ctrl-C is the usual way to end the page, and no failure.
+    # Ctrl-C is the usual way to end the page, not a failure.
     with contextlib.suppress(KeyboardInterrupt), termination("the page closes") as ended:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         print(

@@ -1,4 +1,7 @@
-"""What people said of the annotations: `reviews.jsonl`, a line a verdict, the last of a reviewer on a text counts."""
+"""Stores people's verdicts on the annotations in `reviews.jsonl`, one per line.
+
+The last verdict of a reviewer on a text counts.
+"""
 
 import dataclasses
 import itertools
@@ -19,7 +22,7 @@ VERDICTS = ("accept", "edit", "reject", "regenerate")
 
 @dataclass(frozen=True)
 class Review:
-    """A verdict on the text of a clip. `summary` and `questions` are that text, or with `edit` what replaces it."""
+    """A verdict on the text of a clip. `summary` and `questions` are that text, or its replacement for `edit`."""
 
     id: str
     reviewer: str
@@ -27,14 +30,14 @@ class Review:
     summary: str
     questions: tuple[Question, ...]
     time: str  # ISO 8601, UTC
-    text: str  # `Annotation.text` of what was judged: a verdict on an earlier text does not count for a later one
+    text: str  # `Annotation.text` of the judged text: a verdict does not carry over to a later text
 
 
 class Reviews:
     """The verdicts of one corpus folder; threads may share it.
 
     Raises:
-      UserError: a line that is not a review.
+      UserError: a line is not a review.
     """
 
     def __init__(self, out: Path):
@@ -42,17 +45,17 @@ class Reviews:
         self._lock = threading.Lock()
         self._latest: dict[str, dict[tuple[str, str], Review]] = {}  # clip -> (reviewer, text) -> verdict
         written = self._path.read_bytes() if self._path.exists() else b""
-        self._end = written.rfind(b"\n") + 1  # what follows is of a write that was cut short, and nobody was told
+        self._end = written.rfind(b"\n") + 1  # anything after it is an unconfirmed, interrupted write
         for number, line in enumerate(written[: self._end].splitlines(), start=1):
             try:
                 row = json.loads(line)
                 row["questions"] = read_questions(row["questions"])
                 self._take(Review(**row))
             except (ValueError, KeyError, TypeError):
-                raise UserError(f"{self._path}, line {number}: not a review; mend or remove the line") from None
+                raise UserError(f"{self._path}, line {number}: not a review; correct or remove the line") from None
 
     def add(self, review: Review) -> None:
-        """Keeps a verdict; on return it is on the disk. An OSError leaves the file as it was."""
+        """Stores a verdict. It is on disk when this returns. After an OSError, the file is unchanged."""
         line = json.dumps(dataclasses.asdict(review), ensure_ascii=False).encode() + b"\n"
         with self._lock:
             with self._path.open("r+b" if self._path.exists() else "x+b") as file:
@@ -69,13 +72,13 @@ class Reviews:
             self._take(review)
 
     def of(self, annotation: Annotation) -> dict[str, Review]:
-        """Reviewer -> verdict on the annotation's text as it is now."""
+        """Returns each reviewer's verdict on the annotation's current text."""
         text = annotation.text()
         with self._lock:
             return {reviewer: review for (reviewer, t), review in self._verdicts(annotation.id).items() if t == text}
 
     def refused(self, clip: str) -> tuple[str, ...]:
-        """The summaries of a clip in whose place somebody wants another, first refused first."""
+        """Returns the summaries of a clip that a reviewer wants rewritten, oldest first."""
         wanted = (review for review in self._verdicts(clip).values() if review.verdict == "regenerate")
         return tuple({review.text: review.summary for review in wanted}.values())
 
@@ -89,13 +92,13 @@ class Reviews:
 
 
 def final_text(annotation: Annotation, verdicts: Mapping[str, Review]) -> tuple[str, tuple[Question, ...]] | None:
-    """Summary and questions that training may use, or None.
+    """Returns the summary and questions to train on, or None to leave the clip out.
 
-    One reviewer's rejection, or wish for another text, is enough to leave the clip out; else the last edit counts. A
-    text that nobody has judged is used where the automatic checks find no fault.
+    One rejection or one request for another text is enough to leave the clip out. Otherwise the last edit counts. A
+    text without verdicts is used if the automatic checks found no problem.
     """
-    said = {review.verdict for review in verdicts.values()}
-    if said & {"reject", "regenerate"} or (annotation.problems and not said):
+    given = {review.verdict for review in verdicts.values()}
+    if given & {"reject", "regenerate"} or (annotation.problems and not given):
         return None
     edits = [review for review in verdicts.values() if review.verdict == "edit"]
     chosen = max(edits, key=lambda review: review.time, default=annotation)
@@ -104,7 +107,7 @@ def final_text(annotation: Annotation, verdicts: Mapping[str, Review]) -> tuple[
 
 @dataclass(frozen=True)
 class Agreement:
-    """How far two reviewers agree on the clips that both judged: equal verdicts, and Cohen's kappa."""
+    """Two reviewers' agreement on the clips that both judged: the share of equal verdicts, and Cohen's kappa."""
 
     first: str
     second: str
@@ -114,7 +117,7 @@ class Agreement:
 
 
 def agreement(annotations: Iterable[Annotation], reviews: Reviews) -> list[Agreement]:
-    """Every pair of reviewers with clips in common."""
+    """Returns the agreement of every pair of reviewers with clips in common."""
     shared: dict[tuple[str, str], list[tuple[str, str]]] = {}
     for annotation in annotations:
         verdicts = sorted((reviewer, review.verdict) for reviewer, review in reviews.of(annotation).items())
@@ -127,7 +130,7 @@ def agreement(annotations: Iterable[Annotation], reviews: Reviews) -> list[Agree
 
 
 def cohens_kappa(pairs: Sequence[tuple[str, str]]) -> float | None:
-    """(p_o - p_e) / (1 - p_e) of two raters' verdicts (Cohen, 1960); None where chance alone makes them agree."""
+    """Returns (p_o - p_e) / (1 - p_e) of two raters' verdicts (Cohen, 1960), or None if p_e is 1."""
     n = len(pairs)
     observed = sum(a == b for a, b in pairs) / n
     expected = sum(

@@ -1,4 +1,4 @@
-"""The first step: every video that a source holds, what it is, and why it cannot be used where it cannot."""
+"""The first step lists every video of the sources, its properties, and the reason if it is unusable."""
 
 import dataclasses
 import json
@@ -19,15 +19,13 @@ UNKNOWN = dict.fromkeys(("duration", "fps", "frames", "width", "height", "codec"
 
 
 def define_flags() -> None:
-    """The options of this step."""
-    flags.DEFINE_multi_string(
-        "source", [], "Folder of raw videos, or LAYOUT:FOLDER where the layout is to be told; may be given many times"
-    )
+    """Defines the options of this step."""
+    flags.DEFINE_multi_string("source", [], "Folder of raw videos, or LAYOUT:FOLDER to name its layout; repeatable")
     pipelines.define_flags()
 
 
 def run(out: Path) -> None:
-    """Scans what the flags say."""
+    """Scans the sources that the flags name."""
     if not flags.FLAGS.source:
         raise UserError("needed: --source=FOLDER of raw videos")
     out.mkdir(parents=True, exist_ok=True)
@@ -42,26 +40,27 @@ def scan(sources: Sequence[str], out: Path, beam_options: Sequence[str] = ()) ->
     """Writes the manifest of all videos of `sources` and returns its rows.
 
     Raises:
-        UserError: a source that is no folder, cannot be told apart from another, or cannot be listed; a full disk.
+        UserError: a source is no folder, cannot be listed or has a video of the same name as another, or the disk is
+            full.
     """
     videos = {}
     for given in sources:
         root = parse_source(given)[1]
         if out.resolve().is_relative_to(root.resolve()):
-            raise UserError(f"--out={out} lies in {root}, all of which is scanned: choose a folder beside it")
+            raise UserError(f"--out={out} is inside {root}, which is scanned: choose a folder beside it")
         for video in find(given):
             if video.id in videos:
                 other = videos[video.id].path
                 raise UserError(f"{_printable(video.path)} and {_printable(other)} have the same name: rename a folder")
             videos[video.id] = video
     items = ((video.id, fingerprint(video), video.to_json()) for video in videos.values())
-    rows = mark_duplicates(pipelines.run("scan", look_at, items, out, beam_options))
+    rows = mark_duplicates(pipelines.run("scan", inspect_video, items, out, beam_options))
     write_table(out, MANIFEST, rows)
     return rows
 
 
-def look_at(found: dict[str, Any]) -> dict[str, Any]:
-    """The row of a `Found` in the manifest, before duplicates are told: its files are read, and nothing is decoded."""
+def inspect_video(found: dict[str, Any]) -> dict[str, Any]:
+    """Returns the manifest's row of a `Found`, before duplicates are marked. Files are read, but not decoded."""
     video = Found.from_json(found)
     problem, known = video.problem, UNKNOWN
     if not problem:
@@ -72,7 +71,7 @@ def look_at(found: dict[str, Any]) -> dict[str, Any]:
     if not _is_text(video.path):
         problem = "its name is not UTF-8: rename it"
     elif known["fps"] and video.end is not None and (video.start or 0) >= known["duration"]:
-        problem = f"its cut begins at {video.start:g} s, after the video's end: fetch the whole video"
+        problem = f"its cut begins at {video.start:g} s, after the video's end: fetch the complete video"
     return {
         "id": video.id,
         "source": video.source,
@@ -89,18 +88,18 @@ def look_at(found: dict[str, Any]) -> dict[str, Any]:
 
 
 def fingerprint(video: Found) -> list:
-    """What the row of a video follows from, told without reading it: a row made from the same is still right."""
+    """Returns everything that a video's row depends on, without reading the video; equal values give an equal row."""
     try:
         status = video.path.stat()
         files = footage.frame_files(video.path) if stat.S_ISDIR(status.st_mode) else [video.path]
         seen = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
-    except (OSError, ValueError):  # the latter of a name that no file can have
+    except (OSError, ValueError):  # ValueError: no file can have this name
         seen = []
     return [video.to_json(), seen]
 
 
 def mark_duplicates(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows sorted by id, every one after the first of equal content and cut marked as its duplicate."""
+    """Returns the rows sorted by id, all but the first of equal content and cut marked as duplicates."""
     first: dict[tuple, str] = {}
     rows = sorted(rows, key=lambda row: row["id"])
     for row in rows:
@@ -116,7 +115,7 @@ def _is_text(path: object) -> bool:
 
 
 def _printable(name: object) -> str:
-    """A name as UTF-8 text, with escapes for bytes that are none, and for halves of surrogate pairs out of JSON."""
+    """Returns a name as UTF-8 text, with escapes for invalid bytes and for lone surrogates from JSON."""
     try:
         return str(name).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
     except UnicodeEncodeError:

@@ -1,4 +1,4 @@
-"""Which videos a data set's folder holds, by its layout, and what the data set itself says of each.
+"""Lists the videos in a data set's folder by its layout, with the labels that the data set has for each.
 
 celebvhq       celebvhq_info.json; clips named after their ids, or the full videos named after their `ytb_id`, from
                which the clips are cut and cropped
@@ -6,7 +6,7 @@ hmdb51         ACTION/VIDEO.avi
 youtube_faces  [frame_images_DB/]PERSON/NUMBER/NUMBER.FRAME.jpg
 faceforensics  original_sequences/.../VIDEO.mp4, manipulated_sequences/.../TARGET_SOURCE.mp4
 ferv39k        .../SCENE/EMOTION/NUMBER.mp4, or a folder of frames in place of the file
-folder         any files, however deep
+folder         any files, at any depth
 """
 
 import hashlib
@@ -39,15 +39,15 @@ FERV39K_EMOTIONS = {
 
 @dataclass(frozen=True)
 class Found:
-    """A video of a source before anyone has opened it.
+    """A video of a source that has not been opened yet.
 
     Attributes:
-        name: names it within the source; `id` follows from it.
+        name: its name within the source, from which `id` is made.
         path: the file, or the folder of its frames.
-        group: source video or person within the source.
+        group: the source video or the person.
         attributes: labels by group, see `manifest`.
         start, end, box: the part of the file that is the clip, see `manifest`.
-        problem: why it cannot be used, where the source itself shows that.
+        problem: why it is unusable, if the source itself shows that.
     """
 
     source: str
@@ -62,31 +62,31 @@ class Found:
     id: str = ""
 
     def to_json(self) -> dict[str, Any]:
-        """The same as JSON can hold it."""
+        """Returns the fields as JSON values."""
         return {**vars(self), "path": str(self.path)}
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> "Found":
-        """What `to_json` gave."""
+        """Restores the result of `to_json`."""
         return cls(**{**value, "path": Path(value["path"])})
 
 
 def find(given: str) -> list[Found]:
-    """All videos of a source, each with its id: `given` is a folder, or LAYOUT:FOLDER where the layout is to be told.
+    """Returns all videos of a source, each with its id: `given` is a folder, or LAYOUT:FOLDER to name its layout.
 
     Raises:
-        UserError: no such folder, an unreadable annotation file, or nothing in it.
+        UserError: the folder is missing or has no such videos, or its annotation file is unreadable.
     """
     layout, root = parse_source(given)
     layout = layout or guess_layout(root)
     found = [replace(video, id=_id(video)) for video in LAYOUTS[layout](root)]
     if not found:
-        raise UserError(f"--source={given}: no video there is laid out as {layout}; name the layout, LAYOUT:FOLDER")
+        raise UserError(f"--source={given}: no video there has the layout {layout}; name another as LAYOUT:FOLDER")
     return found
 
 
 def parse_source(given: str) -> tuple[str, Path]:
-    """Layout, or "" where it is not told, and folder of what `find` takes."""
+    """Returns the layout, "" if none is named, and the folder of a source."""
     layout, colon, folder = given.partition(":")
     if not colon or layout not in SOURCES:
         layout, folder = "", given
@@ -97,7 +97,7 @@ def parse_source(given: str) -> tuple[str, Path]:
 
 
 def guess_layout(root: Path) -> str:
-    """The layout of a folder by what only it has; `folder` where nothing tells."""
+    """Returns the layout with the distinguishing marks of a folder, or `folder`."""
     below = {entry.name for entry in root.iterdir() if entry.is_dir()}
     if (root / celebvhq.INFO).is_file():
         return "celebvhq"
@@ -113,7 +113,7 @@ def guess_layout(root: Path) -> str:
 
 
 def _id(video: Found) -> str:
-    """A file name that tells the source and the video, made unique by a hash where characters had to go."""
+    """Returns a safe file name of the source and the video, with a hash that keeps replaced characters unique."""
     plain = re.sub(r"[^A-Za-z0-9_-]+", "_", video.name)
     if video.source == "celebvhq" and plain == video.name and 1 <= len(plain) <= 100:
         return plain
@@ -155,7 +155,7 @@ def _labels(entry: dict) -> dict[str, list]:
 
 
 def _cut_from(videos: dict[str, Path], video: Found, entry: dict) -> Found:
-    """The clip as a part of its full video."""
+    """Returns the clip as a part of its full video."""
     full = videos.get(str(entry.get("ytb_id") or ""))
     if full is None:
         return replace(video, problem=f"there is no video named {video.name}, nor one named after its ytb_id")
@@ -166,7 +166,7 @@ def _cut_from(videos: dict[str, Path], video: Found, entry: dict) -> Found:
     except (KeyError, TypeError, ValueError):
         valid = False
     if not valid:
-        return replace(video, problem="its duration or bbox is no time and no box in shares of the picture")
+        return replace(video, problem="its duration or bbox is not a time in seconds or a box in shares of the picture")
     return replace(video, path=full, start=start, end=end, box="" if box == [0, 1, 0, 1] else json.dumps(box))
 
 
@@ -174,14 +174,14 @@ def _hmdb51(root: Path) -> Iterator[Found]:
     for path in _files(root):
         if path.suffix.lower() in VIDEOS and path.parent != root:
             action = path.parent.name
-            # VIDEO_ACTION_FLAGS_NUMBER: clips of one video share what stands before the action.
+            # VIDEO_ACTION_FLAGS_NUMBER: clips of one video share the part before the action.
             group = re.split(rf"_{re.escape(action)}_", path.stem)[0]
             attributes = {"action": [action]} if action in HMDB51_ACTIONS else None
             yield Found("hmdb51", str(path.relative_to(root)), path, group, attributes)
 
 
 def _is_hmdb51(root: Path) -> bool:
-    """Whether every folder's videos are named after it, as VIDEO_ACTION_FLAGS_NUMBER."""
+    """Returns whether the first video of every folder is named after it, as VIDEO_ACTION_FLAGS_NUMBER."""
     firsts = [next(_files(folder), None) for folder in _folders(root)]
     return bool(firsts) and all(file and f"_{file.parent.name}_" in file.stem for file in firsts)
 
@@ -194,7 +194,7 @@ def _youtube_faces(root: Path) -> Iterator[Found]:
 
 
 def _is_youtube_faces(root: Path) -> bool:
-    """Whether the first person's first video holds frames named NUMBER.FRAME.jpg."""
+    """Returns whether the first person's first video holds frames named NUMBER.FRAME.jpg."""
     video = next((video for person in _folders(root) for video in _folders(person)), None)
     return video is not None and any(re.fullmatch(rf"{re.escape(video.name)}\.\d+\.jpg", f.name) for f in _below(video))
 
@@ -207,14 +207,14 @@ def _faceforensics(root: Path) -> Iterator[Found]:
 
 
 def _identities(path: Path) -> tuple[str, ...]:
-    """The videos, or the actors, that a file shows: 033_097.mp4, or 01_02__walking__XYZ.mp4 and 01__walking.mp4."""
+    """Returns the videos or actors in a file: 033_097.mp4, or 01_02__walking__XYZ.mp4 and 01__walking.mp4."""
     head, acted, _ = path.stem.partition("__")
     names = tuple(head.split("_")) if re.fullmatch(r"\d+(_\d+)?", head) else (head,)
     return tuple(f"actor{name}" for name in names) if acted else names
 
 
 def _joined(together: list[tuple[str, ...]]) -> dict[str, str]:
-    """Name -> the smallest name that it is tied to by a row of `together`, directly or through others."""
+    """Maps each name to the smallest name that rows of `together` connect it to, directly or through others."""
     leader: dict[str, str] = {}
 
     def find_leader(name: str) -> str:
@@ -238,7 +238,7 @@ def _ferv39k(root: Path) -> Iterator[Found]:
 
 
 def _ferv39k_scenes(root: Path) -> list[Path]:
-    """The folders SCENE/EMOTION; [] where folders two steps down are named otherwise."""
+    """Returns the folders SCENE/EMOTION, or [] if folders at that depth have other names."""
     folders = [emotion for scene in _folders(root) for emotion in _folders(scene)]
     return folders if all(folder.name.lower() in FERV39K_EMOTIONS for folder in folders) else []
 
@@ -250,7 +250,7 @@ def _folder(root: Path) -> Iterator[Found]:
 
 
 def _files(root: Path) -> Iterator[Path]:
-    """All files below a folder that are not hidden, in a fixed order."""
+    """Yields all files below a folder that are not hidden, in a fixed order."""
     for folder, below, files in os.walk(root):
         below[:] = sorted(name for name in below if not name.startswith("."))
         yield from (Path(folder, name) for name in sorted(files) if not name.startswith("."))

@@ -1,4 +1,4 @@
-"""What a corpus holds in figures: a table like the paper's (Section 3), and plots."""
+"""Measures a corpus: a table like the paper's (Section 3), and plots."""
 
 import json
 import re
@@ -21,7 +21,7 @@ COLUMNS = {
     "summaries": "summaries",
     "pairs": "question-answer pairs",
     "labels": "labels a clip",
-    "told": "labels told in the summary",
+    "told": "labels named in the summary",
     "summary_tokens": "tokens a summary",
     "answer_tokens": "tokens an answer",
 }
@@ -29,12 +29,12 @@ ALL = "all"
 
 
 def measure(records: Sequence[dict[str, Any]], kept: dict[str, dict[str, Any]], tokenizer: str = "") -> dict[str, Any]:
-    """Source -> its figures, and those of all sources together; each a JSON number by the names of COLUMNS.
+    """Returns the figures of each source and of all sources together, as JSON numbers by the names of COLUMNS.
 
     Args:
         records: lines of records.jsonl.
         kept: id -> row of kept.parquet.
-        tokenizer: folder of a tokenizer; without one, words and marks are counted.
+        tokenizer: folder of a tokenizer; without one, words and punctuation marks are counted.
     """
     count = _counter(tokenizer)
     sources = sorted({record["source"] for record in records})
@@ -59,20 +59,20 @@ def _figures(
         "summaries": sum(bool(record["summary"]) for record in records),
         "pairs": len(answers),
         "labels": _mean([len(record["labels"]) for record in records]),
-        "told": _mean([labels_told(record["summary"], record["labels"]) for record in records]),
+        "told": _mean([labels_named(record["summary"], record["labels"]) for record in records]),
         "summary_tokens": _mean([count(record["summary"]) for record in records]),
         "answer_tokens": _mean([count(answer) for answer in answers]),
     }
 
 
-def labels_told(summary: str, labels: Sequence[str]) -> int:
-    """How many of a clip's labels a summary names: all words of the label, wherever they stand, in any form."""
+def labels_named(summary: str, labels: Sequence[str]) -> int:
+    """Returns how many labels a summary names: it contains all words of the label, in any place and form."""
     words = re.findall(r"[a-z0-9]+", summary.lower())
     return sum(all(any(w.startswith(part) for w in words) for part in _stems(label)) for label in labels)
 
 
 def _stems(label: str) -> list[str]:
-    """The words that tell a label, without endings: wearing_hat -> hat, close_eyes -> clos, eye."""
+    """Returns the significant words of a label, without endings: wearing_hat -> hat, close_eyes -> clos, eye."""
     parts = [part for part in label.split("_") if part not in ("wearing", "o", "no")]
     return [re.sub(r"(es|s|e)$", "", part) if len(part) > 3 else part for part in parts]
 
@@ -91,7 +91,7 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def table(figures: dict[str, Any]) -> str:
-    """The figures in Markdown, a column a source."""
+    """Returns the figures as a Markdown table, one column per source."""
     rows = figures["rows"]
     lines = [f"| | {' | '.join(rows)} |", f"|---|{'---:|' * len(rows)}"]
     lines += [
@@ -108,7 +108,7 @@ def write(out: Path, figures: dict[str, Any], records: Sequence[dict[str, Any]])
 
 
 def _plot(path: Path, records: Sequence[dict[str, Any]]) -> None:
-    """Lengths of the texts, kinds of questions, and how often each label is held."""
+    """Plots the lengths of the texts, the kinds of questions and the frequencies of the labels."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(13, 9), layout="constrained")

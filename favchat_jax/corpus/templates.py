@@ -1,7 +1,7 @@
-"""Summaries and questions from labels alone, without an endpoint.
+"""Writes summaries and questions from labels alone, without an endpoint.
 
-The words vary with the clip and are the same in every run. Only what the labels say is said: a clip without labels gets
-no text.
+The wording varies between clips, but is the same in every run. The text states only the labels, so a clip without
+labels gets no text.
 """
 
 import hashlib
@@ -82,10 +82,10 @@ FEELING = {
 
 
 class TemplateWriter:
-    """Writes annotations from labels; `refused` texts make it choose other words."""
+    """Writes annotations from labels; each refused text makes it choose other words."""
 
     def write(self, clip: Clip, refused: Sequence[str] = ()) -> Annotation:
-        """One clip's annotation.
+        """Writes one clip's annotation.
 
         Raises:
           Unannotated: the clip has no labels.
@@ -108,7 +108,7 @@ class TemplateWriter:
 
 
 class _Words:
-    """What the labels of one clip say, in words that follow from the clip."""
+    """The texts about one clip's labels, in words that the clip determines."""
 
     def __init__(self, clip: Clip, variant: int):
         labels: Labels = clip.labels
@@ -121,24 +121,24 @@ class _Words:
         self._they, self._their = WORDS[self._noun]
 
     def summary(self) -> str:
-        """One short paragraph: looks, what is worn, deeds, feelings."""
+        """Returns one short paragraph: looks, accessories, actions, feelings."""
         hair = self._hair()
         features = [*([hair] if hair else []), *self._chosen(FEATURES)]
         with_these = f" with {_listed(features)}" if features else ""
-        told = ["{who}{x} is seen", "the video shows {who}{x}", "{who}{x} is in front of the camera"]
-        sentences = [self._pick("look", told, x=with_these)]
+        wordings = ["{who}{x} is seen", "the video shows {who}{x}", "{who}{x} is in front of the camera"]
+        sentences = [self._pick("look", wordings, x=with_these)]
         if worn := self._chosen(WORN):
             sentences.append(self._pick("worn", ["{they} wears {x}", "{they} has {x} on"], x=_listed(worn)))
         if self._doing:
-            told = ["{they} is {x}", "in the video {they} is {x}", "{they} can be seen {x}"]
-            sentences.append(self._pick("deed", told, x=_listed(self._doing)))
+            wordings = ["{they} is {x}", "in the video {they} is {x}", "{they} can be seen {x}"]
+            sentences.append(self._pick("deed", wordings, x=_listed(self._doing)))
         if self._feeling:
-            told = ["{they} looks {x}", "{their} face looks {x}", "{their} expression is {x}"]
-            sentences.append(self._pick("mood", told, x=_listed(self._feeling)))
+            wordings = ["{they} looks {x}", "{their} face looks {x}", "{their} expression is {x}"]
+            sentences.append(self._pick("mood", wordings, x=_listed(self._feeling)))
         return " ".join(f"{sentence[0].upper()}{sentence[1:]}." for sentence in sentences)
 
     def questions(self) -> list[Question]:
-        """All that the labels can answer, in an order of the clip's own; emotion and motion come first."""
+        """Returns all questions that the labels answer: emotion, motion, then looks in an order set by the clip."""
         pairs = []
         if self._feeling:
             asked = ["What emotion does the {noun} show?", "How does the {noun} feel?", "How does {their} face look?"]
@@ -181,7 +181,7 @@ class _Words:
         return f"{' '.join(filter(None, words))} hair" if length or shape or colors else ""
 
     def _chosen(self, wording: dict[str, str]) -> list[str]:
-        """The words for the labels that hold. That a woman has no beard goes without saying."""
+        """Returns the words for the labels that are true. A woman's missing beard is not mentioned."""
         unsaid = {"no_beard"} if self._noun == "woman" else set()
         return [words for name, words in wording.items() if name in self._appearance - unsaid]
 
@@ -189,14 +189,15 @@ class _Words:
         text = self._filled(answer, **known)
         return Question(self._pick(f"{kind} {questions[0]}", questions), text[0].upper() + text[1:], kind)
 
-    def _pick(self, what: str, wordings: Sequence[str], **known: str) -> str:
-        return self._filled(wordings[self._draw(what) % len(wordings)], **known)
+    def _pick(self, name: str, wordings: Sequence[str], **known: str) -> str:
+        return self._filled(wordings[self._draw(name) % len(wordings)], **known)
 
     def _filled(self, wording: str, **known: str) -> str:
         return wording.format(who=self._who, noun=self._noun, they=self._they, their=self._their, **known)
 
-    def _draw(self, what: str) -> int:
-        return int.from_bytes(hashlib.sha256(json.dumps([self._seed, what]).encode()).digest()[:8], "big")
+    def _draw(self, name: str) -> int:
+        """Returns a number that depends on the clip and a name."""
+        return int.from_bytes(hashlib.sha256(json.dumps([self._seed, name]).encode()).digest()[:8], "big")
 
 
 def _listed(words: Sequence[str]) -> str:

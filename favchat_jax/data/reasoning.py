@@ -1,8 +1,11 @@
-"""Responses with a thought before the answer, for the cold start of the reinforcement stage.
+"""Responses with a thought before the answer: `<think>` a thought `</think> <answer>` an answer `</answer>`.
 
-They are made from a clip's target strings. On purpose they differ in wording and in how much they tell, so that the
-reinforcement stage finds better and worse ones among a policy's responses.
+They are written for the cold start of the reinforcement stage, from a clip's target strings. On purpose they differ in
+wording and in how much they say, so that this stage finds better and worse ones among a policy's responses. Whoever
+needs the answer alone reads it with `answer_of`.
 """
+
+import re
 
 import numpy as np
 
@@ -36,6 +39,15 @@ def response(record: Record, rng: np.random.Generator) -> str:
 def from_summary(summary: str, targets: dict[str, str], rng: np.random.Generator) -> str:
     """A response whose thought is what was written of a clip."""
     return f"<think> {summary} </think> <answer> {ANSWERS[rng.integers(len(ANSWERS))].format(**targets)} </answer>"
+
+
+def answer_of(response: str) -> str:
+    """The answer in a response: the last `<answer>` up to `</answer>`, or to the end where the response was cut off.
+
+    The last, since a thought may quote an answer that it then gives up. Without a tag it is the whole response.
+    """
+    last = re.split(r"<answer>", response, flags=re.IGNORECASE)[-1]
+    return re.split(r"</answer>", last, flags=re.IGNORECASE)[0].strip()
 
 
 def _some(words: list[str], rng: np.random.Generator) -> str:

@@ -25,7 +25,7 @@ from favchat_jax.embedded.drawing import FRAMES
 from favchat_jax.embedded.fitting import fit
 from favchat_jax.embedded.pretrain import Pretrain
 from favchat_jax.models.facexformer import FaceXFormerEncoder
-from favchat_jax.models.favchat import PIXEL_MEAN, PIXEL_STD
+from favchat_jax.models.favchat import normalise
 from favchat_jax.models.kernels.linear import Linear
 from favchat_jax.models.umt import UMT, VISION_LAYERNORM_EPSILON
 
@@ -163,8 +163,7 @@ def fit_classifier(
     what a token holds; heads that learn would make do with faint traces, which a fresh Q-Former takes long to find."""
 
     def loss(weights, pixels, classes):
-        x = (pixels.astype(jnp.float32) / 255 - jnp.array(PIXEL_MEAN)) / jnp.array(PIXEL_STD)
-        scores = model.apply({"params": {**weights, **heads}}, x)
+        scores = model.apply({"params": {**weights, **heads}}, normalise(pixels))
         total = 0.0
         for label, wanted in classes.items():
             known = wanted >= 0

@@ -68,16 +68,14 @@ def make_language_model(config: Config, records: Sequence[Record], frames: Calla
 
     def loss(weights, tokens: Int[Array, "B L"], counted, slot: Int[Array, "B N W"], fading, seed):
         params = {"params": weights}
-        hidden, _ = model.apply(params, tokens, slot, fading, seed, method=lambda m, *x: m(embed(m, *x)))
+        hidden = model.apply(params, tokens, slot, fading, seed, method=lambda m, *x: m(embed(m, *x)))
         targets, counted = next_token_targets(tokens, counted)
         total, _ = chunked_cross_entropy(
             lambda h: model.apply(params, h, method="logits"), hidden, targets, counted, 4096
         )
         return total / jnp.sum(counted)
 
-    weights = model.init(
-        jax.random.key(config.seed), jnp.zeros((1, 1), jnp.int32), method=lambda m, t: m.logits(m(m.embed(t))[0])
-    )["params"]
+    weights = model.init(jax.random.key(config.seed), jnp.zeros((1, 1), jnp.int32), method="read")["params"]
     weights = fit(loss, weights, texts, pretrain.llm_steps, pretrain.learning_rate, "language model")
     mistral_folder.write_weights(folder, jax.device_get(weights))
 

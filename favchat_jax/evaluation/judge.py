@@ -21,7 +21,7 @@ from sklearn.metrics import cohen_kappa_score
 from tqdm import tqdm
 
 from favchat_jax.evaluation.config import JudgeConfig
-from favchat_jax.evaluation.respondents import Unanswered, complete, openai_client
+from favchat_jax.evaluation.respondents import Unanswered, chat_model, complete
 
 log = logging.getLogger("favchat_jax")
 
@@ -157,7 +157,7 @@ class Judge:
     def __init__(self, config: JudgeConfig, second: "Judge | None" = None):
         self._config, self._second = config, second
         self._pairs: list[tuple[float, float]] = []
-        self._client = openai_client(config.url, config)
+        self._model = chat_model(config.url, config.model, config)
         self._cache = _Cache(Path(config.cache))
         self._tokens = {"in": 0, "out": 0}
 
@@ -223,13 +223,9 @@ class Judge:
         known = self._cache.get(key)
         if known is None:
             mode = {"response_format": {"type": "json_object"}} if self._config.json_mode else {}
-            reply = complete(self._client, self._config.url, self._config.model, messages, **mode)
-            usage = reply.usage
-            known = {
-                "text": reply.choices[0].message.content or "",
-                "in": usage.prompt_tokens if usage else 0,
-                "out": usage.completion_tokens if usage else 0,
-            }
+            reply = complete(self._model, self._config.url, messages, **mode)
+            tokens_in, tokens_out = reply.tokens or (0, 0)
+            known = {"text": reply.text, "in": tokens_in, "out": tokens_out}
             self._cache.add(key, known)
         with self._cache.lock:
             self._tokens["in"] += known["in"]

@@ -8,6 +8,8 @@ import re
 import unicodedata
 from collections.abc import Mapping, Sequence
 
+from favchat_jax.data.reasoning import answer_of
+
 # Words and phrases for each emotion. Signs of one (smiles, tears) are not its names.
 SYNONYMS: dict[str, tuple[str, ...]] = {
     "happiness": (
@@ -72,7 +74,7 @@ def named(text: str, names: Mapping[str, Sequence[str]]) -> list[str]:
 
 def decide(text: str, names: Mapping[str, Sequence[str]]) -> str | None:
     """The one class that an answer decides for, or None where it names none, or several without deciding."""
-    text = _plain(_inside_answer_tags(text))
+    text = _plain(answer_of(text))
     mentions = [(place, label) for place, label, denied in _mentions(text, names) if not denied]
     labels = list(dict.fromkeys(label for _, label in mentions))
     if len(labels) < 2:
@@ -89,7 +91,7 @@ def emotion_names(classes: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
 
 def says_same(text: str) -> bool | None:
     """Whether an answer holds two faces for the same person's; None where it does not say."""
-    text = _plain(_inside_answer_tags(text))
+    text = _plain(answer_of(text))
     first = re.match(r"\W*(yes|no|true|false|same|different)\b", text)
     if first:
         return first.group(1) in ("yes", "true", "same")
@@ -106,11 +108,6 @@ def _verdicts(text: str) -> list[tuple[str, bool]]:
 def _plain(text: str) -> str:
     """Lower case, compatible characters made one, typographic apostrophes straight, blanks single."""
     return " ".join(unicodedata.normalize("NFKC", text).casefold().replace("’", "'").split())
-
-
-def _inside_answer_tags(text: str) -> str:
-    found = re.findall(r"<answer>(.*?)(?:</answer>|\Z)", text, re.S | re.I)
-    return found[-1] if found else text
 
 
 def _mentions(text: str, names: Mapping[str, Sequence[str]]) -> list[tuple[int, str, bool]]:

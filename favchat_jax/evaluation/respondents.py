@@ -1,8 +1,5 @@
 """Who is evaluated: FaVChat from a checkpoint, or any model behind an OpenAI-compatible server."""
 
-import base64
-import json
-import os
 import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +14,7 @@ from favchat_jax.errors import RunError, UserError
 from favchat_jax.evaluation.config import ClientConfig, ServerConfig
 from favchat_jax.evaluation.footage import Footage, beside_each_other
 from favchat_jax.generation.sampler import Sampler, Sampling, Turn
+from favchat_jax.openai_client import ChatModel, Completion, NoAnswer, Refused, picture
 
 MODEL_FORM = re.compile(r"openai:(?P<url>https?://[^#\s]+)#(?P<name>\S+)")
 
@@ -112,17 +110,16 @@ class OpenAIServer:
             raise UserError(
                 f"--model={model} is not of the form openai:URL#NAME, as openai:http://localhost:8000/v1#NAME"
             )
-        self._model, self._config = found["name"], config
-        self._url = found["url"]
-        self._client = openai_client(self._url, config)
+        self._config, self._url = config, found["url"]
+        self._model = chat_model(self._url, found["name"], config)
         self.identity = {"name": model, "frames": config.frames, "size": config.size}
 
-    def prepare(self, ask: Ask) -> list[str]:
-        """The ask's frames as data URLs of JPEG pictures."""
-        return [_data_url(frame) for frame in beside_each_other(ask.clips, self._config.frames, self._config.size)]
+    def prepare(self, ask: Ask) -> list[dict[str, Any]]:
+        """The ask's frames as parts of a message."""
+        return [picture(_jpeg(frame)) for frame in beside_each_other(ask.clips, self._config.frames, self._config.size)]
 
     def answer(
-        self, asks: Sequence[Ask], frames: Sequence[list[str]], max_new_tokens: int
+        self, asks: Sequence[Ask], frames: Sequence[list[dict[str, Any]]], max_new_tokens: int
     ) -> list[list[str] | Unanswered]:
         """Answers at temperature 0; a request that the server refuses leaves its ask without."""
         with ThreadPoolExecutor(self._config.parallel) as pool:
@@ -132,64 +129,50 @@ class OpenAIServer:
         """Not what a chat server tells."""
         raise UserError(f"{self.identity['name']} gives no likelihoods: choose --config.method=describe or direct")
 
-    def _answer(self, ask: Ask, frames: list[str], max_new_tokens: int) -> list[str] | Unanswered:
+    def _answer(self, ask: Ask, frames: list[dict[str, Any]], max_new_tokens: int) -> list[str] | Unanswered:
         try:
             return [self._complete(turns, frames, max_new_tokens) for turns in ask.conversations]
         except Unanswered as error:
             return error
 
-    def _complete(self, turns: Sequence[Turn], frames: list[str], max_new_tokens: int) -> str:
+    def _complete(self, turns: Sequence[Turn], frames: list[dict[str, Any]], max_new_tokens: int) -> str:
         messages = []
         for number, (question, answer) in enumerate(turns):
             content = [{"type": "text", "text": question}]
             if number == 0:
-                content = [{"type": "image_url", "image_url": {"url": url}} for url in frames] + content
+                content = frames + content
             messages.append({"role": "user", "content": content})
             if answer is not None:
                 messages.append({"role": "assistant", "content": answer})
-        reply = complete(self._client, self._url, self._model, messages, max_tokens=max_new_tokens)
-        return (reply.choices[0].message.content or "").strip()
+        return complete(self._model, self._url, messages, max_tokens=max_new_tokens).text.strip()
 
 
-def openai_client(url: str, config: ClientConfig) -> Any:
-    """A client of the library `openai`, which retries by itself with growing pauses."""
-    try:
-        import openai
-    except ModuleNotFoundError:
-        raise UserError("the package openai is missing: pip install 'favchat_jax[evaluation]'") from None
-    key = os.environ.get(config.key_variable) or "none"  # servers of one's own mostly want no key
-    return openai.OpenAI(base_url=url, api_key=key, timeout=config.timeout, max_retries=config.retries)
+def chat_model(url: str, name: str, config: ClientConfig) -> ChatModel:
+    """A model as a config's section describes its server; raises UserError where the server cannot be asked."""
+    return ChatModel(url, name, config.key_variable, timeout=config.timeout, retries=config.retries)
 
 
-def complete(client: Any, url: str, model: str, messages: list[dict[str, Any]], **options: Any) -> Any:
+def complete(model: ChatModel, url: str, messages: list[dict[str, Any]], **options: Any) -> Completion:
     """One chat completion at temperature 0.
 
     Raises:
-        Unanswered: the server refuses this request or replies with nothing.
+        Unanswered: the server refuses this request or replies with something else.
         UserError: it knows no such model or key.
         RunError: it cannot be reached, or fails, however often it is tried.
     """
-    import openai
-
     try:
-        reply = client.chat.completions.create(model=model, messages=messages, temperature=0, **options)
-    except (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError) as error:
-        raise UserError(f"{url} refuses model {model}: {_reason(error)}; check the URL, the name and the key") from None
-    except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
-        raise Unanswered(f"the server refused the request: {_reason(error)}") from None
-    except (openai.APIError, json.JSONDecodeError) as error:
+        reply = model.complete(messages, temperature=0, **options)
+    except Refused as error:
+        raise Unanswered(f"the server refused the request: {error}") from None
+    except NoAnswer as error:
         raise RunError(
-            f"{url} does not answer ({_reason(error)}): what was answered so far is kept, run the same command again"
+            f"{url} does not answer ({error}): what was answered so far is kept, run the same command again"
         ) from None
-    if not getattr(reply, "choices", None):
-        raise Unanswered("the server's reply holds no choice")
+    if not reply.is_chat:
+        raise Unanswered(reply.problem)
     return reply
 
 
-def _reason(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
-
-
-def _data_url(frame: UInt8[np.ndarray, "H W 3"]) -> str:
+def _jpeg(frame: UInt8[np.ndarray, "H W 3"]) -> bytes:
     _, encoded = cv2.imencode(".jpg", np.ascontiguousarray(frame[:, :, ::-1]), [cv2.IMWRITE_JPEG_QUALITY, 90])
-    return f"data:image/jpeg;base64,{base64.b64encode(encoded.tobytes()).decode()}"
+    return encoded.tobytes()

@@ -1,47 +1,47 @@
-"""The compiled parts of an answer: a prompt is read once into a key/value cache, then tokens are drawn one by one.
-
-Adapters are merged into the kernels and layers are kept apart, which a decoder's speed depends on.
-"""
+"""The compiled parts of an answer: a prompt is read once into a key/value cache, then tokens are drawn one by one."""
 
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from flax import struct
 from flax.traverse_util import unflatten_dict
 from jaxtyping import Array, Bool, Float, Int
 
 from favchat_jax.config import Config
-from favchat_jax.generation.decoding_form import for_decoding
 from favchat_jax.models import favchat
-from favchat_jax.models.mistral import LayerCache, MistralConfig, empty_cache
+from favchat_jax.models.favchat import ClipFeatures
+from favchat_jax.models.likelihood import target_log_probabilities
+from favchat_jax.models.mistral import MistralConfig
+from favchat_jax.models.mistral_decoding import LayerCache, decoding_form, empty_cache
 
 
 @struct.dataclass
 class Decoding:
-    """B sequences in the middle of being written."""
+    """R sequences in the middle of being written."""
 
-    token: Int[Array, " B"]
-    position: Int[Array, " B"]
-    done: Bool[Array, " B"]
+    token: Int[Array, " R"]
+    position: Int[Array, " R"]
+    done: Bool[Array, " R"]
     key: Array
     cache: list[LayerCache]
 
 
 def draw(
-    logits: Float[Array, "B V"], key: Array, temperature: Float[Array, ""], top_p: Float[Array, ""]
-) -> Int[Array, " B"]:
+    logits: Float[Array, "R V"], key: Array, temperature: Float[Array, ""], top_p: Float[Array, ""]
+) -> Int[Array, " R"]:
     """One token a row: the likeliest at temperature 0, else at random among the nucleus of `top_p`."""
 
-    def nucleus(scores: Float[Array, "B V"]) -> Float[Array, "B V"]:
+    def nucleus(scores: Float[Array, "R V"]) -> Float[Array, "R V"]:
         ordered = jnp.sort(scores, axis=-1)[:, ::-1]
         before = jnp.cumsum(jax.nn.softmax(ordered, axis=-1), axis=-1) - jax.nn.softmax(ordered, axis=-1)
         first = jnp.arange(ordered.shape[-1]) == 0  # never left out, not even at top_p = 0
         floor = jnp.min(jnp.where((before < top_p) | first, ordered, jnp.inf), axis=-1, keepdims=True)
         return jnp.where(scores >= floor, scores, -jnp.inf)
 
-    def by_chance() -> Int[Array, " B"]:
+    def by_chance() -> Int[Array, " R"]:
         scores = logits.astype(jnp.float32) / temperature
         # Sorting the vocabulary takes longer than several layers, and most draws need none of it.
         scores = jax.lax.cond(top_p < 1, nucleus, lambda scores: scores, scores)
@@ -63,22 +63,44 @@ class Decoder:
     """
 
     def __init__(self, config: Config, llm: MistralConfig, eos: int):
-        self.model = favchat.build(
-            config.model, llm, variant=config.variant, ablation=config.ablation, lora_rank=0, scan=False
-        )
+        self.model = favchat.build(config.model, llm, variant=config.variant, ablation=config.ablation, decoding=True)
         self._llm, self._eos, self._alpha = llm, eos, config.model.lora.alpha
         self._dtype = jnp.dtype(config.model.dtype)
         self.encode = jax.jit(lambda params, frames: self.model.apply(params, frames, method="encode"))
         self.weigh = jax.jit(lambda params, *x: self.model.apply(params, *x, method="visual_tokens")[1].mean(axis=2))
-        self.compare = jax.jit(lambda params, *x: self.model.apply(params, *x, method="log_likelihoods"))
+        self.compare = jax.jit(self._compare)
         self.begin = jax.jit(self._begin, static_argnames=("room", "copies"))
         self.advance = jax.jit(self._advance, static_argnames="count", donate_argnums=1)
 
     def lay_out(self, weights: Mapping[str, Array]) -> dict[str, Any]:
         """All weights of the model, flat and in training's form, as these functions take them."""
         tree = unflatten_dict(dict(weights), sep="/")
-        tree["llm"] = for_decoding(tree["llm"], self._alpha)
+        tree["llm"] = decoding_form(tree["llm"], self._alpha)
         return {"params": tree}
+
+    def _compare(
+        self,
+        params,
+        features: ClipFeatures,
+        tokens: Int[Array, "B Q L"],
+        prompt: Int[Array, "B 1 P"],
+        prompt_mask: Bool[Array, "B 1 P"],
+        places: Int[Array, "B Q S"],
+        scored: Bool[Array, "B Q S"],
+    ) -> Float[Array, "B Q"]:
+        """Log-probability of Q continuations of one conversation about each of B clips.
+
+        `places` says where each continuation's tokens stand in its sequence, `scored` which of those places are taken.
+        """
+        hidden = self.model.apply(params, features, tokens, prompt, prompt_mask).hidden
+        hidden = jnp.take_along_axis(hidden, places[..., None] - 1, axis=2)
+        targets = jnp.take_along_axis(tokens, places, axis=2)
+        log_p, _ = target_log_probabilities(
+            lambda hidden: self.model.apply(params, hidden, method="logits"),
+            *(rearrange(x, "B Q S ... -> (B Q) S ...") for x in (hidden, targets)),
+            chunk=places.shape[-1],
+        )
+        return jnp.where(scored, log_p.reshape(scored.shape), 0.0).sum(-1)
 
     def _begin(self, params, features, arrays, key, temperature, top_p, *, room: int, copies: int) -> Decoding:
         """Reads each conversation once and begins `copies` answers to it."""

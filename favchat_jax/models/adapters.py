@@ -1,6 +1,6 @@
 """Mixture adapters: how general and fine-grained visual tokens become one sequence for the language model.
 
-v1 is a gated mixture of experts (FaVChat v1, Section 4.1, Eq. 3): E = MoE(w_1 E_g, w_2 E_{N+1}).
+v1 is a gated mixture of experts (FaVChat v1, Section 4.1): E = MoE(w_1 E_g, w_2 E_{N+1})  (Eq. 3).
 v2 (high-level prompt-query learning) has one weight adapter a stream, which sees that stream and the question:
 E = W_g E_g + W_f E_f with (W_g, W_f) = softmax(adapter_g(E_g, p), adapter_f(E_f, p)).
 """
@@ -9,6 +9,7 @@ import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
 from favchat_jax.models.kernels.linear import Linear
@@ -26,37 +27,39 @@ class GatedMixture(nn.Module):
     """
 
     hidden: int
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(
         self, general: Float[Array, "... N D"], facial: Float[Array, "... N D"]
     ) -> tuple[Float[Array, "... N D"], Float[Array, "... N 2"]]:
-        """The mixed tokens, and the weights (w_1 of the general stream, w_2 of the facial one), which sum to 1."""
+        """E, and the weights (w_1 of the general stream E_g, w_2 of the facial one E_{N+1}), which sum to 1."""
         chex.assert_equal_shape([general, facial])
-        streams = {"general": general, "facial": facial}
-        normed = {
-            name: nn.LayerNorm(dtype=self.dtype, use_fast_variance=False, name=f"{name}_norm")(tokens)
-            for name, tokens in streams.items()
-        }
-        gate = nn.gelu(Linear(self.hidden, dtype=self.dtype, name="gate_in")(jnp.concatenate([*normed.values()], -1)))
-        gate = Linear(2, dtype=self.dtype, name="gate_out", kernel_init=nn.initializers.zeros)(gate)
-        weights = jax.nn.softmax(gate.astype(jnp.float32), axis=-1)
-        experts = [tokens + self._expert(name, normed[name]) for name, tokens in streams.items()]
-        mixed = sum(weights[..., i, None].astype(self.dtype) * expert for i, expert in enumerate(experts))
-        return mixed, weights
 
-    def _expert(self, name: str, normed: Float[Array, "... N D"]) -> Float[Array, "... N D"]:
-        inner = nn.gelu(Linear(self.hidden, dtype=self.dtype, name=f"{name}_in")(normed))
-        # Starts as nothing, so that at first the stream's tokens pass as they are.
-        return Linear(normed.shape[-1], dtype=self.dtype, name=f"{name}_out", kernel_init=nn.initializers.zeros)(inner)
+        def norm(name: str, tokens):
+            return nn.LayerNorm(dtype=self.dtype, use_fast_variance=False, name=f"{name}_norm")(tokens)
+
+        def linear(name: str, width: int, tokens, **start):
+            return Linear(width, dtype=self.dtype, name=name, **start)(tokens)
+
+        def expert(name: str, tokens, normed):
+            inner = nn.gelu(linear(f"{name}_in", self.hidden, normed))
+            # Zeros at initialisation, so that a fresh expert is the identity.
+            return tokens + linear(f"{name}_out", tokens.shape[-1], inner, kernel_init=nn.initializers.zeros)
+
+        normed_g, normed_f = norm("general", general), norm("facial", facial)
+        gate = nn.gelu(linear("gate_in", self.hidden, jnp.concatenate([normed_g, normed_f], axis=-1)))
+        gate = linear("gate_out", 2, gate, kernel_init=nn.initializers.zeros)
+        weights = jax.nn.softmax(gate.astype(jnp.float32), axis=-1)
+        w_1, w_2 = weights[..., :1].astype(self.dtype), weights[..., 1:].astype(self.dtype)
+        return w_1 * expert("general", general, normed_g) + w_2 * expert("facial", facial, normed_f), weights
 
 
 class TokenMLP(nn.Module):
-    """v2's MLP after a Q-Former's linear layer: pre-norm, two layers, with the tokens passed around it.
+    """v2's MLP after a Q-Former's linear layer: pre-norm, two layers, with a residual.
 
-    It starts as nothing (a choice), so that a published Q-Former with its linear layer, both frozen in stage 1, says
-    there what it says without the MLP.
+    It is the identity at initialisation (a choice), so that a published Q-Former with its linear layer, both frozen in
+    stage 1, keeps its output there.
 
     Attributes:
         hidden: width between the two layers.
@@ -64,7 +67,7 @@ class TokenMLP(nn.Module):
     """
 
     hidden: int
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, tokens: Float[Array, "... N D"]) -> Float[Array, "... N D"]:
@@ -77,11 +80,12 @@ class TokenMLP(nn.Module):
 class WeightAdapter(nn.Module):
     """v2: one score of a stream for each question, from its visual tokens and the question's words.
 
-    The words' average is added to each token inside the MLP, and the tokens' average scored. Fields as in `TokenMLP`.
+    The words' average is added to each token inside the MLP, and the tokens' average is scored. Fields as in
+    `TokenMLP`.
     """
 
     hidden: int
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(
@@ -99,11 +103,11 @@ class WeightAdapter(nn.Module):
 class WeightAdapters(nn.Module):
     """v2: the streams' sum, weighted by the softmax of two scores a question; fields as in `WeightAdapter`.
 
-    Both weights are one half at the start.
+    Both weights are one half at initialisation.
     """
 
     hidden: int
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(
@@ -113,7 +117,7 @@ class WeightAdapters(nn.Module):
         prompts: tuple[Float[Array, "B Q P E"], Float[Array, "B Q P E"]],
         prompt_mask: Bool[Array, "B Q P"],
     ) -> tuple[Float[Array, "B Q N D"], Float[Array, "B Q N 2"]]:
-        """The mixed tokens, and (W_g, W_f), which sum to 1, repeated for each token.
+        """E, and (W_g, W_f), which sum to 1, repeated for each token.
 
         Args:
             general, facial: the streams' visual tokens.
@@ -127,13 +131,12 @@ class WeightAdapters(nn.Module):
             for name, tokens, prompt in streams
         ]
         weights = jax.nn.softmax(jnp.stack(scores, axis=-1).astype(jnp.float32), axis=-1)
-        share = weights[..., None, None].astype(self.dtype)
-        mixed = share[..., 0, :, :] * general + share[..., 1, :, :] * facial
-        return mixed, jnp.broadcast_to(weights[..., None, :], (*general.shape[:-1], 2))
+        w_g, w_f = (weights[..., i, None, None].astype(self.dtype) for i in (0, 1))
+        return w_g * general + w_f * facial, jnp.broadcast_to(weights[..., None, :], (*general.shape[:-1], 2))
 
 
 class ScalarMixture(nn.Module):
-    """Ablation `no_moe`: a plain weighted sum of the two streams with two learned scalars, both 0.5 at the start."""
+    """Ablation `no_moe`: a weighted sum of the two streams with two learned scalars, both 0.5 at initialisation."""
 
     @nn.compact
     def __call__(

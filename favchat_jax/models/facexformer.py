@@ -22,11 +22,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from favchat_jax.models.kernels.attention import attention
 from favchat_jax.models.kernels.linear import Linear, flat_product
-from favchat_jax.models.kernels.remat import remat
 from favchat_jax.models.kernels.scan import scan_layers
 from favchat_jax.models.umt import MLP, PatchEmbedding
 from favchat_jax.sharding import by_clip
@@ -74,10 +74,10 @@ class WindowAttention(nn.Module):
     heads: int
     window: int
     shifted: bool
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
-    def __call__(self, tokens: Float[Array, "B H W D"]) -> Float[Array, "B H W D"]:
+    def __call__(self, tokens: Float[Array, "R H W D"]) -> Float[Array, "R H W D"]:
         batch, *size, _ = tokens.shape
         window = tuple(min(self.window, n) for n in size)
         padded = tuple(-(-n // w) * w for n, w in zip(size, window, strict=True))
@@ -117,10 +117,10 @@ class SwinBlock(nn.Module):
     window: int
     shifted: bool
     mlp_ratio: int
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
-    def __call__(self, tokens: Float[Array, "B H W D"]) -> Float[Array, "B H W D"]:
+    def __call__(self, tokens: Float[Array, "R H W D"]) -> Float[Array, "R H W D"]:
         width = tokens.shape[-1]
         normed = nn.LayerNorm(1e-5, dtype=self.dtype, use_fast_variance=False, name="norm1")(tokens)
         tokens = tokens + WindowAttention(self.heads, self.window, self.shifted, self.dtype, name="attn")(normed)
@@ -135,26 +135,29 @@ class SwinStage(nn.Module):
     heads: int
     window: int
     mlp_ratio: int
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
     remat: str = ""
 
     @nn.compact
-    def __call__(self, tokens: Float[Array, "B H W D"]) -> Float[Array, "B H W D"]:
-        block = remat(SwinBlock, self.remat)
+    def __call__(self, tokens: Float[Array, "R H W D"]) -> Float[Array, "R H W D"]:
         blocks = [
-            block(self.heads, self.window, j % 2 == 1, self.mlp_ratio, self.dtype, name=f"blocks_{j}")
+            SwinBlock(self.heads, self.window, j % 2 == 1, self.mlp_ratio, self.dtype, name=f"blocks_{j}")
             for j in range(self.depth)
         ]
-        return scan_layers(blocks, lambda block, tokens: by_clip(block(tokens)), tokens, period=2)
+
+        def step(block: SwinBlock, tokens: Float[Array, "R H W D"]) -> Float[Array, "R H W D"]:
+            return by_clip(block(tokens))
+
+        return scan_layers(blocks, step, tokens, period=2, policy=self.remat)
 
 
 class PatchMerging(nn.Module):
     """Halves the map: 2x2 neighbours side by side (down the column first), norm, linear to twice the width."""
 
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
-    def __call__(self, tokens: Float[Array, "B H W D"]) -> Float[Array, "B h w E"]:
+    def __call__(self, tokens: Float[Array, "R H W D"]) -> Float[Array, "R h w E"]:
         _, height, width, channels = tokens.shape
         if height % 2 or width % 2:
             tokens = jnp.pad(tokens, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)))
@@ -183,16 +186,16 @@ class FaceXFormerEncoder(nn.Module):
     window: int = 7
     mlp_ratio: int = 4
     patch: int = 4
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
     remat: str = ""
 
     @nn.compact
-    def __call__(self, frames: Float[Array, "N H W 3"]) -> list[Float[Array, "N h w D"]]:
-        """Encodes normalised frames (mean and standard deviation as UMT's).
+    def __call__(self, frames: Float[Array, "R H W 3"]) -> list[Float[Array, "R _h _w _D"]]:
+        """Encodes R normalised frames (mean and standard deviation as UMT's).
 
         Returns:
-            The output of each stage before its patch merging, finest first: at 224 pixels [N, 56, 56, 128],
-            [N, 28, 28, 256], [N, 14, 14, 512], [N, 7, 7, 1024].
+            The output of each stage before its patch merging, finest first: at 224 pixels [R, 56, 56, 128],
+            [R, 28, 28, 256], [R, 14, 14, 512], [R, 7, 7, 1024].
         """
         tokens = PatchEmbedding(self.width, self.patch, self.dtype, name="patch_embed")(frames.astype(self.dtype))
         tokens = nn.LayerNorm(1e-5, dtype=self.dtype, use_fast_variance=False, name="patch_norm")(tokens)
@@ -214,10 +217,10 @@ class LinearFuse(nn.Module):
     """
 
     width: int = 256
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
-    def __call__(self, taps: list[Float[Array, "N _h _w _D"]]) -> Float[Array, "N H W D"]:
+    def __call__(self, taps: list[Float[Array, "R _h _w _D"]]) -> Float[Array, "R H W E"]:
         kernel = self.param("linear_fuse", nn.initializers.lecun_normal(), (len(taps) * self.width, self.width))
         # The published order is project, resize, concatenate deepest first, convolve. A pointwise linear map commutes
         # with interpolation, so each tap's share of the convolution is done on its own small map.

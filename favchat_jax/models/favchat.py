@@ -14,10 +14,10 @@ Encoders and v1's fusion run once a clip; everything that reads the question run
 """
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from einops import rearrange
 from flax import struct
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from favchat_jax.config import ModelConfig
@@ -25,7 +25,8 @@ from favchat_jax.models.adapters import GatedMixture, ScalarMixture, TokenMLP, W
 from favchat_jax.models.facexformer import FaceXFormerEncoder, LinearFuse
 from favchat_jax.models.granularity import GranularityFusion, PromptGuidedFusion, add_positions
 from favchat_jax.models.kernels.linear import Linear
-from favchat_jax.models.mistral import LayerCache, LoRA, Mistral, MistralConfig
+from favchat_jax.models.mistral import LoRA, Mistral, MistralConfig
+from favchat_jax.models.mistral_decoding import DecodingMistral, LayerCache
 from favchat_jax.models.qformer import QFormer
 from favchat_jax.models.umt import UMT, VISION_LAYERNORM_EPSILON
 
@@ -36,13 +37,15 @@ PIXEL_STD = (0.229, 0.224, 0.225)
 
 @struct.dataclass
 class ClipFeatures:
-    """What the encoders make of a clip: all that later parts need of it, whatever the question.
+    """All that later parts need of a clip, for any question.
 
-    `facial` is what the facial Q-Former reads or, before CA2, each block's W_i.
+    Attributes:
+        general: e_g.
+        facial: tokens that the facial Q-Former reads; in v2, before CA2, each block's W_i.
     """
 
     general: Float[Array, "B S D"]
-    facial: Float[Array, "B F D"] | tuple[Float[Array, "B F_i D"], ...]
+    facial: Float[Array, "B _S D"] | tuple[Float[Array, "B _S D"], ...]
 
 
 @struct.dataclass
@@ -50,64 +53,41 @@ class Output:
     """Final hidden states of every question's sequence, and how much each stream weighs in each visual token."""
 
     hidden: Float[Array, "B Q L D"]
-    stream_weights: Float[Array, "B Q N 2"]
+    stream_weights: Float[Array, " B #Q N 2"]
 
 
 class FaVChat(nn.Module):
-    """The model of one variant and ablation; build it with `build`.
+    """What both variants share: encoders, one Q-Former a stream, and the language model. Build one with `build`.
 
     Attributes:
         umt: general encoder.
-        facexformer: facial encoder, None in the ablation `no_face`.
-        fusion: Eq. 2 (v1) or CA2 (v2), or None in `no_granularity`, where FaceXFormer's own fusion stands in; in
-            `no_face` it runs over blocks of the general encoder.
+        facexformer: facial encoder; None in `no_face`.
         general_qformer, facial_qformer: one Q-Former a stream.
         general_proj, facial_proj: one linear layer a stream, to the language model's width.
-        general_mlp, facial_mlp: what v2 has after them.
-        adapter: mixture of the two streams.
-        llm: language model.
+        llm: language model, in its training form or its decoding form.
+        ablation: part that is replaced (Table 6); the methods say by what.
         dtype: dtype of the computation.
     """
 
     umt: UMT
     facexformer: FaceXFormerEncoder | None
-    fusion: GranularityFusion | PromptGuidedFusion | None
     general_qformer: QFormer
     facial_qformer: QFormer
     general_proj: Linear
     facial_proj: Linear
-    general_mlp: TokenMLP | None
-    facial_mlp: TokenMLP | None
-    adapter: GatedMixture | WeightAdapters | ScalarMixture
-    llm: Mistral
-    dtype: jnp.dtype = jnp.float32
+    llm: Mistral | DecodingMistral
+    ablation: str
+    dtype: DTypeLike
 
     def setup(self):
         self.vision_layernorm = nn.LayerNorm(VISION_LAYERNORM_EPSILON, dtype=self.dtype, use_fast_variance=False)
-        if self.fusion is None:
+        if self.ablation == "no_granularity":
             self.linear_fuse = LinearFuse(dtype=self.dtype)
             self.fuse_proj = Linear(self.umt.width, dtype=self.dtype)
 
     def encode(self, frames: UInt8[Array, "B T H W 3"]) -> ClipFeatures:
-        """Both encoders and v1's fusion, once a clip."""
-        batch, time = frames.shape[:2]
-        x = (frames.astype(jnp.float32) / 255 - jnp.array(PIXEL_MEAN)) / jnp.array(PIXEL_STD)
-        x = x.astype(self.dtype)
-        general, blocks = self.umt(x)
-        general = self.vision_layernorm(general)
-        if self.facexformer is None:
-            granularities = [rearrange(block, "B (T L) D -> B T L D", T=time) for block in blocks]
-        else:
-            maps = self.facexformer(rearrange(x, "B T H W C -> (B T) H W C"))
-            granularities = [rearrange(m, "(B T) H W D -> B T (H W) D", B=batch) for m in maps]
-        if isinstance(self.fusion, PromptGuidedFusion):
-            return ClipFeatures(general, self.fusion.read_blocks(granularities))
-        if self.fusion is None:
-            facial = self.fuse_proj(self.linear_fuse(maps))
-            facial = rearrange(facial, "(B T) H W D -> B T (H W) D", B=batch)
-        else:
-            facial = self.fusion(rearrange(general, "B (T S) D -> B T S D", T=time), granularities)
-        return ClipFeatures(general, add_positions(facial))
+        """What the question does not change, once a clip."""
+        raise NotImplementedError
 
     def visual_tokens(
         self,
@@ -116,90 +96,180 @@ class FaVChat(nn.Module):
         prompt_mask: Bool[Array, "B Q P"],
         deterministic: bool = True,
     ) -> tuple[Float[Array, "B Q N D"], Float[Array, "B Q N 2"]]:
-        """The tokens that the language model sees for each question, and each stream's weight in them."""
-        facial, facial_mask = features.facial, None
-        if isinstance(self.fusion, PromptGuidedFusion):
-            words = self.facial_qformer.embed_prompt(prompt)
-            facial, facial_mask = self.fusion(facial, words, prompt_mask), prompt_mask
-        general = self.general_qformer(features.general, prompt, prompt_mask, deterministic=deterministic)
-        facial = self.facial_qformer(facial, prompt, prompt_mask, visual_mask=facial_mask, deterministic=deterministic)
-        general, facial = self.general_proj(general), self.facial_proj(facial)
-        if self.general_mlp is not None:
-            general, facial = self.general_mlp(general), self.facial_mlp(facial)
-        if not isinstance(self.adapter, WeightAdapters):
-            return self.adapter(general, facial)
-        prompts = self.general_qformer.embed_prompt(prompt), self.facial_qformer.embed_prompt(prompt)
-        return self.adapter(general, facial, prompts, prompt_mask)
+        """E, the tokens that the language model sees for each question, and each stream's weight in them."""
+        raise NotImplementedError
 
-    def embed(self, tokens: Int[Array, "B Q L"], visual: Float[Array, "B Q N D"]) -> Float[Array, "B Q L D"]:
+    def encoders(
+        self, frames: UInt8[Array, "B T H W 3"]
+    ) -> tuple[Float[Array, "B T S D"], list[Float[Array, "B T _H _W _D"]]]:
+        """e_g of the general encoder, and e_1 .. e_N of the facial encoder's blocks, fine to coarse (Eq. 1).
+
+        In `no_face`, blocks of the general encoder stand in for the facial encoder's.
+        """
+        batch, time, height = frames.shape[:3]
+        x = normalise(frames).astype(self.dtype)
+        e_g, blocks = self.umt(x)
+        e_g = rearrange(self.vision_layernorm(e_g), "B (T S) D -> B T S D", T=time)
+        if self.ablation == "no_face":
+            rows = height // self.umt.patch
+            return e_g, [rearrange(block, "B (T H W) D -> B T H W D", T=time, H=rows) for block in blocks]
+        maps = self.facexformer(rearrange(x, "B T H W C -> (B T) H W C"))
+        return e_g, [rearrange(e_i, "(B T) H W D -> B T H W D", B=batch) for e_i in maps]
+
+    def facexformer_fusion(self, e: list[Float[Array, "B T _H _W _D"]]) -> Float[Array, "B T _S D"]:
+        """`no_granularity`: FaceXFormer's own fusion of its blocks, at the width of e_g."""
+        fused = self.fuse_proj(self.linear_fuse([rearrange(e_i, "B T H W D -> (B T) H W D") for e_i in e]))
+        return rearrange(fused, "(B T) H W D -> B T (H W) D", B=e[0].shape[0])
+
+    def embed(self, tokens: Int[Array, "B Q L"], visual: Float[Array, " B #Q N D"]) -> Float[Array, "B Q L D"]:
         """Embedded sequences; the n-th placeholder (a negative id) of a sequence is its n-th visual token."""
+        visual = jnp.broadcast_to(visual, (*tokens.shape[:2], *visual.shape[2:]))
         return place_visual_tokens(self.llm.embed(tokens), tokens, visual.astype(self.dtype))
+
+    def sequences(
+        self,
+        clips: UInt8[Array, "B T H W 3"] | ClipFeatures,
+        tokens: Int[Array, "B Q L"],
+        prompt: Int[Array, " B #Q P"],
+        prompt_mask: Bool[Array, " B #Q P"],
+        deterministic: bool = True,
+    ) -> tuple[Float[Array, "B*Q L D"], Float[Array, " B #Q N 2"]]:
+        """The language model's input for Q right-padded sequences about each of B clips, and the streams' weights.
+
+        Args:
+            clips: frames, or what `encode` made of them.
+            tokens: ids, with a placeholder for each visual token.
+            prompt: the questions as the Q-Formers read them, or one that all sequences of a clip answer.
+            prompt_mask: True at word pieces.
+            deterministic: no dropout.
+        """
+        features = clips if isinstance(clips, ClipFeatures) else self.encode(clips)
+        visual, stream_weights = self.visual_tokens(features, prompt, prompt_mask, deterministic)
+        return rearrange(self.embed(tokens, visual), "B Q L D -> (B Q) L D"), stream_weights
 
     def __call__(
         self,
         clips: UInt8[Array, "B T H W 3"] | ClipFeatures,
         tokens: Int[Array, "B Q L"],
-        prompt: Int[Array, "B Q P"],
-        prompt_mask: Bool[Array, "B Q P"],
+        prompt: Int[Array, " B #Q P"],
+        prompt_mask: Bool[Array, " B #Q P"],
         deterministic: bool = True,
     ) -> Output:
-        """Hidden states of Q right-padded sequences about each of B clips; `llm.logits` turns them into scores.
-
-        Clips are frames, or what `encode` made of them.
-        """
-        features = clips if isinstance(clips, ClipFeatures) else self.encode(clips)
-        visual, stream_weights = self.visual_tokens(features, prompt, prompt_mask, deterministic)
-        embeddings = rearrange(self.embed(tokens, visual), "B Q L D -> (B Q) L D")
-        hidden, _ = self.llm(embeddings, deterministic=deterministic)
+        """Hidden states of `sequences`, whose arguments it has; `logits` turns them into scores."""
+        embeddings, stream_weights = self.sequences(clips, tokens, prompt, prompt_mask, deterministic)
+        hidden = self.llm(embeddings, deterministic=deterministic)
         if self.is_initializing():
             self.llm.logits(hidden[:, :1])  # creates the output layer's weights
         return Output(rearrange(hidden, "(B Q) L D -> B Q L D", B=tokens.shape[0]), stream_weights)
 
+    def logits(self, hidden: Float[Array, "... D"], deterministic: bool = True) -> Float[Array, "... V"]:
+        """Scores over the vocabulary."""
+        return self.llm.logits(hidden, deterministic)
+
     def prefill(
         self,
-        features: ClipFeatures,
+        clips: UInt8[Array, "B T H W 3"] | ClipFeatures,
         tokens: Int[Array, "B Q L"],
-        prompt: Int[Array, "B Q P"],
-        prompt_mask: Bool[Array, "B Q P"],
+        prompt: Int[Array, " B #Q P"],
+        prompt_mask: Bool[Array, " B #Q P"],
         last: Int[Array, " B*Q"],
         cache: list[LayerCache],
     ) -> tuple[Float[Array, "B*Q V"], list[LayerCache]]:
-        """Reads every prompt into an empty cache; scores of the token after position `last` of each sequence."""
-        visual, _ = self.visual_tokens(features, prompt, prompt_mask)
-        embeddings = rearrange(self.embed(tokens, visual), "B Q L D -> (B Q) L D")
-        hidden, cache = self.llm(embeddings, cache=cache)
-        final = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
-        return self.llm.logits(final), cache
-
-    def log_likelihoods(
-        self,
-        features: ClipFeatures,
-        tokens: Int[Array, "B K L"],
-        prompt: Int[Array, "B 1 P"],
-        prompt_mask: Bool[Array, "B 1 P"],
-        places: Int[Array, "B K A"],
-        scored: Bool[Array, "B K A"],
-    ) -> Float[Array, "B K"]:
-        """Log-probability of K continuations of one conversation about each of B clips.
-
-        `places` says where each continuation's tokens stand in its sequence, `scored` which of those places are taken.
-        """
-        batch, choices = tokens.shape[:2]
-        visual, _ = self.visual_tokens(features, prompt, prompt_mask)
-        visual = jnp.broadcast_to(visual, (batch, choices, *visual.shape[2:]))
-        hidden, _ = self.llm(rearrange(self.embed(tokens, visual), "B K L D -> (B K) L D"))
-        before = rearrange(places - 1, "B K A -> (B K) A 1")
-        logits = self.llm.logits(jnp.take_along_axis(hidden, before, axis=1)).astype(jnp.float32)
-        said = rearrange(jnp.take_along_axis(tokens, places, axis=2), "B K A -> (B K) A 1")
-        chosen = jnp.take_along_axis(jax.nn.log_softmax(logits), said, axis=2)[..., 0]
-        return jnp.where(scored, rearrange(chosen, "(B K) A -> B K A", B=batch), 0.0).sum(-1)
+        """Reads `sequences` into an empty cache; scores of the token after position `last` of each."""
+        embeddings, _ = self.sequences(clips, tokens, prompt, prompt_mask)
+        positions = jnp.broadcast_to(jnp.arange(tokens.shape[-1]), embeddings.shape[:2])
+        hidden, cache = self.llm.extend(embeddings, positions, cache)
+        return self.llm.logits(jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]), cache
 
     def decode(
-        self, token: Int[Array, " B"], position: Int[Array, " B"], cache: list[LayerCache]
-    ) -> tuple[Float[Array, "B V"], list[LayerCache]]:
+        self, token: Int[Array, " R"], position: Int[Array, " R"], cache: list[LayerCache]
+    ) -> tuple[Float[Array, "R V"], list[LayerCache]]:
         """One more token a sequence, at its position: scores of the next, and the cache with this one in it."""
-        hidden, cache = self.llm(self.llm.embed(token[:, None]), positions=position[:, None], cache=cache)
+        hidden, cache = self.llm.extend(self.llm.embed(token[:, None]), position[:, None], cache)
         return self.llm.logits(hidden[:, 0]), cache
+
+
+class FaVChatV1(FaVChat):
+    """Both streams meet in a gated mixture of experts.
+
+    Attributes:
+        fusion: Eq. 2; None in `no_granularity`.
+        adapter: Eq. 3; in `no_moe` a sum with two learned scalars.
+    """
+
+    fusion: GranularityFusion | None
+    adapter: GatedMixture | ScalarMixture
+
+    def encode(self, frames: UInt8[Array, "B T H W 3"]) -> ClipFeatures:
+        """e_g, and e*_{N+1} with the positions of its tokens."""
+        e_g, e = self.encoders(frames)  # Eq. 1
+        if self.ablation == "no_granularity":
+            fused = self.facexformer_fusion(e)
+        else:
+            fused = self.fusion(e_g, [rearrange(e_i, "B T H W D -> B T (H W) D") for e_i in e])  # Eq. 2
+        return ClipFeatures(rearrange(e_g, "B T S D -> B (T S) D"), add_positions(fused))
+
+    def visual_tokens(
+        self,
+        features: ClipFeatures,
+        prompt: Int[Array, "B Q P"],
+        prompt_mask: Bool[Array, "B Q P"],
+        deterministic: bool = True,
+    ) -> tuple[Float[Array, "B Q N D"], Float[Array, "B Q N 2"]]:
+        """E and (w_1, w_2), the weights of the general and the facial stream in each token."""
+        question = {"prompt": prompt, "prompt_mask": prompt_mask, "deterministic": deterministic}
+        E_g = self.general_proj(self.general_qformer(features.general, **question))
+        E_N1 = self.facial_proj(self.facial_qformer(features.facial, **question))
+        return self.adapter(E_g, E_N1)  # Eq. 3
+
+
+class FaVChatV2(FaVChat):
+    """The question guides the facial stream (CA2), both Q-Formers, and the weights of the streams.
+
+    Attributes:
+        fusion: CA2; None in `no_granularity`.
+        general_mlp, facial_mlp: one MLP a stream, after its linear layer.
+        adapter: weight adapters; in `no_moe` a sum with two learned scalars.
+    """
+
+    fusion: PromptGuidedFusion | None
+    general_mlp: TokenMLP
+    facial_mlp: TokenMLP
+    adapter: WeightAdapters | ScalarMixture
+
+    def encode(self, frames: UInt8[Array, "B T H W 3"]) -> ClipFeatures:
+        """e_g, and W_1 .. W_N with the positions of their tokens."""
+        e_g, e = self.encoders(frames)
+        if self.ablation == "no_granularity":
+            facial = add_positions(self.facexformer_fusion(e))
+        else:
+            facial = self.fusion.read_blocks([rearrange(e_i, "B T H W D -> B T (H W) D") for e_i in e])
+        return ClipFeatures(rearrange(e_g, "B T S D -> B (T S) D"), facial)
+
+    def visual_tokens(
+        self,
+        features: ClipFeatures,
+        prompt: Int[Array, "B Q P"],
+        prompt_mask: Bool[Array, "B Q P"],
+        deterministic: bool = True,
+    ) -> tuple[Float[Array, "B Q N D"], Float[Array, "B Q N 2"]]:
+        """E and (W_g, W_f), the weights of the general and the facial stream for each question."""
+        question = {"prompt": prompt, "prompt_mask": prompt_mask, "deterministic": deterministic}
+        p_g, p_f = self.general_qformer.embed_prompt(prompt), self.facial_qformer.embed_prompt(prompt)
+        if self.ablation == "no_granularity":
+            facial, facial_mask = features.facial, None
+        else:
+            facial, facial_mask = self.fusion(features.facial, p_f, prompt_mask), prompt_mask  # h_N, a token a word
+        E_g = self.general_mlp(self.general_proj(self.general_qformer(features.general, **question)))
+        E_f = self.facial_mlp(self.facial_proj(self.facial_qformer(facial, visual_mask=facial_mask, **question)))
+        if self.ablation == "no_moe":
+            return self.adapter(E_g, E_f)
+        return self.adapter(E_g, E_f, (p_g, p_f), prompt_mask)
+
+
+def normalise(frames: UInt8[Array, "... H W 3"]) -> Float[Array, "... H W 3"]:
+    """Frames as both encoders were trained on them."""
+    return (frames.astype(jnp.float32) / 255 - jnp.array(PIXEL_MEAN)) / jnp.array(PIXEL_STD)
 
 
 def place_visual_tokens(
@@ -217,8 +287,9 @@ def build(
     *,
     variant: str = "v1",
     ablation: str = "none",
-    lora_rank: int,
-    scan: bool = True,
+    lora_rank: int = 0,
+    storage: str = "full",
+    decoding: bool = False,
 ) -> FaVChat:
     """The model that a config's `model` section describes.
 
@@ -228,49 +299,38 @@ def build(
         variant: v1 or v2.
         ablation: none, no_face, no_granularity or no_moe (Table 6); for v2 the last two are without CA2 and without
             weight adapters.
-        lora_rank: 0 in stage 1, which has no adapters.
-        scan: False for decoding.
+        lora_rank: of the language model's adapters; 0 in stage 1 and for decoding.
+        storage: how the language model's frozen kernels lie (`kernels/quantized.py`).
+        decoding: the language model is in its decoding form.
     """
     dtype = jnp.dtype(model.dtype)
+    common = {"remat": model.remat, "dtype": dtype}
     taps = tuple(model.no_face_taps) if ablation == "no_face" else ()
-    qformer = dict(vars(model.qformer), remat=model.remat, dtype=dtype)
+    facexformer = FaceXFormerEncoder(**vars(model.facexformer), **common)
+    adapters = LoRA(lora_rank, model.lora.alpha, model.lora.dropout, tuple(model.lora.targets))
     # Visual tokens start as large as word embeddings. At the size of a Q-Former's normed output they would drown what
     # the language model's layers add to them.
     word_scale = nn.initializers.variance_scaling(1 / llm.hidden_size, "fan_in", "normal")
-    return FaVChat(
-        umt=UMT(**vars(model.umt), taps=taps, remat=model.remat, dtype=dtype),
-        facexformer=None
-        if ablation == "no_face"
-        else FaceXFormerEncoder(**vars(model.facexformer), remat=model.remat, dtype=dtype),
-        fusion=_fusion(model, variant, ablation, dtype),
-        general_qformer=QFormer(**qformer),
-        facial_qformer=QFormer(**qformer),
-        general_proj=Linear(llm.hidden_size, dtype=dtype, kernel_init=word_scale),
-        facial_proj=Linear(llm.hidden_size, dtype=dtype, kernel_init=word_scale),
-        general_mlp=TokenMLP(model.adapter.hidden, dtype) if variant == "v2" else None,
-        facial_mlp=TokenMLP(model.adapter.hidden, dtype) if variant == "v2" else None,
-        adapter=_adapter(model, variant, ablation, dtype),
-        llm=Mistral(
-            llm,
-            LoRA(lora_rank, model.lora.alpha, model.lora.dropout, tuple(model.lora.targets)),
-            dtype=dtype,
-            scan=scan,
-            remat=model.remat,
-        ),
-        dtype=dtype,
-    )
-
-
-def _fusion(model: ModelConfig, variant: str, ablation: str, dtype: jnp.dtype):
-    if ablation == "no_granularity":
-        return None
+    shared = {
+        "umt": UMT(**vars(model.umt), taps=taps, **common),
+        "facexformer": None if ablation == "no_face" else facexformer,
+        "general_qformer": QFormer(**vars(model.qformer), **common),
+        "facial_qformer": QFormer(**vars(model.qformer), **common),
+        "general_proj": Linear(llm.hidden_size, dtype=dtype, kernel_init=word_scale),
+        "facial_proj": Linear(llm.hidden_size, dtype=dtype, kernel_init=word_scale),
+        "llm": DecodingMistral(llm, dtype) if decoding else Mistral(llm, adapters, storage=storage, **common),
+        "ablation": ablation,
+        "dtype": dtype,
+    }
+    hidden, width, fusion = model.adapter.hidden, model.umt.width, None
     if variant == "v1":
-        return GranularityFusion(model.umt.width, dtype=dtype, **vars(model.fusion))
-    blocks = len(model.no_face_taps) if ablation == "no_face" else len(model.facexformer.depths)
-    return PromptGuidedFusion(blocks, model.umt.width, dtype=dtype, **vars(model.fusion))
-
-
-def _adapter(model: ModelConfig, variant: str, ablation: str, dtype: jnp.dtype):
-    if ablation == "no_moe":
-        return ScalarMixture()
-    return (GatedMixture if variant == "v1" else WeightAdapters)(model.adapter.hidden, dtype=dtype)
+        if ablation != "no_granularity":
+            fusion = GranularityFusion(width, model.fusion.heads, model.fusion.residual, dtype)
+        adapter = ScalarMixture() if ablation == "no_moe" else GatedMixture(hidden, dtype)
+        return FaVChatV1(**shared, fusion=fusion, adapter=adapter)
+    if ablation != "no_granularity":
+        blocks = len(taps or facexformer.depths)
+        fusion = PromptGuidedFusion(blocks, width, model.fusion.heads, model.fusion.residual, dtype)
+    adapter = ScalarMixture() if ablation == "no_moe" else WeightAdapters(hidden, dtype)
+    mlps = {"general_mlp": TokenMLP(hidden, dtype), "facial_mlp": TokenMLP(hidden, dtype)}
+    return FaVChatV2(**shared, **mlps, fusion=fusion, adapter=adapter)

@@ -1,78 +1,49 @@
 """Low-rank adaptation of a linear layer, with PEFT's semantics: y = x W + (alpha / r) dropout(x) A B.
 
-A starts as a scaled uniform, B as zeros, so that a fresh adapter changes nothing. With `rank=0` the layer is a plain
-bias-free linear layer and holds no adapter weights.
+A starts as a scaled uniform, B as zeros, so that a fresh adapter changes nothing.
 """
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from favchat_jax.models.kernels import quantized
-from favchat_jax.models.kernels.linear import flat_product, transposed_product
+from favchat_jax.models.kernels.linear import flat_product
+from favchat_jax.models.kernels.low_rank import low_rank
 
 # PEFT's: uniform within +-1 / sqrt(width of the input).
 UNIFORM = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 
-@jax.custom_vjp
-def low_rank(x: Float[Array, "... D"], a: Float[Array, "D r"], b: Float[Array, "r F"]) -> Float[Array, "... F"]:
-    """(x A) B, with a gradient of B that is one matrix product.
-
-    Autodiff would transpose a fused [tokens, F] cotangent for B's gradient, which costs more than the whole adapter;
-    here it is (x A)^T dy on flattened tokens.
-    """
-    return (x @ a) @ b
-
-
-def _low_rank_forward(x, a, b):
-    inner = x @ a
-    return inner @ b, (x, inner, a, b)
-
-
-def _low_rank_backward(saved, dy):
-    x, inner, a, b = saved
-    # Behind a barrier the cotangent exists once; fused into both products below it would be computed for each.
-    dy_flat = jax.lax.optimization_barrier(dy.reshape(-1, dy.shape[-1]))
-    d_inner = dy_flat @ b.T
-    d_a = x.reshape(-1, x.shape[-1]).T @ d_inner
-    d_b = inner.reshape(-1, inner.shape[-1]).T @ dy_flat
-    return (d_inner @ a.T).reshape(x.shape), d_a, d_b
-
-
-low_rank.defvjp(_low_rank_forward, _low_rank_backward)
-
-
 class LoRADense(nn.Module):
     """A bias-free linear layer with an optional low-rank adapter.
 
-    Where the weights hold `transposed` in place of `kernel` (`convert.stacking.for_decoding`), there is no adapter.
-
     Attributes:
         features: width of the output.
-        rank: r of the adapter; 0 for none.
+        rank: r of the adapter; 0 for a plain layer without adapter weights.
         alpha: the adapter's output is scaled by alpha / rank.
         dropout: share of the adapter's input that is dropped in training; the base path sees all of it.
         dtype: dtype of the computation; the adapter's weights stay float32.
+        storage: `full`, or int8 or int4 for a frozen kernel that `quantized.store` has narrowed. A kernel is always
+            drawn in full.
     """
 
     features: int
     rank: int = 0
     alpha: float = 32.0
     dropout: float = 0.0
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
+    storage: str = "full"
 
     @nn.compact
     def __call__(self, x: Float[Array, "... D"], deterministic: bool = True) -> Float[Array, "... F"]:
         x = x.astype(self.dtype)
-        if self.has_variable("params", "transposed"):  # for decoding
-            return transposed_product(x, self.get_variable("params", "transposed").astype(self.dtype))
         kernel = self.param("kernel", nn.initializers.lecun_normal(), (x.shape[-1], self.features))
-        if self.has_variable("params", "kernel_scale"):  # a frozen base in 8 or 4 bits
-            y = quantized.product(x, kernel, self.get_variable("params", "kernel_scale"))
-        else:
+        if self.storage == "full" or self.is_initializing():
             y = flat_product(x, kernel.astype(self.dtype))
+        else:
+            y = quantized.product(x, kernel, self.get_variable("params", "kernel_scale"))
         if not self.rank:
             return y
         lora_a = self.param("lora_a", UNIFORM, (x.shape[-1], self.rank))

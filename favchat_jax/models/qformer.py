@@ -21,18 +21,18 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from einops import rearrange
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from favchat_jax.models.kernels.attention import attention
 from favchat_jax.models.kernels.linear import Linear
-from favchat_jax.models.kernels.remat import remat
 from favchat_jax.models.kernels.scan import scan_layers
 from favchat_jax.sharding import by_clip
 
 _EMBEDDING_INIT = nn.initializers.normal(0.02)
 
 
-def _layer_norm(dtype: jnp.dtype, name: str) -> nn.LayerNorm:
+def _layer_norm(dtype: DTypeLike, name: str | None = None) -> nn.LayerNorm:
     return nn.LayerNorm(1e-12, dtype=dtype, use_fast_variance=False, name=name)
 
 
@@ -46,9 +46,11 @@ class Residual(nn.Module):
 
     dropout: float
     drop_path: float
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
-    def finish(self, branch: Float[Array, "B Q L _D"], trunk: Float[Array, "B Q L D"], deterministic: bool):
+    def finish(
+        self, branch: Float[Array, "B Q L E"], trunk: Float[Array, "B Q L D"], deterministic: bool
+    ) -> Float[Array, "B Q L D"]:
         branch = Linear(trunk.shape[-1], dtype=self.dtype, name="output")(branch)
         branch = nn.Dropout(self.dropout)(branch, deterministic=deterministic)
         branch = nn.Dropout(self.drop_path, broadcast_dims=(2, 3))(branch, deterministic=deterministic)
@@ -69,20 +71,20 @@ class Attention(Residual):
         tokens: Float[Array, "B Q L D"],
         *,
         visual: Float[Array, " B #Q S E"] | None = None,
-        mask: Bool[Array, "B Q L"] | None = None,
+        mask: Bool[Array, "B Q _S"] | None = None,
         deterministic: bool,
     ) -> Float[Array, "B Q L D"]:
         batch, questions, _, width = tokens.shape
         context = tokens if visual is None else visual
         # Questions that share what they read do so in one attention, so that its keys and values exist once.
         shared = context.shape[1] < questions
-        fold = "b q l (h d) -> b (q l) h d" if shared else "b q l (h d) -> (b q) l h d"
+        fold = "B Q L (A C) -> B (Q L) A C" if shared else "B Q L (A C) -> (B Q) L A C"
         query, key, value = (
-            rearrange(Linear(width, dtype=self.dtype, name=name)(source), fold, h=self.heads)
+            rearrange(Linear(width, dtype=self.dtype, name=name)(source), fold, A=self.heads)
             for name, source in (("query", tokens), ("key", context), ("value", context))
         )
         if mask is not None:
-            mask = rearrange(mask, "b q l -> (b q) 1 1 l")
+            mask = rearrange(mask, "B Q S -> (B Q) 1 1 S")
         attended = attention(query, key, value, mask=mask).reshape(batch, questions, -1, width)
         return self.finish(attended, tokens, deterministic)
 
@@ -106,18 +108,18 @@ class Layer(nn.Module):
     cross: bool
     dropout: float
     drop_path: float
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(
         self,
         queries: Float[Array, "B Q N D"],
-        text: Float[Array, "B Q L D"] | None,
+        text: Float[Array, "B Q P D"] | None,
         visual: Float[Array, " B #Q S E"],
-        mask: Bool[Array, "B Q N+L"] | None,
+        mask: Bool[Array, "B Q N+P"] | None,
         visual_mask: Bool[Array, "B Q S"] | None,
         deterministic: bool,
-    ) -> tuple[Float[Array, "B Q N D"], Float[Array, "B Q L D"] | None]:
+    ) -> tuple[Float[Array, "B Q N D"], Float[Array, "B Q P D"] | None]:
         rates = {"dropout": self.dropout, "drop_path": self.drop_path, "dtype": self.dtype}
         count = queries.shape[2]
         tokens = queries
@@ -167,7 +169,7 @@ class QFormer(nn.Module):
     prompt: bool = True
     dropout: float = 0.1
     drop_path: float = 0.0
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
     remat: str = ""
 
     def setup(self):
@@ -176,7 +178,7 @@ class QFormer(nn.Module):
             self.extra_query_tokens = self.param(
                 "extra_query_tokens", _EMBEDDING_INIT, (self.extra_queries, self.width)
             )
-        self.embeddings_norm = _layer_norm(self.dtype, None)
+        self.embeddings_norm = _layer_norm(self.dtype)
         if self.prompt:
             self.word_embeddings = nn.Embed(
                 self.vocabulary, self.width, dtype=self.dtype, embedding_init=_EMBEDDING_INIT
@@ -185,9 +187,8 @@ class QFormer(nn.Module):
                 self.positions, self.width, dtype=self.dtype, embedding_init=_EMBEDDING_INIT
             )
         self.embeddings_dropout = nn.Dropout(self.dropout)
-        layer = remat(Layer, self.remat, static_argnums=(6,))
         self.layer = [
-            layer(
+            Layer(
                 self.heads,
                 self.mlp,
                 i % self.cross_every == 0,
@@ -198,7 +199,7 @@ class QFormer(nn.Module):
             for i in range(self.depth)
         ]
 
-    def embed_prompt(self, prompt: Int[Array, "B Q L"]) -> Float[Array, "B Q L D"]:
+    def embed_prompt(self, prompt: Int[Array, "B Q P"]) -> Float[Array, "B Q P D"]:
         """Word plus position embeddings of prompts, normed: what enters the first layer (without dropout)."""
         length = prompt.shape[-1]
         if length > self.positions:
@@ -208,8 +209,8 @@ class QFormer(nn.Module):
     def __call__(
         self,
         visual: Float[Array, "B S E"] | Float[Array, "B Q S E"],
-        prompt: Int[Array, "B Q L"] | None = None,
-        prompt_mask: Bool[Array, "B Q L"] | None = None,
+        prompt: Int[Array, "B Q P"] | None = None,
+        prompt_mask: Bool[Array, "B Q P"] | None = None,
         *,
         visual_mask: Bool[Array, "B Q S"] | None = None,
         deterministic: bool = True,
@@ -249,7 +250,7 @@ class QFormer(nn.Module):
             tokens, text = carry
             return layer(by_clip(tokens), text, visual, mask, visual_mask, deterministic)
 
-        tokens, _ = scan_layers(self.layer, step, (tokens, text), period=self.cross_every)
+        tokens, _ = scan_layers(self.layer, step, (tokens, text), period=self.cross_every, policy=self.remat)
         if prompt is not None:
             tokens = jnp.broadcast_to(tokens, (*prompt.shape[:2], *tokens.shape[2:]))
         return tokens

@@ -9,21 +9,21 @@ that follows it in VideoChat2 (epsilon `VISION_LAYERNORM_EPSILON`) belongs to th
 from functools import lru_cache
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from favchat_jax.models.kernels.attention import attention
 from favchat_jax.models.kernels.linear import Linear
-from favchat_jax.models.kernels.remat import remat
+from favchat_jax.models.kernels.scan import scan_stacked
 from favchat_jax.sharding import by_clip
 
 VISION_LAYERNORM_EPSILON = 1e-12
 
 
-def sinusoid_table(positions: int, width: int) -> Float[np.ndarray, "L D"]:
+def sinusoid_table(positions: int, width: int) -> Float[np.ndarray, "S D"]:
     """sin(p / 10000^(2i/width)) at even channels 2i, the cosine of the same angle at odd channels 2i+1; float64."""
     frequencies = 10000.0 ** (-2 * (np.arange(width) // 2) / width)
     angles = np.arange(positions)[:, None] * frequencies
@@ -53,7 +53,7 @@ def bicubic_weights(new: int, old: int) -> Float[np.ndarray, "new old"]:
 @lru_cache(maxsize=16)
 def position_table(
     frames: int, height: int, width: int, channels: int, *, checkpoint_frames: int, checkpoint_grid: int
-) -> Float[np.ndarray, "T h w D"]:
+) -> Float[np.ndarray, "T H W D"]:
     """Position of every patch of a clip, float32.
 
     One sinusoid runs through all positions of `checkpoint_frames` frames of `checkpoint_grid` x `checkpoint_grid`
@@ -79,10 +79,10 @@ class PatchEmbedding(nn.Module):
 
     width: int
     patch: int
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
-    def __call__(self, frames: Float[Array, "*B H W C"]) -> Float[Array, "*B h w D"]:
+    def __call__(self, frames: Float[Array, "*frames H W 3"]) -> Float[Array, "*frames h w D"]:
         patches = rearrange(frames, "... (h p) (w q) c -> ... h w (p q c)", p=self.patch, q=self.patch)
         return Linear(self.width, dtype=self.dtype, name="proj")(patches)
 
@@ -92,16 +92,16 @@ class Attention(nn.Module):
 
     width: int
     heads: int
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
-    def __call__(self, tokens: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
+    def __call__(self, tokens: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
         qkv = Linear(3 * self.width, use_bias=False, dtype=self.dtype, name="qkv")(tokens)
         query, key, value = jnp.split(qkv, 3, axis=-1)
         query += self.param("q_bias", nn.initializers.zeros, (self.width,)).astype(self.dtype)
         value += self.param("v_bias", nn.initializers.zeros, (self.width,)).astype(self.dtype)
-        query, key, value = (rearrange(x, "b l (h d) -> b l h d", h=self.heads) for x in (query, key, value))
-        attended = rearrange(attention(query, key, value), "b l h d -> b l (h d)")
+        query, key, value = (rearrange(x, "B S (A C) -> B S A C", A=self.heads) for x in (query, key, value))
+        attended = rearrange(attention(query, key, value), "B S A C -> B S (A C)")
         return Linear(self.width, dtype=self.dtype, name="proj")(attended)
 
 
@@ -110,10 +110,10 @@ class MLP(nn.Module):
 
     width: int
     hidden: int
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
-    def __call__(self, tokens: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+    def __call__(self, tokens: Float[Array, "... D"]) -> Float[Array, "... D"]:
         hidden = Linear(self.hidden, dtype=self.dtype, name="fc1")(tokens)
         return Linear(self.width, dtype=self.dtype, name="fc2")(nn.gelu(hidden, approximate=False))
 
@@ -124,7 +124,7 @@ class Block(nn.Module):
     width: int
     heads: int
     mlp_ratio: int
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     def setup(self):
         self.norm1 = nn.LayerNorm(1e-6, dtype=self.dtype, use_fast_variance=False)
@@ -132,7 +132,7 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(1e-6, dtype=self.dtype, use_fast_variance=False)
         self.mlp = MLP(self.width, self.mlp_ratio * self.width, self.dtype)
 
-    def __call__(self, tokens: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
+    def __call__(self, tokens: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
         tokens = tokens + self.attn(self.norm1(tokens))
         return tokens + self.mlp(self.norm2(tokens))
 
@@ -163,7 +163,7 @@ class UMT(nn.Module):
     checkpoint_frames: int = 4
     checkpoint_size: int = 224
     taps: tuple[int, ...] = ()
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
     remat: str = ""
 
     def setup(self):
@@ -176,14 +176,14 @@ class UMT(nn.Module):
 
     def __call__(
         self, frames: Float[Array, "B T H W 3"]
-    ) -> tuple[Float[Array, "B L D"], tuple[Float[Array, "B L D"], ...]]:
+    ) -> tuple[Float[Array, "B S D"], tuple[Float[Array, "B S D"], ...]]:
         """Encodes clips.
 
         Args:
             frames: normalised frames (mean 0.485, 0.456, 0.406, standard deviation 0.229, 0.224, 0.225).
 
         Returns:
-            The L = T * H/patch * W/patch tokens of the last block that runs, frame by frame in raster order, and
+            The S = T * H/patch * W/patch tokens of the last block that runs, frame by frame in raster order, and
             the outputs of the blocks in `taps`.
         """
         patches = self.patch_embed(frames.astype(self.dtype))
@@ -192,28 +192,11 @@ class UMT(nn.Module):
             checkpoint_frames=self.checkpoint_frames,
             checkpoint_grid=self.checkpoint_size // self.patch,
         )
-        tokens = rearrange(patches + jnp.asarray(positions, self.dtype), "b t h w d -> b (t h w) d")
-        return self._run_blocks(by_clip(tokens))
+        tokens = rearrange(patches + jnp.asarray(positions, self.dtype), "B T h w D -> B (T h w) D")
 
-    def _run_blocks(self, tokens):
-        # Tapped outputs ride in the carry, written outside the rematerialised call: stacked scan outputs would hold
-        # every block's tokens, and a buffer inside the call would be kept once a block for the backward pass. Blocks
-        # that nobody taps write to a spare last slot.
-        slots = np.full(self.layers_run, len(self.taps))
-        slots[np.array(self.taps, int) - 1] = np.arange(len(self.taps))
-
-        def body(block, carry, slot):
-            tokens, tapped = carry
-            tokens = call(block, tokens)
-            if self.taps:
-                tapped = jax.lax.dynamic_update_index_in_dim(tapped, tokens, slot, 0)
-            return (tokens, tapped), None
-
-        def call(block, tokens):
+        def step(block: Block, tokens: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
             return by_clip(block(tokens))
 
-        call = remat(call, self.remat, prevent_cse=False)
-        tapped = jnp.zeros((len(self.taps) + 1, *tokens.shape), tokens.dtype) if self.taps else None
-        scan = nn.scan(body, variable_axes={"params": 0}, split_rngs={"params": True}, length=self.layers_run)
-        (tokens, tapped), _ = scan(self.blocks, (tokens, tapped), slots)
-        return tokens, tuple(tapped[i] for i in range(len(self.taps)))
+        return scan_stacked(
+            self.blocks, step, by_clip(tokens), depth=self.layers_run, taps=self.taps, policy=self.remat
+        )

@@ -161,9 +161,7 @@ def lay_out(config: Config, mesh: Mesh, clips: int) -> Arguments:
     sharding.check_batch(clips, config.accumulate, mesh, "clips")
     model, shapes = model_and_weights(config)
     trainable, frozen = stages.split(shapes, config.variant, config.stage)
-    dtype = jnp.dtype(config.model.dtype)
-    frozen = {path: jax.ShapeDtypeStruct(leaf.shape, dtype) for path, leaf in frozen.items()}
-    frozen = jax.eval_shape(lambda weights: store(weights, config.llm.storage), frozen)
+    frozen = _stored(frozen, config)
     optimizer, rate = make_optimizer(config.optimizer, STEPS), schedule(config.optimizer, STEPS)
     state = jax.eval_shape(lambda weights: new_state(weights, optimizer, config.seed), trainable)
     batch = batch_shapes(config, clips)
@@ -174,6 +172,13 @@ def lay_out(config: Config, mesh: Mesh, clips: int) -> Arguments:
         frozen=sharding.as_placed(frozen, sharding.partitions(frozen, mesh)),
         batch=sharding.as_placed(batch, jax.tree.map(lambda _: sharding.batch_partition(mesh), batch)),
     )
+
+
+def _stored(frozen: dict[str, Any], config: Config) -> dict[str, Any]:
+    """The shapes of frozen weights as a run of the config holds them."""
+    dtype = jnp.dtype(config.model.dtype)
+    frozen = {path: jax.ShapeDtypeStruct(leaf.shape, dtype) for path, leaf in frozen.items()}
+    return jax.eval_shape(lambda weights: store(weights, config.llm.storage), frozen)
 
 
 def batch_shapes(config: Config, clips: int) -> dict[str, jax.ShapeDtypeStruct]:
@@ -245,7 +250,7 @@ def _of_one_clip(config: Config, platform: str) -> tuple[float, int]:
     The operations are those of plain attention, whose products can be counted, the bytes those of the platform's.
     """
     trainable, frozen = stages.split(model_and_weights(config)[1], config.variant, config.stage)
-    frozen = {path: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(config.model.dtype)) for path, leaf in frozen.items()}
+    frozen = _stored(frozen, config)
     batch = batch_shapes(config, 1)
 
     def loss(model):
@@ -275,8 +280,14 @@ def _executed(config: Config, clips: int) -> list[cost.Product]:
 
 def build(config: Config) -> favchat.FaVChat:
     """The model of a config in its training form."""
-    kind = {"variant": config.variant, "ablation": config.ablation, "lora_rank": config.lora_rank}
-    return favchat.build(config.model, language_model(config), **kind)
+    return favchat.build(
+        config.model,
+        language_model(config),
+        variant=config.variant,
+        ablation=config.ablation,
+        lora_rank=config.lora_rank,
+        storage=config.llm.storage,
+    )
 
 
 def _held(tree: Any) -> int:

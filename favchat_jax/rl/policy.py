@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from favchat_jax.config import RLConfig
 from favchat_jax.models.favchat import ClipFeatures, FaVChat
+from favchat_jax.models.likelihood import target_log_probabilities
 from favchat_jax.rl import objective
 from favchat_jax.training.step import TrainState, Weights, compiler_options, next_token_targets
 
@@ -29,30 +30,16 @@ def token_log_probabilities(
         temperature: of the draws.
         chunk: positions whose scores over the vocabulary exist at once.
     """
-    params = {"params": unflatten_dict(dict(weights), sep="/")}
-
-    def read(model, features, tokens, prompt, mask):
-        visual, _ = model.visual_tokens(features, prompt, mask)
-        embedded = model.embed(tokens, jnp.repeat(visual, tokens.shape[1], axis=1))
-        return model.llm(rearrange(embedded, "B G L D -> (B G) L D"))[0]
-
-    tokens = batch["tokens"]
-    hidden = model.apply(params, features, tokens, batch["prompt"], batch["prompt_mask"], method=read)
+    params, tokens = {"params": unflatten_dict(dict(weights), sep="/")}, batch["tokens"]
+    hidden = model.apply(params, features, tokens, batch["prompt"], batch["prompt_mask"]).hidden
     targets, _ = next_token_targets(tokens, jnp.zeros(tokens.shape, bool))
-    targets = jnp.maximum(rearrange(targets, "B G L -> (B G) L"), 0)  # placeholders of visual tokens are never counted
-
-    @jax.checkpoint
-    def score(piece):
-        hidden, targets = piece
-        scores = model.apply(params, hidden, method=lambda m, x: m.llm.logits(x)).astype(jnp.float32) / temperature
-        return -optax.softmax_cross_entropy_with_integer_labels(scores, targets)
-
-    length = tokens.shape[-1]
-    pad = -length % min(chunk, length)
-    pieces = [jnp.pad(x, [(0, 0), (0, pad)] + [(0, 0)] * (x.ndim - 2)) for x in (hidden, targets)]
-    pieces = tuple(rearrange(x, "B (N C) ... -> N B C ...", C=min(chunk, length)) for x in pieces)
-    scored = rearrange(jax.lax.map(score, pieces), "N B C -> B (N C)")[:, :length]
-    return rearrange(scored, "(B G) L -> B G L", B=tokens.shape[0])
+    log_p, _ = target_log_probabilities(
+        lambda hidden: model.apply(params, hidden, method="logits"),
+        *(rearrange(x, "B G ... -> (B G) ...") for x in (hidden, targets)),
+        chunk,
+        temperature,
+    )
+    return log_p.reshape(tokens.shape)
 
 
 def response_mask(responses: Int[np.ndarray, "... n"], end: int) -> Bool[np.ndarray, "... n"]:

@@ -21,6 +21,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 from jaxtyping import Float
 
+from favchat_jax.data.reasoning import answer_of
 from favchat_jax.errors import UserError, one_line
 
 TARGET_WEIGHTS = {"attributes": 0.4, "emotion": 0.3, "action": 0.3}
@@ -65,12 +66,6 @@ def jaccard(one: frozenset[str], other: frozenset[str]) -> float:
     """Shared words over all words of two sets; 0 where both are empty."""
     union = one | other
     return len(one & other) / len(union) if union else 0.0
-
-
-def answer_of(response: str) -> str:
-    """What stands between `<answer>` and `</answer>`, or after an `<answer>` without end; else the whole response."""
-    found = re.search(r"<answer>(.*?)(?:</answer>|\Z)", response, re.S)
-    return (found.group(1) if found else response).strip()
 
 
 def facial_score(answer: str, targets: Mapping[str, str], published: bool = False) -> float:

@@ -1,22 +1,15 @@
 """A stage's clips as batches on this host's devices."""
 
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
-
 import jax
-from jax.sharding import Mesh
 
-from favchat_jax import sharding, stages
+from favchat_jax import stages
 from favchat_jax.checkpoints.run import Assembly
 from favchat_jax.config import Config
 from favchat_jax.data.conversation import Conversation, PromptEncoder
-from favchat_jax.data.loader import Batch, BatchIterator, training_batches
+from favchat_jax.data.loader import BatchIterator, training_batches
 from favchat_jax.data.sources import open_dataset, prepare, training_split
 from favchat_jax.data.video import Augment
-from favchat_jax.models.favchat import FaVChat
 from favchat_jax.processes import first_alone
-from favchat_jax.training.features import KeptFeatures
 
 
 def open_batches(config: Config, parts: Assembly) -> BatchIterator:
@@ -41,19 +34,3 @@ def open_batches(config: Config, parts: Assembly) -> BatchIterator:
         process_index=jax.process_index(),
         process_count=hosts,
     )
-
-
-def placement(
-    config: Config, workdir: Path, model: FaVChat, frozen: dict[str, jax.Array], mesh: Mesh
-) -> Callable[[Batch], dict[str, Any]]:
-    """What a step takes of a batch, on its devices: all arrays, or kept features in place of the frames."""
-    size = config.model.image_size
-    frames = (config.batch, config.model.frames, size, size, 3)
-    kept = KeptFeatures(workdir / "features", model, frozen, mesh, frames) if config.data.keep_features else None
-
-    def place(batch: Batch) -> dict[str, Any]:
-        left_out = ("length", "frames") if kept else ("length",)
-        arrays = {name: array for name, array in batch.arrays.items() if name not in left_out}
-        return sharding.place_batch({**arrays, "features": kept.of(batch)} if kept else arrays, mesh)
-
-    return place

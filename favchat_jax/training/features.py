@@ -5,7 +5,9 @@ features in every epoch. Q-Formers, which read the question and have dropout, st
 """
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +19,7 @@ from safetensors.numpy import load_file, save_file
 
 from favchat_jax import sharding
 from favchat_jax.checkpoints.weights_folder import Weights
+from favchat_jax.config import Config
 from favchat_jax.data.loader import Batch
 from favchat_jax.files import draft_file
 from favchat_jax.models.favchat import ClipFeatures, FaVChat
@@ -65,3 +68,19 @@ class KeptFeatures:
     def _write(self, name: str, row: list[np.ndarray]) -> None:
         with draft_file(self._file(name), sync=False) as draft:  # a damaged file is made again
             save_file({str(i): np.ascontiguousarray(leaf) for i, leaf in enumerate(row)}, draft)
+
+
+def placement(
+    config: Config, workdir: Path, model: FaVChat, frozen: dict[str, jax.Array], mesh: Mesh
+) -> Callable[[Batch], dict[str, Any]]:
+    """What a step takes of a batch, on its devices: all arrays, or kept features in place of the frames."""
+    size = config.model.image_size
+    frames = (config.batch, config.model.frames, size, size, 3)
+    kept = KeptFeatures(workdir / "features", model, frozen, mesh, frames) if config.data.keep_features else None
+
+    def place(batch: Batch) -> dict[str, Any]:
+        left_out = ("length", "frames") if kept else ("length",)
+        arrays = {name: array for name, array in batch.arrays.items() if name not in left_out}
+        return sharding.place_batch({**arrays, "features": kept.of(batch)} if kept else arrays, mesh)
+
+    return place

@@ -10,11 +10,11 @@ import optax
 from jax.sharding import Mesh
 
 from favchat_jax import sharding, stages
-from favchat_jax.checkpoints import workdir as workdirs
 from favchat_jax.checkpoints.initial import initial_weights
-from favchat_jax.checkpoints.run import frozen_weights, load_llm, weight_shapes
-from favchat_jax.checkpoints.store import Checkpoints
+from favchat_jax.checkpoints.run import load_llm, weight_shapes
+from favchat_jax.checkpoints.store import Checkpoints, frozen_weights
 from favchat_jax.checkpoints.weights_folder import save_weights
+from favchat_jax.checkpoints.workdir import bind
 from favchat_jax.config import Config
 from favchat_jax.errors import UserError
 from favchat_jax.models.favchat import FaVChat
@@ -45,16 +45,16 @@ def starting_state(
         state, iterator_state = restored
         if iterator_state is None:
             log.warning("another number of processes read the clips until here: their stream starts anew")
-        workdirs.check_llm(workdir, config)
         loaded = itertools.chain(load_llm(config.llm.path, dtype), frozen_weights(workdir).items())
         frozen = {path: sharding.place(path, leaf, mesh, dtype) for path, leaf in loaded}
         log.info("resuming at step %d", int(state.step))
     else:
-        trainable, frozen = stages.split(initial_weights(config, model, mesh), config.variant, config.stage)
+        frozen = initial_weights(config, model, mesh)
+        trainable = {path: frozen.pop(path) for path in trainable}
         kept = {path: leaf for path, leaf in frozen.items() if stages.group_of(path) != "llm"}
         if kept:
             save_weights(workdir / "frozen", kept, {"of": "frozen weights of a run"})
-        first_alone(lambda: workdirs.bind(workdir, config))
+        first_alone(lambda: bind(workdir, config))
         begin = jax.jit(new_state, static_argnums=(1, 2), out_shardings=shards, donate_argnums=0)
         state, iterator_state = begin(trainable, optimizer, config.seed), None
         frozen = {path: jnp.asarray(leaf, dtype) for path, leaf in frozen.items()}

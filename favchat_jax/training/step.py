@@ -6,7 +6,6 @@ get neither gradients nor moments and no residual of a frozen tower is kept.
 
 from collections.abc import Callable, Mapping
 
-import chex
 import jax
 import jax.numpy as jnp
 import jaxlib.version
@@ -19,6 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 from favchat_jax.checkpoints.store import TrainState
 from favchat_jax.models.favchat import FaVChat
 from favchat_jax.models.kernels.attention import compiling_for
+from favchat_jax.models.likelihood import target_log_probabilities
 from favchat_jax.sharding import one_device, partitions, state_partitions
 
 Weights = Mapping[str, Array]
@@ -40,38 +40,19 @@ def next_token_targets(
 
 
 def chunked_cross_entropy(
-    head: Callable[[Float[Array, "B C D"]], Float[Array, "B C V"]],
-    hidden: Float[Array, "B L D"],
-    targets: Int[Array, "B L"],
-    counted: Bool[Array, "B L"],
+    head: Callable[[Array], Array],
+    hidden: Float[Array, "R L D"],
+    targets: Int[Array, "R L"],
+    counted: Bool[Array, "R L"],
     chunk: int,
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """Sums of cross-entropy and of hits over counted positions, `chunk` positions at a time.
-
-    Scores exist for one chunk only, in the backward pass too, so no float32 [B, L, V] is ever stored.
+    """Sums of cross-entropy and of hits over counted positions; arguments as of `target_log_probabilities`.
 
     Returns:
         (sum of -log p(target), number of targets that are the likeliest token).
     """
-
-    chex.assert_equal_shape_prefix([hidden, targets, counted], 2)
-
-    @jax.checkpoint
-    def one(hidden, targets, counted):
-        logits = head(hidden).astype(jnp.float32)
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.where(counted, targets, 0))
-        hits = (jnp.argmax(logits, axis=-1) == targets) & counted
-        return jnp.sum(losses * counted), jnp.sum(hits).astype(jnp.float32)
-
-    length = hidden.shape[1]
-    chunk = min(chunk, length)
-    if length == chunk:
-        return one(hidden, targets, counted)
-    pad = -length % chunk
-    pieces = (jnp.pad(x, [(0, 0), (0, pad)] + [(0, 0)] * (x.ndim - 2)) for x in (hidden, targets, counted))
-    pieces = tuple(rearrange(x, "B (N C) ... -> N B C ...", C=chunk) for x in pieces)
-    loss, hits = jax.lax.map(lambda piece: one(*piece), pieces)
-    return jnp.sum(loss), jnp.sum(hits)
+    log_p, likeliest = target_log_probabilities(head, hidden, targets, chunk)
+    return -jnp.sum(log_p, where=counted), jnp.sum(likeliest & counted).astype(jnp.float32)
 
 
 def batch_loss(
@@ -92,9 +73,7 @@ def batch_loss(
     targets, counted = next_token_targets(batch["tokens"], batch["loss_mask"])
 
     def head(hidden):
-        return model.apply(
-            {"params": params}, hidden, False, method=lambda m, *x: m.llm.logits(*x), rngs={"dropout": head_key}
-        )
+        return model.apply({"params": params}, hidden, False, method="logits", rngs={"dropout": head_key})
 
     flat = (rearrange(x, "B Q ... -> (B Q) ...") for x in (output.hidden, targets, counted))
     loss, hits = chunked_cross_entropy(head, *flat, chunk)

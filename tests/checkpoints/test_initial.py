@@ -7,9 +7,10 @@ import pytest
 
 from favchat_jax import stages
 from favchat_jax.checkpoints import initial as initial_room
-from favchat_jax.checkpoints import mistral_folder
+from favchat_jax.checkpoints import mistral_folder, store
 from favchat_jax.checkpoints import run as assembly
 from favchat_jax.checkpoints.initial import initial_weights
+from favchat_jax.checkpoints.store import frozen_weights, load_run_weights
 from favchat_jax.checkpoints.weights_folder import save_weights
 from favchat_jax.errors import UserError
 from tests.conftest import damage, newest, same_weights
@@ -63,7 +64,7 @@ def test_the_language_model_is_that_of_its_folder_in_every_stage(runs, small_wor
 
 def test_a_workdir_is_whole_without_the_one_it_started_from(trained, runs, tmp_path):
     copy = trained.copy("stage3", tmp_path)
-    assert "encoders" in {stages.group_of(path) for path in assembly.frozen_weights(copy)}
+    assert "encoders" in {stages.group_of(path) for path in frozen_weights(copy)}
     assert same_weights(assembly.load_run(copy).weights, runs["stage3"])
 
 
@@ -86,9 +87,11 @@ def test_a_workdir_that_was_half_copied_neither_answers_nor_is_exported(lost, tr
 
 
 def test_a_stage_does_not_draw_afresh_what_the_stage_before_has_lost(small_world, trained, monkeypatch):
-    whole = assembly.visual_and_lora(trained.folder / "stage2")
+    whole = load_run_weights(trained.folder / "stage2")
     lost = next(path for path in whole if path.startswith("umt/"))
-    monkeypatch.setattr(assembly, "visual_and_lora", lambda _: {p: leaf for p, leaf in whole.items() if p != lost})
+    kept = {path: leaf for path, leaf in whole.items() if path != lost}
+    monkeypatch.setattr(store, "frozen_weights", lambda workdir: kept)
+    monkeypatch.setattr(store.Checkpoints, "load_trainable", lambda self: {})
     with pytest.raises(UserError, match=f"stage2 lacks {lost}.*: copy the whole workdir again"):
         initial(small_world.config("stage3", init__from_run=str(trained.folder / "stage2")))
 

@@ -13,7 +13,6 @@ from safetensors.numpy import load_file, save_file
 
 from favchat_jax.checkpoints.mistral_folder import fingerprint, read_config, read_weights, weight_shapes, write_weights
 from favchat_jax.errors import UserError
-from favchat_jax.generation.decoding_form import unstack_layers
 from tests.models.tiny_parts import MISTRAL, config_json, drawn
 
 INDEX = "model.safetensors.index.json"
@@ -96,11 +95,11 @@ def test_the_file_holds_the_published_names_and_shapes(folder):
 
 def test_kernels_are_published_weights_transposed_and_each_layer_stays_in_its_place(folder):
     tensors = load_file(folder / "model.safetensors")
-    apart = unstack_layers(read_weights(folder))
-    np.testing.assert_array_equal(apart["embed_tokens"]["embedding"], tensors["model.embed_tokens.weight"])
-    np.testing.assert_array_equal(apart["lm_head"]["kernel"], tensors["lm_head.weight"].T)
+    ours = read_weights(folder)
+    np.testing.assert_array_equal(ours["embed_tokens"]["embedding"], tensors["model.embed_tokens.weight"])
+    np.testing.assert_array_equal(ours["lm_head"]["kernel"], tensors["lm_head.weight"].T)
     for i in range(2):
-        kernel = apart[f"layers_{i}"]["mlp"]["down_proj"]["kernel"]
+        kernel = ours["layers"]["mlp"]["down_proj"]["kernel"][i]
         np.testing.assert_array_equal(kernel, tensors[f"model.layers.{i}.mlp.down_proj.weight"].T)
 
 

@@ -1,4 +1,4 @@
-"""Annotating as the tests do it: against a server on loopback, with limits that lose no time."""
+"""Runs annotate for the tests: against a server on loopback, with limits that do not slow it down."""
 
 import json
 from collections import Counter
@@ -21,12 +21,12 @@ def unannotated(out) -> dict[str, str]:
 
 
 def failing(times: int, answer: Answer):
-    """A server that gives `answer` so many times and good answers after that."""
+    """Returns a server's behaviour: `answer` for the first `times` requests, good answers after that."""
     return lambda asked, number: answer if number < times else good(asked, number)
 
 
 def for_step(step: str, answer: Answer, times: int = 10**6):
-    """A server that answers the first calls of one step in this way."""
+    """Returns a server's behaviour: `answer` for the first `times` calls of a step, good answers otherwise."""
     seen = Counter()
 
     def respond(asked, number):

@@ -1,4 +1,4 @@
-"""An OpenAI-compatible endpoint on loopback that answers well, or in one of the ways in which endpoints go wrong."""
+"""An OpenAI-compatible endpoint on loopback that answers well, or fails in one of the ways of real endpoints."""
 
 import json
 import threading
@@ -42,12 +42,12 @@ class Asked:
     step: str
     key: str  # the header that names the call
     body: dict
-    sent: bool = False  # whether the whole answer has been written
+    sent: bool = False  # whether the answer has been sent completely
 
 
 @dataclass
 class Answer:
-    """What to send back: text in a chat completion, or raw bytes in its place."""
+    """A response: text in a chat completion, or raw bytes instead."""
 
     text: str = ""
     status: int = 200
@@ -58,7 +58,7 @@ class Answer:
 
 
 def good(asked: Asked, number: int) -> Answer:
-    """An answer that passes every check; summaries differ from clip to clip."""
+    """Returns an answer that passes every check; summaries differ from clip to clip."""
     texts = {
         "features": lambda: json.dumps(FEATURES),
         "summary": lambda: SUMMARY.format(asked.key[:8]),
@@ -68,7 +68,7 @@ def good(asked: Asked, number: int) -> Answer:
 
 
 class ChatServer(ThreadingHTTPServer):
-    """Answers as `answer(asked, number)` says, with `number` the count of requests before; keeps what was asked."""
+    """Answers with `answer(asked, number)`, where `number` counts earlier requests, and records all requests."""
 
     daemon_threads = True
 
@@ -80,17 +80,17 @@ class ChatServer(ThreadingHTTPServer):
 
     @property
     def url(self) -> str:
-        """What OPENAI_BASE_URL must be."""
+        """The value for OPENAI_BASE_URL."""
         return f"http://127.0.0.1:{self.server_port}/v1"
 
     def note(self, asked: Asked) -> int:
-        """Counts a request."""
+        """Records a request and returns its number."""
         with self._counting:
             self.asked.append(asked)
             return len(self.asked) - 1
 
     def handle_error(self, request, client_address) -> None:
-        """A client that was killed is no news."""
+        """Ignores the errors of killed clients."""
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -117,7 +117,7 @@ class _Handler(BaseHTTPRequestHandler):
         asked.sent = True
 
     def log_message(self, *_) -> None:
-        """Says nothing."""
+        """Logs nothing."""
 
 
 STEPS = {
@@ -128,7 +128,7 @@ STEPS = {
 
 
 def completion(answer: Answer) -> bytes:
-    """A chat completion as published."""
+    """Returns a chat completion in the published format."""
     message = {"role": "assistant", "content": answer.text}
     usage = {"prompt_tokens": 1000, "completion_tokens": 100, "total_tokens": 1100}
     choices = [{"index": 0, "message": message, "finish_reason": answer.finish}]

@@ -1,8 +1,8 @@
-"""A server on loopback in the place of an OpenAI-compatible endpoint."""
+"""A server on loopback that stands in for an OpenAI-compatible endpoint."""
 
 import pytest
 
-from favchat_jax.corpus import endpoint
+from favchat_jax import openai_client
 from tests.corpus.annotating import KEY
 from tests.corpus.chat_server import ChatServer, good
 
@@ -18,7 +18,7 @@ def start(monkeypatch):
             monkeypatch.setenv(f"OPENAI_{name}", value)
         return servers[-1]
 
-    monkeypatch.setattr(endpoint, "FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(openai_client, "FIRST_PAUSE", 0.01)
     yield begin
     for server in servers:
         server.shutdown()

@@ -14,7 +14,7 @@ FRAMES = 40
 
 
 def face_video(index: int, frames: int = FRAMES) -> bytes:
-    """An mp4 of a rendered face that no split of the embedded data holds."""
+    """Returns an mp4 of a rendered face that is in no split of the embedded data."""
     rng = rendered_faces.generator(0, "corpus", "face", index)
     classes = _classes(rendered_faces.FACE_LABELS, rng)
     look, motion = rendered_faces.sample_look(classes, rng), rendered_faces.sample_motion(classes, rng, frames)
@@ -22,7 +22,7 @@ def face_video(index: int, frames: int = FRAMES) -> bytes:
 
 
 def shapes_video(index: int, frames: int = FRAMES) -> bytes:
-    """An mp4 of moving shapes, to and fro; every fourth is noise instead."""
+    """Returns an mp4 of shapes that move to and fro; every fourth index gives noise instead."""
     rng = rendered_faces.generator(0, "corpus", "shapes", index)
     if index % 4 == 3:
         return rendered_faces.encode(rng.integers(0, 256, (frames, drawing.SIZE, drawing.SIZE, 3), np.uint8))
@@ -45,7 +45,7 @@ def write(path: Path, content: bytes | str) -> Path:
 
 
 def celebvhq_entry(**changes) -> dict:
-    """A clip of CelebV-HQ's annotation file: brown hair, talks, happy."""
+    """Returns a clip's entry in CelebV-HQ's annotation file: brown hair, talks, happy."""
     entry = {
         "ytb_id": "video",
         "duration": {"start_sec": 0.5, "end_sec": 1.5},
@@ -60,22 +60,22 @@ def celebvhq_entry(**changes) -> dict:
 
 
 def celebvhq_info(**clips: dict) -> str:
-    """The annotation file."""
+    """Returns the text of the annotation file."""
     return json.dumps({"meta_info": {}, "clips": clips})
 
 
 def annotate(out: Path, ids: list[str], **changes) -> None:
-    """Texts for clips, as `annotate` leaves them."""
+    """Writes texts for clips, as `annotate` does."""
     lines = []
     for clip in ids:
         questions = [{"question": "What is the hair like?", "answer": f"It is brown, {clip}.", "kind": "hair"}]
-        told = {"summary": f"A happy person with brown hair talks, {clip}.", "questions": questions, "problems": []}
+        text = {"summary": f"A happy person with brown hair talks, {clip}.", "questions": questions, "problems": []}
         made = {"key": "k", "backend": "template", "model": "", "prompts": "p", "features": {}, "attempts": 1}
-        lines.append(json.dumps({"id": clip, **made, **told, **changes}))
+        lines.append(json.dumps({"id": clip, **made, **text, **changes}))
     write(out / "annotations.jsonl", "\n".join(lines) + "\n")
 
 
 def contents(out: Path) -> dict[str, str]:
-    """Path -> hash of every file below a folder."""
+    """Returns the hash of every file below a folder, by path."""
     files = (path for path in sorted(out.rglob("*")) if path.is_file())
     return {str(path.relative_to(out)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}

@@ -1,4 +1,4 @@
-"""Corpus folders for the tests, as `clip` leaves them."""
+"""Corpus folders for the tests, as `clip` writes them."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -15,7 +15,7 @@ LABELS = {
 
 
 def fill(out: Path, clips: int, labels: Mapping[str, Sequence] | None = LABELS) -> Path:
-    """Makes a corpus folder of so many clips of 9 numbered frames; no two clips are alike."""
+    """Makes a corpus folder of clips with 9 numbered frames each; all clips differ."""
     (out / "kept").mkdir(parents=True)
     rows = []
     for number in range(clips):
@@ -28,7 +28,7 @@ def fill(out: Path, clips: int, labels: Mapping[str, Sequence] | None = LABELS) 
 
 
 def row(name: str, labels: Mapping[str, Sequence] | None = LABELS, **more) -> dict:
-    """A row of `kept.parquet`."""
+    """Returns a row of `kept.parquet`."""
     return {
         "id": name,
         "path": f"kept/{name}.mp4",

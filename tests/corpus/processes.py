@@ -1,4 +1,4 @@
-"""The corpus commands as a person starts them."""
+"""Starts the corpus commands as a person does."""
 
 import os
 import subprocess
@@ -8,7 +8,7 @@ from tests.conftest import ROOT
 
 
 def command(name, out, *arguments):
-    """`python -m tools.build_dataset NAME --out=OUT ...`, started."""
+    """Starts `python -m tools.build_dataset NAME --out=OUT ...`."""
     return subprocess.Popen(
         [sys.executable, "-m", "tools.build_dataset", name, f"--out={out}", *arguments],
         cwd=ROOT,
@@ -20,6 +20,6 @@ def command(name, out, *arguments):
 
 
 def finish(process):
-    """Its exit code and what it said on stderr."""
+    """Waits for a process; returns its exit code and its stderr."""
     errors = process.communicate()[1]
     return process.returncode, errors

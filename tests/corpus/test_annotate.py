@@ -1,4 +1,4 @@
-"""Annotating against a real HTTP server on loopback: what goes out, what comes back, and what becomes of it."""
+"""Annotating against a real HTTP server on loopback: the requests, the answers, and the resulting texts."""
 
 import contextlib
 import dataclasses
@@ -38,7 +38,7 @@ def test_a_clip_becomes_features_a_summary_and_questions_by_three_calls(start, t
     assert unannotated(out) == {}
 
 
-def test_an_endpoint_sees_one_frame_in_four_the_labels_and_what_it_said_before(start, tmp_path):
+def test_an_endpoint_sees_one_frame_in_four_the_labels_and_its_earlier_answers(start, tmp_path):
     server, out = start(), fill(tmp_path / "out", 1)
     run(out)
     contents = [asked.body["messages"][1]["content"] for asked in server.asked]
@@ -50,7 +50,7 @@ def test_an_endpoint_sees_one_frame_in_four_the_labels_and_what_it_said_before(s
     assert not any("$" in text.replace("$ref", "").replace("$defs", "") for text in texts)
 
 
-def test_a_long_or_large_clip_is_shown_in_small_pictures_evenly_spread(tmp_path):
+def test_a_long_or_large_clip_is_sent_as_small_pictures_evenly_spread(tmp_path):
 
     path = tmp_path / "a: clip.mp4"
     path.write_bytes(encode_video(270, width=544, height=272, options={"preset": "ultrafast"}))
@@ -60,7 +60,7 @@ def test_a_long_or_large_clip_is_shown_in_small_pictures_evenly_spread(tmp_path)
     assert cv2.imdecode(np.frombuffer(pictures[0], np.uint8), cv2.IMREAD_COLOR).shape == (256, 512, 3)
 
 
-def test_a_second_run_asks_nothing_and_writes_the_same_bytes(start, tmp_path):
+def test_a_second_run_makes_no_call_and_writes_the_same_bytes(start, tmp_path):
     server, out = start(), fill(tmp_path / "out", 2)
     run(out)
     before = (out / "annotations.jsonl").read_bytes()
@@ -70,7 +70,7 @@ def test_a_second_run_asks_nothing_and_writes_the_same_bytes(start, tmp_path):
     assert (out / "annotations.jsonl").read_bytes() == before and len(server.asked) == asked
 
 
-def test_a_changed_clip_is_asked_about_anew_and_the_others_are_not(start, tmp_path):
+def test_only_a_changed_clip_is_annotated_again(start, tmp_path):
     server, out = start(), fill(tmp_path / "out", 2)
     run(out)
     (out / "kept/clip001.mp4").write_bytes((fill(tmp_path / "other", 3) / "kept/clip002.mp4").read_bytes())
@@ -99,7 +99,7 @@ def test_a_changed_clip_is_asked_about_anew_and_the_others_are_not(start, tmp_pa
         ("questions", Answer("{}"), "schema"),
     ],
 )
-def test_an_answer_that_will_not_do_is_asked_for_anew_with_the_reason(start, tmp_path, step, bad, refused_for):
+def test_a_bad_answer_is_requested_again_with_the_reason(start, tmp_path, step, bad, refused_for):
     server, out = start(for_step(step, bad, times=1)), fill(tmp_path / "out", 1)
     run(out)
     texts = [asked.body["messages"][1]["content"][0]["text"] for asked in server.asked if asked.step == step]
@@ -109,11 +109,11 @@ def test_an_answer_that_will_not_do_is_asked_for_anew_with_the_reason(start, tmp
 
 
 @pytest.mark.parametrize(
-    ("told", "instead"),
+    ("reported", "instead"),
     [(b"1000", b"-1000"), (b"1000", b"1" + b"0" * 30), (b"1000", b"1e999"), (b"1000", b"[]"), (b'"stop"', b'["stop"]')],
 )
-def test_counts_and_endings_that_cannot_be_do_not_spoil_an_answer(start, tmp_path, told, instead):
-    raw = completion(Answer(json.dumps(FEATURES))).replace(told, instead)
+def test_impossible_token_counts_and_endings_do_not_spoil_an_answer(start, tmp_path, reported, instead):
+    raw = completion(Answer(json.dumps(FEATURES))).replace(reported, instead)
     server, out = start(for_step("features", Answer(raw=raw))), fill(tmp_path / "out", 1)
     run(out)
     assert len(server.asked) == 3 and list(read_annotations(out)) == ["clip000"]
@@ -121,7 +121,7 @@ def test_counts_and_endings_that_cannot_be_do_not_spoil_an_answer(start, tmp_pat
         assert 0 < calls.totals()["features"].input_tokens < 10_000
 
 
-def test_after_the_last_attempt_the_text_is_left_to_the_reviewers_with_its_problems(start, tmp_path):
+def test_after_the_last_attempt_the_text_goes_to_the_reviewers_with_its_problems(start, tmp_path):
     server, out = start(for_step("summary", Answer(SUMMARY.replace("happy", "angry")))), fill(tmp_path / "out", 1)
     run(out, attempts=2)
     one = read_annotations(out)["clip000"]
@@ -136,7 +136,7 @@ def test_a_clip_without_features_is_recorded_with_its_reason(start, tmp_path):
     assert unannotated(out)["clip000"] == "no feature dictionary after 2 answers: the text is not JSON"
 
 
-def test_equal_summaries_of_two_clips_are_told_apart(start, tmp_path):
+def test_an_equal_summary_of_a_second_clip_is_rewritten(start, tmp_path):
     def same_first(asked, number):
         first = "a reader wants another text" not in asked.body["messages"][1]["content"][0]["text"]
         return Answer(SUMMARY) if asked.step == "summary" and first else good(asked, number)
@@ -148,7 +148,7 @@ def test_equal_summaries_of_two_clips_are_told_apart(start, tmp_path):
     assert summaries[0] == SUMMARY != summaries[1]
 
 
-def test_two_equal_clips_ask_for_nothing_twice(start, tmp_path):
+def test_two_equal_clips_make_no_call_twice(start, tmp_path):
     out = fill(tmp_path / "out", 2)
     shutil.copy(out / "kept/clip000.mp4", out / "kept/clip001.mp4")
     server = start(lambda asked, number: dataclasses.replace(good(asked, number), delay=0.05))
@@ -158,7 +158,7 @@ def test_two_equal_clips_ask_for_nothing_twice(start, tmp_path):
     assert first.summary != second.summary and not first.problems + second.problems
 
 
-def test_a_summary_that_a_rewritten_one_meets_is_rewritten_too(tmp_path):
+def test_a_summary_that_equals_a_rewritten_one_is_rewritten_too(tmp_path):
     texts = {"clip000": ["S"], "clip001": ["S", "T"], "clip002": ["T", "U"]}
 
     class Writing:
@@ -182,7 +182,7 @@ def test_equal_summaries_that_stay_equal_are_a_problem(start, tmp_path):
     assert problems == [(), ("its summary is that of clip clip000",)]
 
 
-def test_the_dry_run_asks_nothing_and_tells_what_is_left(start, tmp_path, capsys):
+def test_the_dry_run_makes_no_call_and_reports_the_work_left(start, tmp_path, capsys):
     server, out = start(), fill(tmp_path / "out", 2)
     run(out, dry_run=True)
     table = capsys.readouterr().out.splitlines()
@@ -192,11 +192,11 @@ def test_the_dry_run_asks_nothing_and_tells_what_is_left(start, tmp_path, capsys
     run(out, dry_run=True)
     table = capsys.readouterr().out.splitlines()
     assert table[1].split()[2:] == ["0", "0", "0", "0", "0.00", "0.00"] and table[3].startswith("paid so far: $0.02")
-    # 100 output tokens a call are what the server says.
+    # The server reports 100 output tokens per call.
     assert table[2].split()[3:6:2] == ["183,021", f"{183_021 * 100:,}"]
 
 
-def test_the_dry_run_counts_answers_that_were_refused(start, tmp_path, capsys):
+def test_the_dry_run_counts_refused_answers(start, tmp_path, capsys):
     out = fill(tmp_path / "out", 2)
     start(for_step("features", Answer("{}"), times=2))  # 4 answers for 2 clips
     run(out, dataclasses.replace(LIMITS, concurrency=1))
@@ -204,7 +204,7 @@ def test_the_dry_run_counts_answers_that_were_refused(start, tmp_path, capsys):
     assert capsys.readouterr().out.splitlines()[2].split()[3] == f"{61_007 * 4:,}"
 
 
-def test_what_a_reviewer_wants_anew_is_written_anew_and_told_apart(start, tmp_path):
+def test_a_text_that_a_reviewer_wants_rewritten_is_rewritten_differently(start, tmp_path):
     server, out = start(), fill(tmp_path / "out", 2)
     run(out)
     before = read_annotations(out)
@@ -228,7 +228,7 @@ def test_what_a_reviewer_wants_anew_is_written_anew_and_told_apart(start, tmp_pa
         ({"path": "kept/text.mp4"}, "the clip cannot be read"),
     ],
 )
-def test_a_clip_that_cannot_be_used_is_recorded_and_the_others_go_on(start, tmp_path, change, reason):
+def test_an_unusable_clip_is_recorded_and_the_others_are_annotated(start, tmp_path, change, reason):
     start()
     out = fill(tmp_path / "out", 2)
     (out / "kept/empty.mp4").touch()
@@ -245,11 +245,11 @@ def test_timed_emotions_are_labels_too(start, tmp_path):
     assert "emotion: happy, neutral" in server.asked[0].body["messages"][1]["content"][0]["text"]
 
 
-def test_a_path_that_leads_out_of_the_folder_is_refused(start, tmp_path):
+def test_a_path_outside_the_folder_is_refused(start, tmp_path):
     start()
     out = fill(tmp_path / "out", 1)
     write_table(out, KEPT, [row("clip000", path="../../secret.mp4")])
-    with pytest.raises(UserError, match="clip000 lies outside"):
+    with pytest.raises(UserError, match="clip000 is stored outside"):
         run(out)
 
 

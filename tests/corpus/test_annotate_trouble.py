@@ -1,4 +1,4 @@
-"""Annotating when something goes wrong: the endpoint, the limits, the disk, a killed process; what it costs then."""
+"""Annotating under failures of the endpoint, the limits, the disk and the process, and the cost of each."""
 
 import contextlib
 import dataclasses
@@ -43,9 +43,9 @@ from tests.corpus.corpus_folder import fill, row
     ],
     ids=["429", "500", "503", "timeout", "cut short", "500 cut short", "garbled", "no time to wait"],
 )
-def test_trouble_that_passes_is_waited_out_and_leaves_no_trace(start, tmp_path, trouble):
+def test_a_temporary_failure_is_retried_and_the_result_is_the_same(start, tmp_path, trouble):
     out, reference = fill(tmp_path / "out", 1), fill(tmp_path / "reference", 1)
-    if trouble.headers.get("Content-Length"):  # the server promises more than it sends, and closes
+    if trouble.headers.get("Content-Length"):  # the server promises more than it sends, then closes
         trouble.headers["Connection"] = "close"
     server = start(failing(2, trouble))
     run(out, dataclasses.replace(LIMITS, timeout=0.6 if trouble.delay else 20))
@@ -55,7 +55,7 @@ def test_trouble_that_passes_is_waited_out_and_leaves_no_trace(start, tmp_path, 
     assert (out / "annotations.jsonl").read_bytes() == (reference / "annotations.jsonl").read_bytes()
 
 
-def test_trouble_that_stays_is_recorded_and_the_same_command_goes_on(start, tmp_path):
+def test_a_lasting_failure_is_recorded_and_the_same_command_resumes(start, tmp_path):
     out = fill(tmp_path / "out", 2)
     server = start(for_step("summary", Answer(status=500, raw=f"{KEY} is broken".encode())))
     with pytest.raises(RunError, match="0 of 2 clips.*2 got no answer, and the same command"):
@@ -90,7 +90,7 @@ def test_a_dead_endpoint_ends_the_run(start, tmp_path):
     ],
     ids=["401", "403", "404", "quota"],
 )
-def test_what_no_further_call_can_mend_ends_the_run_at_once(start, tmp_path, answer, line):
+def test_an_error_that_no_further_call_can_fix_ends_the_run_immediately(start, tmp_path, answer, line):
     out = fill(tmp_path / "out", 6)
     server = start(lambda *_: answer)
     with pytest.raises(UserError, match=line) as error:
@@ -99,7 +99,7 @@ def test_what_no_further_call_can_mend_ends_the_run_at_once(start, tmp_path, ans
     assert not (out / "annotations.jsonl").exists()
 
 
-def test_a_request_that_the_endpoint_will_not_take_is_that_clip_s_reason(start, tmp_path):
+def test_a_request_that_the_endpoint_rejects_becomes_the_reason_of_that_clip(start, tmp_path):
     out = fill(tmp_path / "out", 1)
     server = start(lambda *_: Answer(status=400, raw=json.dumps({"error": {"message": f"no images, {KEY}"}}).encode()))
     with pytest.raises(RunError):
@@ -133,7 +133,7 @@ def test_a_variable_that_is_not_set_is_named(start, tmp_path, monkeypatch, name)
         ("BASE_URL", "http://[::8000/v1"),
     ],
 )
-def test_a_variable_that_cannot_be_right_is_named(start, tmp_path, monkeypatch, name, value):
+def test_an_invalid_variable_is_named_without_its_value(start, tmp_path, monkeypatch, name, value):
     start()
     monkeypatch.setenv(f"OPENAI_{name}", value)
     with pytest.raises(UserError, match=f"OPENAI_{name} (must be|holds)") as error:
@@ -141,7 +141,7 @@ def test_a_variable_that_cannot_be_right_is_named(start, tmp_path, monkeypatch, 
     assert value not in str(error.value)
 
 
-def test_no_more_is_spent_than_the_limit(start, tmp_path):
+def test_spending_stays_below_the_limit(start, tmp_path):
     server, out = start(), fill(tmp_path / "out", 6)
     limits = dataclasses.replace(LIMITS, concurrency=3, spend=0.05)  # a call of the server costs $0.0035
     with pytest.raises(RunError, match="got no answer"):
@@ -153,7 +153,7 @@ def test_no_more_is_spent_than_the_limit(start, tmp_path):
     assert len(server.asked) == 18 and unannotated(out) == {}
 
 
-def test_calls_keep_the_pace(start, tmp_path):
+def test_calls_keep_below_the_rate_limit(start, tmp_path):
     server, out = start(), fill(tmp_path / "out", 2)
     started = time.monotonic()
     run(out, dataclasses.replace(LIMITS, concurrency=6, calls_per_minute=600))
@@ -165,67 +165,69 @@ def test_a_full_disk_ends_the_run_and_loses_no_reply(tmp_path):
     reply = Reply("x" * 4000, "", 1, 2, 0.5)
     calls.store("first", "summary", reply)
     calls._file.execute("PRAGMA max_page_count = 4")
-    with pytest.raises(UserError, match="disk is full; make room, and the same command goes on"):
+    with pytest.raises(UserError, match="disk is full; free some space, then repeat the command to resume"):
         for number in range(9):
             calls.store(str(number), "summary", reply)
     calls.close()
     assert Calls(tmp_path).find("first") == reply
 
 
-def test_a_full_disk_leaves_the_texts_that_were_there(start, small_disk):
+def test_a_full_disk_leaves_the_earlier_texts_unchanged(start, small_disk):
     out = fill(small_disk / "out", 2)
     start()
     run(out)
     before = (out / "annotations.jsonl").read_bytes()
     disk.fill(small_disk)
     with pytest.raises(UserError, match="could not write .*jsonl .No space left on device"):
-        run(out)  # every reply is kept, and only the texts are written again
+        run(out)  # every reply is cached; only the texts are rewritten
     assert (out / "annotations.jsonl").read_bytes() == before
 
 
-def test_two_runs_on_one_folder_do_not_pay_for_the_same(tmp_path):
+def test_a_second_run_on_the_same_folder_is_refused(tmp_path):
     first = Calls(tmp_path)
-    with pytest.raises(UserError, match="another annotate is at work"):
+    with pytest.raises(UserError, match="another annotate is using this folder"):
         Calls(tmp_path)
     first.close()
     Calls(tmp_path).close()
 
 
-def test_a_file_of_calls_that_is_something_else_is_named(tmp_path):
+def test_a_calls_file_that_is_no_database_is_named(tmp_path):
     (tmp_path / CALLS).write_text("not a database, but long enough to be taken for the head of one" * 99)
-    with pytest.raises(UserError, match="calls.sqlite: not a file of calls"):
+    with pytest.raises(UserError, match="calls.sqlite: not a database of calls"):
         Calls(tmp_path)
 
 
-def test_the_command_says_in_one_line_that_the_key_is_refused(start, tmp_path):
+def test_the_command_reports_a_refused_key_in_one_line(start, tmp_path):
     out = fill(tmp_path / "out", 1)
     start(lambda *_: Answer(status=401, raw=json.dumps({"error": {"message": f"Incorrect API key {KEY}"}}).encode()))
     command = [sys.executable, "-m", "tools.build_dataset", "annotate", f"--out={out}"]
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    line = "build_dataset: the endpoint refuses the key (HTTP 401): set OPENAI_API_KEY to a valid one\n"
+    line = (
+        "build_dataset: the endpoint of OPENAI_BASE_URL refuses the key (HTTP 401): set OPENAI_API_KEY to a valid one\n"
+    )
     assert (ended.returncode, ended.stdout, ended.stderr) == (2, "", line)
 
 
 @pytest.fixture(scope="module")
 def processes():
-    """Makes processes that annotate, forked from one that has imported everything."""
+    """Returns a factory of annotating processes, forked from one that has imported everything."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.corpus.annotate_process"])
     return lambda out: context.Process(target=annotate_process.run, args=(dict(os.environ), out, LIMITS))
 
 
 def stored(out) -> set[str]:
-    """The calls that are on the disk."""
+    """Returns the keys of the calls on disk."""
     with contextlib.closing(sqlite3.connect(out / CALLS)) as file, contextlib.suppress(sqlite3.OperationalError):
         return {key for (key,) in file.execute("SELECT key FROM calls")}
-    return set()  # the process was killed before it had made the table
+    return set()  # the process was killed before it created the table
 
 
-def test_killed_at_ten_points_the_bytes_are_the_same_and_no_stored_call_is_paid_twice(start, tmp_path, processes):
+def test_after_ten_kills_the_bytes_are_the_same_and_no_stored_call_is_paid_twice(start, tmp_path, processes):
     clips, rng, allowed = 15, random.Random(0), [0]
 
     def held(asked, number):
-        """Answers so many requests after some time, and holds the later ones until after the kill."""
+        """Answers the allowed requests after a delay, and holds later ones until after the kill."""
         time.sleep(rng.uniform(0.01, 0.05))
         while number >= allowed[0]:
             time.sleep(0.01)
@@ -247,7 +249,7 @@ def test_killed_at_ten_points_the_bytes_are_the_same_and_no_stored_call_is_paid_
         asked = [request.key for request in server.asked[before:]]
         assert process.exitcode == -signal.SIGKILL and not (out / "annotations.jsonl").exists()
         assert not set(asked) & paid and len(set(asked)) == len(asked)
-        lost += len(set(asked) - stored(out))  # under way at the kill: nobody can know whether they were charged
+        lost += len(set(asked) - stored(out))  # in flight at the kill, so possibly charged
     allowed[0] = 10**6
     run(out)
     keys = Counter(request.key for request in server.asked)
@@ -257,7 +259,7 @@ def test_killed_at_ten_points_the_bytes_are_the_same_and_no_stored_call_is_paid_
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_stop_awaits_the_calls_under_way_and_pays_for_none_twice(start, tmp_path, processes, number):
+def test_a_stopped_run_waits_for_the_calls_in_flight_and_pays_for_none_twice(start, tmp_path, processes, number):
     server, out = start(lambda asked, n: dataclasses.replace(good(asked, n), delay=0.1)), fill(tmp_path / "out", 4)
     process = processes(out)
     process.start()
@@ -265,17 +267,17 @@ def test_a_stop_awaits_the_calls_under_way_and_pays_for_none_twice(start, tmp_pa
         time.sleep(0.005)
     os.kill(process.pid, number)
     process.join()
-    assert process.exitcode == (0 if number == signal.SIGTERM else 1)  # the front door makes 130 of the latter
+    assert process.exitcode == (0 if number == signal.SIGTERM else 1)  # the command turns the latter into 130
     assert stored(out) == {request.key for request in server.asked} and len(server.asked) < 12
     run(out)
     assert len(server.asked) == len({request.key for request in server.asked}) == 12
 
 
-def test_no_call_is_begun_after_a_stop(start, tmp_path):
+def test_no_call_starts_after_a_stop(start, tmp_path):
     server = start()
     stop = threading.Event()
     stop.set()
-    asking = endpoint.Endpoint(Calls(tmp_path), LIMITS, stop)
+    stopped = endpoint.Endpoint(Calls(tmp_path), LIMITS, stop)
     with pytest.raises(endpoint.Stopped):
-        asking.ask("summary", "key", "system", "text", list)
+        stopped.ask("summary", "key", "system", "text", list)
     assert not server.asked

@@ -1,4 +1,4 @@
-"""The automatic checks: what they let pass and what they catch."""
+"""The automatic checks pass good texts and catch bad ones."""
 
 import json
 
@@ -44,7 +44,7 @@ def test_good_texts_pass():
         ),
     ],
 )
-def test_a_poor_summary_is_told_apart(text, problem):
+def test_a_poor_summary_is_recognised(text, problem):
     problems = parse_summary(text, LABELS)[1]
     assert (problem is None and not problems) or problem in problems[0], problems
 
@@ -67,7 +67,7 @@ def test_a_poor_summary_is_told_apart(text, problem):
         ("She does not look angry.", 0),
     ],
 )
-def test_what_the_labels_deny_is_found_and_what_they_allow_is_not(text, said):
+def test_contradictions_of_the_labels_are_found_and_agreements_are_not(text, said):
     assert len(contradictions(text, WOMAN)) == said, contradictions(text, WOMAN)
 
 
@@ -88,7 +88,7 @@ def test_without_labels_nothing_is_contradicted():
         ("Isn't she wearing a hat?", "Yes, she is.", 0),
     ],
 )
-def test_a_yes_or_no_speaks_of_what_was_asked(question, answer, said):
+def test_a_yes_or_no_applies_to_the_question(question, answer, said):
     assert len(pair_contradictions(question, answer, WOMAN)) == said
 
 
@@ -124,12 +124,12 @@ def test_one_bad_pair_is_named_and_the_others_are_kept(change, problem):
         ("null", "schema: the object"),
     ],
 )
-def test_an_answer_that_is_not_the_asked_json_is_told_apart(text, problem):
+def test_an_answer_that_is_not_the_requested_json_is_recognised(text, problem):
     pairs, problems = parse_questions(text, LABELS)
     assert pairs == () and problem in problems[0]
 
 
-def test_a_feature_dictionary_is_held_to_its_schema_and_the_labels():
+def test_a_feature_dictionary_is_checked_against_its_schema_and_the_labels():
     assert "schema" in parse_features(json.dumps({**FEATURES, "name": "Bob"}), LABELS)[1][0]
     assert "schema" in parse_features(json.dumps({**FEATURES, "talking": "maybe"}), LABELS)[1][0]
     features, problems = parse_features(json.dumps({**FEATURES, "facial_hair": "full beard"}), LABELS)

@@ -1,4 +1,4 @@
-"""From raw videos to clips: what is kept, which frames of it, and what becomes of everything that cannot be used."""
+"""From raw videos to clips: the kept videos, their frames, and the reasons for the unusable ones."""
 
 import io
 import json
@@ -28,7 +28,7 @@ EXACT = {"crf": "10"}
 
 
 def build(root, out, **settings):
-    """Scan and clip; the kept rows and the reasons of the dropped, by the name of the file."""
+    """Scans and clips; returns the kept rows and the reasons of the dropped ones, by file name."""
     rows = scan([str(root)], out)
     named = {row["id"]: os.path.basename(row["path"]) for row in rows}
     kept, dropped = clip(out, Settings(**settings))
@@ -36,7 +36,7 @@ def build(root, out, **settings):
 
 
 def numbers(path, size=96):
-    """The numbers that the frames of a clip show."""
+    """Returns the numbers that the frames of a clip show."""
     with av.open(str(path)) as container:
         pictures = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
     return [read_number(cv2.resize(picture, (size, size), interpolation=cv2.INTER_AREA)) for picture in pictures]
@@ -44,7 +44,7 @@ def numbers(path, size=96):
 
 @pytest.fixture
 def face_between(monkeypatch):
-    """A detector that sees a face where the picture's number lies in a range."""
+    """Installs a detector that sees a face in pictures whose number is in a range."""
 
     def set_range(first, last):
         def detect(frame):
@@ -117,7 +117,7 @@ def test_the_best_stretch_holds_the_most_faces(found, frames, expected):
     assert best_stretch([c == "1" for c in found], 4, frames, 36, 60) == expected
 
 
-def test_a_track_follows_one_face_and_leaves_room_around_it():
+def test_a_track_follows_one_face_and_leaves_a_margin_around_it():
     def face(x, y=0.5, size=0.2):
         return [y - size / 2, y + size / 2, x - size / 2, x + size / 2]
 
@@ -142,7 +142,7 @@ def test_crop_keeps_the_part_around_the_face(tmp_path, face_between):
         assert (container.streams.video[0].width, container.streams.video[0].height) == (40, 40)
 
 
-def test_celebvhq_clips_are_kept_byte_for_byte_and_judged_only_where_asked(tmp_path):
+def test_celebvhq_clips_are_kept_byte_for_byte_and_judged_only_on_request(tmp_path):
     write(tmp_path / "raw" / "celebvhq_info.json", celebvhq_info(a=celebvhq_entry()))
     write(tmp_path / "raw" / "clips" / "a.mp4", content := shapes_video(0))
     kept, _ = build(tmp_path / "raw", tmp_path / "out")
@@ -176,8 +176,8 @@ def test_a_folder_of_frames_becomes_a_clip(tmp_path):
     assert decode(tmp_path / "out" / row["path"], frames=8, size=64).frames.std() > 10
 
 
-def test_frames_that_are_no_pictures_are_passed_over(tmp_path):
-    """Among them one whose head claims 60,000 x 60,000 pixels."""
+def test_invalid_frames_are_skipped(tmp_path):
+    """The header of one of them claims 60,000 x 60,000 pixels."""
     folder = tmp_path / "raw" / "person" / "0"
     picture = cv2.imencode(".png", np.zeros((100, 100, 3), np.uint8))[1].tobytes()
     large = picture[:16] + struct.pack(">II", 60_000, 60_000) + picture[24:29]
@@ -191,14 +191,14 @@ def test_frames_that_are_no_pictures_are_passed_over(tmp_path):
 
 
 @pytest.mark.parametrize("rotation", [90, 180, -90])
-def test_turned_videos_are_set_upright(tmp_path, rotation):
+def test_rotated_videos_become_upright(tmp_path, rotation):
     path = write(tmp_path / "turned.mp4", encode_video(3, width=120, height=96, rotation=rotation))
     frame = next(footage.frames(path)).to_ndarray(format="rgb24")
     expected = decode(path, frames=3, size=64).frames[0]
     assert np.abs(cv2.resize(frame, (64, 64), interpolation=cv2.INTER_AREA).astype(int) - expected).mean() < 12
 
 
-def test_everything_that_cannot_be_used_is_recorded_with_its_reason(tmp_path):
+def test_every_unusable_file_is_recorded_with_its_reason(tmp_path):
     raw, good = tmp_path / "raw", face_video(0)
     files = {
         "good face 🙂\n.mp4": good,
@@ -247,7 +247,7 @@ def test_a_name_that_is_not_utf8_is_recorded(tmp_path):
     assert row["status"] == "unreadable" and "UTF-8" in row["reason"] and "\\xff" in row["path"]
 
 
-def test_a_video_without_a_frame_rate_is_read_at_25(tmp_path):
+def test_a_video_without_a_frame_rate_has_25_frames_a_second(tmp_path):
     write(tmp_path / "raw" / "raw.h264", encode_video(40, container="h264"))
     (row,) = scan([str(tmp_path / "raw")], tmp_path / "out")
     assert (row["status"], row["fps"], row["frames"]) == ("ok", 25.0, 40)
@@ -291,7 +291,7 @@ def edited(out, change):
     ("change", "named"),
     [
         (lambda rows: rows[0].update(id="../up"), "no file name"),
-        (lambda rows: rows[0].update(id=rows[1]["id"]), "is there twice"),
+        (lambda rows: rows[0].update(id=rows[1]["id"]), "occurs twice"),
         (lambda rows: rows[0].update(status="fine"), "status 'fine'"),
         (lambda rows: rows[0].update(path=None), "has no path"),
         (lambda rows: rows[0].update(attributes="[1"), "attributes are not JSON"),
@@ -307,7 +307,7 @@ def edited(out, change):
         (lambda rows: __import__("pyarrow").Table.from_pylist([{"id": "a"}]), "has no column"),
     ],
 )
-def test_a_manifest_edited_into_something_else_is_refused_in_one_line(tmp_path, change, named):
+def test_an_invalid_manifest_is_refused_in_one_line(tmp_path, change, named):
     for name in ("a", "b"):
         write(tmp_path / "raw" / f"{name}.mp4", encode_video(3 if name == "a" else 4))
     scan([str(tmp_path / "raw")], tmp_path / "out")
@@ -317,7 +317,7 @@ def test_a_manifest_edited_into_something_else_is_refused_in_one_line(tmp_path, 
     assert "\n" not in str(error.value)
 
 
-def test_rows_that_a_person_took_out_or_marked_are_left_alone(tmp_path, face_between):
+def test_rows_that_a_person_removed_or_marked_stay_so(tmp_path, face_between):
     for frames, name in enumerate("abc", start=40):
         write(tmp_path / "raw" / f"{name}.mp4", encode_video(frames))
     scan([str(tmp_path / "raw")], tmp_path / "out")
@@ -337,7 +337,7 @@ def test_a_missing_video_is_dropped_with_its_reason(tmp_path):
     assert len(read_table(tmp_path / "out", DROPPED)) == 1
 
 
-def test_a_folder_that_was_named_from_elsewhere_is_found_from_here(tmp_path, monkeypatch, face_between):
+def test_a_relative_source_folder_is_found_from_another_working_directory(tmp_path, monkeypatch, face_between):
     write(tmp_path / "there" / "raw" / "a.mp4", encode_video(40))
     (tmp_path / "out").mkdir()
     monkeypatch.chdir(tmp_path / "there")
@@ -347,7 +347,7 @@ def test_a_folder_that_was_named_from_elsewhere_is_found_from_here(tmp_path, mon
     assert len(clip(tmp_path / "out", Settings())[0]) == 1
 
 
-def test_what_is_done_is_not_done_again_and_what_changed_is(tmp_path, face_between):
+def test_only_changed_videos_are_processed_again(tmp_path, face_between):
     for frames, name in enumerate("ab", start=40):
         write(tmp_path / "raw" / f"{name}.mp4", encode_video(frames, options=EXACT))
     face_between(0, 5000)
@@ -364,7 +364,10 @@ def test_what_is_done_is_not_done_again_and_what_changed_is(tmp_path, face_betwe
 
 
 def scrfd_model(path, boxes):
-    """An ONNX model with SCRFD's outputs that finds `boxes`, {stride: [(cell, anchor, score, distances)]}, anywhere."""
+    """Writes an ONNX model with SCRFD's outputs that always finds `boxes`.
+
+    `boxes` is {stride: [(cell, anchor, score, distances)]}.
+    """
     nodes, outputs = [], []
     for kind, width in (("score", 1), ("bbox", 4), ("kps", 10)):
         for stride in (8, 16, 32):
@@ -395,7 +398,7 @@ def test_scrfd_decodes_anchors_of_all_strides_and_merges_overlaps(tmp_path):
     assert boxes == pytest.approx(np.array([large, small]))
 
 
-def test_a_detector_that_cannot_be_made_ends_the_run(tmp_path):
+def test_a_detector_that_cannot_be_loaded_ends_the_run(tmp_path):
     write(tmp_path / "raw" / "a.mp4", encode_video(40))
     scan([str(tmp_path / "raw")], tmp_path / "out")
     for model, named in (("nowhere.onnx", "no such file"), (str(tmp_path / "raw" / "a.mp4"), "not an ONNX model")):

@@ -1,4 +1,4 @@
-"""From clips and their texts to the data set of every stage, its statistics, and a trained stage 3."""
+"""Packing clips and their texts: the data set of every stage, its statistics, and a trained stage 3."""
 
 import json
 import shutil
@@ -25,7 +25,7 @@ from tests.corpus.corpus_files import annotate, celebvhq_entry, celebvhq_info, f
 
 @pytest.fixture(scope="module")
 def clipped(tmp_path_factory):
-    """A corpus folder with six clips of CelebV-HQ of three source videos, one without an action, and three others."""
+    """A corpus folder with six CelebV-HQ clips of three source videos, one without an action, and three other clips."""
     folder = tmp_path_factory.mktemp("clipped")
     still = {**celebvhq_entry()["attributes"], "action": [0] * 35}
     entries = {f"v{i // 2}_{i}": celebvhq_entry(ytb_id=f"v{i // 2}") for i in range(6)}
@@ -44,7 +44,7 @@ def clipped(tmp_path_factory):
 
 
 def copied(clipped, out):
-    """A corpus folder of one's own that is not packed yet."""
+    """A copy of a corpus folder, not packed yet."""
     return Path(shutil.copytree(clipped, out, ignore=shutil.ignore_patterns("packed", ".packed.part")))
 
 
@@ -60,7 +60,7 @@ def packed(clipped):
     return clipped
 
 
-def test_each_stage_reads_its_clips_and_nobody_reads_held_out_ones(packed):
+def test_each_stage_reads_its_clips_and_none_reads_held_out_ones(packed):
     parts = {
         name: records(packed, name) for name in ("train", "stage1", "stage2", "stage3", "rl", "coldstart", "heldout")
     }
@@ -129,13 +129,13 @@ def test_a_group_stays_on_its_side_as_the_corpus_grows():
     assert not heldout_groups(groups, 0)
 
 
-def test_labels_are_named_in_the_vocabulary_s_order():
+def test_labels_are_listed_in_the_order_of_the_vocabulary():
     timed = [{"emotion": "fear", "start_sec": 0, "end_sec": 1}, {"emotion": "happy", "start_sec": 1, "end_sec": 2}]
     assert label_names({"action": ["talk", "waltz"], "emotion": timed}) == ["talk", "happy", "fear"]
     assert label_names({}) == []
 
 
-def test_statistics_count_what_a_hand_counts():
+def test_statistics_equal_a_count_by_hand():
     def record(name, source, part, summary, labels, answers):
         questions = [{"question": "?", "answer": answer, "kind": "k"} for answer in answers]
         row = {"id": name, "source": source, "part": part, "group": name, "summary": summary, "labels": labels}
@@ -157,14 +157,14 @@ def test_statistics_count_what_a_hand_counts():
     assert figures["all"]["hours"] == 1.0006 and figures["all"]["summary_tokens"] == 5.0
 
 
-def test_a_label_is_told_by_its_words_in_any_form():
-    told = statistics.labels_told
-    assert told("Her eyes close, then she smiles.", ["close_eyes", "smile"]) == 2
-    assert told("He wears eyeglasses.", ["eyeglasses", "sunglasses"]) == 1
-    assert told("Blonde curls.", ["blonde_hair"]) == 0
+def test_a_summary_names_a_label_by_its_words_in_any_form():
+    named = statistics.labels_named
+    assert named("Her eyes close, then she smiles.", ["close_eyes", "smile"]) == 2
+    assert named("He wears eyeglasses.", ["eyeglasses", "sunglasses"]) == 1
+    assert named("Blonde curls.", ["blonde_hair"]) == 0
 
 
-def test_what_is_missing_is_named(tmp_path):
+def test_a_missing_file_or_option_is_named(tmp_path):
     with pytest.raises(UserError, match="kept.parquet is missing"):
         pack(tmp_path)
     with pytest.raises(UserError, match="records.jsonl is missing.*pack"):
@@ -173,7 +173,7 @@ def test_what_is_missing_is_named(tmp_path):
         prepare("corpus", None, str(tmp_path / "packed"))
 
 
-def test_a_clip_that_changed_since_is_refused(clipped, tmp_path):
+def test_a_clip_that_changed_after_clipping_is_refused(clipped, tmp_path):
     out = copied(clipped, tmp_path / "out")
     write(out / "kept" / "v0_0.mp4", b"another")
     with pytest.raises(UserError, match="v0_0.mp4 has changed since clip wrote it: run clip and pack again$"):

@@ -1,4 +1,4 @@
-"""Steps as pipelines: killed, on a full disk, and on several processes they leave what an undisturbed run leaves."""
+"""Steps as pipelines give the same files after a kill, after a full disk, and in several processes."""
 
 import json
 import os
@@ -24,7 +24,7 @@ SETTINGS = ["--shortest=12", "--longest=16", "--every=8"]
 
 @pytest.fixture(scope="module")
 def raw(tmp_path_factory):
-    """Twelve faces and two clips without one."""
+    """Twelve videos with a face and two without."""
     folder = tmp_path_factory.mktemp("raw")
     for index in range(12):
         write(folder / f"face{index}.mp4", face_video(index, frames=16))
@@ -34,18 +34,18 @@ def raw(tmp_path_factory):
 
 
 def run_all(raw, out, runner=lambda name, *arguments: finish(command(name, *arguments))):
-    """Scan, clip and pack by `runner`; the files that they leave."""
+    """Scans, clips and packs with `runner`; returns the resulting files."""
     assert runner("scan", out, f"--source=folder:{raw}")[0] == 0
     code, errors = runner("clip", out, *SETTINGS)
     assert code == 0, errors
     annotate(out, [row["id"] for row in read_table(out, KEPT)])
     code, errors = runner("pack", out)
     assert code == 0, errors
-    return left(out)
+    return outputs(out)
 
 
-def left(out):
-    """Hashes of all files, and the packed records in their order, whose fields TFDS serialises in any order."""
+def outputs(out):
+    """Returns hashes of all files, and the packed records in order, since TFDS serialises their fields in any order."""
     files = {path: digest for path, digest in contents(out).items() if ".array_record-" not in path}
     sources = {split: open_dataset("corpus", str(out / "packed"), split) for split in ("train_other", "heldout")}
     records = {split: [repr(source[i]) for i in range(len(source))] for split, source in sources.items()}
@@ -55,17 +55,17 @@ def left(out):
 
 @pytest.fixture(scope="module")
 def undisturbed(raw, tmp_path_factory):
-    """What an undisturbed run leaves."""
+    """The files of an undisturbed run."""
     return run_all(raw, tmp_path_factory.mktemp("undisturbed"))
 
 
 def progress(out, name):
-    """What a step has left so far: a result a video, or the files of the packed data set."""
+    """Returns the files of a step so far: one result per video, or the files of the packed data set."""
     return list((out / ".packed.part").rglob("*") if name == "pack" else (out / "work" / name).rglob("*.json"))
 
 
 def kill_and_restart(raw, out, undisturbed, kills, seed):
-    """Every step is killed at random moments, then run to its end."""
+    """Kills every step at random moments, then runs it to its end."""
     rng, left = random.Random(seed), {"scan": kills[0], "clip": kills[1], "pack": kills[2]}
 
     def runner(name, *arguments):
@@ -83,31 +83,31 @@ def kill_and_restart(raw, out, undisturbed, kills, seed):
 
 
 @pytest.mark.timeout(900)
-def test_killed_steps_go_on_and_leave_the_same_bytes(raw, undisturbed, tmp_path):
+def test_killed_steps_resume_and_give_the_same_bytes(raw, undisturbed, tmp_path):
     kill_and_restart(raw, tmp_path / "out", undisturbed, (1, 1, 1), seed=0)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-def test_ten_kills_leave_the_same_bytes(raw, undisturbed, tmp_path):
+def test_ten_kills_give_the_same_bytes(raw, undisturbed, tmp_path):
     kill_and_restart(raw, tmp_path / "out", undisturbed, (2, 5, 3), seed=1)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_several_processes_leave_the_same_bytes(raw, undisturbed, tmp_path):
+def test_several_processes_give_the_same_bytes(raw, undisturbed, tmp_path):
     beam = ["--beam=direct_num_workers=2", "--beam=direct_running_mode=multi_processing"]
     assert run_all(raw, tmp_path / "out", lambda *given: finish(command(*given, *beam))) == undisturbed
 
 
 def half(item):
-    """Work of the tests: it leaves half of its item."""
+    """The work of the tests: halves its item."""
     if item < 0:
         raise UserError(f"{item} is negative: give another")
     return {"half": item / 2}
 
 
-def test_results_follow_their_items_and_are_made_once(tmp_path):
+def test_results_are_in_the_order_of_the_items_and_are_made_once(tmp_path):
     items = [(f"n{number}", number, number) for number in (6, 2, 4)]
     expected = [{"half": 3.0}, {"half": 1.0}, {"half": 2.0}]
     assert pipelines.run("step", half, items, tmp_path) == expected
@@ -128,13 +128,13 @@ def test_a_damaged_result_is_made_again(tmp_path):
     assert pipelines.run("step", half, [("a", 2, 2)], tmp_path) == [{"half": 1.0}]
 
 
-def test_what_ends_the_run_is_told_in_one_line_and_the_rest_is_kept(tmp_path):
+def test_an_error_ends_the_run_in_one_line_and_finished_results_are_kept(tmp_path):
     with pytest.raises(UserError, match="^-1 is negative: give another$"):
         pipelines.run("step", half, [("a", 2, 2), ("b", -1, -1)], tmp_path)
     assert pipelines.run("step", half, [("a", 2, 2)], tmp_path) == [{"half": 1.0}]
 
 
-def test_a_full_disk_ends_a_step_in_one_line_and_it_goes_on_when_there_is_room(raw, small_disk):
+def test_a_full_disk_ends_a_step_in_one_line_and_it_resumes_with_free_space(raw, small_disk):
     out = small_disk / "out"
     assert finish(command("scan", out, f"--source=folder:{raw}"))[0] == 0
     ballast = fill(small_disk)
@@ -148,7 +148,7 @@ def test_a_full_disk_ends_a_step_in_one_line_and_it_goes_on_when_there_is_room(r
     assert kept and all(json.dumps(row) and (out / row["path"]).stat().st_size for row in kept)
 
 
-def test_a_disk_that_fills_up_while_it_packs_leaves_the_older_corpus(raw, small_disk):
+def test_a_disk_that_fills_up_during_packing_leaves_the_older_corpus(raw, small_disk):
     out = small_disk / "out"
     for name, *arguments in (("scan", f"--source=folder:{raw}"), ("clip", *SETTINGS)):
         assert finish(command(name, out, *arguments))[0] == 0

@@ -1,4 +1,4 @@
-"""The review page: over HTTP what it refuses, and in a real browser what a reviewer does."""
+"""The review page: its refusals over HTTP, and a reviewer's work in a real browser."""
 
 import http.client
 import json
@@ -61,7 +61,7 @@ def ask(server, method="GET", path="/", body=None, **headers) -> tuple[int, byte
 
 
 def post(server, **change) -> tuple[int, dict]:
-    """Sends a verdict as the page does, with some of it changed."""
+    """Sends a verdict as the page does, with some fields changed."""
     one = annotation("clip000")
     verdict = {
         "id": one.id,
@@ -82,7 +82,7 @@ def test_a_verdict_is_on_the_disk_before_it_is_answered(server, out):
     review = json.loads((out / "reviews.jsonl").read_text())
     one = annotation("clip000")
     assert set(review) == {"id", "reviewer", "verdict", "summary", "questions", "time", "text"}
-    assert review["summary"] == one.summary and review["text"] == one.text()  # the words judged, not those sent
+    assert review["summary"] == one.summary and review["text"] == one.text()  # the judged text, not the sent one
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}\+00:00", review["time"])
 
 
@@ -93,7 +93,7 @@ def test_a_verdict_is_on_the_disk_before_it_is_answered(server, out):
         ({"verdict": "maybe"}, 400, "no such verdict"),
         ({"reviewer": "  "}, 400, "name has 1 to 40"),
         ({"reviewer": "a\nb"}, 400, "name has 1 to 40"),
-        ({"text": "0"}, 409, "written anew: reload"),
+        ({"text": "0"}, 409, "rewritten: reload"),
         ({"questions": [{"question": 1}]}, 400, "not a verdict"),
         ({"questions": "x"}, 400, "not a verdict"),
         ({"verdict": "edit", "summary": " "}, 400, "summary is empty"),
@@ -102,7 +102,7 @@ def test_a_verdict_is_on_the_disk_before_it_is_answered(server, out):
         ({"summary": "x" * LARGEST_REQUEST}, 413, "too long"),
     ],
 )
-def test_what_is_no_verdict_is_refused_in_one_line_and_not_kept(server, out, change, status, line):
+def test_an_invalid_verdict_is_refused_in_one_line_and_not_stored(server, out, change, status, line):
     found, answer = post(server, **change)
     assert found == status and line in answer["error"]
     assert not (out / "reviews.jsonl").exists()
@@ -124,7 +124,7 @@ def test_verdicts_of_other_sites_are_refused(server, out, headers):
     assert not (out / "reviews.jsonl").exists()
 
 
-def test_another_name_that_points_here_sees_nothing(server):
+def test_requests_under_another_host_name_are_refused(server):
     for path in ("/", "/clips?reviewer=ada", "/videos/clip000"):
         assert ask(server, path=path, Host=f"evil.example:{server.server_port}")[0] == 403
         assert ask(server, path=path, Host=f"localhost:{server.server_port}")[0] == 200
@@ -137,11 +137,11 @@ def test_only_this_machine_can_reach_the_page(server):
 @pytest.mark.parametrize(
     "path", ["/kept.parquet", "/../kept.parquet", "/videos/../kept.parquet", "/videos/..%2fkept.parquet"]
 )
-def test_no_other_file_of_the_folder_is_given_out(server, path):
+def test_no_other_file_of_the_folder_is_served(server, path):
     assert ask(server, path=path)[0] == 404
 
 
-def test_a_request_that_is_no_http_or_promises_no_length_is_refused(server):
+def test_a_verdict_without_a_length_is_refused(server):
     origin = {"Origin": f"http://127.0.0.1:{server.server_port}", "Content-Type": "application/json"}
     connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=20)
     connection.putrequest("POST", "/reviews")
@@ -151,16 +151,16 @@ def test_a_request_that_is_no_http_or_promises_no_length_is_refused(server):
     assert connection.getresponse().status == 411
 
 
-def test_a_part_of_a_clip_can_be_asked_for(server, out):
-    whole = (out / "kept/clip000.mp4").read_bytes()
-    assert ask(server, path="/videos/clip000")[1] == whole
-    for asked, part in {"bytes=2-5": whole[2:6], "bytes=10-": whole[10:], "bytes=-7": whole[-7:]}.items():
+def test_a_browser_can_request_a_part_of_a_clip(server, out):
+    content = (out / "kept/clip000.mp4").read_bytes()
+    assert ask(server, path="/videos/clip000")[1] == content
+    for asked, part in {"bytes=2-5": content[2:6], "bytes=10-": content[10:], "bytes=-7": content[-7:]}.items():
         status, body, headers = ask(server, path="/videos/clip000", Range=asked)
-        assert (status, body) == (206, part) and headers["Content-Range"].endswith(f"/{len(whole)}")
-    assert ask(server, path="/videos/clip000", Range=f"bytes={len(whole)}-")[0] == 416
+        assert (status, body) == (206, part) and headers["Content-Range"].endswith(f"/{len(content)}")
+    assert ask(server, path="/videos/clip000", Range=f"bytes={len(content)}-")[0] == 416
 
 
-def test_a_full_disk_is_told_and_what_was_kept_stays(server, out, monkeypatch):
+def test_a_full_disk_is_reported_and_stored_verdicts_stay(server, out, monkeypatch):
     assert post(server)[0] == 200
     kept = (out / "reviews.jsonl").read_bytes()
 
@@ -175,7 +175,7 @@ def test_a_full_disk_is_told_and_what_was_kept_stays(server, out, monkeypatch):
     assert post(server, reviewer="bob")[0] == 200 and len(Reviews(out).of(annotation("clip000"))) == 2
 
 
-def test_several_reviewers_at_once_lose_no_verdict(server, out):
+def test_concurrent_reviewers_lose_no_verdict(server, out):
     texts = [annotation(f"clip{n:03d}") for n in range(CLIPS)]
 
     def judge_all(name: str) -> None:
@@ -191,17 +191,17 @@ def test_several_reviewers_at_once_lose_no_verdict(server, out):
     assert all(len(Reviews(out).of(text)) == 3 for text in texts)
 
 
-def test_a_folder_without_texts_says_what_to_run(tmp_path):
+def test_a_folder_without_texts_is_refused_with_the_command_to_run(tmp_path):
     with pytest.raises(UserError, match="run annotate"):
         Desk(fill(tmp_path / "out", 1))
 
 
-def test_a_clip_whose_labels_cannot_be_read_is_shown_with_the_reason(out):
+def test_a_clip_with_invalid_labels_is_shown_with_the_reason(out):
     write_table(out, KEPT, [row("clip000", attributes='{"action": ["fly"]}')])
     assert "'fly' is no action" in Desk(out).clip("clip000", "ada")["problems"][0]
 
 
-def test_the_command_prints_its_address_and_at_its_end_the_agreement(out):
+def test_the_command_prints_its_address_and_finally_the_agreement(out):
     for name, said in (("ada", "accept"), ("bob", "accept")):
         Desk(out).judge(
             {
@@ -224,7 +224,7 @@ def test_the_command_prints_its_address_and_at_its_end_the_agreement(out):
 
 @pytest.fixture(scope="module")
 def browser():
-    """Debian's Chromium, driven without a window."""
+    """Debian's Chromium, without a window."""
     if CHROMIUM is None:
         pytest.skip("no Chromium here: apt-get install chromium")
     from playwright.sync_api import sync_playwright
@@ -236,7 +236,7 @@ def browser():
 
 
 class Reviewer:
-    """Somebody at the page, under a name, with a browser profile of their own."""
+    """A reviewer at the page, with a name and a separate browser profile."""
 
     def __init__(self, browser, server, name: str):
         self.page = browser.new_context().new_page()
@@ -254,7 +254,7 @@ class Reviewer:
             self.page.keyboard.press(key)
 
     def sees(self, place: str, text: str) -> None:
-        """Waits until the text is there."""
+        """Waits until an element has this text."""
         self.page.wait_for_function(
             "([place, text]) => document.querySelector(place).textContent === text", arg=[place, text]
         )
@@ -266,7 +266,7 @@ def verdicts(out, reviewer: str) -> dict[str, str]:
     return {name: review.verdict for name, review in found.items() if review}
 
 
-def test_a_reviewer_judges_by_the_keyboard_and_every_verdict_is_kept_at_once(browser, server, out):
+def test_a_reviewer_judges_by_the_keyboard_and_every_verdict_is_stored_immediately(browser, server, out):
     ada = Reviewer(browser, server, "ada")
     for key, said, following in (
         ("a", "accept", "clip001"),
@@ -278,7 +278,7 @@ def test_a_reviewer_judges_by_the_keyboard_and_every_verdict_is_kept_at_once(bro
         ada.sees("#name", following)
         assert verdicts(out, "ada")[before] == said
     ada.sees("#count", "3 of 5 judged")
-    ada.press("ArrowLeft")  # among those that are left
+    ada.press("ArrowLeft")  # moves among the clips left
     ada.sees("#name", "clip004")
     ada.press("ArrowRight")
     ada.sees("#name", "clip003")
@@ -288,11 +288,11 @@ def test_a_reviewer_judges_by_the_keyboard_and_every_verdict_is_kept_at_once(bro
     ada.press("a")
     ada.page.wait_for_selector("#empty:not([hidden])")
     assert len(verdicts(out, "ada")) == CLIPS and ada.errors == []
-    ada.page.reload()  # the verdicts are the server's
+    ada.page.reload()  # the server has the verdicts
     ada.sees("#count", "5 of 5 judged")
 
 
-def test_an_edit_is_saved_with_its_words_and_escape_leaves_the_text_alone(browser, server, out):
+def test_an_edit_is_saved_and_escape_discards_it(browser, server, out):
     ada = Reviewer(browser, server, "ada")
     ada.press("e")
     ada.page.fill("#summary", "Not to be kept.")
@@ -300,7 +300,7 @@ def test_an_edit_is_saved_with_its_words_and_escape_leaves_the_text_alone(browse
     assert ada.page.input_value("#summary") == annotation("clip000").summary
     ada.press("e")
     ada.page.keyboard.press("End")
-    ada.page.keyboard.type(" are here")  # letters that are keys elsewhere
+    ada.page.keyboard.type(" are here")  # letters that are shortcuts outside an edit
     ada.page.fill("[aria-label='answer 1']", "A man.")
     ada.page.click("#questions li:nth-child(2) .remove")
     ada.press("Control+Enter")
@@ -314,7 +314,7 @@ def test_an_edit_is_saved_with_its_words_and_escape_leaves_the_text_alone(browse
     ada.sees("#verdict", "edited")
 
 
-def test_clip_labels_and_text_stand_side_by_side_and_text_is_never_taken_for_html(browser, server):
+def test_clip_labels_and_text_are_side_by_side_and_text_is_never_read_as_html(browser, server):
     ada = Reviewer(browser, server, "ada")
     assert ada.page.locator("main b, main i").count() == 0
     assert ada.page.input_value("[aria-label='answer 1']") == "A <b>young</b> man."
@@ -327,7 +327,7 @@ def test_clip_labels_and_text_stand_side_by_side_and_text_is_never_taken_for_htm
     assert ada.errors == []
 
 
-def test_space_and_the_dot_steer_the_clip(browser, server):
+def test_space_pauses_the_clip_and_the_dot_steps_one_frame(browser, server):
     ada = Reviewer(browser, server, "ada")
     ada.page.wait_for_function(
         "() => document.querySelector('video').readyState >= 2 && !document.querySelector('video').paused"
@@ -339,7 +339,7 @@ def test_space_and_the_dot_steer_the_clip(browser, server):
     assert ada.page.evaluate("document.querySelector('video').currentTime") == pytest.approx(before + 0.04, abs=0.01)
 
 
-def test_two_reviewers_see_their_own_verdicts_and_how_far_they_agree(browser, server):
+def test_two_reviewers_see_their_own_verdicts_and_their_agreement(browser, server):
     ada, bob = Reviewer(browser, server, "ada"), Reviewer(browser, server, "bob")
     for person, keys in ((ada, "aar"), (bob, "arr")):
         for number, key in enumerate(keys, start=1):
@@ -352,7 +352,7 @@ def test_two_reviewers_see_their_own_verdicts_and_how_far_they_agree(browser, se
     assert ada.errors == bob.errors == []
 
 
-def test_a_verdict_that_cannot_be_saved_is_told_and_the_page_stays(browser, server, out, monkeypatch):
+def test_a_verdict_that_cannot_be_saved_is_reported_and_the_page_stays(browser, server, out, monkeypatch):
     ada = Reviewer(browser, server, "ada")
 
     def full(_):

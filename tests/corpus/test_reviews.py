@@ -1,4 +1,4 @@
-"""Verdicts: kept at once, counted for the text that was judged, and compared between reviewers."""
+"""Verdicts are stored immediately, count for the judged text, and are compared between reviewers."""
 
 import dataclasses
 
@@ -35,7 +35,7 @@ def test_a_verdict_on_an_earlier_text_does_not_count_for_a_later_one(tmp_path):
     assert reviews.of(later) == {} and reviews.refused("a") == ("A face is seen.",)
 
 
-def test_two_who_want_another_text_want_one_other_text(tmp_path):
+def test_two_requests_to_rewrite_a_text_count_once(tmp_path):
     reviews = Reviews(tmp_path)
     reviews.add(verdict("ada", "regenerate"))
     reviews.add(verdict("bob", "regenerate"))
@@ -45,7 +45,7 @@ def test_two_who_want_another_text_want_one_other_text(tmp_path):
     assert reviews.refused("a") == ()
 
 
-def test_a_line_that_was_cut_short_by_a_kill_is_written_over(tmp_path):
+def test_a_line_that_a_kill_cut_short_is_overwritten(tmp_path):
     Reviews(tmp_path).add(verdict("ada", "accept"))
     with (tmp_path / "reviews.jsonl").open("a") as file:
         file.write('{"id": "a", "rev')
@@ -56,7 +56,7 @@ def test_a_line_that_was_cut_short_by_a_kill_is_written_over(tmp_path):
 
 
 @pytest.mark.parametrize("line", ["{}", "[]", "x", '{"id": "a"}'])
-def test_a_line_that_is_no_review_is_named(tmp_path, line):
+def test_an_invalid_line_is_named(tmp_path, line):
     (tmp_path / "reviews.jsonl").write_text(f"{line}\n")
     with pytest.raises(UserError, match="reviews.jsonl, line 1"):
         Reviews(tmp_path)
@@ -72,20 +72,20 @@ def test_a_line_that_is_no_review_is_named(tmp_path, line):
         ([("ada", "edit", "Hers."), ("bob", "accept", "")], "Hers."),
     ],
 )
-def test_what_training_may_use_follows_from_the_verdicts(verdicts, taken):
+def test_the_verdicts_decide_the_text_for_training(verdicts, taken):
     given = {name: verdict(name, said, summary=text or TEXT.summary) for name, said, text in verdicts}
     found = final_text(TEXT, given)
     assert found == (None if taken is None else (taken, (PAIR,)))
 
 
-def test_a_text_with_problems_is_used_only_where_a_person_accepted_or_mended_it():
+def test_a_text_with_problems_is_used_only_if_a_person_accepted_or_edited_it():
     doubtful = dataclasses.replace(TEXT, problems=("it says beard",))
     assert final_text(doubtful, {}) is None
     assert final_text(doubtful, {"ada": verdict("ada", "accept")}) == (TEXT.summary, TEXT.questions)
 
 
-def test_cohens_kappa_is_what_one_computes_by_hand():
-    # Cohen's example by its table: 20 both yes, 15 both no, 5 and 10 apart; p_o = 0.7, p_e = 0.5.
+def test_cohens_kappa_equals_a_calculation_by_hand():
+    # Cohen's example by its table: 20 both yes, 15 both no, 5 and 10 different; p_o = 0.7, p_e = 0.5.
     table = {("accept", "accept"): 20, ("accept", "reject"): 5, ("reject", "accept"): 10, ("reject", "reject"): 15}
     pairs = [pair for pair, count in table.items() for _ in range(count)]
     assert cohens_kappa(pairs) == pytest.approx(0.4)
@@ -94,7 +94,7 @@ def test_cohens_kappa_is_what_one_computes_by_hand():
     assert cohens_kappa([("accept", "accept")] * 3) is None
 
 
-def test_agreement_is_of_every_pair_of_reviewers_on_the_clips_that_both_judged(tmp_path):
+def test_agreement_covers_every_pair_of_reviewers_on_the_clips_that_both_judged(tmp_path):
     texts = [dataclasses.replace(TEXT, id=str(n), summary=f"Text {n}.") for n in range(4)]
     reviews = Reviews(tmp_path)
     for text, said in zip(texts, ("accept", "accept", "reject", "reject"), strict=True):

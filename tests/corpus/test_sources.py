@@ -1,4 +1,4 @@
-"""Every published layout in miniature: which videos are found, to whom they belong, and what is known of them."""
+"""Every published layout in miniature: its videos, their groups and their labels."""
 
 import dataclasses
 
@@ -17,10 +17,10 @@ def found(root):
 
 def test_celebvhq_clips_are_named_by_their_ids_and_grouped_by_source_video(tmp_path):
     segments = [{"emotion": "Fear", "start_sec": 0, "end_sec": 1}]
-    told = celebvhq_entry(
+    timed = celebvhq_entry(
         attributes={**celebvhq_entry()["attributes"], "emotion": {"sep_flag": True, "labels": segments}}
     )
-    write(tmp_path / "celebvhq_info.json", celebvhq_info(video_0=celebvhq_entry(), video_1=told))
+    write(tmp_path / "celebvhq_info.json", celebvhq_info(video_0=celebvhq_entry(), video_1=timed))
     for name in ("video_0", "video_1"):
         write(tmp_path / "35666" / f"{name}.mp4", b"x")
     videos = found(tmp_path)
@@ -31,9 +31,9 @@ def test_celebvhq_clips_are_named_by_their_ids_and_grouped_by_source_video(tmp_p
     assert videos["video_0"].end is None and not videos["video_0"].box
 
 
-def test_celebvhq_clips_are_cut_from_full_videos_where_only_those_are_there(tmp_path):
-    whole = celebvhq_entry(bbox={"top": 0, "bottom": 1, "left": 0, "right": 1})
-    write(tmp_path / "celebvhq_info.json", celebvhq_info(video_0=celebvhq_entry(), video_1=whole))
+def test_celebvhq_clips_are_cut_from_full_videos_if_only_those_exist(tmp_path):
+    uncropped = celebvhq_entry(bbox={"top": 0, "bottom": 1, "left": 0, "right": 1})
+    write(tmp_path / "celebvhq_info.json", celebvhq_info(video_0=celebvhq_entry(), video_1=uncropped))
     full = write(tmp_path / "raw" / "video.mp4", b"x")
     videos = found(tmp_path)
     assert (videos["video_0"].path, videos["video_0"].start, videos["video_0"].end) == (full, 0.5, 1.5)
@@ -50,7 +50,7 @@ def test_celebvhq_clips_are_cut_from_full_videos_where_only_those_are_there(tmp_
         ({"ytb_id": "elsewhere"}, "no video named odd"),
     ],
 )
-def test_a_celebvhq_entry_that_does_not_fit_is_recorded_and_the_others_are_found(tmp_path, changes, reason):
+def test_an_invalid_celebvhq_entry_is_recorded_and_the_others_are_found(tmp_path, changes, reason):
     write(tmp_path / "celebvhq_info.json", celebvhq_info(odd=celebvhq_entry(**changes), good=celebvhq_entry()))
     write(tmp_path / "video.mp4", b"x")
     videos = found(tmp_path)
@@ -67,13 +67,13 @@ def test_a_name_that_no_file_can_have_is_recorded(tmp_path, name):
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "[" * 100_000, '{"clips": {}}'], ids=lambda text: text[:15])
-def test_what_is_no_annotation_file_is_named(tmp_path, text):
+def test_an_invalid_annotation_file_is_named(tmp_path, text):
     write(tmp_path / "celebvhq_info.json", text)
     with pytest.raises(UserError, match=r"celebvhq_info.json: .*; download it again$"):
         found(tmp_path)
 
 
-def test_hmdb51_names_the_action_and_the_video_that_clips_were_cut_from(tmp_path):
+def test_hmdb51_clips_have_an_action_and_the_video_that_they_were_cut_from(tmp_path):
     for action, name in (
         ("smile", "Show_smile_h_cm_np1_fr_goo_0"),
         ("smile", "Show_smile_h_cm_np1_fr_goo_1"),
@@ -89,7 +89,7 @@ def test_hmdb51_names_the_action_and_the_video_that_clips_were_cut_from(tmp_path
     assert len({video.id for video in videos}) == 3
 
 
-def test_youtube_faces_is_a_folder_of_frames_a_video_grouped_by_person(tmp_path):
+def test_youtube_faces_has_a_folder_of_frames_per_video_grouped_by_person(tmp_path):
     for person, video in (("Ann_Lee", "0"), ("Ann_Lee", "3"), ("Bo", "1")):
         write(tmp_path / "frame_images_DB" / person / video / f"{video}.117.jpg", b"x")
     write(tmp_path / "frame_images_DB" / "Bo.labeled_faces.txt", b"x")
@@ -99,7 +99,7 @@ def test_youtube_faces_is_a_folder_of_frames_a_video_grouped_by_person(tmp_path)
         ("youtube_faces", "Ann_Lee", "3"),
         ("youtube_faces", "Bo", "1"),
     ]
-    inside = sources.find(str(tmp_path / "frame_images_DB"))  # told by the names of the frames
+    inside = sources.find(str(tmp_path / "frame_images_DB"))  # recognised by the names of the frames
     assert {dataclasses.replace(v, path=videos[0].path) for v in inside} == {
         dataclasses.replace(v, path=videos[0].path) for v in videos
     }
@@ -131,7 +131,7 @@ def test_faceforensics_joins_all_videos_that_share_a_face(tmp_path):
 
 
 @pytest.mark.parametrize("top", ["", "2_ClipsforFaceCrop"])
-def test_ferv39k_names_the_emotion_of_videos_and_of_folders_of_frames(tmp_path, top):
+def test_ferv39k_labels_the_emotion_of_videos_and_of_folders_of_frames(tmp_path, top):
     write(tmp_path / top / "Action" / "Happy" / "0267.mp4", b"x")
     write(tmp_path / top / "Crisis" / "Sad" / "0012" / "0001.jpg", b"x")
     videos = sources.find(str(tmp_path))
@@ -153,7 +153,7 @@ def test_names_of_a_plain_folder_become_safe_and_distinct_ids(tmp_path):
     assert all(set(name) <= set("abcdefghijklmnopqrstuvwxyz0123456789_-") and len(name) < 120 for name in ids)
 
 
-def test_a_layout_can_be_told(tmp_path):
+def test_a_layout_can_be_named(tmp_path):
     write(tmp_path / "celebvhq_info.json", "{}")
     write(tmp_path / "a.mp4", b"x")
     assert {video.source for video in sources.find(f"folder:{tmp_path}")} == {"folder"}
@@ -161,8 +161,12 @@ def test_a_layout_can_be_told(tmp_path):
 
 @pytest.mark.parametrize(
     ("given", "named"),
-    [("nowhere", "is no folder"), ("hmdb51:{root}", "laid out as hmdb51"), ("celebvhq:{root}", "celebvhq_info.json")],
+    [
+        ("nowhere", "is no folder"),
+        ("hmdb51:{root}", "has the layout hmdb51"),
+        ("celebvhq:{root}", "celebvhq_info.json"),
+    ],
 )
-def test_a_source_that_is_not_there_is_named(tmp_path, given, named):
+def test_a_missing_source_is_named(tmp_path, given, named):
     with pytest.raises(UserError, match=named):
         sources.find(given.format(root=tmp_path))

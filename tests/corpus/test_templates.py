@@ -1,4 +1,4 @@
-"""The offline back end: it says what the labels say, in words that differ from clip to clip."""
+"""The offline back end states the labels, in words that differ from clip to clip."""
 
 import itertools
 from pathlib import Path
@@ -17,7 +17,7 @@ def clip(labels, digest="0") -> Clip:
     return Clip("clip", Path("clip.mp4"), {group: tuple(names) for group, names in labels.items()}, 40, digest)
 
 
-def test_every_label_is_said_and_nothing_else():
+def test_a_text_states_every_label_and_nothing_else():
     annotation = TemplateWriter().write(clip(LABELS))
     for word in ("young man", "brown hair", "eyeglasses", "no beard", "talking", "nodding", "happy"):
         assert word in annotation.summary
@@ -29,7 +29,7 @@ def test_every_label_is_said_and_nothing_else():
 @pytest.mark.parametrize(
     "labels", [{**LABELS, "appearance": [name]} for name in vocabulary.APPEARANCE], ids=vocabulary.APPEARANCE
 )
-def test_no_text_of_any_label_of_appearance_fails_the_checks(labels):
+def test_the_text_of_every_appearance_label_passes_the_checks(labels):
     annotation = TemplateWriter().write(clip(labels))
     assert contradictions(annotation.summary, labels) == []
     assert [check_pair(pair, labels) for pair in annotation.questions] == [[]] * len(annotation.questions)
@@ -43,7 +43,7 @@ def test_clips_of_sources_with_one_kind_of_label_get_a_text_too(group):
         assert word in annotation.summary and word in annotation.questions[0].answer
 
 
-def test_words_differ_between_clips_and_between_tries_and_are_the_same_in_every_run():
+def test_words_differ_between_clips_and_attempts_and_are_the_same_in_every_run():
     texts = [TemplateWriter().write(clip(LABELS, str(n))).line() for n in range(20)]
     assert texts == [TemplateWriter().write(clip(LABELS, str(n))).line() for n in range(20)]
     assert len({line.split('"summary"')[1] for line in texts}) > 10

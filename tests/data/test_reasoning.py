@@ -52,3 +52,25 @@ def test_a_single_word_of_attributes_is_told_whole():
 )
 def test_only_faces_with_all_three_targets_can_be_told(of, told):
     assert reasoning.can_be_told(record(**of)) is told
+
+
+@pytest.mark.parametrize(
+    ("response", "answer"),
+    [
+        ("<think>black</think> <answer> happy </answer>", "happy"),
+        ("<think>black</think> <answer>happy and cut", "happy and cut"),
+        ("<think>black</think> <answer>\nhappy\n and sad</answer> so", "happy\n and sad"),
+        (" happy ", "happy"),
+        ("<answer></answer>", ""),
+        ("", ""),
+        ("happy</answer>", "happy"),
+        # A thought that quotes an answer, a second thought, capitals: models that were not trained here write such.
+        ("<think>not <answer>sad</answer></think> <answer>happy</answer>", "happy"),
+        ("<answer>one</answer> <answer>two</answer>", "two"),
+        ("<answer>one <answer>two</answer>", "two"),
+        ("<answer>one</answer> <answer>", ""),
+        ("<Answer>happy</ANSWER>", "happy"),
+    ],
+)
+def test_the_answer_is_what_stands_in_the_last_tag_or_all_where_there_is_none(response, answer):
+    assert reasoning.answer_of(response) == answer

@@ -1,4 +1,4 @@
-"""OpenAI-compatible servers on the loopback interface with scripted replies."""
+"""OpenAI-compatible servers on the loopback interface, whose replies a test writes."""
 
 import contextlib
 import json
@@ -7,20 +7,21 @@ from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-Reply = str | int  # a message, or an HTTP error status
+Reply = str | int | bytes  # a message, the status of a refusal, or a whole body
 
 
 class Server:
-    """The address of a running server and the requests that it received."""
+    """What a test sees of a running server: its address, the requests it got, and the key of each."""
 
     def __init__(self, url: str):
         self.url = url
         self.requests: list[dict[str, Any]] = []
+        self.keys: list[str] = []
 
 
 @contextlib.contextmanager
 def serve(reply: Callable[[dict[str, Any]], Reply]) -> Iterator[Server]:
-    """Runs a server that answers each chat completion with `reply(body of the request)`."""
+    """A server that answers each chat completion with what `reply` makes of the request's body."""
     lock = threading.Lock()
 
     class Handler(BaseHTTPRequestHandler):
@@ -28,14 +29,16 @@ def serve(reply: Callable[[dict[str, Any]], Reply]) -> Iterator[Server]:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             with lock:
                 server.requests.append(body)
+                server.keys.append(self.headers["Authorization"])
                 said = reply(body)
-            status, content = (said, {"error": {"message": "no"}}) if isinstance(said, int) else (200, completion(said))
-            encoded = json.dumps(content).encode()
+            status = said if isinstance(said, int) else 200
+            if not isinstance(said, bytes):
+                said = json.dumps({"error": {"message": "no"}} if isinstance(said, int) else completion(said)).encode()
             self.send_response(status)
             self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(encoded)))
+            self.send_header("Content-Length", str(len(said)))
             self.end_headers()
-            self.wfile.write(encoded)
+            self.wfile.write(said)
 
         def log_message(self, *_):
             pass
@@ -53,7 +56,7 @@ def serve(reply: Callable[[dict[str, Any]], Reply]) -> Iterator[Server]:
 
 
 def completion(text: str) -> dict[str, Any]:
-    """Makes a chat completion in the format of OpenAI's API."""
+    """A chat completion as servers send it."""
     message = {"role": "assistant", "content": text}
     return {
         "id": "1",
@@ -66,6 +69,6 @@ def completion(text: str) -> dict[str, Any]:
 
 
 def asked(body: dict[str, Any]) -> str:
-    """Returns the text of a request's last message."""
+    """The text of a request's last message."""
     content = body["messages"][-1]["content"]
     return content if isinstance(content, str) else next(part["text"] for part in content if part["type"] == "text")

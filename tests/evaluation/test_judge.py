@@ -1,10 +1,11 @@
-"""The judge: its questions, valid and invalid replies, its cache, and servers that fail."""
+"""The judge: what it is asked, what it may reply, what is kept, and what becomes of a judge that will not do."""
 
 import json
 
 import pytest
 
 from configs.eval import common
+from favchat_jax import openai_client
 from favchat_jax.errors import RunError, UserError
 from favchat_jax.evaluation.config import JudgeConfig
 from favchat_jax.evaluation.judge import PROMPT_VERSION, Judge, Question, agreement
@@ -53,7 +54,7 @@ def test_a_torn_line_in_the_cache_is_asked_again(tmp_path):
     "reply",
     ['{"score": 6}', '```json\n{"score": 6.0}\n```', 'Here is my judgement: {"score": 6} I hope it helps.'],
 )
-def test_json_is_found_in_a_code_fence_and_within_a_sentence(reply, tmp_path):
+def test_json_is_found_in_a_fence_and_among_words(reply, tmp_path):
     with serve(lambda body: reply) as server:
         assert Judge(config(server.url, tmp_path)).scores(QA[:1]) == {"0": 6.0}
 
@@ -71,7 +72,7 @@ NONSENSE = [
 
 
 @pytest.mark.parametrize("reply", NONSENSE)
-def test_an_invalid_reply_is_requested_again(reply, tmp_path):
+def test_a_reply_that_is_not_what_was_asked_for_is_asked_for_again(reply, tmp_path):
     said = iter([reply, '{"score": 4}'])
     with serve(lambda body: next(said)) as server:
         assert Judge(config(server.url, tmp_path)).scores(QA[:1]) == {"0": 4.0}
@@ -79,7 +80,7 @@ def test_an_invalid_reply_is_requested_again(reply, tmp_path):
 
 
 @pytest.mark.parametrize("reply", NONSENSE)
-def test_an_answer_with_only_invalid_replies_stays_unjudged(reply, tmp_path):
+def test_a_judge_that_goes_on_with_nonsense_leaves_the_answer_unjudged(reply, tmp_path):
     with serve(lambda body: reply) as server:
         said = Judge(config(server.url, tmp_path)).scores(QA[:1])["0"]
     assert isinstance(said, Unanswered) and "gave no judgement" in str(said)
@@ -92,13 +93,14 @@ def test_a_request_that_the_server_refuses_leaves_the_answer_unjudged_and_others
     assert isinstance(said.pop("1"), Unanswered) and set(said.values()) == {5.0}
 
 
-def test_a_busy_server_is_tried_again(tmp_path):
+def test_a_busy_server_is_tried_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(openai_client, "FIRST_PAUSE", 0.01)
     said = iter([503, 429, '{"score": 5}'])
     with serve(lambda body: next(said)) as server:
         assert Judge(config(server.url, tmp_path, retries=2)).scores(QA[:1]) == {"0": 5.0}
 
 
-def test_a_judge_that_goes_offline_midway_ends_the_run_and_its_replies_are_kept(tmp_path):
+def test_a_judge_that_goes_offline_midway_ends_the_run_and_what_it_said_is_kept(tmp_path):
     with serve(lambda body: '{"score": 5}') as server:
         Judge(config(server.url, tmp_path)).scores(QA[:3])
     section = config(server.url, tmp_path)
@@ -107,29 +109,61 @@ def test_a_judge_that_goes_offline_midway_ends_the_run_and_its_replies_are_kept(
     assert Judge(section).scores(QA[:3]) == {"0": 5.0, "1": 5.0, "2": 5.0}
 
 
-@pytest.mark.parametrize("status", [401, 403, 404])
-def test_a_wrong_key_or_model_is_a_user_error(status, tmp_path):
-    with serve(lambda body: status) as server, pytest.raises(UserError, match="refuses model m: .*; check the URL"):
+@pytest.mark.parametrize(
+    ("status", "line"),
+    [
+        (401, r"/v1 refuses the key \(HTTP 401\): set OPENAI_API_KEY to a valid one"),
+        (403, r"/v1 refuses the key \(HTTP 403\): set OPENAI_API_KEY to a valid one"),
+        (404, r"/v1 has no chat completions with model 'm' \(HTTP 404\): check the address"),
+    ],
+)
+def test_a_wrong_key_or_model_is_a_mistake_of_the_user(status, line, tmp_path):
+    with serve(lambda body: status) as server, pytest.raises(UserError, match=line):
         Judge(config(server.url, tmp_path)).scores(QA[:1])
 
 
-def test_a_reply_must_have_one_verdict_per_event(tmp_path):
+def test_the_key_is_sent_and_shown_nowhere(tmp_path, monkeypatch):
+    monkeypatch.setenv("JUDGES_KEY", "sk-not-to-be-seen")
+    said = iter(["sk-not-to-be-seen", '{"score": 5}', 400])
+    with serve(lambda body: next(said)) as server:
+        judge = Judge(config(server.url, tmp_path, key_variable="JUDGES_KEY"))
+        assert judge.scores(QA[:1]) == {"0": 5.0}
+        assert str(judge.scores(QA[1:2])["1"]) == "the server refused the request: HTTP 400: no"
+    assert server.keys == ["Bearer sk-not-to-be-seen"] * 3 and "sk-not" not in json.dumps(judge.summary())
+
+
+def test_a_server_without_a_key_and_without_an_address_that_can_be_right(tmp_path, monkeypatch):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    with serve(lambda body: '{"score": 5}') as server:
+        assert Judge(config(server.url, tmp_path)).scores(QA[:1]) == {"0": 5.0}
+    for url in ("localhost:8000/v1", "http://[::8000/v1"):
+        with pytest.raises(UserError, match="must be (an|the http:// or https://) address"):
+            Judge(config(url, tmp_path))
+
+
+def test_a_body_that_is_no_chat_completion_leaves_the_answer_unjudged(tmp_path):
+    with serve(lambda body: b"<html>") as server:
+        said = Judge(config(server.url, tmp_path)).scores(QA[:1])["0"]
+    assert isinstance(said, Unanswered) and str(said) == "the reply is not a chat completion"
+
+
+def test_verdicts_must_be_as_many_as_the_events(tmp_path):
     question = Question("0", "entailment", {"text": "t", "events": "1. a\n2. b"}, count=2)
     said = iter(['{"verdicts": ["neutral"]}', '{"verdicts": ["entailment", "contradiction"]}'])
     with serve(lambda body: next(said)) as server:
         assert Judge(config(server.url, tmp_path)).ask([question]) == {"0": [True, False]}
 
 
-def test_a_second_judge_gets_the_same_questions_and_their_agreement_is_reported(tmp_path):
+def test_a_second_judge_is_asked_the_same_and_their_agreement_told(tmp_path):
     with (
         serve(lambda body: json.dumps({"score": int(asked(body).split("Answer: b")[1][0])})) as one,
         serve(lambda body: json.dumps({"score": int(asked(body).split("Answer: b")[1][0]) + 1})) as other,
     ):
         judge = Judge(config(one.url, tmp_path), Judge(config(other.url, tmp_path)))
         assert judge.scores(QA) == {str(i): float(i) for i in range(5)}
-        found = judge.summary()["agreement"]
-    assert (found["n"], found["mean_distance"], found["with"]["url"]) == (5, 1.0, other.url)
-    assert found["pearson"] == pytest.approx(1) and 0 < found["kappa"] < 1
+        told = judge.summary()["agreement"]
+    assert (told["n"], told["mean_distance"], told["with"]["url"]) == (5, 1.0, other.url)
+    assert told["pearson"] == pytest.approx(1) and 0 < told["kappa"] < 1
 
 
 def test_agreement_is_1_for_equal_scores_and_unknown_without_variation():

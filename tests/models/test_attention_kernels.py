@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, PartitionSpec
 
-from favchat_jax.models.kernels import attention as room
-from favchat_jax.models.kernels.attention import attention, compiling_for, kernel_for, one_more
+from favchat_jax.models.kernels import splash, xla_attention
+from favchat_jax.models.kernels.attention import attention, attention_to_cache, compiling_for, kernel_for, plain
 
 
 def draw(*shape, seed=0, dtype=jnp.float32):
@@ -49,8 +49,16 @@ def results(run, inputs, how):
 @pytest.mark.parametrize("way", WAYS)
 def test_the_tpu_kernel_equals_the_plain_one_in_values_and_gradients(way):
     inputs, how = arrays(way)
-    ours = jax.jit(lambda *x: results(lambda *y, **h: room._splash(*y, **h, interpret=True), x, how))(*inputs)
-    for one, other in zip(ours, jax.jit(lambda *x: results(room._plain, x, how))(*inputs), strict=True):
+    ours = jax.jit(lambda *x: results(lambda *y, **h: splash.attention(*y, **h, interpret=True), x, how))(*inputs)
+    for one, other in zip(ours, jax.jit(lambda *x: results(plain, x, how))(*inputs), strict=True):
+        np.testing.assert_allclose(one, other, atol=2e-5)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_kernel_that_xla_compiles_equals_the_plain_one_in_values_and_gradients(way):
+    inputs, how = arrays(way)
+    ours = jax.jit(lambda *x: results(xla_attention.attention, x, how))(*inputs)
+    for one, other in zip(ours, jax.jit(lambda *x: results(plain, x, how))(*inputs), strict=True):
         np.testing.assert_allclose(one, other, atol=2e-5)
 
 
@@ -61,7 +69,7 @@ def test_cudnn_equals_the_plain_one_in_values_and_gradients(way):
     inputs, how = arrays(way, jnp.bfloat16)
     assert kernel_for(*inputs[:2], None, how.get("mask")) == "cudnn"
     ours = jax.jit(lambda *x: results(attention, x, how))(*inputs)
-    for one, other in zip(ours, jax.jit(lambda *x: results(room._plain, x, how))(*inputs), strict=True):
+    for one, other in zip(ours, jax.jit(lambda *x: results(plain, x, how))(*inputs), strict=True):
         np.testing.assert_allclose(np.asarray(one, np.float32), np.asarray(other, np.float32), atol=3e-2)
 
 
@@ -92,7 +100,7 @@ def test_a_single_token_reads_a_cache_as_the_plain_form_does(key_heads):
     query, (key, value) = draw(3, 1, 4, 8), (draw(3, 20, key_heads, 8, seed=s) for s in (1, 2))
     mask = np.arange(20) <= np.array([3, 9, 19])[:, None]
     expected = jax.nn.dot_product_attention(query, key, value, mask=mask[:, None, None])
-    read = one_more(query, key.transpose(0, 2, 3, 1), value.transpose(0, 2, 1, 3), mask)
+    read = attention_to_cache(query, key.transpose(0, 2, 3, 1), value.transpose(0, 2, 1, 3), mask)
     np.testing.assert_allclose(read, expected, atol=1e-6)
 
 

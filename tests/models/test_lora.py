@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
-from favchat_jax.models.kernels.linear import FEW, transposed_product
-from favchat_jax.models.lora import LoRADense, low_rank, merge
+from favchat_jax.models.kernels import low_rank as room
+from favchat_jax.models.kernels.linear import FEW, TransposedLinear, transposed_product
+from favchat_jax.models.kernels.low_rank import low_rank
+from favchat_jax.models.lora import LoRADense, merge
 from favchat_jax.models.mistral import LoRA, Mistral
 from tests.models.tiny_parts import MISTRAL, drawn, mistral_shapes
 
@@ -55,7 +57,7 @@ def test_the_gradient_of_low_rank_is_that_of_plain_autodiff(x, weights):
         return lambda *inputs: jnp.sum(jnp.sin(product(*inputs)))
 
     own = jax.grad(loss(low_rank), argnums=(0, 1, 2))(x, a, b)
-    plain = jax.grad(loss(lambda x, a, b: (x @ a) @ b), argnums=(0, 1, 2))(x, a, b)
+    plain = jax.grad(loss(room.plain), argnums=(0, 1, 2))(x, a, b)
     for mine, expected in zip(own, plain, strict=True):
         np.testing.assert_allclose(mine, expected, atol=1e-5)
 
@@ -98,11 +100,8 @@ def test_merging_a_language_model_of_stacked_layers_gives_one_without_adapters_t
     weights = drawn(mistral_shapes(model), spread=0.2)
     tokens = jnp.arange(6)[None] * 3
 
-    def everything(model, tokens):
-        return model.logits(model(model.embed(tokens))[0])
-
     def logits(model, weights):
-        return jax.jit(lambda weights: model.apply({"params": weights}, tokens, method=everything))(weights)
+        return jax.jit(lambda weights: model.apply({"params": weights}, tokens, method="read"))(weights)
 
     merged = merge(weights, alpha=3.0)
     assert not [path for path in flatten_dict(merged, sep="/") if "lora" in path]
@@ -115,9 +114,8 @@ def test_merging_a_language_model_of_stacked_layers_gives_one_without_adapters_t
 @pytest.mark.parametrize("rows", [(1,), (3, 8), (64,), (5, 13)])
 def test_a_transposed_kernel_gives_the_same_product(rows):
     x, kernel = jax.random.normal(jax.random.key(0), (*rows, 7)), jax.random.normal(jax.random.key(1), (7, 5))
-    layer = LoRADense(features=5)
-    transposed = layer.apply({"params": {"transposed": kernel.T}}, x)
-    np.testing.assert_allclose(transposed, layer.apply({"params": {"kernel": kernel}}, x), atol=1e-5)
+    transposed = TransposedLinear(features=5).apply({"params": {"transposed": kernel.T}}, x)
+    np.testing.assert_allclose(transposed, LoRADense(features=5).apply({"params": {"kernel": kernel}}, x), atol=1e-5)
 
 
 @pytest.mark.parametrize("rows", [1, 2, 8, FEW])

@@ -11,8 +11,8 @@ import pytest
 
 from favchat_jax.checkpoints.mistral_folder import read_config, weight_shapes
 from favchat_jax.errors import UserError
-from favchat_jax.generation.decoding_form import unstack_layers
-from favchat_jax.models.mistral import LoRA, Mistral, MistralConfig, empty_cache, rotate
+from favchat_jax.models.mistral import LoRA, Mistral, MistralConfig, rotate
+from favchat_jax.models.mistral_decoding import DecodingMistral, decoding_form, empty_cache
 from tests.models.tiny_parts import MISTRAL, MISTRAL_7B, drawn, mistral_shapes
 
 WINDOWED = dataclasses.replace(MISTRAL, sliding_window=3)
@@ -21,10 +21,7 @@ LENGTH = 7
 
 
 def naive(weights, embeddings, config):
-    """Hidden states of one sequence in float64: one layer, head, query and key at a time, from the published formulas.
-
-    `weights` are those of layers apart.
-    """
+    """Hidden states of one sequence in float64, by the published formulas: one layer, head, query and key at a time."""
     weights = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), weights)
     x = np.asarray(embeddings, np.float64)
     width, group = config.head_dim, config.num_attention_heads // config.num_key_value_heads
@@ -39,7 +36,7 @@ def naive(weights, embeddings, config):
         return np.concatenate([pairs.real, pairs.imag])
 
     for i in range(config.num_hidden_layers):
-        layer = weights[f"layers_{i}"]
+        layer = jax.tree.map(lambda leaf, i=i: leaf[i], weights["layers"])
         normed = norm(x, layer["input_layernorm"])
         query, key, value = (normed @ layer["self_attn"][f"{name}_proj"]["kernel"] for name in "qkv")
         attended = np.zeros_like(query)
@@ -58,13 +55,20 @@ def naive(weights, embeddings, config):
 
 
 @pytest.fixture(scope="module")
-def stacked():
+def weights():
     return drawn(mistral_shapes(Mistral(MISTRAL)), spread=0.3)
 
 
 @pytest.fixture(scope="module")
-def apart(stacked):
-    return unstack_layers(stacked)
+def for_decoding(weights):
+    """The same in the decoding form."""
+    return decoding_form(weights, alpha=1.0)
+
+
+@pytest.fixture(scope="module")
+def one_layer(weights):
+    """Those of a model of the first layer alone."""
+    return {**weights, "layers": jax.tree.map(lambda leaf: leaf[:1], weights["layers"])}
 
 
 @pytest.fixture(scope="module")
@@ -74,10 +78,10 @@ def embeddings():
 
 def hidden(model):
     """The compiled forward pass without a cache."""
-    return jax.jit(lambda weights, x, **where: model.apply({"params": weights}, x, **where)[0])
+    return jax.jit(lambda weights, x, **where: model.apply({"params": weights}, x, **where))
 
 
-forward = hidden(Mistral(MISTRAL, scan=False))
+forward = hidden(Mistral(MISTRAL))
 
 
 def test_the_config_of_mistral_7b_has_its_published_number_of_weights(tmp_path):
@@ -87,27 +91,38 @@ def test_the_config_of_mistral_7b_has_its_published_number_of_weights(tmp_path):
 
 
 @pytest.mark.parametrize("config", [MISTRAL, WINDOWED], ids=["full", "windowed"])
-def test_hidden_states_are_the_published_formulas_computed_one_head_and_token_at_a_time(config, apart, embeddings):
-    result = hidden(Mistral(config, scan=False))(apart, embeddings)
+def test_hidden_states_are_the_published_formulas_computed_one_head_and_token_at_a_time(config, weights, embeddings):
+    result = hidden(Mistral(config))(weights, embeddings)
     for row in range(2):
-        np.testing.assert_allclose(result[row], naive(apart, embeddings[row], config), atol=1e-4)
-
-
-def test_scanned_layers_are_the_layers_apart(stacked, apart, embeddings):
-    result = hidden(Mistral(MISTRAL))(stacked, embeddings)
-    np.testing.assert_allclose(result, forward(apart, embeddings), atol=1e-5)
-
-
-def test_logits_are_the_hidden_states_times_the_output_layer(apart, embeddings):
-    scores = Mistral(MISTRAL, scan=False).apply({"params": apart}, embeddings, method="logits")
-    np.testing.assert_allclose(scores, embeddings @ apart["lm_head"]["kernel"], atol=1e-5)
+        np.testing.assert_allclose(result[row], naive(weights, embeddings[row], config), atol=1e-4)
 
 
 @pytest.mark.parametrize("config", [MISTRAL, WINDOWED], ids=["full", "windowed"])
-def test_decoding_with_a_cache_after_padded_prompts_equals_the_full_forward_pass(config, apart, embeddings):
-    model = Mistral(config, scan=False)
-    run = jax.jit(lambda params, x, positions, cache: model.apply(params, x, positions=positions, cache=cache))
-    params = {"params": apart}
+def test_the_decoding_form_computes_what_the_training_form_does(config, weights, for_decoding, embeddings):
+    result = hidden(DecodingMistral(config))(for_decoding, embeddings)
+    np.testing.assert_allclose(result, hidden(Mistral(config))(weights, embeddings), atol=1e-5)
+
+
+@pytest.mark.parametrize("decoding", [False, True])
+def test_logits_are_the_hidden_states_times_the_output_layer(decoding, weights, for_decoding, embeddings):
+    model, params = (DecodingMistral(MISTRAL), for_decoding) if decoding else (Mistral(MISTRAL), weights)
+    scores = model.apply({"params": params}, embeddings, method="logits")
+    np.testing.assert_allclose(scores, embeddings @ weights["lm_head"]["kernel"], atol=1e-5)
+
+
+def test_what_a_text_is_read_with_are_the_scores_of_its_embedded_tokens(weights):
+    tokens = jnp.array([[3, 1, 4]])
+    states = forward(weights, weights["embed_tokens"]["embedding"][tokens])
+    scores = Mistral(MISTRAL).apply({"params": weights}, tokens, method="read")
+    np.testing.assert_allclose(scores, states @ weights["lm_head"]["kernel"], atol=1e-5)
+
+
+@pytest.mark.parametrize("config", [MISTRAL, WINDOWED], ids=["full", "windowed"])
+def test_decoding_with_a_cache_after_padded_prompts_equals_the_full_forward_pass(
+    config, weights, for_decoding, embeddings
+):
+    model, params = DecodingMistral(config), {"params": for_decoding}
+    run = jax.jit(lambda *args: model.apply(*args, method="extend"))
     prompts = np.array([2, 4])  # the first prompt is padded by two tokens, whose slots the decoded ones take over
     padded = embeddings[:, :4].at[0, 2:].set(9)
     start = jnp.broadcast_to(jnp.arange(4), (2, 4))
@@ -119,57 +134,52 @@ def test_decoding_with_a_cache_after_padded_prompts_equals_the_full_forward_pass
         for row in range(2):
             rows[row].append(states[row, 0])
     for row in range(2):
-        expected = naive(apart, embeddings[row, : prompts[row] + 3], config)
+        expected = naive(weights, embeddings[row, : prompts[row] + 3], config)
         np.testing.assert_allclose(np.stack(rows[row]), expected, atol=1e-4)
 
 
-def test_a_cache_needs_layers_apart(stacked, embeddings):
-    with pytest.raises(ValueError, match="scan=False"):
-        Mistral(MISTRAL).apply({"params": stacked}, embeddings, cache=empty_cache(MISTRAL, 2, LENGTH))
-
-
-def test_a_token_reaches_as_far_as_the_window_and_no_farther(apart, embeddings):
-    run = hidden(Mistral(dataclasses.replace(ONE_LAYER, sliding_window=3), scan=False))
-    moved = np.abs(run(apart, embeddings.at[:, 2].add(1)) - run(apart, embeddings)).max((0, 2))
+def test_a_token_reaches_as_far_as_the_window_and_no_farther(one_layer, embeddings):
+    run = hidden(Mistral(dataclasses.replace(ONE_LAYER, sliding_window=3)))
+    moved = np.abs(run(one_layer, embeddings.at[:, 2].add(1)) - run(one_layer, embeddings)).max((0, 2))
     assert (moved[2:5] > 1e-3).all()
     np.testing.assert_array_equal(np.delete(moved, [2, 3, 4]), 0)
 
 
-def test_a_window_of_one_token_is_no_attention_to_others(apart, embeddings):
-    run = hidden(Mistral(dataclasses.replace(ONE_LAYER, sliding_window=1), scan=False))
-    alone = run(apart, embeddings[:, 3:4])
-    np.testing.assert_allclose(run(apart, embeddings)[:, 3:4], alone, atol=1e-5)
+def test_a_window_of_one_token_is_no_attention_to_others(one_layer, embeddings):
+    run = hidden(Mistral(dataclasses.replace(ONE_LAYER, sliding_window=1)))
+    alone = run(one_layer, embeddings[:, 3:4])
+    np.testing.assert_allclose(run(one_layer, embeddings)[:, 3:4], alone, atol=1e-5)
 
 
-def test_padding_on_the_left_with_valid_and_positions_changes_nothing(apart, embeddings):
+def test_padding_on_the_left_with_valid_and_positions_changes_nothing(weights, embeddings):
     shift = 2
     padded = embeddings.at[:, :shift].set(9)
     positions = jnp.broadcast_to(jnp.maximum(jnp.arange(LENGTH) - shift, 0), (2, LENGTH))
     valid = jnp.broadcast_to(jnp.arange(LENGTH) >= shift, (2, LENGTH))
-    result = forward(apart, padded, positions=positions, valid=valid)
+    result = forward(weights, padded, positions=positions, valid=valid)
     for row in range(2):
-        expected = naive(apart, embeddings[row, shift:], MISTRAL)
+        expected = naive(weights, embeddings[row, shift:], MISTRAL)
         np.testing.assert_allclose(result[row, shift:], expected, atol=1e-4)
     assert np.isfinite(result).all()
 
 
-def test_padding_on_the_right_never_reaches_earlier_tokens(apart, embeddings):
-    moved = np.abs(forward(apart, embeddings.at[:, 4:].set(9)) - forward(apart, embeddings)).max((0, 2))
+def test_padding_on_the_right_never_reaches_earlier_tokens(weights, embeddings):
+    moved = np.abs(forward(weights, embeddings.at[:, 4:].set(9)) - forward(weights, embeddings)).max((0, 2))
     np.testing.assert_array_equal(moved[:4], 0)
     assert (moved[4:] > 1e-3).all()
 
 
-def test_grouped_heads_are_full_heads_whose_keys_and_values_are_repeated(apart, embeddings):
+def test_grouped_heads_are_full_heads_whose_keys_and_values_are_repeated(one_layer, embeddings):
     def repeat(kernel):
-        heads = kernel.reshape(MISTRAL.hidden_size, MISTRAL.num_key_value_heads, MISTRAL.head_dim)
-        return jnp.repeat(heads, 2, axis=1).reshape(MISTRAL.hidden_size, -1)
+        heads = kernel.reshape(1, MISTRAL.hidden_size, MISTRAL.num_key_value_heads, MISTRAL.head_dim)
+        return jnp.repeat(heads, 2, axis=2).reshape(1, MISTRAL.hidden_size, -1)
 
-    attention = dict(apart["layers_0"]["self_attn"])
+    attention = dict(one_layer["layers"]["self_attn"])
     attention |= {name: {"kernel": repeat(attention[name]["kernel"])} for name in ("k_proj", "v_proj")}
-    weights = {**apart, "layers_0": {**apart["layers_0"], "self_attn": attention}}
+    weights = {**one_layer, "layers": {**one_layer["layers"], "self_attn": attention}}
     full = dataclasses.replace(ONE_LAYER, num_key_value_heads=MISTRAL.num_attention_heads)
-    expected = hidden(Mistral(ONE_LAYER, scan=False))(apart, embeddings)
-    np.testing.assert_allclose(hidden(Mistral(full, scan=False))(weights, embeddings), expected, atol=1e-5)
+    expected = hidden(Mistral(ONE_LAYER))(one_layer, embeddings)
+    np.testing.assert_allclose(hidden(Mistral(full))(weights, embeddings), expected, atol=1e-5)
 
 
 def test_rotary_scores_depend_on_the_distance_of_positions_only():
@@ -194,10 +204,10 @@ def test_rotation_is_computed_in_float32_for_bfloat16_inputs():
 
 
 @pytest.mark.parametrize("policy", ["block", "products"])
-def test_rematerialisation_changes_no_gradient(stacked, embeddings, policy):
+def test_rematerialisation_changes_no_gradient(weights, embeddings, policy):
     def gradient(remat):
         model = Mistral(MISTRAL, LoRA(), remat=remat)
-        return jax.jit(jax.grad(lambda weights: jnp.sum(model.apply({"params": weights}, embeddings)[0] ** 3)))(stacked)
+        return jax.jit(jax.grad(lambda weights: jnp.sum(model.apply({"params": weights}, embeddings) ** 3)))(weights)
 
     kept, recomputed = gradient(""), gradient(policy)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3), kept, recomputed)
@@ -207,7 +217,7 @@ def test_in_bfloat16_the_computation_is_bfloat16_and_the_weights_stay_float32():
     model = Mistral(MISTRAL, LoRA(rank=2), dtype=jnp.bfloat16, remat="block")
     shapes = mistral_shapes(model)
     assert {leaf.dtype for leaf in jax.tree.leaves(shapes)} == {jnp.dtype("float32")}
-    states, _ = jax.eval_shape(model.apply, {"params": shapes}, jax.ShapeDtypeStruct((1, 3, 16), jnp.float32))
+    states = jax.eval_shape(model.apply, {"params": shapes}, jax.ShapeDtypeStruct((1, 3, 16), jnp.float32))
     assert states.dtype == jnp.bfloat16
 
 

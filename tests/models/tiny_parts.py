@@ -66,10 +66,8 @@ def drawn(shapes: dict, spread: float, seed: int = 0) -> dict:
 def mistral_shapes(model: Mistral) -> dict:
     """The tree of shapes of a language model's weights."""
 
-    def initialise(key, tokens):
-        return model.init(key, tokens, method=lambda m, tokens: m.logits(m(m.embed(tokens))[0]))
-
-    return jax.eval_shape(initialise, jax.random.key(0), jax.ShapeDtypeStruct((1, 1), jnp.int32))["params"]
+    words = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    return jax.eval_shape(lambda key, words: model.init(key, words, method="read"), jax.random.key(0), words)["params"]
 
 
 def favchat_shapes(model: FaVChat, frames: int, image_size: int) -> dict[str, jax.ShapeDtypeStruct]:

@@ -20,8 +20,8 @@ from favchat_jax.checkpoints import mistral_folder as mistral
 from favchat_jax.checkpoints.table import read
 from favchat_jax.checkpoints.tensors import open_tensors
 from favchat_jax.convert import lora
-from favchat_jax.generation.decoding_form import unstack_layers
-from favchat_jax.models.mistral import LoRA, Mistral, empty_cache
+from favchat_jax.models.mistral import LoRA, Mistral
+from favchat_jax.models.mistral_decoding import DecodingMistral, decoding_form, empty_cache
 from tests.parity.conftest import SEEDS
 
 VOCABULARY, LENGTH, WINDOW, PADDING, PROMPT = 512, 20, 6, 5, 14
@@ -105,7 +105,7 @@ def config(case):
 @partial(jax.jit, static_argnums=0)
 def forward(model, weights, positions, valid):
     def logits(model, words):
-        return model.logits(model(model.embed(words), positions=positions, valid=valid)[0])
+        return model.logits(model(model.embed(words), positions=positions, valid=valid))
 
     return model.apply({"params": weights}, jnp.asarray(WORDS), method=logits)
 
@@ -147,21 +147,21 @@ def test_logits_of_padded_sequences_are_those_of_transformers(case, config, weig
 @pytest.mark.parametrize("window", [None, WINDOW], ids=["full", "windowed"])
 def test_decoding_with_a_cache_gives_the_logits_of_transformers_full_pass(window, case, config, weights, same):
     seed, logits, *_ = case
-    model = Mistral(dataclasses.replace(config, sliding_window=window), scan=False)
-    apart = unstack_layers(weights)
+    model = DecodingMistral(dataclasses.replace(config, sliding_window=window))
+    ours = decoding_form(weights, alpha=1.0)
 
     @jax.jit
-    def step(apart, words, positions, cache):
+    def step(ours, words, positions, cache):
         def run(model):
-            hidden, new = model(model.embed(words), positions=positions, cache=cache)
+            hidden, new = model.extend(model.embed(words), positions, cache)
             return model.logits(hidden), new
 
-        return model.apply({"params": apart}, method=run)
+        return model.apply({"params": ours}, method=run)
 
-    result, cache = step(apart, WORDS[:, :PROMPT], COUNTED[:, :PROMPT], empty_cache(config, 2, LENGTH))
+    result, cache = step(ours, WORDS[:, :PROMPT], COUNTED[:, :PROMPT], empty_cache(config, 2, LENGTH))
     steps = [result]
     for i in range(PROMPT, LENGTH):
-        result, cache = step(apart, WORDS[:, i : i + 1], COUNTED[:, i : i + 1], cache)
+        result, cache = step(ours, WORDS[:, i : i + 1], COUNTED[:, i : i + 1], cache)
         steps.append(result)
     name = "Mistral, decoding with a cache" + (", sliding window" if window else "")
     same(name, seed, np.concatenate(steps, axis=1), logits["window" if window else "full"])
@@ -178,7 +178,7 @@ def test_lora_computes_and_learns_what_pefts_does(case, config, weights, same):
     @jax.jit
     def logits_of(adapters, base):
         tree = unflatten_dict({**base, **adapters}, sep="/")
-        return model.apply({"params": tree}, WORDS, method=lambda m, words: m.logits(m(m.embed(words))[0]))
+        return model.apply({"params": tree}, WORDS, method="read")
 
     @jax.jit
     @jax.grad

@@ -9,6 +9,7 @@ import pytest
 from flax.traverse_util import unflatten_dict
 
 from favchat_jax.checkpoints import run as assembly
+from favchat_jax.checkpoints.store import load_run_weights
 from favchat_jax.checkpoints.weights_folder import load_weights
 from favchat_jax.config import VARIANTS
 from favchat_jax.errors import UserError
@@ -86,7 +87,7 @@ def test_a_run_writes_rewards_by_part_states_and_curves(whole):
 
 
 def test_only_adapters_and_lora_move_away_from_a_reference_that_stays(whole, config_of):
-    start = assembly.visual_and_lora(config_of().init.from_run)
+    start = load_run_weights(config_of().init.from_run)
     trained, reference = newest(whole), load_weights(whole / "reference")
     assert all(path.startswith("adapter/") or "lora_" in path for path in trained)
     assert same_weights(reference, {path: start[path] for path in reference})

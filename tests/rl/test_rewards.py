@@ -6,7 +6,7 @@ import pytest
 
 from favchat_jax.errors import UserError
 from favchat_jax.rl import rewards
-from favchat_jax.rl.rewards import Group, answer_of, evaluate, facial_score, form, jaccard, words
+from favchat_jax.rl.rewards import Group, evaluate, facial_score, form, jaccard, words
 
 TARGETS = {"attributes": "long black hair", "emotion": "happy", "action": "shaking the head"}
 
@@ -33,20 +33,6 @@ def test_words_are_a_set_in_lower_case_without_punctuation_and_tags():
 )
 def test_jaccard_is_shared_words_over_all_words(one, other, expected):
     assert jaccard(frozenset(one), frozenset(other)) == pytest.approx(expected)
-
-
-@pytest.mark.parametrize(
-    ("response", "answer"),
-    [
-        ("<think>black</think> <answer> happy </answer>", "happy"),
-        ("<think>black</think> <answer>happy and cut", "happy and cut"),
-        ("happy", "happy"),
-        ("<answer>one</answer> <answer>two</answer>", "one"),
-        ("<answer></answer>", ""),
-    ],
-)
-def test_the_answer_is_what_stands_in_its_tag_or_all_where_there_is_none(response, answer):
-    assert answer_of(response) == answer
 
 
 @pytest.mark.parametrize(
@@ -178,7 +164,7 @@ def broken(_):
 @pytest.mark.parametrize(
     ("reward", "says"),
     [
-        (broken, "reward mine of clip clip 7 raised KeyError: 'colour'"),
+        (broken, "reward mine of clip clip 7 raised KeyError: colour"),
         (lambda g: [1.0], "reward mine of clip clip 7 gave 1 values for 2 responses"),
         (lambda g: [1.0, float("nan")], "gave .*nan.*: rewards must be finite numbers"),
         (lambda g: [1.0, None], "raised TypeError"),

@@ -1,13 +1,13 @@
-// The reviewers' page. All text is put in as text, never as HTML: it comes from a language model.
+// The review page. It inserts all text as text, never as HTML, since a language model wrote it.
 "use strict";
 
 const $ = (id) => document.getElementById(id);
-const DONE = { accept: "accepted", edit: "edited", reject: "rejected", regenerate: "to be written anew" };
+const DONE = { accept: "accepted", edit: "edited", reject: "rejected", regenerate: "to be rewritten" };
 const FRAME = 1 / 25; // seconds
 
 let reviewer = localStorage.getItem("reviewer") || "";
 let clips = []; // [id, verdict, has problems]
-let current = null; // what /clips/ID said
+let current = null; // the answer of /clips/ID
 let editing = false;
 let busy = false;
 
@@ -28,7 +28,7 @@ async function ask(path, posted) {
   return answer;
 }
 
-function tell(message, failed = false) {
+function showStatus(message, failed = false) {
   $("status").textContent = message;
   $("status").classList.toggle("failed", failed);
 }
@@ -39,7 +39,7 @@ async function guarded(work) {
   try {
     await work();
   } catch (error) {
-    tell(error.message, true);
+    showStatus(error.message, true);
   } finally {
     busy = false;
   }
@@ -79,7 +79,7 @@ function showOverview(overview) {
   $("no-pairs").hidden = overview.agreement.length > 0;
 }
 
-// The next clip of the chosen list after the current one, or before it; the list is a ring.
+// Returns the next clip of the chosen list after (step 1) or before (step -1) the current one; the list is a ring.
 function neighbour(step) {
   const wanted = FILTERS[$("filter").value];
   const start = current ? clips.findIndex(([id]) => id === current.id) : step > 0 ? -1 : clips.length;
@@ -109,7 +109,7 @@ function showClip() {
   const address = `/videos/${encodeURIComponent(current.id)}`;
   if (video.getAttribute("src") !== address) {
     video.src = address;
-    video.play().catch(() => {}); // a browser may want a click first
+    video.play().catch(() => {}); // a browser may require a click first
   }
   $("name").textContent = current.id;
   $("source").textContent = current.source;
@@ -157,7 +157,7 @@ function setEditing(on) {
   for (const field of document.querySelectorAll("main textarea")) field.readOnly = !on;
   if (on) {
     $("summary").focus();
-    tell("");
+    showStatus("");
   } else if (document.activeElement instanceof HTMLTextAreaElement) {
     document.activeElement.blur();
   }
@@ -172,11 +172,11 @@ function judge(verdict) {
       kind: item.dataset.kind,
     }));
     const { id, text } = current;
-    tell("saving");
+    showStatus("saving");
     await ask("/reviews", { id, reviewer, verdict, text, summary: $("summary").value, questions });
     clips.find(([other]) => other === id)[1] = verdict;
     showProgress();
-    tell(`${id}: ${DONE[verdict]}`);
+    showStatus(`${id}: ${DONE[verdict]}`);
     await go(neighbour(1));
   });
 }

@@ -15,8 +15,10 @@ GROUP = 64  # inputs that share a scale in int4
 LEVELS = {"int8": 127, "int4": 7}  # the largest whole number; symmetric, so that zero stays zero
 
 
-def quantize(kernel: Float[Array, "*N D F"], storage: str) -> tuple[Int[Array, "*N D F"], Float[Array, "*N G F"]]:
-    """Whole numbers and scales (G is 1 for int8) whose product is nearest to a kernel.
+def quantize(
+    kernel: Float[Array, "*layers D F"], storage: str
+) -> tuple[Int[Array, "*layers D F"], Float[Array, "*layers groups F"]]:
+    """Whole numbers and scales (one group for int8) whose product is nearest to a kernel.
 
     Args:
         kernel: one or several stacked; for int4 D must be a multiple of `GROUP` or smaller.
@@ -28,7 +30,9 @@ def quantize(kernel: Float[Array, "*N D F"], storage: str) -> tuple[Int[Array, "
     return whole.reshape(kernel.shape).astype(storage), scale[..., 0, :]
 
 
-def product(x: Float[Array, "*B D"], kernel: Num[Array, "D F"], scale: Float[Array, "G F"]) -> Float[Array, "*B F"]:
+def product(
+    x: Float[Array, "... D"], kernel: Num[Array, "D F"], scale: Float[Array, "groups F"]
+) -> Float[Array, "... F"]:
     """x @ (kernel * scale), in the dtype of x."""
     if scale.shape[0] == 1:
         return flat_product(x, kernel.astype(x.dtype)) * scale[0].astype(x.dtype)

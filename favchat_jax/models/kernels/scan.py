@@ -1,43 +1,98 @@
-"""Layers of one form as one scan, so that a compiler sees them once.
+"""One layer after another, compiled once: layers of one form as one scan.
 
-Their weights are stacked as the step runs and lie apart everywhere else, under the names that published ones map to.
-docs/results.md says what it saves in compiling a step.
+The plain form of both functions is
+
+    for layer in layers:
+        carry = step(layer, carry)
+
+They differ in how weights lie, which checkpoints fix: `scan_stacked` runs layers whose weights are stacked along a
+first axis (UMT, Mistral), `scan_layers` layers that lie apart (Swin, Q-Former).
+A scan gains no speed in a step; it makes compiling stage 1 for an A800 twice as fast (docs/results.md).
 """
 
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+from favchat_jax.models.kernels.remat import remat
 
 Carry = TypeVar("Carry")
 
 
+def scan_stacked(
+    layer: nn.Module,
+    step: Callable[[Any, Carry], Carry],
+    carry: Carry,
+    *,
+    depth: int,
+    taps: tuple[int, ...] = (),
+    policy: str = "",
+) -> tuple[Carry, tuple[Carry, ...]]:
+    """`carry` after `step` with each of `depth` layers, and after each layer of `taps`.
+
+    Args:
+        layer: bound module whose weights are those of all layers, stacked.
+        step: runs one of them; keeps the carry's shapes.
+        carry: input of the first layer; with `taps`, one array.
+        depth: number of layers.
+        taps: layers, counted from 1.
+        policy: what a layer keeps for the backward pass (`remat.POLICIES`).
+    """
+    # Tapped outputs ride in the carry, written outside the rematerialised call: stacked scan outputs would hold every
+    # layer's, and a buffer inside the call would be kept once a layer for the backward pass. Layers that are not
+    # tapped write to a spare last slot.
+    slots = np.full(depth, len(taps))
+    slots[np.array(taps, int) - 1] = np.arange(len(taps))
+    run = remat(step, policy, prevent_cse=False)
+
+    def body(layer, state, slot):
+        carry, tapped = state
+        carry = run(layer, carry)
+        if taps:
+            tapped = jax.lax.dynamic_update_index_in_dim(tapped, carry, slot, 0)
+        return (carry, tapped), None
+
+    tapped = jnp.zeros((len(taps) + 1, *carry.shape), carry.dtype) if taps else None
+    scan = nn.scan(body, variable_axes={"params": 0}, split_rngs={"params": True, "dropout": True}, length=depth)
+    (carry, tapped), _ = scan(layer, (carry, tapped), slots)
+    return carry, tuple(tapped[i] for i in range(len(taps)))
+
+
 def scan_layers(
-    layers: Sequence[nn.Module], step: Callable[[nn.Module, Carry], Carry], carry: Carry, period: int = 1
+    layers: Sequence[nn.Module],
+    step: Callable[[Any, Carry], Carry],
+    carry: Carry,
+    *,
+    period: int = 1,
+    policy: str = "",
 ) -> Carry:
     """`carry` after `step` with each of the layers; as a scan over those periods whose layers have the same fields.
 
-    Each layer draws random numbers of its own from the stream `dropout`. Where fewer than two periods are alike, and
-    while weights are made, layers run one by one.
+    Their weights are stacked as the step runs. Each layer draws random numbers of its own from the stream `dropout`.
+    Layers run one by one while weights are made, and where fewer than two periods are alike.
 
     Args:
         layers: bound modules with weights and no other variables.
         step: runs one of them; keeps the carry's shapes.
-        carry: what the first layer gets.
+        carry: input of the first layer.
         period: layers after which their fields repeat.
+        policy: what a layer keeps for the backward pass (`remat.POLICIES`).
     """
     count = 0 if layers[0].is_initializing() else _alike(layers, period)
     if count > period:
-        carry = _scanned(layers[:count], step, carry, period)
+        carry = _scanned(layers[:count], step, carry, period, policy)
         layers = layers[count:]
+    run = remat(step, policy)
     for layer in layers:
-        carry = step(layer, carry)
+        carry = run(layer, carry)
     return carry
 
 
-def _scanned(layers, step, carry, period):
+def _scanned(layers, step, carry, period, policy):
     weights = [
         jax.tree.map(lambda *leaves: jnp.stack(leaves), *(layer.variables["params"] for layer in layers[i::period]))
         for i in range(period)
@@ -46,11 +101,16 @@ def _scanned(layers, step, carry, period):
     if layers[0].has_rng("dropout"):
         keys = jax.random.split(layers[0].make_rng("dropout"), (len(layers) // period, period))
 
+    def one(i, weights, key, carry):
+        rngs = {} if key is None else {"dropout": key}
+        return step(_form(layers[i]).bind({"params": weights}, rngs=rngs), carry)
+
+    run = remat(one, policy, jax.checkpoint, prevent_cse=False, static_argnums=0)
+
     def body(carry, of_period):
         weights, keys = of_period
         for i in range(period):
-            rngs = {} if keys is None else {"dropout": keys[i]}
-            carry = step(_form(layers[i]).bind({"params": weights[i]}, rngs=rngs), carry)
+            carry = run(i, weights[i], None if keys is None else keys[i], carry)
         return carry, None
 
     return jax.lax.scan(body, carry, (weights, keys))[0]

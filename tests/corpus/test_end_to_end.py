@@ -1,4 +1,4 @@
-"""A thousand rendered clips go the whole way, as processes and against a real HTTP server, to a trained stage 3."""
+"""The corpus from end to end: separate processes and a real HTTP server turn raw clips into a trained stage 3."""
 
 import json
 import time
@@ -33,7 +33,7 @@ QUESTIONS = [
 
 
 def fair(asked, number):
-    """An answer that no label denies; one call in 50 meets a gateway in trouble."""
+    """Returns an answer that no label contradicts; one call in 50 meets a failing gateway."""
     if number % 50 == 49:
         return Answer(status=503, raw=b"")
     return {
@@ -44,7 +44,7 @@ def fair(asked, number):
 
 
 def lay_out(root):
-    """Rendered clips as CelebV-HQ is published; returns the names of those that show a face."""
+    """Writes rendered clips in CelebV-HQ's published layout; returns the names of those that show a face."""
     entries, faces = {}, set()
     for index in range(CLIPS):
         record = rendered_faces.render(0, "corpus", index)

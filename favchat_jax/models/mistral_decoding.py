@@ -1,0 +1,197 @@
+"""Mistral in its decoding form: the equations of `mistral.Block`, laid out for one token at a time.
+
+A token's time is that of reading all weights once. Fewer, larger products read them faster, and so do products with the
+kernel as first operand. Compared with the training form,
+
+- layers lie apart, since slicing stacked weights would copy each layer once a token;
+- adapters are merged into the kernels;
+- kernels that share an input are one (`qkv_proj`, `gate_up_proj`), and each kernel lies as [out, in];
+- keys and values of earlier tokens are in a cache of static length.
+
+`decoding_form` makes the weights of one form from those of the other.
+"""
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from flax import struct
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int
+
+from favchat_jax.models.kernels.attention import attention, attention_to_cache
+from favchat_jax.models.kernels.linear import TransposedLinear
+from favchat_jax.models.lora import merge
+from favchat_jax.models.mistral import MistralConfig, RMSNorm, rotate
+from favchat_jax.sharding import by_clip
+
+
+@struct.dataclass
+class LayerCache:
+    """Keys and values of one layer, slot s holding position s; S is static.
+
+    They lie as the products of one token read them: nothing is transposed for a token.
+    """
+
+    keys: Float[Array, "R K C S"]
+    values: Float[Array, "R K S C"]
+
+    def written(
+        self, keys: Float[Array, "R L K C"], values: Float[Array, "R L K C"], first: Int[Array, " R"]
+    ) -> "LayerCache":
+        """The cache with L tokens more in each row, from slot `first` on."""
+        return LayerCache(
+            _write(self.keys, rearrange(keys, "R L K C -> R K C L"), first, axis=1),
+            _write(self.values, rearrange(values, "R L K C -> R K L C"), first, axis=0),
+        )
+
+
+def empty_cache(config: MistralConfig, rows: int, length: int, dtype: DTypeLike = jnp.float32) -> list[LayerCache]:
+    """One zeroed cache a layer, for `rows` sequences of at most `length` tokens."""
+    keys = (rows, config.num_key_value_heads, config.head_dim, length)
+    values = (rows, config.num_key_value_heads, length, config.head_dim)
+    return [LayerCache(jnp.zeros(keys, dtype), jnp.zeros(values, dtype)) for _ in range(config.num_hidden_layers)]
+
+
+class DecodingBlock(nn.Module):
+    """One layer; fields as in `DecodingMistral`."""
+
+    config: MistralConfig
+    dtype: DTypeLike
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "R L D"],
+        positions: Int[Array, "R L"],
+        mask: Bool[Array, "R S"] | None,
+        cache: LayerCache | None,
+    ) -> tuple[Float[Array, "R L D"], LayerCache | None]:
+        config = self.config
+        linear = partial(TransposedLinear, dtype=self.dtype)
+        norm = partial(RMSNorm, config.rms_norm_eps, self.dtype)
+        own, shared = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+
+        qkv = linear(own + 2 * shared, name="qkv_proj")(norm(name="input_layernorm")(x))
+        query, key, value = (
+            rearrange(part, "R L (A C) -> R L A C", C=config.head_dim)
+            for part in jnp.split(qkv, (own, own + shared), axis=-1)
+        )
+        query, key = rotate(query, positions, config.rope_theta), rotate(key, positions, config.rope_theta)
+        if cache is not None:
+            cache = cache.written(key, value, positions[:, 0])
+        if cache is None or x.shape[1] > 1:
+            y = attention(query, key, value, causal=True, window=config.sliding_window)
+        else:
+            y = attention_to_cache(query, cache.keys, cache.values, mask)
+        x = by_clip(x + linear(config.hidden_size, name="o_proj")(rearrange(y, "R L A C -> R L (A C)")))
+
+        gate_up = linear(2 * config.intermediate_size, name="gate_up_proj")(norm(name="post_attention_layernorm")(x))
+        gate, up = jnp.split(gate_up, 2, axis=-1)
+        return by_clip(x + linear(config.hidden_size, name="down_proj")(nn.silu(gate) * up)), cache
+
+
+class DecodingMistral(nn.Module):
+    """The language model as `mistral.Mistral`, whose methods it has, with `extend` besides.
+
+    Attributes:
+        config: sizes, from the folder's `config.json`.
+        dtype: dtype of the computation.
+    """
+
+    config: MistralConfig
+    dtype: DTypeLike = jnp.float32
+
+    def setup(self):
+        config = self.config
+        self.embed_tokens = nn.Embed(config.vocab_size, config.hidden_size)
+        self.layers = [DecodingBlock(config, self.dtype) for _ in range(config.num_hidden_layers)]
+        self.norm = RMSNorm(config.rms_norm_eps, self.dtype)
+        self.lm_head = TransposedLinear(config.vocab_size, self.dtype)
+
+    def embed(self, tokens: Int[Array, "... L"]) -> Float[Array, "... L D"]:
+        """Word embeddings; ids outside the vocabulary read its nearest row and must be overwritten by the caller."""
+        return self.embed_tokens(jnp.clip(tokens, 0, self.config.vocab_size - 1)).astype(self.dtype)
+
+    def logits(self, hidden: Float[Array, "... D"], deterministic: bool = True) -> Float[Array, "... V"]:
+        """Scores over the vocabulary; without adapters there is no dropout."""
+        return self.lm_head(hidden)
+
+    def __call__(self, embeddings: Float[Array, "R L D"], deterministic: bool = True) -> Float[Array, "R L D"]:
+        """Final hidden states of whole sequences; without adapters there is no dropout."""
+        positions = jnp.broadcast_to(jnp.arange(embeddings.shape[1]), embeddings.shape[:2])
+        return self._run(embeddings, positions, None, [None] * len(self.layers))[0]
+
+    def extend(
+        self, embeddings: Float[Array, "R L D"], positions: Int[Array, "R L"], cache: list[LayerCache]
+    ) -> tuple[Float[Array, "R L D"], list[LayerCache]]:
+        """Final hidden states of sequences that go on, and the cache with these tokens in it.
+
+        Args:
+            embeddings: one token of each sequence, or the several with which all of them begin.
+            positions: of the tokens, which are also their slots, consecutive from the first one on.
+            cache: one a layer.
+        """
+        mask = None
+        if embeddings.shape[1] == 1:
+            mask = readable(positions[:, 0], cache[0].values.shape[2], self.config.sliding_window)
+        return self._run(embeddings, positions, mask, cache)
+
+    def _run(self, embeddings, positions, mask, cache):
+        x, caches = by_clip(embeddings.astype(self.dtype)), []
+        for layer, layer_cache in zip(self.layers, cache, strict=True):
+            x, layer_cache = layer(x, positions, mask, layer_cache)
+            caches.append(layer_cache)
+        return self.norm(x), caches
+
+
+def readable(position: Int[Array, " R"], slots: int, window: int | None) -> Bool[Array, "R S"]:
+    """True at the slots of a cache that a token at each row's position reads: its own, and those before it that are in
+    the window."""
+    distance = position[:, None] - jnp.arange(slots)
+    return (distance >= 0) & (distance < (window or slots))
+
+
+def decoding_form(llm: Mapping[str, Any], alpha: float) -> dict[str, Any]:
+    """`DecodingMistral`'s weights from those of `Mistral`, with adapters or without.
+
+    Layers are made one after another, so that beside the given weights and the result no more than one of them is in
+    memory.
+
+    Args:
+        llm: `Mistral`'s tree.
+        alpha: the adapters'.
+    """
+
+    def joined(*linears: Mapping[str, Array]) -> dict[str, Array]:
+        return {"transposed": jnp.concatenate([linear["kernel"] for linear in linears], axis=-1).T}
+
+    tree = {name: llm[name] for name in ("embed_tokens", "norm")}
+    tree["lm_head"] = joined(merge(llm["lm_head"], alpha))
+    for i in range(jax.tree.leaves(llm["layers"])[0].shape[0]):
+        layer = merge(jax.tree.map(lambda leaf, i=i: leaf[i], llm["layers"]), alpha)
+        attn, mlp = layer["self_attn"], layer["mlp"]
+        tree[f"layers_{i}"] = {
+            "input_layernorm": layer["input_layernorm"],
+            "qkv_proj": joined(attn["q_proj"], attn["k_proj"], attn["v_proj"]),
+            "o_proj": joined(attn["o_proj"]),
+            "post_attention_layernorm": layer["post_attention_layernorm"],
+            "gate_up_proj": joined(mlp["gate_proj"], mlp["up_proj"]),
+            "down_proj": joined(mlp["down_proj"]),
+        }
+    return tree
+
+
+def _write(cache: Float[Array, "R K ..."], new: Float[Array, "R K ..."], first: Int[Array, " R"], axis: int):
+    """Writes each row's new entries into its slots, which are along a head's `axis`, from first[row] on.
+
+    Head by head: on a CPU, XLA would do the write of a whole row a second time for what reads it, into a copy.
+    """
+    rows, heads = cache.shape[:2]
+    flat, new = (x.reshape(rows * heads, *x.shape[2:]) for x in (cache, new.astype(cache.dtype)))
+    update = jax.vmap(lambda row, entries, first: jax.lax.dynamic_update_slice_in_dim(row, entries, first, axis))
+    return update(flat, new, jnp.repeat(first, heads)).reshape(cache.shape)
