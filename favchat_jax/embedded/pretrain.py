@@ -1,4 +1,4 @@
-"""The section `pretrain` of a config: how the embedded preset's stand-ins for published parts are made."""
+"""The section `pretrain` of a config: sizes and training of the embedded preset's stand-ins for published parts."""
 
 from dataclasses import dataclass
 from typing import Self
@@ -14,10 +14,10 @@ class LanguageModelSizes(Section):
 
     Attributes:
         width: channels of a token.
-        layers: how many.
-        heads, kv_heads: of attention; groups of heads share keys and values.
+        layers: number of layers.
+        heads, kv_heads: attention heads; groups of heads share keys and values.
         mlp: hidden channels of a layer's MLP.
-        vocabulary: tokens.
+        vocabulary: number of tokens.
     """
 
     width: Count
@@ -37,9 +37,9 @@ class Pretrain(Section):
         llm_steps: batches of 16 texts.
         facial_steps: batches of 128 single frames.
         general_steps: batches of 32 clips.
-        stills: faces that are drawn for the facial encoder beside those of the clips.
-        general_clips: clips without a face that are drawn for the general encoder.
-        learning_rate: Muon's peak.
+        stills: faces drawn for the facial encoder in addition to those of the clips.
+        general_clips: clips without a face, drawn for the general encoder.
+        learning_rate: Muon's peak learning rate.
     """
 
     llm: LanguageModelSizes
@@ -52,7 +52,7 @@ class Pretrain(Section):
 
     @classmethod
     def of(cls, config: Config) -> Self:
-        """The section of a config; raises UserError for a value that is not allowed."""
+        """Reads the section of a config; raises UserError for a value that is not allowed."""
         try:
             return cls.read(config.pretrain or {})
         except UserError as error:

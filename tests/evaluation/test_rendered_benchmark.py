@@ -119,5 +119,5 @@ def test_clips_without_questions_are_skipped(config, five_records):
 
 def test_a_split_without_questions_is_refused(config, five_records):
     five_records.clear()
-    with pytest.raises(UserError, match="split heldout of rendered_faces holds no questions"):
+    with pytest.raises(UserError, match="split heldout of rendered_faces has no questions"):
         rendered.run(config, Session.of(Repeating(), config))
