@@ -121,7 +121,7 @@ def test_train_refuses_a_mistake_before_any_work(arguments, says, command, tmp_p
     [
         ({"llm__path": "nowhere"}, "nowhere/config.json is missing: name a whole folder"),
         ({"init__umt": "nowhere"}, "nowhere is not a weights folder"),
-        ({"data__name": "faces"}, "data set 'faces' is not known; there are rendered_faces, celebvhq"),
+        ({"data__name": "faces"}, "data set 'faces' is unknown: choose one of rendered_faces, celebvhq"),
         ({"data__name": "celebvhq"}, "root|folder"),
         ({"data__name": "celebvhq", "data__root": "nowhere"}, "nowhere"),
         ({"data__sampling": "first"}, "data.sampling=first is unknown: choose one of rand, middle"),

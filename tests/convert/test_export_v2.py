@@ -91,7 +91,7 @@ def test_weights_come_back_bit_for_bit_in_either_dtype(dtype, exported, tmp_path
     [
         ({"variant": "v1"}, r"says variant=v1, ablation=none, but its files lack adapter\.facial_in\.bias and \d+ "),
         ({"ablation": "no_moe"}, r"says variant=v2, ablation=no_moe, but its files lack adapter\.weights: export it"),
-        ({"variant": "v3"}, "variant=v3 is unknown: this model has v1 and v2"),
+        ({"variant": "v3"}, "variant=v3 is unknown: choose v1 or v2"),
         ({"qformer": {"prompt": False}}, "prompt=False leaves v2 without the question that guides it"),
     ],
 )

@@ -53,7 +53,7 @@ def test_a_conversation_longer_than_the_context_is_a_value_error():
     length = len(prompts.conversation([], "why?", 8))
     assert len(prompts.conversation([], "why?", 8, answer=500 - length)) == length
     for question, answer in (("why?", 501 - length), ("why? " * 500, 0)):
-        with pytest.raises(ValueError, match="over the limit of 500; shorten the text"):
+        with pytest.raises(ValueError, match="over the limit of 500: shorten the text"):
             prompts.conversation([], question, 8, answer=answer)
 
 

@@ -180,8 +180,8 @@ def test_celebvhq_keeps_a_source_video_in_one_split_and_train_filled():
     ("spoil", "named"),
     [
         (lambda root: (root / "celebvhq_info.json").unlink(), "celebvhq_info.json: No such file"),
-        (lambda root: (root / "celebvhq_info.json").write_text("{"), "celebvhq_info.json: not CelebV-HQ's"),
-        (lambda root: (root / "clips" / "video0_0.mp4").unlink(), "video0_0.mp4: no such clip"),
+        (lambda root: (root / "celebvhq_info.json").write_text("{"), "celebvhq_info.json is not CelebV-HQ's"),
+        (lambda root: (root / "clips" / "video0_0.mp4").unlink(), "video0_0.mp4 does not exist: add the clip"),
         (lambda root: (root / "qa.jsonl").write_text('{"clip": "a"}\n'), "qa.jsonl, line 1"),
         (
             lambda root: edit(root, lambda i: i["clips"]["video0_0"]["attributes"]["appearance"].pop()),
@@ -209,7 +209,7 @@ def test_celebvhq_keeps_a_source_video_in_one_split_and_train_filled():
         ),
         (
             lambda root: edit(root, lambda i: i.__setitem__("meta_info", [1])),
-            "celebvhq_info.json: not CelebV-HQ's annotation file",
+            "celebvhq_info.json is not CelebV-HQ's annotation file",
         ),
         (
             lambda root: edit(root, lambda i: i["clips"]["video0_0"]["attributes"].__setitem__("emotion", 5)),
@@ -237,14 +237,14 @@ def test_a_packed_set_of_other_annotations_is_refused(miniature, tmp_path):
     prepare("celebvhq", str(miniature), str(tmp_path / "packed"))
     assert prepare("celebvhq", None, str(tmp_path / "packed"))  # the source folder is needed no more
     edit(miniature, lambda info: info["clips"]["video0_0"]["attributes"]["action"].__setitem__(0, 1))
-    with pytest.raises(UserError, match="packed from other files"):
+    with pytest.raises(UserError, match="was packed from other files"):
         prepare("celebvhq", str(miniature), str(tmp_path / "packed"))
 
 
 @pytest.mark.parametrize(
     ("name", "split", "named"),
     [
-        ("faces", "train", "'faces' is not known"),
+        ("faces", "train", "'faces' is unknown"),
         ("rendered_faces/huge", "train", "no size 'huge'"),
         ("rendered_faces", "train", "not packed yet"),
         ("rendered_faces/smoke", "test", "no split 'test'"),

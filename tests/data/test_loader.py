@@ -234,13 +234,13 @@ def test_a_bad_record_is_left_out_counted_and_named(records, clip, open_stream, 
     assert set(stream.bad_ids) == {"clip-30", "clip-31"}
     assert "clip clip-30 cannot be read as a video" in stream.bad_ids["clip-30"]
     assert "over the limit of 160" in stream.bad_ids["clip-31"]
-    assert "record clip-30 is left out" in caplog.text
+    assert "record clip-30 is skipped" in caplog.text
 
 
 def test_more_than_one_percent_of_bad_records_stops_the_run_and_names_them(clip, open_stream):
     good = [record(number, clip=clip, questions=1) for number in range(98)]
     stream = open_stream([*good, *(record(number, clip=b"bad") for number in (98, 99))], frames=1, size=8)
-    with pytest.raises(UserError, match="2 of 100 records are bad, more than 1%: mend or remove clip-9., clip-9."):
+    with pytest.raises(UserError, match="2 of 100 records are bad, more than 1%: fix or remove clip-9., clip-9."):
         for _ in range(30):
             next(stream)
 
