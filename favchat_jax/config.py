@@ -292,15 +292,9 @@ class Config(Section):
             raise UserError(f"steps=0 and epochs={self.epochs}: one of them must be a number above 0")
         if self.data.keep_features and not stages.has_fixed_features(self.variant, self.stage):
             raise UserError(f"data.keep_features=True is for stage3 and coldstart, not for {self.stage}: leave it out")
-        if self.stage == "grpo":
-            self._check_reinforcement()
-
-    def _check_reinforcement(self) -> None:
-        if self.rl is None:
-            raise UserError("stage=grpo needs the section rl: take configs/grpo.py")
-        if self.llm.storage != "full":
+        if self.stage == "grpo" and self.reinforcement and self.llm.storage != "full":
             raise UserError(f"llm.storage={self.llm.storage} cannot be answered from, as stage=grpo does: leave it out")
-        if self.steps < 1:
+        if self.stage == "grpo" and self.steps < 1:
             raise UserError("steps=0: stage=grpo has no epochs; give at least 1")
 
     def require_sources(self) -> None:
@@ -326,6 +320,13 @@ class Config(Section):
             )
 
     @property
+    def reinforcement(self) -> RLConfig:
+        """The section `rl`; raises UserError unless it is there."""
+        if self.rl is None:
+            raise UserError("stage=grpo needs the section rl: take configs/grpo.py")
+        return self.rl
+
+    @property
     def lora_rank(self) -> int:
         """Rank of the language model's adapters in this stage; 0 before they start."""
         return self.model.lora.rank if stages.STAGES[self.stage].lora else 0
@@ -344,9 +345,10 @@ class Config(Section):
         """
         fields = config.to_dict()
         stage, init = stages.STAGES.get(fields.get("stage")), fields.get("init", {})
-        if stage and init.get("from_run") is None:  # not named: where the stage before lies by default
-            kind = [fields[name] for name in ("preset", "variant", "ablation")]
-            init["from_run"] = str(stages.default_workdir(*kind, stage.before)) if stage.before else ""
+        if init.get("from_run") is None:  # not named: where the stage before lies by default
+            preset, variant, ablation = (str(fields.get(name)) for name in ("preset", "variant", "ablation"))
+            before = stage and stage.before
+            init["from_run"] = str(stages.default_workdir(preset, variant, ablation, before)) if before else ""
         return cls.read(fields)
 
     @classmethod
