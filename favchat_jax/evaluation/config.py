@@ -12,113 +12,68 @@ from favchat_jax.section import Count, CountOrZero, NotNegative, Positive, Secti
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BenchmarkData(Section):
-    """Where a benchmark's clips lie.
+    """Where a benchmark's clips lie."""
 
-    Attributes:
-        root: folder of the data set as it is published; empty for one that needs none.
-        name, packed, split: of a data set of `data/sources`, its packed folder and the split.
-        images: folder of YouTube Faces' frames, under `root`.
-    """
-
-    root: str = ""
-    name: str | None = None
-    packed: str | None = None
-    split: str | None = None
-    images: str | None = None
+    root: str = ""  # folder of the data set as it is published; empty for one that needs none
+    name: str | None = None  # of a data set of `data/sources`
+    packed: str | None = None  # folder of packed data sets
+    split: str | None = None  # of the data set
+    images: str | None = None  # folder of YouTube Faces' frames, under `root`
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ClientConfig(Section):
-    """How an OpenAI-compatible server is asked.
+    """How an OpenAI-compatible server is asked."""
 
-    Attributes:
-        parallel: requests at a time.
-        timeout: of a request, in seconds.
-        retries: of a request that failed.
-        key_variable: environment variable that holds the key.
-    """
-
-    parallel: Count
-    timeout: Positive
-    retries: CountOrZero
-    key_variable: str
+    parallel: Count  # requests at a time
+    timeout: Positive  # of a request, in seconds
+    retries: CountOrZero  # of a request that failed
+    key_variable: str  # environment variable that holds the key
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ServerConfig(ClientConfig):
-    """The server whose model is evaluated.
+    """The server whose model is evaluated."""
 
-    Attributes:
-        frames: of a clip that it is sent.
-        size: pixels a side of a frame.
-    """
-
-    frames: Count
-    size: Count
+    frames: Count  # of a clip that it is sent
+    size: Count  # pixels a side of a frame
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class JudgeConfig(ClientConfig):
-    """A language model that scores answers; without a `model` there is no judge.
+    """A language model that scores answers; without a `model` there is no judge."""
 
-    Attributes:
-        url: of its server.
-        model: its name there.
-        cache: file that keeps replies, so that no question is paid for twice.
-        attempts: at a reply that is the JSON asked for.
-        json_mode: whether the server is asked for JSON; some know no such option.
-        price_in, price_out: of a million tokens, for the cost in the result.
-    """
-
-    url: str
-    model: str
-    cache: str
-    attempts: Count
-    json_mode: bool
-    price_in: NotNegative
-    price_out: NotNegative
+    url: str  # of its server
+    model: str  # its name there
+    cache: str  # file that keeps replies, so that no question is paid for twice
+    attempts: Count  # at a reply that is the JSON asked for
+    json_mode: bool  # whether the server is asked for JSON; some know no such option
+    price_in: NotNegative  # of a million tokens of a question, for the cost in the result
+    price_out: NotNegative  # of a million tokens of a reply
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvaluationConfig(Section):
-    """A benchmark's config. Fields that default to None are of some benchmarks alone.
+    """A benchmark's config. Fields that default to None are of some benchmarks alone."""
 
-    Attributes:
-        benchmark: its name, one of `evaluation/benchmarks`.
-        seed: of intervals and of what is drawn.
-        batch: clips that are answered together.
-        questions: of a clip that are answered together, at most.
-        limit: clips (of a fold), pairs or questions; 0 for all.
-        max_new_tokens: of an answer.
-        description_tokens: of a description that a class is inferred from, or that a describer gives.
-        data: the clips.
-        server: for --model=openai:URL#NAME.
-        judge, second_judge: the second shows how far two judges agree.
-        question: asked about each clip.
-        describe: asked before `question`, by the method `describe`.
-        method: how a class is found: from a description, asked for directly, or as the likeliest name.
-        folds: of the test set.
-        pairs: YouTube Faces' pairs of segments, or the data set's own splits.
-        segment: frames of a segment.
-    """
-
-    benchmark: str
-    seed: CountOrZero
-    batch: Count
-    questions: Count
-    limit: CountOrZero
-    max_new_tokens: Count
-    description_tokens: Count
-    data: BenchmarkData
-    server: ServerConfig
+    benchmark: str  # its name, one of `evaluation/benchmarks`
+    seed: CountOrZero  # of intervals and of what is drawn
+    batch: Count  # clips that are answered together
+    questions: Count  # of a clip that are answered together, at most
+    limit: CountOrZero  # clips (of a fold), pairs or questions; 0 for all
+    max_new_tokens: Count  # of an answer
+    description_tokens: Count  # of a description that a class is inferred from, or that a describer gives
+    data: BenchmarkData  # the clips
+    server: ServerConfig  # for --model=openai:URL#NAME
     judge: JudgeConfig
-    second_judge: JudgeConfig
-    question: str | None = None
-    describe: str | None = None
+    second_judge: JudgeConfig  # shows how far two judges agree
+    question: str | None = None  # asked about each clip
+    describe: str | None = None  # asked before `question`, by the method `describe`
+    # How a class is found: from a description, asked for directly, or as the likeliest name.
     method: Literal["describe", "direct", "likelihood"] | None = None
-    folds: tuple[int, ...] | None = None
-    pairs: Literal["segments", "splits"] | None = None
-    segment: Count | None = None
+    folds: tuple[int, ...] | None = None  # of the test set
+    pairs: Literal["segments", "splits"] | None = None  # YouTube Faces' pairs of segments, or the data set's own splits
+    segment: Count | None = None  # frames of a segment
 
     def __post_init__(self):
         super().__post_init__()
