@@ -9,10 +9,7 @@ from configs import common
 
 def get_config(argument: str = ""):
     config = common.get_config("stage3", argument)
-    config.optimizer.learning_rate = 2e-5
-    config.batch = 4
+    config.batch, config.optimizer.learning_rate = 4, 2e-5
     if config.preset == "tiny":
-        config.steps = 30
-        config.batch = 16
-        config.optimizer.learning_rate = 1e-3
+        config.steps, config.batch, config.optimizer.learning_rate = 30, 16, 1e-3
     return config

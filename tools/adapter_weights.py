@@ -7,7 +7,6 @@ Every held-out clip counts once, with the same request to describe it, so that t
 
 import json
 from collections.abc import Sequence
-from pathlib import Path
 
 import matplotlib
 import numpy as np
@@ -20,6 +19,7 @@ from favchat_jax.data.sources import open_dataset
 from favchat_jax.data.video import decode
 from favchat_jax.errors import UserError
 from favchat_jax.evaluation.metrics import cohens_d
+from favchat_jax.files import replace_file
 from favchat_jax.generation.sampler import Sampler
 
 BATCH = 32
@@ -88,7 +88,7 @@ def main() -> None:
     if _JSON.value:
         told = {n: {**result[n], "weights": weights, "published": PUBLISHED[n]} for n, weights in groups.items()}
         about = {"table": "adapter_weights", "checkpoint": _CHECKPOINT.value, "question": INSTRUCTIONS[0]}
-        Path(_JSON.value).write_text(json.dumps({**about, "groups": told, "cohens_d": result["cohens_d"]}, indent=1))
+        replace_file(_JSON.value, json.dumps({**about, "groups": told, "cohens_d": result["cohens_d"]}, indent=1))
     for name in groups:
         print("{:<14} n {n:>4}  mean {mean:.3f}  std {std:.3f}".format(name, **result[name]))
     print(f"Cohen's d {result['cohens_d']:.2f}")

@@ -19,6 +19,7 @@ from favchat_jax.embedded.prepare import stage_config
 from favchat_jax.evaluate import table
 from favchat_jax.evaluation.config import EvaluationConfig
 from favchat_jax.evaluation.session import Session
+from favchat_jax.files import replace_file
 from favchat_jax.train import train_stage
 
 STAGES = ("stage1", "stage2", "stage3")
@@ -57,7 +58,7 @@ def main() -> None:
         "chat": {"video": str(video), "question": question, "answer": answer},
     }
     path = workdir.parent / "report.json"
-    path.write_text(json.dumps(report, indent=1))
+    replace_file(path, json.dumps(report, indent=1))
     print(table(heldout))
     for stage, row in report["stages"].items():
         print(f"{stage}: {row['steps']} steps, loss {row['loss_first']:.3f} -> {row['loss_last']:.3f}")

@@ -9,7 +9,6 @@ fewer than asked for repeats its last one: rendered clips have 16.
 import dataclasses
 import json
 import logging
-from pathlib import Path
 from typing import Any
 
 import matplotlib
@@ -23,6 +22,7 @@ from favchat_jax.embedded import benchmark
 from favchat_jax.errors import UserError
 from favchat_jax.evaluation.config import EvaluationConfig
 from favchat_jax.evaluation.session import Session
+from favchat_jax.files import replace_file
 from favchat_jax.generation.sampler import Sampler
 
 log = logging.getLogger("favchat_jax")
@@ -113,7 +113,7 @@ def main() -> None:
         "published": {"frames": PUBLISHED_FRAMES, **PUBLISHED},
     }
     if _JSON.value:
-        Path(_JSON.value).write_text(json.dumps(result, indent=1))
+        replace_file(_JSON.value, json.dumps(result, indent=1))
     if _FIGURE.value:
         draw(rows, trained_on, _FIGURE.value)
     print(table(rows))

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Float
 
 from favchat_jax.data.video import SMALLEST_SIDE
-from favchat_jax.errors import UserError
+from favchat_jax.errors import UserError, one_line
 
 DETECTORS = ("haar", "scrfd")
 
@@ -107,7 +107,7 @@ class Scrfd:
         try:
             self._session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime's errors share no class
-            reason = (str(error).splitlines() or [""])[0]
+            reason = one_line(error)
             raise UserError(f"--detector_model={model} is not an ONNX model ({reason}): fetch it again") from None
         if len(self._session.get_outputs()) not in (2 * len(self.STRIDES), 3 * len(self.STRIDES)):
             raise UserError(f"--detector_model={model} is not an SCRFD of three strides: take scrfd_10g_bnkps.onnx")

@@ -1,7 +1,7 @@
 """Drawing of the embedded data: what makes a picture of a face or of moving shapes, and the canvas it is painted on.
 
 A head is an ellipsoid one unit wide to each side; x points right and y down in the picture, z to the viewer, and "left"
-is the viewer's left. Every part (`rendered_features`) is a polygon on the ellipsoid whose corners are turned with the
+is the viewer's left. Every part (`face_parts`) is a polygon on the ellipsoid whose corners are turned with the
 head for all frames at once; a frame is then a list of filled polygons, drawn at twice the size and averaged down.
 """
 

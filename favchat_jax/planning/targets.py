@@ -10,7 +10,7 @@ import os
 import jax
 from jax.experimental import topologies
 
-from favchat_jax.errors import UserError
+from favchat_jax.errors import UserError, one_line
 
 GIB = 2**30
 USABLE = 0.9  # of a device's memory: the rest is the runtime's, its kernels' and lost between buffers
@@ -113,9 +113,8 @@ def devices(name: str) -> list[jax.Device]:
     try:
         described = topologies.get_topology_desc(platform=target.platform, topology_name=target.topology, **options)
     except Exception as error:  # jax raises many kinds where a plugin is missing or does not load
-        said = (str(error).splitlines() or [type(error).__name__])[0][:120]
         raise UserError(
-            f"--target={name} needs the compiler for {target.platform} ({said}): "
+            f"--target={name} needs the compiler for {target.platform} ({one_line(error)}): "
             "run it in .venv-aot, which `make plan` sets up"
         ) from None
     return list(described.devices)

@@ -40,9 +40,13 @@ def builder_of(name: str) -> tuple[type[storage.RecordBuilder], str | None]:
 def prepare(name: str, root: str | None, data_dir: str, **options: Any) -> str:
     """Packs the data set `name` under `data_dir` unless it lies there already, and returns its folder.
 
-    `name` is "rendered_faces" (drawn on the spot, `root` is not used), "rendered_faces/smoke" (the same, a few clips),
-    "celebvhq" (read from the folder `root`) or "corpus" (the same, of a folder that `tools.build_dataset` has filled).
-    A build that was cut short leaves nothing that is taken for a complete one. `options` are the builder's own.
+    A build that was cut short leaves nothing that is taken for a complete one.
+
+    Args:
+        name: one of SOURCES, or NAME/SIZE where a source has several sizes.
+        root: folder of the source's files, for one that is read and not drawn.
+        data_dir: where packed data sets lie.
+        options: of the builder.
 
     Raises:
         UserError: unknown name, or a `root` whose files are missing or malformed.
