@@ -66,6 +66,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    _ARGUMENT = flags.DEFINE_string("config_argument", "", "Config argument, as after configs/stage3.py:")
+    _ARGUMENT = flags.DEFINE_string("config_argument", "", "Config argument, such as ablation=no_face")
     _SEED = flags.DEFINE_integer("seed", 0, "Seed of all draws except the clips; run each seed in its own folder")
     command_line.start(main)

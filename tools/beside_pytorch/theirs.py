@@ -99,7 +99,7 @@ def decode(folder: str, preset: str, batch: int) -> Runs:
 
         return run
 
-    return {"adapters apart": answers(unmerged), **{name: answers(merged, **how) for name, how in _caches().items()}}
+    return {"unmerged adapters": answers(unmerged), **{name: answers(merged, **how) for name, how in _caches().items()}}
 
 
 def rollout(folder: str, preset: str, group: int) -> Runs:
