@@ -66,7 +66,7 @@ def last_reward(lines: Lines) -> float:
 
 
 def rollouts_to_reach(lines: Lines, reward: float) -> float | None:
-    """Rollouts at which the held-out facial reward first reaches `reward`, between measurements in a straight line."""
+    """Returns the rollouts at which the held-out facial reward first reaches `reward`, by linear interpolation."""
     for before, after in zip([lines[0], *lines], lines, strict=False):
         if after["facial"] >= reward:
             rise = after["facial"] - before["facial"]

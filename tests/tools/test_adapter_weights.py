@@ -23,7 +23,7 @@ class Weighing:
         return np.stack([1 - features, features], axis=-1)[:, None]
 
 
-def test_every_clip_counts_once_also_in_a_partial_batch():
+def test_every_clip_counts_once_even_in_a_partial_batch():
     clip = encode_video(4)
     one = Record("clip", clip, np.zeros(83, np.uint8), "", (), {}, "source", True)
     weights = adapter_weights.facial_weights(Weighing(), [one] * (adapter_weights.BATCH + 1), "What is seen?")
