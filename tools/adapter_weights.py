@@ -1,8 +1,8 @@
-"""How much a checkpoint weighs the facial stream on clips with and without a face (the paper's figure of its adapters).
+"""Measures a checkpoint's weight of the facial stream on clips with and without a face (the paper's adapter figure).
 
 python -m tools.adapter_weights --checkpoint=runs/tiny-v2/stage3 --figure=docs/figures/adapter_weights.png
 
-Every held-out clip counts once, with the same request to describe it, so that the words do not tell what is shown.
+Every held-out clip counts once, with the same request to describe it, so that the words do not reveal the content.
 """
 
 import json
@@ -28,7 +28,7 @@ PUBLISHED = {"face clips": (0.702, 0.084), "general clips": (0.297, 0.080)}
 
 
 def facial_weights(sampler: Sampler, records: Sequence, question: str) -> list[float]:
-    """The facial stream's weight for one question about each clip."""
+    """Returns the facial stream's weight for one question about each clip."""
     weights: list[float] = []
     for start in range(0, len(records), BATCH):
         batch = records[start : start + BATCH]
@@ -40,13 +40,13 @@ def facial_weights(sampler: Sampler, records: Sequence, question: str) -> list[f
 
 
 def summarise(groups: dict[str, list[float]]) -> dict:
-    """Number, mean and standard deviation of each group, and the distance between the two."""
+    """Returns the number, mean and standard deviation of each group, and Cohen's d between the two."""
     rows = {name: {"n": len(w), "mean": np.mean(w), "std": np.std(w, ddof=1)} for name, w in groups.items()}
     return {**rows, "cohens_d": cohens_d(*groups.values())}
 
 
 def draw(groups: dict[str, list[float]], result: dict, path: str) -> None:
-    """Both distributions as violins with the single clips."""
+    """Draws both distributions as violins with the single clips."""
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
@@ -66,7 +66,7 @@ def draw(groups: dict[str, list[float]], result: dict, path: str) -> None:
 
 
 def main() -> None:
-    """Weighs every held-out clip of the data set that the checkpoint was trained on."""
+    """Measures every held-out clip of the data set that the checkpoint was trained on."""
     if not _CHECKPOINT.value:
         raise UserError("needed: --checkpoint=WORKDIR")
     for option, path in (("--json", _JSON.value), ("--figure", _FIGURE.value)):
@@ -81,14 +81,14 @@ def main() -> None:
         for name, has_face in (("face clips", True), ("general clips", False))
     }
     if empty := [name for name, weights in groups.items() if len(weights) < 2]:
-        raise UserError(f"{run.config.data.name} has fewer than two held-out {empty[0]}: there is nothing to compare")
+        raise UserError(f"{run.config.data.name} has fewer than two held-out {empty[0]}: use another data set's run")
     result = summarise(groups)
     if _FIGURE.value:
         draw(groups, result, _FIGURE.value)
     if _JSON.value:
-        told = {n: {**result[n], "weights": weights, "published": PUBLISHED[n]} for n, weights in groups.items()}
+        rows = {n: {**result[n], "weights": weights, "published": PUBLISHED[n]} for n, weights in groups.items()}
         about = {"table": "adapter_weights", "checkpoint": _CHECKPOINT.value, "question": INSTRUCTIONS[0]}
-        replace_file(_JSON.value, json.dumps({**about, "groups": told, "cohens_d": result["cohens_d"]}, indent=1))
+        replace_file(_JSON.value, json.dumps({**about, "groups": rows, "cohens_d": result["cohens_d"]}, indent=1))
     for name in groups:
         print("{:<14} n {n:>4}  mean {mean:.3f}  std {std:.3f}".format(name, **result[name]))
     print(f"Cohen's d {result['cohens_d']:.2f}")
