@@ -1,4 +1,4 @@
-"""The section `pretrain` of a config: how the embedded preset's stand-ins for published parts are made."""
+"""The section `pretrain` of a config: sizes and training of the embedded preset's stand-ins for published parts."""
 
 from dataclasses import dataclass
 from typing import Self
@@ -34,7 +34,7 @@ class Pretrain(Section):
 
     @classmethod
     def of(cls, config: Config) -> Self:
-        """The section of a config; raises UserError for a value that is not allowed."""
+        """Reads the section of a config; raises UserError for a value that is not allowed."""
         try:
             return cls.read(config.pretrain or {})
         except UserError as error:

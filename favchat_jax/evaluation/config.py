@@ -1,4 +1,4 @@
-"""An evaluation's config, typed: every field with its unit and range. The files in `configs/eval` give the values."""
+"""The typed config of an evaluation: every field with its unit and range. Files in `configs/eval` give the values."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ from favchat_jax.section import Count, CountOrZero, NotNegative, Positive, Secti
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BenchmarkData(Section):
-    """Where a benchmark's clips lie."""
+    """Where a benchmark's clips are stored."""
 
     root: str = ""  # folder of the data set as it is published; empty for one that needs none
     name: str | None = None  # of a data set of `data/sources`
@@ -23,11 +23,11 @@ class BenchmarkData(Section):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ClientConfig(Section):
-    """How an OpenAI-compatible server is asked."""
+    """How requests to an OpenAI-compatible server are made."""
 
-    parallel: Count  # requests at a time
+    parallel: Count  # simultaneous requests
     timeout: Positive  # of a request, in seconds
-    retries: CountOrZero  # of a request that failed
+    retries: CountOrZero  # how often a failed request is repeated
     key_variable: str  # environment variable that holds the key
 
 
@@ -46,18 +46,18 @@ class JudgeConfig(ClientConfig):
     url: str  # of its server
     model: str  # its name there
     cache: str  # file that keeps replies, so that no question is paid for twice
-    attempts: Count  # at a reply that is the JSON asked for
-    json_mode: bool  # whether the server is asked for JSON; some know no such option
+    attempts: Count  # how often a question is asked until the reply is the requested JSON
+    json_mode: bool  # request JSON from the server; some servers lack this option
     price_in: NotNegative  # of a million tokens of a question, for the cost in the result
     price_out: NotNegative  # of a million tokens of a reply
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvaluationConfig(Section):
-    """A benchmark's config. Fields that default to None are of some benchmarks alone."""
+    """A benchmark's config. Fields that default to None apply to some benchmarks only."""
 
     benchmark: str  # its name, one of `evaluation/benchmarks`
-    seed: CountOrZero  # of intervals and of what is drawn
+    seed: CountOrZero  # of intervals and of random draws
     batch: Count  # clips that are answered together
     questions: Count  # of a clip that are answered together, at most
     limit: CountOrZero  # clips (of a fold), pairs or questions; 0 for all
@@ -78,11 +78,11 @@ class EvaluationConfig(Section):
     def __post_init__(self):
         super().__post_init__()
         if self.second_judge.model and not self.judge.model:
-            raise UserError("second_judge.model is set without judge.model: name the first judge too")
+            raise UserError("second_judge.model is set but judge.model is not: set the first judge too")
 
     @classmethod
     def from_ml_collections(cls, config: ConfigDict) -> Self:
-        """The config that a file of `configs/eval` and the command line give.
+        """Reads the config from a file of `configs/eval` with its command-line changes.
 
         Raises:
             UserError: a value is not allowed, or a field is missing or unknown.
@@ -91,5 +91,5 @@ class EvaluationConfig(Section):
 
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> Self:
-        """The config that a result was made with; fields of other versions are ignored."""
+        """Reads the config stored in a result; ignores fields of other versions."""
         return cls.read(fields, ignore_unknown=True)
