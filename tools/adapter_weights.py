@@ -12,8 +12,8 @@ import matplotlib
 import numpy as np
 from absl import flags
 
+import favchat_jax
 from favchat_jax import command_line
-from favchat_jax.checkpoints.run import load_run
 from favchat_jax.data.loader import INSTRUCTIONS
 from favchat_jax.data.sources import open_dataset
 from favchat_jax.data.video import decode
@@ -72,16 +72,16 @@ def main() -> None:
     for option, path in (("--json", _JSON.value), ("--figure", _FIGURE.value)):
         if path:
             command_line.check_output(option, path)
-    run = load_run(_CHECKPOINT.value)
-    sampler = Sampler.of(run)
-    source = open_dataset(run.config.data.name, run.config.data.packed, "heldout")
+    model = favchat_jax.load(_CHECKPOINT.value)
+    data = model.config.data
+    source = open_dataset(data.name, data.packed, "heldout")
     records = [source[i] for i in range(len(source))]
     groups = {
-        name: facial_weights(sampler, [r for r in records if r.has_face == has_face], INSTRUCTIONS[0])
+        name: facial_weights(model.sampler, [r for r in records if r.has_face == has_face], INSTRUCTIONS[0])
         for name, has_face in (("face clips", True), ("general clips", False))
     }
     if empty := [name for name, weights in groups.items() if len(weights) < 2]:
-        raise UserError(f"{run.config.data.name} has fewer than two held-out {empty[0]}: use another data set's run")
+        raise UserError(f"{data.name} has fewer than two held-out {empty[0]}: use another data set's run")
     result = summarise(groups)
     if _FIGURE.value:
         draw(groups, result, _FIGURE.value)

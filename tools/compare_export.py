@@ -10,9 +10,10 @@ from pathlib import Path
 
 from absl import flags
 
+import favchat_jax
 from configs.eval import rendered
 from favchat_jax import command_line
-from favchat_jax.checkpoints.run import load_run, run_config
+from favchat_jax.checkpoints.run import run_config
 from favchat_jax.checkpoints.tensors import read_json
 from favchat_jax.convert.exported import favchat_config, is_exported
 from favchat_jax.data.sources import open_dataset
@@ -20,7 +21,6 @@ from favchat_jax.embedded import benchmark
 from favchat_jax.errors import RunError, UserError
 from favchat_jax.evaluation.config import EvaluationConfig
 from favchat_jax.evaluation.session import Session
-from favchat_jax.generation.sampler import Sampler
 
 
 def compare(checkpoint: str | Path, export: str | Path, clips: int) -> list[dict[str, str]]:
@@ -29,7 +29,7 @@ def compare(checkpoint: str | Path, export: str | Path, clips: int) -> list[dict
         raise UserError(f"--export={export} is not an exported folder: write one with tools.export_pytorch")
     _check_same_model(checkpoint, export)
     config = EvaluationConfig.from_ml_collections(rendered.get_config()).updated({"limit": clips})
-    rows = benchmark.run(config, Session.of(Sampler.of(load_run(checkpoint)), config))["samples"]
+    rows = benchmark.run(config, Session.of(favchat_jax.load(checkpoint).sampler, config))["samples"]
     source = open_dataset(config.data.name, config.data.packed, config.data.split)
     encoded = {record.id: record.clip for record in (source[i] for i in range(len(source)))}
     from transformers import AutoModelForCausalLM  # imported here, since it imports PyTorch
