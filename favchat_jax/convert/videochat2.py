@@ -27,19 +27,7 @@ TABLE = Table(
     hint="it is not of UMT-L, BERT-base, Mistral-7B and LoRA of rank 16",
 )
 
-MISTRAL = MistralConfig(  # Mistral-7B-Instruct-v0.2
-    vocab_size=32000,
-    hidden_size=4096,
-    intermediate_size=14336,
-    num_hidden_layers=32,
-    num_attention_heads=32,
-    num_key_value_heads=8,
-    head_dim=128,
-    rms_norm_eps=1e-5,
-    rope_theta=1e6,
-    sliding_window=None,
-    max_position_embeddings=32768,
-)
+MISTRAL = MistralConfig()
 LORA = LoRA(rank=16, alpha=32.0, dropout=0.1)
 
 

@@ -11,10 +11,7 @@ from __future__ import annotations
 import bisect
 import logging
 import math
-import multiprocessing
-import os
 import signal
-import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -28,6 +25,7 @@ from favchat_jax.data.conversation import Conversation, PromptEncoder
 from favchat_jax.data.record import Record
 from favchat_jax.data.video import Augment, decode
 from favchat_jax.errors import UserError
+from favchat_jax.signals import end_with_parent
 
 log = logging.getLogger("favchat_jax")
 
@@ -183,17 +181,8 @@ def training_batches(
     if len(source) < process_count:
         raise UserError(f"the data set has {len(source)} records for {process_count} hosts: give a larger one")
     buckets = sorted(buckets)
-    example = Example(
-        conversation=conversation,
-        prompt=prompt,
-        text=text,
-        frames=frames,
-        size=size,
-        sampling=sampling,
-        augment=augment,
-        questions=1 if text in ("summary", "reasoning") else questions,
-        max_length=buckets[-1],
-    )
+    asked, longest = 1 if text in ("summary", "reasoning") else questions, buckets[-1]
+    example = Example(conversation, prompt, text, frames, size, sampling, augment, questions=asked, max_length=longest)
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()  # Grain reads its flags even without an absl app
     rows = grain.MapDataset.source(source)[process_index::process_count]
@@ -330,15 +319,4 @@ def _start_worker(index: int, count: int) -> None:
     # Ctrl-C and a scheduler's SIGTERM reach the entire process group, but only the main process handles them.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    threading.Thread(target=_follow_parent, daemon=True).start()
-
-
-def _follow_parent() -> None:
-    """Ends this worker when the main process is killed.
-
-    After the last worker has ended, Python's resource tracker removes the remaining shared memory.
-    """
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
+    end_with_parent()

@@ -2,7 +2,6 @@
 
 import multiprocessing
 import os
-import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from favchat_jax.data.picture import Squares
 from favchat_jax.data.record import Record
 from favchat_jax.data.storage import RecordBuilder
 from favchat_jax.embedded import faces as rendered_faces
+from favchat_jax.signals import end_with_parent
 
 
 @dataclass(eq=False)
@@ -94,9 +94,4 @@ def _start_worker() -> None:
     import cv2
 
     cv2.setNumThreads(1)
-
-    def leave_with_parent():
-        multiprocessing.parent_process().join()
-        os._exit(1)
-
-    threading.Thread(target=leave_with_parent, daemon=True).start()
+    end_with_parent()

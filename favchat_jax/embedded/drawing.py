@@ -1,8 +1,8 @@
 """Draws the embedded data's pictures: descriptions of faces and moving shapes, and the canvas for them.
 
 A head is an ellipsoid that reaches one unit to each side. In the picture x points right, y down and z to the viewer;
-"left" is the viewer's left. Every part of a face (`features`) is a polygon on the ellipsoid. Its corners turn with the
-head, in one computation for all frames. A frame is a list of filled polygons, drawn at twice the size and averaged.
+"left" is the viewer's left. Every part of a face (`face_parts`) is a polygon on the ellipsoid. Its corners turn with
+the head, in one computation for all frames. A frame is a list of filled polygons, drawn at twice the size and averaged.
 """
 
 from dataclasses import dataclass

@@ -21,7 +21,7 @@ from jaxtyping import UInt8
 
 from favchat_jax.data import vocabulary
 from favchat_jax.data.record import Question, Record
-from favchat_jax.embedded import drawing, features
+from favchat_jax.embedded import drawing, face_parts
 
 FPS = 12
 GENERAL_EVERY = 6  # one clip in six shows no face
@@ -91,7 +91,7 @@ def render(seed: int, split: str, index: int) -> Record:
     classes, asked = sample_classes(seed, split, index, rng)
     has_face = "emotion" in classes
     if has_face:
-        frames = features.draw_face(sample_look(classes, rng), sample_motion(classes, rng))
+        frames = face_parts.draw_face(sample_look(classes, rng), sample_motion(classes, rng))
     else:
         frames = drawing.draw_shapes(sample_shapes(classes, rng))
     name = f"{split}-{seed}-{index:05d}"
@@ -116,7 +116,7 @@ def render_still(seed: int, split: str, index: int) -> tuple[UInt8[np.ndarray, "
     rng = generator(seed, split, "still", index)
     classes = {label: LABELS[label][rng.integers(len(LABELS[label]))] for label in FACE_LABELS}
     look, motion = sample_look(classes, rng), sample_motion(classes, rng)
-    frames = features.draw_face(look, motion.at(int(rng.integers(drawing.FRAMES))))
+    frames = face_parts.draw_face(look, motion.at(int(rng.integers(drawing.FRAMES))))
     return frames, {label: LABELS[label].index(value) for label, value in classes.items()}
 
 

@@ -20,17 +20,9 @@ def fit(
 
     A batch holds the arguments of `loss` after the weights.
     """
-    settings = OptimizerConfig(
-        name="muon",
-        learning_rate=rate,
-        encoder_rate=1.0,
-        b1=0.9,
-        b2=0.999,
-        weight_decay=0.02,
-        clip_norm=1.0,
-        warmup=0.1,
-        floor=0.05,
-    )
+    adam = {"b1": 0.9, "b2": 0.999, "weight_decay": 0.02, "encoder_rate": 1.0}
+    shape = {"warmup": 0.1, "floor": 0.05, "clip_norm": 1.0}
+    settings = OptimizerConfig(name="muon", learning_rate=rate, **adam, **shape)
     optimizer = make_optimizer(settings, steps)
 
     @functools.partial(jax.jit, donate_argnums=(0, 1), compiler_options=compiler_options())

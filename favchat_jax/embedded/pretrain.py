@@ -10,45 +10,27 @@ from favchat_jax.section import Count, Positive, Section
 
 @dataclass(frozen=True, kw_only=True)
 class LanguageModelSizes(Section):
-    """Sizes of a small Mistral.
+    """Sizes of a small Mistral."""
 
-    Attributes:
-        width: channels of a token.
-        layers: number of layers.
-        heads, kv_heads: attention heads; groups of heads share keys and values.
-        mlp: hidden channels of a layer's MLP.
-        vocabulary: number of tokens.
-    """
-
-    width: Count
+    width: Count  # channels of a token
     layers: Count
-    heads: Count
-    kv_heads: Count
-    mlp: Count
-    vocabulary: Count
+    heads: Count  # of attention
+    kv_heads: Count  # heads of keys and values, each shared by a group of heads
+    mlp: Count  # hidden channels of a layer's MLP
+    vocabulary: Count  # tokens
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pretrain(Section):
-    """The stand-ins' sizes and training.
+    """The stand-ins' sizes and training."""
 
-    Attributes:
-        llm: sizes of the language model.
-        llm_steps: batches of 16 texts.
-        facial_steps: batches of 128 single frames.
-        general_steps: batches of 32 clips.
-        stills: faces drawn for the facial encoder in addition to those of the clips.
-        general_clips: clips without a face, drawn for the general encoder.
-        learning_rate: Muon's peak learning rate.
-    """
-
-    llm: LanguageModelSizes
-    llm_steps: Count
-    facial_steps: Count
-    general_steps: Count
-    stills: Count
-    general_clips: Count
-    learning_rate: Positive
+    llm: LanguageModelSizes  # sizes of the language model
+    llm_steps: Count  # batches of 16 texts
+    facial_steps: Count  # batches of 128 single frames
+    general_steps: Count  # batches of 32 clips
+    stills: Count  # faces that are drawn for the facial encoder beside those of the clips
+    general_clips: Count  # clips without a face that are drawn for the general encoder
+    learning_rate: Positive  # Muon's peak
 
     @classmethod
     def of(cls, config: Config) -> Self:

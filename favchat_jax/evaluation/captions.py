@@ -1,6 +1,6 @@
 """Scoring of free-text answers against references, by words and by a judge; shared by DFEC, EMER and held_out_qa."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from favchat_jax.evaluation.config import EvaluationConfig
@@ -13,29 +13,39 @@ from favchat_jax.evaluation.session import Session
 NO_JUDGE = "no judge is set, so its figures are missing: set --config.judge.url and --config.judge.model"
 
 
-def all_figures(
-    session: Session, samples: Sequence[dict[str, Any]], rubrics: Mapping[str, str], seed: int
-) -> tuple[dict[str, Figure], list[str]]:
-    """Returns the word figures and, if a judge is set, its figure for each rubric; with notes on missing scores."""
-    by_words = word_figures(samples, seed)
-    if session.judge is None:
-        return by_words, [NO_JUDGE]
-    judged, notes = judged_figures(session.judge, samples, rubrics, seed)
-    return {**judged, **by_words}, notes
+def sample(id: str, clip: str, question: str, expected: str, answer: str) -> dict[str, Any]:
+    """A row of a result that no class is read from."""
+    row = {"id": id, "clip": clip, "question": question, "expected": expected, "answer": answer}
+    return {**row, "predicted": None, "correct": None}
 
 
 def captions_result(
     config: EvaluationConfig,
     session: Session,
     samples: Sequence[dict[str, Any]],
-    figures: Mapping[str, Figure],
-    notes: Sequence[str],
-    **more: Any,
+    rubrics: Mapping[str, str],
+    more: Callable[[Judge], tuple[dict[str, Figure], list[str]]] = lambda judge: ({}, []),
+    **fields: Any,
 ) -> Result:
-    """Makes the benchmark's result, which is incomplete if it has notes; `more` is passed to `make_result`."""
-    judge = session.judge and session.judge.summary()
-    status = {"missing": session.missing, "notes": notes, "judge": judge, "complete": not notes}
-    return make_result(config.benchmark, samples, figures, **status, **more)
+    """The benchmark's result: figures by the judge for each rubric, if there is a judge, and figures by words.
+
+    Any figure or judgement that is not there is noted and makes the result incomplete.
+
+    Args:
+        config: of the benchmark.
+        session: whose judge is asked.
+        samples: rows made by `sample`.
+        rubrics: see `judged_figures`.
+        more: further figures by the judge, and notes.
+        fields: of `make_result`.
+    """
+    figures, notes, judge = word_figures(samples, config.seed), [NO_JUDGE], session.judge
+    if judge is not None:
+        judged, notes = judged_figures(judge, samples, rubrics, config.seed)
+        others, unjudged = more(judge)
+        figures, notes = {**judged, **figures, **others}, notes + unjudged
+    known = {"missing": session.missing, "notes": notes, "judge": judge and judge.summary(), "complete": not notes}
+    return make_result(config.benchmark, samples, figures, **known, **fields)
 
 
 def word_figures(samples: Sequence[dict[str, Any]], seed: int) -> dict[str, Figure]:

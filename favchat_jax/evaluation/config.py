@@ -12,113 +12,68 @@ from favchat_jax.section import Count, CountOrZero, NotNegative, Positive, Secti
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BenchmarkData(Section):
-    """Where a benchmark's clips are stored.
+    """Where a benchmark's clips are stored."""
 
-    Attributes:
-        root: folder of the published data set; empty for a benchmark that needs none.
-        name, packed, split: a data set of `data/sources`, the folder of packed data sets, and the split.
-        images: folder of YouTube Faces' frames below `root`.
-    """
-
-    root: str = ""
-    name: str | None = None
-    packed: str | None = None
-    split: str | None = None
-    images: str | None = None
+    root: str = ""  # folder of the data set as it is published; empty for one that needs none
+    name: str | None = None  # of a data set of `data/sources`
+    packed: str | None = None  # folder of packed data sets
+    split: str | None = None  # of the data set
+    images: str | None = None  # folder of YouTube Faces' frames, under `root`
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ClientConfig(Section):
-    """How requests to an OpenAI-compatible server are made.
+    """How requests to an OpenAI-compatible server are made."""
 
-    Attributes:
-        parallel: simultaneous requests.
-        timeout: timeout of a request in seconds.
-        retries: how often a failed request is repeated.
-        key_variable: environment variable that holds the API key.
-    """
-
-    parallel: Count
-    timeout: Positive
-    retries: CountOrZero
-    key_variable: str
+    parallel: Count  # simultaneous requests
+    timeout: Positive  # of a request, in seconds
+    retries: CountOrZero  # how often a failed request is repeated
+    key_variable: str  # environment variable that holds the key
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ServerConfig(ClientConfig):
-    """The server whose model is evaluated.
+    """The server whose model is evaluated."""
 
-    Attributes:
-        frames: frames sent per clip.
-        size: side of a frame in pixels.
-    """
-
-    frames: Count
-    size: Count
+    frames: Count  # of a clip that it is sent
+    size: Count  # pixels a side of a frame
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class JudgeConfig(ClientConfig):
-    """A language model that scores answers; an empty `model` means no judge.
+    """A language model that scores answers; without a `model` there is no judge."""
 
-    Attributes:
-        url: URL of its server.
-        model: the model's name on the server.
-        cache: file that keeps replies, so that no question is paid for twice.
-        attempts: how often a question is asked until the reply is the requested JSON.
-        json_mode: whether to request JSON from the server; some servers lack this option.
-        price_in, price_out: price of a million tokens, for the cost in the result.
-    """
-
-    url: str
-    model: str
-    cache: str
-    attempts: Count
-    json_mode: bool
-    price_in: NotNegative
-    price_out: NotNegative
+    url: str  # of its server
+    model: str  # its name there
+    cache: str  # file that keeps replies, so that no question is paid for twice
+    attempts: Count  # how often a question is asked until the reply is the requested JSON
+    json_mode: bool  # request JSON from the server; some servers lack this option
+    price_in: NotNegative  # of a million tokens of a question, for the cost in the result
+    price_out: NotNegative  # of a million tokens of a reply
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvaluationConfig(Section):
-    """The config of a benchmark. Fields that default to None apply to some benchmarks only.
+    """A benchmark's config. Fields that default to None apply to some benchmarks only."""
 
-    Attributes:
-        benchmark: name of a module in `evaluation/benchmarks`.
-        seed: seed of the intervals and of everything drawn at random.
-        batch: clips that are answered together.
-        questions: most questions about one clip that are answered together.
-        limit: most clips (per fold), pairs or questions; 0 for all.
-        max_new_tokens: longest answer in tokens.
-        description_tokens: longest description in tokens, for method `describe` and for a describer.
-        data: the clips.
-        server: settings for --model=openai:URL#NAME.
-        judge, second_judge: the second measures how far two judges agree.
-        question: question about each clip.
-        describe: question before `question` with method `describe`.
-        method: how the class is found: from a description, from a direct answer, or as the likeliest name.
-        folds: folds of the test set.
-        pairs: YouTube Faces' pairs: of segments, or the data set's own splits.
-        segment: frames per segment.
-    """
-
-    benchmark: str
-    seed: CountOrZero
-    batch: Count
-    questions: Count
-    limit: CountOrZero
-    max_new_tokens: Count
-    description_tokens: Count
-    data: BenchmarkData
-    server: ServerConfig
+    benchmark: str  # its name, one of `evaluation/benchmarks`
+    seed: CountOrZero  # of intervals and of random draws
+    batch: Count  # clips that are answered together
+    questions: Count  # of a clip that are answered together, at most
+    limit: CountOrZero  # clips (of a fold), pairs or questions; 0 for all
+    max_new_tokens: Count  # of an answer
+    description_tokens: Count  # of a description that a class is inferred from, or that a describer gives
+    data: BenchmarkData  # the clips
+    server: ServerConfig  # for --model=openai:URL#NAME
     judge: JudgeConfig
-    second_judge: JudgeConfig
-    question: str | None = None
-    describe: str | None = None
+    second_judge: JudgeConfig  # shows how far two judges agree
+    question: str | None = None  # asked about each clip
+    describe: str | None = None  # asked before `question`, by the method `describe`
+    # How a class is found: from a description, asked for directly, or as the likeliest name.
     method: Literal["describe", "direct", "likelihood"] | None = None
-    folds: tuple[int, ...] | None = None
-    pairs: Literal["segments", "splits"] | None = None
-    segment: Count | None = None
+    folds: tuple[int, ...] | None = None  # of the test set
+    pairs: Literal["segments", "splits"] | None = None  # YouTube Faces' pairs of segments, or the data set's own splits
+    segment: Count | None = None  # frames of a segment
 
     def __post_init__(self):
         super().__post_init__()

@@ -33,19 +33,22 @@ class LoRA:
 
 @dataclasses.dataclass(frozen=True)
 class MistralConfig:
-    """The fields of `config.json` that shape the computation, under their published names."""
+    """The fields of `config.json` that shape the computation, under their published names.
 
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    rms_norm_eps: float
-    rope_theta: float
-    sliding_window: int | None
-    max_position_embeddings: int
+    The defaults are those of Mistral-7B-Instruct-v0.2.
+    """
+
+    vocab_size: int = 32000
+    hidden_size: int = 4096
+    intermediate_size: int = 14336
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 32
+    num_key_value_heads: int = 8
+    head_dim: int = 128
+    rms_norm_eps: float = 1e-5
+    rope_theta: float = 1e6
+    sliding_window: int | None = None
+    max_position_embeddings: int = 32768
 
     @classmethod
     def from_json(cls, config: dict[str, Any]) -> "MistralConfig":

@@ -82,29 +82,25 @@ def make_policy_plan(config: Config, name: str, clips: int | None = None) -> pla
         peaks.append((resident + _bytes(program.arguments) - program.weights + taken, memory))
         products += list(_products(program))
     peak, memory = max(peaks, key=lambda found: found[0])
-    flops, headroom = cost.total_flops(products), target.usable - peak
-    least = cost.roofline_seconds(products, 1, target.flops, target.bandwidth)
-    return plan.Plan(
-        target=name,
-        stage=config.stage,
-        devices=1,
-        clips=clips,
-        frozen_bytes=held["frozen"] + held["merged"],
-        trained_bytes=held["trained"] + held["reference"],
-        optimizer_bytes=held["moments"],
-        activation_bytes=0,
-        temporary_bytes=memory.temp_size_in_bytes,
-        argument_bytes=memory.argument_size_in_bytes,
-        temp_bytes=memory.temp_size_in_bytes,
-        peak_bytes_per_device=peak,
-        flops_per_step=flops,
-        executed_flops=flops,
-        roofline_seconds=least,
-        mfu_ceiling=flops / (target.flops * least),
-        compile_seconds=time.perf_counter() - started,
-        fits=headroom >= 0,
-        headroom_bytes=headroom,
-        advice="" if headroom >= 0 else _advice(resident, target.usable),
+    flops = cost.total_flops(products)
+    return plan.plan_of(
+        name,
+        config,
+        clips,
+        memory,
+        peak=peak,
+        held={
+            "frozen_bytes": held["frozen"] + held["merged"],
+            "trained_bytes": held["trained"] + held["reference"],
+            "optimizer_bytes": held["moments"],
+            "activation_bytes": 0,
+        },
+        flops=(flops, flops),
+        seconds=(
+            cost.roofline_seconds(products, 1, target.flops, target.bandwidth),
+            time.perf_counter() - started,
+        ),
+        advise=lambda _: _advice(resident, target.usable),
     )
 
 

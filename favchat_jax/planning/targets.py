@@ -10,7 +10,7 @@ import os
 import jax
 from jax.experimental import topologies
 
-from favchat_jax.errors import UserError
+from favchat_jax.errors import UserError, one_line
 
 GIB = 2**30
 USABLE = 0.9  # share of a device's memory; the rest goes to the runtime, its kernels and fragmentation
@@ -115,9 +115,8 @@ def devices(name: str) -> list[jax.Device]:
     try:
         described = topologies.get_topology_desc(platform=target.platform, topology_name=target.topology, **options)
     except Exception as error:  # jax raises many kinds of errors for a plugin that is missing or does not load
-        said = (str(error).splitlines() or [type(error).__name__])[0][:120]
         raise UserError(
-            f"--target={name} needs the compiler for {target.platform} ({said}): "
+            f"--target={name} needs the compiler for {target.platform} ({one_line(error)}): "
             "run this in .venv-aot, which `make plan` creates"
         ) from None
     return list(described.devices)

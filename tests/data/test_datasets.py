@@ -98,7 +98,7 @@ def test_a_prepared_data_set_is_not_made_again(smoke):
 
 def test_nothing_imports_tensorflow(smoke):
     code = (
-        "import sys; from favchat_jax.data.datasets import open_dataset;"
+        "import sys; from favchat_jax.data.sources import open_dataset;"
         f"open_dataset('rendered_faces/smoke', {smoke!r}, 'train')[0];"
         "assert 'tensorflow' not in sys.modules"
     )
@@ -108,7 +108,7 @@ def test_nothing_imports_tensorflow(smoke):
 def test_a_killed_build_is_not_complete_and_leaves_no_worker(tmp_path):
     script = tmp_path / "build.py"
     script.write_text(
-        "from favchat_jax.data.datasets import prepare\n"
+        "from favchat_jax.data.sources import prepare\n"
         f"if __name__ == '__main__': prepare('rendered_faces/smoke', None, {str(tmp_path)!r})"
     )
     environment = {**os.environ, "PYTHONPATH": os.getcwd()}

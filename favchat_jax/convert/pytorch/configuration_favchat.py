@@ -41,36 +41,13 @@ class FaVChatConfig(MistralConfig):
     ):
         self.variant, self.ablation = variant, ablation
         self.frames, self.image_size, self.prompt_length = frames, image_size, prompt_length
-        self.umt = {
-            "width": 1024,
-            "heads": 16,
-            "patch": 16,
-            "layers_run": 23,
-            "checkpoint_size": 224,
-            "checkpoint_frames": 4,
-            **(umt or {}),
-        }
+        self.umt = {"width": 1024, "heads": 16, "patch": 16, "layers_run": 23}
+        self.umt |= {"checkpoint_size": 224, "checkpoint_frames": 4, **(umt or {})}
         self.no_face_taps = list(no_face_taps)
-        self.facexformer = {
-            "width": 128,
-            "depths": [2, 2, 18, 2],
-            "heads": [4, 8, 16, 32],
-            "window": 7,
-            "patch": 4,
-            **(facexformer or {}),
-        }
+        self.facexformer = {"width": 128, "depths": [2, 2, 18, 2], "heads": [4, 8, 16, 32], "window": 7, "patch": 4}
+        self.facexformer |= facexformer or {}
         self.fusion = {"heads": 16, "residual": True, **(fusion or {})}
-        self.qformer = {
-            "width": 768,
-            "depth": 12,
-            "heads": 12,
-            "mlp": 3072,
-            "queries": 32,
-            "extra_queries": 64,
-            "vocabulary": 30523,
-            "dropout": 0.1,
-            "prompt": True,
-            **(qformer or {}),
-        }
+        self.qformer = {"width": 768, "depth": 12, "heads": 12, "mlp": 3072, "queries": 32, "extra_queries": 64}
+        self.qformer |= {"vocabulary": 30523, "dropout": 0.1, "prompt": True, **(qformer or {})}
         self.adapter = {"hidden": 1024, **(adapter or {})}
         super().__init__(**mistral)

@@ -40,9 +40,13 @@ def builder_of(name: str) -> tuple[type[storage.RecordBuilder], str | None]:
 def prepare(name: str, root: str | None, data_dir: str, **options: Any) -> str:
     """Packs the data set `name` under `data_dir` unless it is packed already, and returns its folder.
 
-    `name` is "rendered_faces" (drawn; `root` is unused), "rendered_faces/smoke" (a few such clips), "celebvhq" (read
-    from the folder `root`) or "corpus" (read from the folder `root` that `tools.build_dataset` has filled). An
-    interrupted build is never mistaken for a complete one. `options` are passed to the builder.
+    An interrupted build is never mistaken for a complete one.
+
+    Args:
+        name: one of SOURCES, or NAME/SIZE for a source with several sizes.
+        root: folder of the source's files; unused if clips are drawn.
+        data_dir: folder of packed data sets.
+        options: options of the builder.
 
     Raises:
         UserError: the name is unknown, or files in `root` are missing or malformed.

@@ -14,7 +14,7 @@ from typing import Any
 
 from favchat_jax.errors import UserError
 from favchat_jax.evaluation import published
-from favchat_jax.evaluation.captions import all_figures, captions_result, note_score, unjudged_note
+from favchat_jax.evaluation.captions import captions_result, note_score, sample, unjudged_note
 from favchat_jax.evaluation.config import EvaluationConfig
 from favchat_jax.evaluation.footage import Footage
 from favchat_jax.evaluation.judge import Judge, Question
@@ -38,28 +38,16 @@ def run(config: EvaluationConfig, session: Session) -> Result:
     asks = [Ask(id, (Footage(id, clip),), (((config.question, None),),)) for id, clip in there]
     said = session.ask(asks, config.max_new_tokens, "describing")
     samples = [
-        {
-            "id": row["id"],
-            "clip": row["id"],
-            "question": config.question,
-            "expected": row["caption"],
-            "answer": said[row["id"]][0],
-            "predicted": None,
-            "correct": None,
-        }
+        sample(row["id"], row["id"], config.question, row["caption"], said[row["id"]][0])
         for row in listed
         if row["id"] in said
     ]
-    figures, notes = all_figures(session, samples, {name: name for name in ASPECTS}, config.seed)
-    if session.judge is not None:
-        events, unjudged = _event_figures(session.judge, samples, config.seed)
-        figures, notes = {**figures, **events}, notes + unjudged
     return captions_result(
         config,
         session,
         samples,
-        figures,
-        notes,
+        {name: name for name in ASPECTS},
+        lambda judge: _event_figures(judge, samples, config.seed),
         data=described("DFEC", root, [path], [clip for _, clip in there], len(listed)),
         published=published.rows(published.DFEC, *ASPECTS, "cider", "rouge_l", "autodq"),
     )

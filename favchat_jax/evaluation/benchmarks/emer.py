@@ -9,7 +9,7 @@
 from pathlib import Path
 
 from favchat_jax.evaluation import published
-from favchat_jax.evaluation.captions import all_figures, captions_result
+from favchat_jax.evaluation.captions import captions_result, sample
 from favchat_jax.evaluation.config import EvaluationConfig
 from favchat_jax.evaluation.footage import Footage
 from favchat_jax.evaluation.layout import described, find_clip, first_of, read_table, root_of
@@ -35,29 +35,11 @@ def run(config: EvaluationConfig, session: Session) -> Result:
     there = present([(name, find_clip(root, CLIPS, name=name)) for name in reasons], session, root)
     asks = [Ask(name, (Footage(name, clip),), (((config.question, None),),)) for name, clip in there]
     said = session.ask(asks, config.max_new_tokens, "explaining")
-    samples = [
-        {
-            "id": name,
-            "clip": name,
-            "question": config.question,
-            "expected": reasons[name],
-            "answer": answer,
-            "predicted": None,
-            "correct": None,
-        }
-        for name, (answer,) in said.items()
-    ]
-    overlaps = {"clue_overlap": "clues", "label_overlap": "emotions"}
-    figures, notes = all_figures(session, samples, overlaps, config.seed)
-    return captions_result(
-        config,
-        session,
-        samples,
-        figures,
-        notes,
-        data=described("EMER", root, [path], [clip for _, clip in there], len(reasons)),
-        published=published.rows(published.EMER, "clue_overlap", "label_overlap"),
-    )
+    samples = [sample(name, name, config.question, reasons[name], answer) for name, (answer,) in said.items()]
+    rubrics = {"clue_overlap": "clues", "label_overlap": "emotions"}
+    data = described("EMER", root, [path], [clip for _, clip in there], len(reasons))
+    rows = published.rows(published.EMER, *rubrics)
+    return captions_result(config, session, samples, rubrics, data=data, published=rows)
 
 
 def _read(path: Path) -> dict[str, str]:

@@ -15,7 +15,7 @@ import numpy as np
 
 from favchat_jax.errors import UserError
 from favchat_jax.evaluation import published
-from favchat_jax.evaluation.captions import all_figures, captions_result
+from favchat_jax.evaluation.captions import captions_result, sample
 from favchat_jax.evaluation.config import EvaluationConfig
 from favchat_jax.evaluation.footage import Footage
 from favchat_jax.evaluation.layout import described, first_of, root_of
@@ -39,19 +39,15 @@ def run(config: EvaluationConfig, session: Session) -> Result:
     for (name, _), parts in zip(there, asks, strict=True):
         answers = [answer for ask in parts for answer in said.get(ask.id, [None] * len(ask.conversations))]
         pairs = zip(clips[name]["qa"], answers, strict=True)
-        samples += [_row(name, number, *both) for number, both in enumerate(pairs) if both[1] is not None]
-    figures, notes = all_figures(session, samples, {"score": "qa"}, config.seed)
-    return captions_result(
-        config,
-        session,
-        samples,
-        figures,
-        notes,
-        data=described(
-            "held-out questions", root, [path], [video for _, video in there], sum(len(c["qa"]) for c in clips.values())
-        ),
-        published=published.rows(published.HELD_OUT_QA, "score"),
-    )
+        samples += [
+            sample(f"{name} {number}", name, pair["q"], pair["a"], answer)
+            for number, (pair, answer) in enumerate(pairs)
+            if answer is not None
+        ]
+    listed = sum(len(clip["qa"]) for clip in clips.values())
+    data = described("held-out questions", root, [path], [video for _, video in there], listed)
+    rows = published.rows(published.HELD_OUT_QA, "score")
+    return captions_result(config, session, samples, {"score": "qa"}, data=data, published=rows)
 
 
 def _read(path: Path) -> dict[str, dict[str, Any]]:
@@ -93,15 +89,3 @@ def _ask(name: str, video: Path, pairs: list[dict[str, str]], most: int) -> list
         Ask(f"{name} {number}" if number else name, (Footage(name, video),), tuple(((q["q"], None),) for q in part))
         for number, part in enumerate(parts)
     ]
-
-
-def _row(name: str, number: int, pair: dict[str, str], answer: str) -> dict[str, Any]:
-    return {
-        "id": f"{name} {number}",
-        "clip": name,
-        "question": pair["q"],
-        "expected": pair["a"],
-        "answer": answer,
-        "predicted": None,
-        "correct": None,
-    }

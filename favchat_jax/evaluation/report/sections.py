@@ -8,6 +8,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from favchat_jax.evaluation.benchmarks import title_of
 from favchat_jax.evaluation.report import charts
 from favchat_jax.evaluation.report.examples import Frames, shown
 
@@ -22,23 +23,13 @@ EMPTY = {"lead": "", "warnings": [], "tables": [], "bars": None, "charts": [], "
 EMPTY |= {"notes": [], "details": []}
 DRAWN = ("all", "motion", "direction", "emotion", "detail")  # kinds of question in the frame-length chart
 
-TITLES = {
-    "dfec": "DFEC, expressions described (Table 1)",
-    "dfew": "DFEW, emotions (Table 3)",
-    "mafw": "MAFW, emotions (Table 3)",
-    "emer": "EMER, emotions explained (Table 4)",
-    "youtube_faces": "YouTube Faces, the same person (Table 5)",
-    "held_out_qa": "Held-out questions of v2",
-    "rendered": "Rendered faces, held-out",
-}
-
 
 def of_benchmark(name: str, results: Sequence[Mapping[str, Any]], frames: Frames, examples: int) -> dict[str, Any]:
     """Makes a benchmark's section: figures beside published ones, groups, curves, confusions, answers, provenance."""
     results = _named(results)
     return {
         **EMPTY,
-        "title": TITLES.get(name, name),
+        "title": title_of(name),
         "lead": f"{max(result['n'] for result in results)} samples.",
         "warnings": [_warning(result) for result in results if not result["complete"]],
         "tables": [_figures_table(results)],

@@ -104,7 +104,7 @@ def test_fine_details_are_on_their_side_and_a_few_pixels_wide_at_64(label):
         for side in ("none", "left", "right"):
             rng = np.random.default_rng(index)
             look = rendered_faces.sample_look(classes | {label: side}, rng)
-            frame = rendered_faces.features.draw_face(look, sample_motion(classes, rng, frames=1))[0]
+            frame = rendered_faces.face_parts.draw_face(look, sample_motion(classes, rng, frames=1))[0]
             drawn[side] = cv2.resize(frame, (64, 64), interpolation=cv2.INTER_AREA).astype(int)
         for side in ("left", "right"):
             changed = np.abs(drawn[side] - drawn["none"]).max(-1) > 40
@@ -124,7 +124,7 @@ def test_haar_finds_the_face_in_95_percent_of_frames_without_hat_or_strong_turn(
             continue
         look = rendered_faces.sample_look(classes, rng)
         motion = sample_motion(classes, rng)
-        for frame, yaw in list(zip(rendered_faces.features.draw_face(look, motion), motion.yaw, strict=True))[1::4]:
+        for frame, yaw in list(zip(rendered_faces.face_parts.draw_face(look, motion), motion.yaw, strict=True))[1::4]:
             if abs(yaw) < 0.45:
                 gray = cv2.resize(cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY), (360, 360), interpolation=cv2.INTER_CUBIC)
                 found.append(len(detector.detectMultiScale(gray, 1.1, 3, minSize=(72, 72))) > 0)
