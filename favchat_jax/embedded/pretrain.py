@@ -14,10 +14,10 @@ class LanguageModelSizes(Section):
 
     width: Count  # channels of a token
     layers: Count
-    heads: Count  # of attention
+    heads: Count  # attention heads
     kv_heads: Count  # heads of keys and values, each shared by a group of heads
     mlp: Count  # hidden channels of a layer's MLP
-    vocabulary: Count  # tokens
+    vocabulary: Count  # number of tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,9 +28,9 @@ class Pretrain(Section):
     llm_steps: Count  # batches of 16 texts
     facial_steps: Count  # batches of 128 single frames
     general_steps: Count  # batches of 32 clips
-    stills: Count  # faces that are drawn for the facial encoder beside those of the clips
-    general_clips: Count  # clips without a face that are drawn for the general encoder
-    learning_rate: Positive  # Muon's peak
+    stills: Count  # faces drawn for the facial encoder in addition to those of the clips
+    general_clips: Count  # clips without a face, drawn for the general encoder
+    learning_rate: Positive  # Muon's peak learning rate
 
     @classmethod
     def of(cls, config: Config) -> Self:

@@ -14,7 +14,7 @@ NO_JUDGE = "no judge is set, so its figures are missing: set --config.judge.url 
 
 
 def sample(id: str, clip: str, question: str, expected: str, answer: str) -> dict[str, Any]:
-    """A row of a result that no class is read from."""
+    """Makes a result's row for a free-text answer, without a predicted class."""
     row = {"id": id, "clip": clip, "question": question, "expected": expected, "answer": answer}
     return {**row, "predicted": None, "correct": None}
 
@@ -27,17 +27,17 @@ def captions_result(
     more: Callable[[Judge], tuple[dict[str, Figure], list[str]]] = lambda judge: ({}, []),
     **fields: Any,
 ) -> Result:
-    """The benchmark's result: figures by the judge for each rubric, if there is a judge, and figures by words.
+    """Makes the benchmark's result: word figures, and, if the session has a judge, its figure for each rubric.
 
-    Any figure or judgement that is not there is noted and makes the result incomplete.
+    Missing figures and judgements are noted and make the result incomplete.
 
     Args:
-        config: of the benchmark.
-        session: whose judge is asked.
+        config: the benchmark's config.
+        session: session with the judge.
         samples: rows made by `sample`.
         rubrics: see `judged_figures`.
-        more: further figures by the judge, and notes.
-        fields: of `make_result`.
+        more: returns further figures by the judge, and notes.
+        fields: further arguments of `make_result`.
     """
     figures, notes, judge = word_figures(samples, config.seed), [NO_JUDGE], session.judge
     if judge is not None:

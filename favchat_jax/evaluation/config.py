@@ -14,11 +14,11 @@ from favchat_jax.section import Count, CountOrZero, NotNegative, Positive, Secti
 class BenchmarkData(Section):
     """Where a benchmark's clips are stored."""
 
-    root: str = ""  # folder of the data set as it is published; empty for one that needs none
-    name: str | None = None  # of a data set of `data/sources`
+    root: str = ""  # folder of the published data set; empty for a benchmark that needs none
+    name: str | None = None  # name of a data set of `data/sources`
     packed: str | None = None  # folder of packed data sets
-    split: str | None = None  # of the data set
-    images: str | None = None  # folder of YouTube Faces' frames, under `root`
+    split: str | None = None  # split of the data set
+    images: str | None = None  # folder of YouTube Faces' frames, below `root`
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,54 +26,56 @@ class ClientConfig(Section):
     """How requests to an OpenAI-compatible server are made."""
 
     parallel: Count  # simultaneous requests
-    timeout: Positive  # of a request, in seconds
+    timeout: Positive  # timeout of a request in seconds
     retries: CountOrZero  # how often a failed request is repeated
-    key_variable: str  # environment variable that holds the key
+    key_variable: str  # environment variable that holds the API key
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ServerConfig(ClientConfig):
     """The server whose model is evaluated."""
 
-    frames: Count  # of a clip that it is sent
-    size: Count  # pixels a side of a frame
+    frames: Count  # frames sent per clip
+    size: Count  # side of a frame in pixels
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class JudgeConfig(ClientConfig):
-    """A language model that scores answers; without a `model` there is no judge."""
+    """A language model that scores answers; an empty `model` means no judge."""
 
-    url: str  # of its server
-    model: str  # its name there
+    url: str  # URL of its server
+    model: str  # the model's name on the server
     cache: str  # file that keeps replies, so that no question is paid for twice
     attempts: Count  # how often a question is asked until the reply is the requested JSON
     json_mode: bool  # request JSON from the server; some servers lack this option
-    price_in: NotNegative  # of a million tokens of a question, for the cost in the result
-    price_out: NotNegative  # of a million tokens of a reply
+    price_in: NotNegative  # price of a million question tokens, for the cost in the result
+    price_out: NotNegative  # price of a million reply tokens
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvaluationConfig(Section):
-    """A benchmark's config. Fields that default to None apply to some benchmarks only."""
+    """The config of a benchmark. Fields that default to None apply to some benchmarks only."""
 
-    benchmark: str  # its name, one of `evaluation/benchmarks`
-    seed: CountOrZero  # of intervals and of random draws
+    benchmark: str  # name of a module in `evaluation/benchmarks`
+    seed: CountOrZero  # seed of the intervals and of random draws
     batch: Count  # clips that are answered together
-    questions: Count  # of a clip that are answered together, at most
-    limit: CountOrZero  # clips (of a fold), pairs or questions; 0 for all
-    max_new_tokens: Count  # of an answer
-    description_tokens: Count  # of a description that a class is inferred from, or that a describer gives
+    questions: Count  # most questions about one clip that are answered together
+    limit: CountOrZero  # most clips (per fold), pairs or questions; 0 for all
+    max_new_tokens: Count  # longest answer
+    description_tokens: Count  # longest description, for method `describe` and for a describer
     data: BenchmarkData  # the clips
-    server: ServerConfig  # for --model=openai:URL#NAME
+    server: ServerConfig  # settings for --model=openai:URL#NAME
     judge: JudgeConfig
-    second_judge: JudgeConfig  # shows how far two judges agree
-    question: str | None = None  # asked about each clip
-    describe: str | None = None  # asked before `question`, by the method `describe`
-    # How a class is found: from a description, asked for directly, or as the likeliest name.
+    second_judge: JudgeConfig  # measures how far two judges agree
+    question: str | None = None  # question about each clip
+    describe: str | None = None  # question before `question` with method `describe`
+    # How the class is found: from a description, from a direct answer, or as the likeliest name.
     method: Literal["describe", "direct", "likelihood"] | None = None
-    folds: tuple[int, ...] | None = None  # of the test set
-    pairs: Literal["segments", "splits"] | None = None  # YouTube Faces' pairs of segments, or the data set's own splits
-    segment: Count | None = None  # frames of a segment
+    folds: tuple[int, ...] | None = None  # folds of the test set
+    pairs: Literal["segments", "splits"] | None = (
+        None  # YouTube Faces' pairs: of segments, or the data set's own splits
+    )
+    segment: Count | None = None  # frames per segment
 
     def __post_init__(self):
         super().__post_init__()

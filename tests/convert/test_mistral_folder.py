@@ -59,7 +59,7 @@ def assert_same_bits(a, b):
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
-def test_what_is_written_is_read_back_bit_for_bit(tmp_path, weights, dtype):
+def test_written_weights_are_read_back_bit_for_bit(tmp_path, weights, dtype):
     weights = jax.tree.map(lambda leaf: leaf.astype(dtype), weights)
     (tmp_path / "config.json").write_text(json.dumps(config_json(MISTRAL)))
     write_weights(tmp_path, weights)
