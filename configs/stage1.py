@@ -1,4 +1,4 @@
-"""Stage 1: the visual side learns to describe clips; the language model is frozen (Section 4.2, 60K summaries).
+"""Stage 1: the visual modules learn to describe clips; the language model is frozen (Section 4.2, 60K summaries).
 
 python -m favchat_jax.train --config=configs/stage1.py
 """

@@ -1,4 +1,4 @@
-"""Stage 3: the mixture adapter and LoRA are refined on questions about faces (Section 4.2, 110K CelebV-HQ pairs).
+"""Stage 3: the mixture adapter and LoRA train on questions about faces (Section 4.2, 110K CelebV-HQ pairs).
 
 python -m favchat_jax.train --config=configs/stage3.py
 python -m favchat_jax.train --config=configs/stage3.py:preset=paper,variant=v1 --workdir=DIR

@@ -116,7 +116,7 @@ def test_train_refuses_a_mistake_before_any_work(arguments, says, command, tmp_p
 UNUSABLE = {
     "nowhere/config.json is missing: name a whole folder": {"llm__path": "nowhere"},
     "nowhere is not a weights folder": {"init__umt": "nowhere"},
-    "data set 'faces' is not known; there are rendered_faces, celebvhq": {"data__name": "faces"},
+    "data set 'faces' is unknown: choose one of rendered_faces, celebvhq": {"data__name": "faces"},
     "root|folder": {"data__name": "celebvhq"},
     "nowhere": {"data__name": "celebvhq", "data__root": "nowhere"},
     "data.sampling=first is unknown: choose one of rand, middle": {"data__sampling": "first"},

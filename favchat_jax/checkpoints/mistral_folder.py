@@ -55,7 +55,7 @@ TABLE = Table(
         *linear("lm_head", "lm_head", bias=False),
     ),
     ignored=((r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq", "a buffer of older exports, computed here"),),
-    mend="config.json contradicts the weights",
+    hint="config.json contradicts the weights",
 )
 
 

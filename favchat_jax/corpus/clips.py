@@ -27,7 +27,7 @@ VIDEOS = "kept"  # the folder of clips
 
 @dataclass(frozen=True)
 class Settings:
-    """How clips are chosen and cut.
+    """The settings for choosing and cutting clips.
 
     Attributes:
         detector, model: see `faces.make_detector`.

@@ -53,7 +53,7 @@ class Haar:
     SPREAD = (255 * (np.arange(256) / 255) ** 0.5).astype(np.uint8)  # makes dark tones lighter
 
     def __init__(self, smallest: float):
-        cv2.setNumThreads(1)  # the pipeline's workers run in parallel
+        cv2.setNumThreads(1)  # parallel work is up to the pipeline's workers
         folder = Path(cv2.data.haarcascades)
         self._frontal, self._profile = (
             cv2.CascadeClassifier(str(folder / f"haarcascade_{name}.xml"))

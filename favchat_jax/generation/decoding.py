@@ -106,17 +106,12 @@ class Decoder:
         """Reads each conversation once and begins `copies` answers to it."""
         clips, questions, length = arrays["tokens"].shape
         cache = empty_cache(self._llm, clips * questions, length + room, self._dtype)
-        logits, cache = self.model.apply(
-            params,
-            features,
-            arrays["tokens"],
-            arrays["prompt"],
-            arrays["prompt_mask"],
-            arrays["last"],
-            cache,
-            method="prefill",
-        )
-        repeated = (logits, cache, jnp.asarray(arrays["last"]))
+        asked = (arrays[name] for name in ("tokens", "prompt", "prompt_mask"))
+        output = self.model.apply(params, features, *asked, cache=cache)
+        last = jnp.asarray(arrays["last"])
+        final = jnp.take_along_axis(output.hidden.reshape(len(last), length, -1), last[:, None, None], axis=1)[:, 0]
+        logits = self.model.apply(params, final, method="logits")
+        repeated = (logits, output.cache, last)
         logits, cache, last = jax.tree.map(lambda leaf: jnp.repeat(leaf, copies, axis=0), repeated)
         draw_key, key = jax.random.split(jax.random.wrap_key_data(key))
         token = draw(logits, draw_key, temperature, top_p)

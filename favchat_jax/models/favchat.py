@@ -50,14 +50,17 @@ class ClipFeatures:
 
 @struct.dataclass
 class Output:
-    """Final hidden states of every question's sequence, and how much each stream weighs in each visual token."""
+    """Final hidden states of every sequence, how much each stream weighs in each visual token, and the filled cache."""
 
     hidden: Float[Array, "B Q L D"]
     stream_weights: Float[Array, " B #Q N 2"]
+    cache: list[LayerCache] | None = None
 
 
 class FaVChat(nn.Module):
     """What both variants share: encoders, one Q-Former a stream, and the language model. Build one with `build`.
+
+    A variant adds `encode`, which runs once a clip, and `visual_tokens`, which runs once a question.
 
     Attributes:
         umt: general encoder.
@@ -84,20 +87,6 @@ class FaVChat(nn.Module):
         if self.ablation == "no_granularity":
             self.linear_fuse = LinearFuse(dtype=self.dtype)
             self.fuse_proj = Linear(self.umt.width, dtype=self.dtype)
-
-    def encode(self, frames: UInt8[Array, "B T H W 3"]) -> ClipFeatures:
-        """What the question does not change, once a clip."""
-        raise NotImplementedError
-
-    def visual_tokens(
-        self,
-        features: ClipFeatures,
-        prompt: Int[Array, "B Q P"],
-        prompt_mask: Bool[Array, "B Q P"],
-        deterministic: bool = True,
-    ) -> tuple[Float[Array, "B Q N D"], Float[Array, "B Q N 2"]]:
-        """E, the tokens that the language model sees for each question, and each stream's weight in them."""
-        raise NotImplementedError
 
     def encoders(
         self, frames: UInt8[Array, "B T H W 3"]
@@ -126,66 +115,46 @@ class FaVChat(nn.Module):
         visual = jnp.broadcast_to(visual, (*tokens.shape[:2], *visual.shape[2:]))
         return place_visual_tokens(self.llm.embed(tokens), tokens, visual.astype(self.dtype))
 
-    def sequences(
-        self,
-        clips: UInt8[Array, "B T H W 3"] | ClipFeatures,
-        tokens: Int[Array, "B Q L"],
-        prompt: Int[Array, " B #Q P"],
-        prompt_mask: Bool[Array, " B #Q P"],
-        deterministic: bool = True,
-    ) -> tuple[Float[Array, "B*Q L D"], Float[Array, " B #Q N 2"]]:
-        """The language model's input for Q right-padded sequences about each of B clips, and the streams' weights.
-
-        Args:
-            clips: frames, or what `encode` made of them.
-            tokens: ids, with a placeholder for each visual token.
-            prompt: the questions as the Q-Formers read them, or one that all sequences of a clip answer.
-            prompt_mask: True at word pieces.
-            deterministic: no dropout.
-        """
-        features = clips if isinstance(clips, ClipFeatures) else self.encode(clips)
-        visual, stream_weights = self.visual_tokens(features, prompt, prompt_mask, deterministic)
-        return rearrange(self.embed(tokens, visual), "B Q L D -> (B Q) L D"), stream_weights
-
     def __call__(
         self,
         clips: UInt8[Array, "B T H W 3"] | ClipFeatures,
         tokens: Int[Array, "B Q L"],
         prompt: Int[Array, " B #Q P"],
         prompt_mask: Bool[Array, " B #Q P"],
+        *,
+        cache: list[LayerCache] | None = None,
         deterministic: bool = True,
     ) -> Output:
-        """Hidden states of `sequences`, whose arguments it has; `logits` turns them into scores."""
-        embeddings, stream_weights = self.sequences(clips, tokens, prompt, prompt_mask, deterministic)
-        hidden = self.llm(embeddings, deterministic=deterministic)
+        """Hidden states of Q right-padded sequences about each of B clips; `logits` turns them into scores.
+
+        Args:
+            clips: frames, or what `encode` made of them.
+            tokens: ids, with a placeholder for each visual token.
+            prompt: the questions as the Q-Formers read them, or one that all sequences of a clip answer.
+            prompt_mask: True at word pieces.
+            cache: empty, to be filled for decoding.
+            deterministic: no dropout.
+        """
+        features = clips if isinstance(clips, ClipFeatures) else self.encode(clips)
+        visual, stream_weights = self.visual_tokens(features, prompt, prompt_mask, deterministic)
+        embeddings = rearrange(self.embed(tokens, visual), "B Q L D -> (B Q) L D")
+        if cache is None:
+            hidden = self.llm(embeddings, deterministic=deterministic)
+        else:
+            hidden, cache = self.llm.extend(embeddings, cache)
         if self.is_initializing():
             self.llm.logits(hidden[:, :1])  # creates the output layer's weights
-        return Output(rearrange(hidden, "(B Q) L D -> B Q L D", B=tokens.shape[0]), stream_weights)
+        return Output(rearrange(hidden, "(B Q) L D -> B Q L D", B=tokens.shape[0]), stream_weights, cache)
 
     def logits(self, hidden: Float[Array, "... D"], deterministic: bool = True) -> Float[Array, "... V"]:
         """Scores over the vocabulary."""
         return self.llm.logits(hidden, deterministic)
 
-    def prefill(
-        self,
-        clips: UInt8[Array, "B T H W 3"] | ClipFeatures,
-        tokens: Int[Array, "B Q L"],
-        prompt: Int[Array, " B #Q P"],
-        prompt_mask: Bool[Array, " B #Q P"],
-        last: Int[Array, " B*Q"],
-        cache: list[LayerCache],
-    ) -> tuple[Float[Array, "B*Q V"], list[LayerCache]]:
-        """Reads `sequences` into an empty cache; scores of the token after position `last` of each."""
-        embeddings, _ = self.sequences(clips, tokens, prompt, prompt_mask)
-        positions = jnp.broadcast_to(jnp.arange(tokens.shape[-1]), embeddings.shape[:2])
-        hidden, cache = self.llm.extend(embeddings, positions, cache)
-        return self.llm.logits(jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]), cache
-
     def decode(
         self, token: Int[Array, " R"], position: Int[Array, " R"], cache: list[LayerCache]
     ) -> tuple[Float[Array, "R V"], list[LayerCache]]:
         """One more token a sequence, at its position: scores of the next, and the cache with this one in it."""
-        hidden, cache = self.llm.extend(self.llm.embed(token[:, None]), position[:, None], cache)
+        hidden, cache = self.llm.extend(self.llm.embed(token[:, None]), cache, position[:, None])
         return self.llm.logits(hidden[:, 0]), cache
 
 

@@ -123,25 +123,26 @@ class DecodingMistral(nn.Module):
 
     def __call__(self, embeddings: Float[Array, "R L D"], deterministic: bool = True) -> Float[Array, "R L D"]:
         """Final hidden states of whole sequences; without adapters there is no dropout."""
-        positions = jnp.broadcast_to(jnp.arange(embeddings.shape[1]), embeddings.shape[:2])
-        return self._run(embeddings, positions, None, [None] * len(self.layers))[0]
+        return self._run(embeddings, [None] * len(self.layers))[0]
 
     def extend(
-        self, embeddings: Float[Array, "R L D"], positions: Int[Array, "R L"], cache: list[LayerCache]
+        self, embeddings: Float[Array, "R L D"], cache: list[LayerCache], positions: Int[Array, "R L"] | None = None
     ) -> tuple[Float[Array, "R L D"], list[LayerCache]]:
         """Final hidden states of sequences that go on, and the cache with these tokens in it.
 
         Args:
             embeddings: one token of each sequence, or the several with which all of them begin.
-            positions: of the tokens, which are also their slots, consecutive from the first one on.
             cache: one a layer.
+            positions: of the tokens, which are also their slots; 0, 1, ... by default.
         """
-        mask = None
-        if embeddings.shape[1] == 1:
-            mask = readable(positions[:, 0], cache[0].values.shape[2], self.config.sliding_window)
-        return self._run(embeddings, positions, mask, cache)
+        return self._run(embeddings, cache, positions)
 
-    def _run(self, embeddings, positions, mask, cache):
+    def _run(self, embeddings, cache, positions=None):
+        length, mask = embeddings.shape[1], None
+        if positions is None:
+            positions = jnp.broadcast_to(jnp.arange(length), embeddings.shape[:2])
+        if length == 1 and cache[0] is not None:
+            mask = readable(positions[:, 0], cache[0].values.shape[2], self.config.sliding_window)
         x, caches = by_clip(embeddings.astype(self.dtype)), []
         for layer, layer_cache in zip(self.layers, cache, strict=True):
             x, layer_cache = layer(x, positions, mask, layer_cache)
@@ -166,10 +167,6 @@ def decoding_form(llm: Mapping[str, Any], alpha: float) -> dict[str, Any]:
         llm: `Mistral`'s tree.
         alpha: the adapters'.
     """
-
-    def joined(*linears: Mapping[str, Array]) -> dict[str, Array]:
-        return {"transposed": jnp.concatenate([linear["kernel"] for linear in linears], axis=-1).T}
-
     tree = {name: llm[name] for name in ("embed_tokens", "norm")}
     tree["lm_head"] = joined(merge(llm["lm_head"], alpha))
     for i in range(jax.tree.leaves(llm["layers"])[0].shape[0]):
@@ -184,6 +181,11 @@ def decoding_form(llm: Mapping[str, Any], alpha: float) -> dict[str, Any]:
             "down_proj": joined(mlp["down_proj"]),
         }
     return tree
+
+
+def joined(*linears: Mapping[str, Array]) -> dict[str, Array]:
+    """The weights of one `TransposedLinear` for several linear layers that share an input."""
+    return {"transposed": jnp.concatenate([linear["kernel"] for linear in linears], axis=-1).T}
 
 
 def _write(cache: Float[Array, "R K ..."], new: Float[Array, "R K ..."], first: Int[Array, " R"], axis: int):

@@ -1,4 +1,4 @@
-"""The rendered clips: what is drawn is what is told, and a face detector takes the faces for faces."""
+"""The rendered clips: pictures agree with labels and texts, and a face detector finds the faces."""
 
 import io
 from collections import Counter, defaultdict
@@ -52,7 +52,7 @@ def test_splits_seeds_and_indices_differ_in_clip_and_source(records):
 
 
 @pytest.mark.parametrize("split", SPLITS)
-def test_no_answer_holds_more_than_half_of_its_kind(split):
+def test_no_answer_makes_up_more_than_half_of_its_kind(split):
     for kind, answers in answers_by_kind(split).items():
         assert max(answers.values()) / answers.total() <= 0.505, (kind, answers)
 
@@ -85,8 +85,8 @@ def test_answers_summaries_and_attributes_agree_with_the_labels(records):
         assert ("wearing_hat" in on) == (classes["hat"] == "yes") == ("a hat" in record.summary)
         assert ("wearing_earrings" in on) == (classes["earring"] != "none") == ("earring" in record.summary)
         for mark in ("mole", "scar"):
-            told = f"a {mark} on the {classes[mark]} cheek" in record.summary
-            assert told == (classes[mark] != "none")
+            described = f"a {mark} on the {classes[mark]} cheek" in record.summary
+            assert described == (classes[mark] != "none")
         text, hair, length = record.summary.lower(), classes["hair"], classes["hair_length"]
         assert f"{length} {hair} hair" in text or f"the hair is {length} and {hair}" in text
         assert f"{classes['eyes']} eyes" in text or f"the eyes are {classes['eyes']}" in text
@@ -96,7 +96,7 @@ def test_answers_summaries_and_attributes_agree_with_the_labels(records):
 
 
 @pytest.mark.parametrize("label", ["mole", "scar", "earring"])
-def test_fine_detail_is_on_its_side_and_a_few_pixels_wide_at_64(label):
+def test_fine_details_are_on_their_side_and_a_few_pixels_wide_at_64(label):
     for index in range(12):
         classes, _ = sample_classes(0, "train", 6 * index, np.random.default_rng(index))
         classes |= {"motion": "close_eyes"}
@@ -131,7 +131,7 @@ def test_haar_finds_the_face_in_95_percent_of_frames_without_hat_or_strong_turn(
     assert len(found) > 120 and np.mean(found) >= 0.95
 
 
-def test_actions_move_what_they_name():
+def test_each_action_moves_its_part_of_the_head():
     spread = {}
     for motion in LABELS["motion"]:
         moved = sample_motion({"motion": motion, "emotion": "neutral"}, np.random.default_rng(0))
@@ -143,7 +143,7 @@ def test_actions_move_what_they_name():
         assert all(spread[other][part] < 0.15 for other in spread if other not in (motion, "turn", "shake_head"))
     assert spread["talk"]["mouth_open"] > 0.7
     turned = sample_motion({"motion": "turn", "emotion": "neutral"}, np.random.default_rng(1)).yaw
-    assert abs(turned[-1]) > 0.6 and abs(turned[-1] - turned[-4]) < 0.1  # and stays turned
+    assert abs(turned[-1]) > 0.6 and abs(turned[-1] - turned[-4]) < 0.1  # the head stays turned
 
 
 def test_the_contact_sheet_shows_16_clips():
@@ -157,9 +157,7 @@ def test_the_contact_sheet_shows_16_clips():
         (builder.draw_general_clips, rendered_faces.render_shapes, "general clips", rendered_faces.GENERAL_LABELS, 16),
     ],
 )
-def test_what_is_drawn_for_pretraining_is_the_same_for_any_number_of_workers(
-    draw, render, name, labels, frames, monkeypatch
-):
+def test_pretraining_pictures_are_the_same_for_any_number_of_workers(draw, render, name, labels, frames, monkeypatch):
     monkeypatch.setattr(builder.os, "cpu_count", lambda: 1)
     drawn, classes = draw(6, seed=3, size=32)
     monkeypatch.setattr(builder.os, "cpu_count", lambda: 2)

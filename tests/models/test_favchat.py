@@ -1,6 +1,7 @@
 """The whole model: the published number of weights of each part, the freeze table's groups, ablations, and seams."""
 
 import functools
+import hashlib
 import math
 
 import jax
@@ -117,6 +118,26 @@ def test_the_paper_presets_fusion_reads_swins_four_widths_into_the_general_encod
     query_and_skip = sum(2 * (width * d + d) for width in widths)
     key_value_out = 4 * 3 * (d * d + d)
     assert count(paper_shapes(), "fusion/") == norms + query_and_skip + key_value_out
+
+
+# Of the sorted paths and shapes of all weights, so that old checkpoints load.
+LAYOUTS = {
+    ("v1", "none"): "c077481a1c2a0eb9",
+    ("v1", "no_face"): "35485579ef49e93b",
+    ("v1", "no_granularity"): "6d5cf64cc1eee8fa",
+    ("v1", "no_moe"): "ee5e9f0033ccc422",
+    ("v2", "none"): "caa2227f2f999a0a",
+    ("v2", "no_face"): "ffe38f1f842acc50",
+    ("v2", "no_granularity"): "882bd1ba69c3f21d",
+    ("v2", "no_moe"): "61bdff1f2d3b008d",
+}
+
+
+@pytest.mark.parametrize(("variant", "ablation"), LAYOUTS)
+def test_the_paths_and_shapes_of_weights_are_those_of_checkpoints_made_so_far(variant, ablation):
+    model = favchat.build(tiny_config().model, MISTRAL, variant=variant, ablation=ablation, lora_rank=2)
+    lines = (f"{path} {leaf.shape}" for path, leaf in sorted(favchat_shapes(model, 2, 32).items()))
+    assert hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16] == LAYOUTS[variant, ablation]
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

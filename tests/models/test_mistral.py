@@ -122,15 +122,15 @@ def test_decoding_with_a_cache_after_padded_prompts_equals_the_full_forward_pass
     config, weights, for_decoding, embeddings
 ):
     model, params = DecodingMistral(config), {"params": for_decoding}
-    run = jax.jit(lambda *args: model.apply(*args, method="extend"))
+    run = jax.jit(lambda params, *args: model.apply(params, *args, method="extend"))
     prompts = np.array([2, 4])  # the first prompt is padded by two tokens, whose slots the decoded ones take over
     padded = embeddings[:, :4].at[0, 2:].set(9)
     start = jnp.broadcast_to(jnp.arange(4), (2, 4))
-    states, cache = run(params, padded, start, empty_cache(config, 2, LENGTH + 1))
+    states, cache = run(params, padded, empty_cache(config, 2, LENGTH + 1), start)
     rows = [[states[row, i] for i in range(prompts[row])] for row in range(2)]
     for step in range(3):
         positions = prompts + step
-        states, cache = run(params, embeddings[np.arange(2), positions][:, None], positions[:, None], cache)
+        states, cache = run(params, embeddings[np.arange(2), positions][:, None], cache, positions[:, None])
         for row in range(2):
             rows[row].append(states[row, 0])
     for row in range(2):

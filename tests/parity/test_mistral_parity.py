@@ -153,7 +153,7 @@ def test_decoding_with_a_cache_gives_the_logits_of_transformers_full_pass(window
     @jax.jit
     def step(ours, words, positions, cache):
         def run(model):
-            hidden, new = model.extend(model.embed(words), positions, cache)
+            hidden, new = model.extend(model.embed(words), cache, positions)
             return model.logits(hidden), new
 
         return model.apply({"params": ours}, method=run)

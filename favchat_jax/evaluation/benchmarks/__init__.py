@@ -1,7 +1,7 @@
-"""The benchmarks, one module each, found by the name that a config of `configs/eval` gives.
+"""The benchmarks, one module each, looked up by the name in a config of `configs/eval`.
 
-A module has `run(config, session) -> Result` and may have `table(result) -> str`, its figures for a terminal. To add a
-benchmark, write its module and give it a line here.
+A module has `run(config, session) -> Result` and may have `table(result) -> str`, which formats its figures for a
+terminal. To add a benchmark, write its module and add a line here.
 """
 
 import importlib
@@ -22,7 +22,7 @@ BENCHMARKS = {
 
 
 def benchmark_of(name: str) -> ModuleType:
-    """The module of a benchmark; raises UserError for an unknown name."""
+    """Imports the module of a benchmark; raises UserError for an unknown name."""
     if name not in BENCHMARKS:
         raise UserError(f"benchmark {name!r} is unknown: choose one of {', '.join(BENCHMARKS)}")
     return importlib.import_module(BENCHMARKS[name][0])

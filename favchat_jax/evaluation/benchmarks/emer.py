@@ -1,9 +1,9 @@
-"""EMER (Lian et al., 2023): why a person in a clip feels as they do (Table 4), scored from 0 to 10 by a judge.
+"""EMER (Lian et al., 2023): explanations of a person's emotion (Table 4), scored from 0 to 10 by a judge.
 
     ROOT/gt-eng.csv    names,emotions,subtitles,reasons    or    ROOT/final-EMER-reason.csv    name,chinese,english
     ROOT/video/sample_00000648.avi ...    or .mp4: clips of MER2023
 
-The first file is the first version's, 100 samples, which Table 4 goes back to; where both are there it is taken.
+`gt-eng.csv` is the first version, 100 samples, to which Table 4 refers. It takes precedence over the second version.
 """
 
 from pathlib import Path
@@ -21,13 +21,13 @@ SOURCE = (
     "annotations: https://github.com/zeroQiaoba/AffectGPT, EMER/dataset-v1; clips: MER2023, on request from its authors"
 )
 LAYOUT = "gt-eng.csv and video/"
-# Each version's file, and its columns of names and of reasons.
+# Annotation file of each version -> its columns of names and of reasons.
 VERSIONS = {"gt-eng.csv": ("names", "reasons"), "final-EMER-reason.csv": ("name", "english")}
 CLIPS = ("video/{name}.avi", "video/{name}.mp4")
 
 
 def run(config: EvaluationConfig, session: Session) -> Result:
-    """Asks for the clues to each person's emotion and scores their overlap, and that of the emotions concluded."""
+    """Asks for each person's emotion and the clues to it, and scores the overlap of both with the reference."""
     root = root_of(config, LAYOUT, SOURCE)
     path = first_of(root, list(VERSIONS), "its annotations", SOURCE)
     reasons = _read(path)

@@ -29,16 +29,7 @@ SCOPE = "dot_product_attention"  # name of these products in a trace, and in a c
 _TARGET: ContextVar[str | None] = ContextVar("attention_target", default=None)
 
 
-def plain(
-    query: Float[Array, "B L A C"],
-    key: Float[Array, "B S K C"],
-    value: Float[Array, "B S K C"],
-    *,
-    bias: Float[Array, "#B #A L S"] | None = None,
-    mask: Bool[Array, "#B #A #L S"] | None = None,
-    causal: bool = False,
-    window: int | None = None,
-) -> Float[Array, "B L A C"]:
+def plain(query, key, value, *, bias=None, mask=None, causal=False, window=None):
     """The formula that every kernel computes; arguments as of `attention`."""
     key, value = (jnp.repeat(x, query.shape[2] // x.shape[2], axis=2) for x in (key, value))
     scores = jnp.einsum("BLAC,BSAC->BALS", query * query.shape[3] ** -0.5, key, preferred_element_type=jnp.float32)
