@@ -101,8 +101,9 @@ def test_splits_are_read_with_and_without_a_header_line(header, folder, tmp_path
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"pairs": "some"}, "pairs=some is unknown: choose segments or splits"),
-        ({"method": "guess"}, "method=guess is unknown: choose direct or likelihood"),
+        ({"pairs": "some"}, "pairs=some is unknown: choose one of segments, splits"),
+        ({"method": "guess"}, "method=guess is unknown: choose one of describe, direct, likelihood"),
+        ({"method": "describe"}, "method=describe is not for pairs: choose direct or likelihood"),
     ],
 )
 def test_unknown_settings_are_refused(changes, says, folder):

@@ -48,7 +48,7 @@ class Pair:
 def run(config: EvaluationConfig, session: Session) -> Result:
     """Asks the model about each pair, and scores its answers."""
     if config.method not in ("direct", "likelihood"):
-        raise UserError(f"method={config.method} is unknown: choose direct or likelihood")
+        raise UserError(f"method={config.method} is not for pairs: choose direct or likelihood")
     root = root_of(config, LAYOUT, SOURCE)
     images = first_of(root, [config.data.images], "its frames", SOURCE)
     annotations = [] if config.pairs == "segments" else [first_of(root, ["splits.txt"], "its pairs", SOURCE)]
