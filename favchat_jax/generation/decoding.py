@@ -1,12 +1,11 @@
 """The compiled parts of an answer: a prompt is read once into a key/value cache, then tokens are drawn one by one."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from einops import rearrange
-from flax import struct
 from flax.traverse_util import unflatten_dict
 from jaxtyping import Array, Bool, Float, Int
 
@@ -18,8 +17,7 @@ from favchat_jax.models.mistral import MistralConfig
 from favchat_jax.models.mistral_decoding import LayerCache, decoding_form, empty_cache
 
 
-@struct.dataclass
-class Decoding:
+class Decoding(NamedTuple):
     """R sequences in the middle of being written."""
 
     token: Int[Array, " R"]

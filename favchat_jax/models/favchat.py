@@ -13,10 +13,11 @@ v2, prompt-guided at three levels (low: CA2, medium: Q-Formers, high: weight ada
 Encoders and v1's fusion run once a clip; everything that reads the question runs once a question.
 """
 
+from typing import NamedTuple
+
 import flax.linen as nn
 import jax.numpy as jnp
 from einops import rearrange
-from flax import struct
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
@@ -35,8 +36,7 @@ PIXEL_MEAN = (0.485, 0.456, 0.406)
 PIXEL_STD = (0.229, 0.224, 0.225)
 
 
-@struct.dataclass
-class ClipFeatures:
+class ClipFeatures(NamedTuple):
     """All that later parts need of a clip, for any question.
 
     Attributes:
@@ -48,8 +48,7 @@ class ClipFeatures:
     facial: Float[Array, "B _S D"] | tuple[Float[Array, "B _S D"], ...]
 
 
-@struct.dataclass
-class Output:
+class Output(NamedTuple):
     """Final hidden states of every sequence, how much each stream weighs in each visual token, and the filled cache."""
 
     hidden: Float[Array, "B Q L D"]

@@ -13,13 +13,12 @@ kernel as first operand. Compared with the training form,
 
 from collections.abc import Mapping
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from einops import rearrange
-from flax import struct
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
@@ -30,8 +29,7 @@ from favchat_jax.models.mistral import MistralConfig, RMSNorm, rotate
 from favchat_jax.sharding import by_clip
 
 
-@struct.dataclass
-class LayerCache:
+class LayerCache(NamedTuple):
     """Keys and values of one layer, slot s holding position s; S is static.
 
     They lie as the products of one token read them: nothing is transposed for a token.

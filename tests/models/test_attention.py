@@ -26,7 +26,7 @@ def naive(query, key, value, bias=None, mask=None):
 
 
 def draw(*shape, seed=0):
-    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
 
 
 @pytest.mark.parametrize("key_heads", [1, 2, 4])
@@ -37,14 +37,14 @@ def test_a_query_head_reads_the_key_head_of_its_group(key_heads):
 
 def test_a_bias_adds_to_the_scaled_scores_and_a_mask_hides_keys():
     query, key, value = (draw(2, 5, 4, 6, seed=seed) for seed in range(3))
-    bias, mask = draw(1, 4, 5, 5, seed=3), np.tril(np.ones((5, 5), bool))[None, None]
+    bias, mask = draw(1, 4, 5, 5, seed=3), jnp.tril(jnp.ones((5, 5), bool))[None, None]
     expected = naive(query, key, value, bias, mask)
     np.testing.assert_allclose(attention(query, key, value, bias=bias, mask=mask), expected, atol=1e-5)
 
 
 def test_a_query_that_may_read_nothing_returns_the_average_of_all_values():
     query, key, value = (draw(1, 3, 2, 4, seed=seed) for seed in range(3))
-    result = attention(query, key, value, mask=np.zeros((1, 1, 3, 3), bool))
+    result = attention(query, key, value, mask=jnp.zeros((1, 1, 3, 3), bool))
     np.testing.assert_allclose(result, np.broadcast_to(value.mean(1, keepdims=True), value.shape), atol=1e-6)
 
 
@@ -62,9 +62,9 @@ def test_in_bfloat16_the_softmax_over_many_keys_is_still_float32():
 def test_its_own_gradient_is_the_formulas(bias_shape, masked):
     query, key, value = draw(3, 5, 4, 6), draw(3, 7, 2, 6, seed=1), draw(3, 7, 2, 6, seed=2)
     bias = None if bias_shape is None else draw(*bias_shape, seed=3)
-    mask = np.random.default_rng(4).random((3, 1, 5, 7)) < 0.5 if masked else None
+    mask = jnp.asarray(np.random.default_rng(4).random((3, 1, 5, 7)) < 0.5) if masked else None
     if masked:
-        mask[0, 0, 0] = False  # a query that reads nothing moves no scores
+        mask = mask.at[0, 0, 0].set(False)  # a query that reads nothing moves no scores
 
     def formula(query, key, value, bias):
         key, value = (jnp.repeat(x, 2, axis=2) for x in (key, value))

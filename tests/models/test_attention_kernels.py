@@ -16,7 +16,7 @@ def draw(*shape, seed=0, dtype=jnp.float32):
 
 def seen(batch, keys):
     """A padding mask: each row reads another number of keys."""
-    return (np.arange(keys) < keys - 40 * np.arange(1, batch + 1)[:, None])[:, None, None]
+    return (jnp.arange(keys) < keys - 40 * jnp.arange(1, batch + 1)[:, None])[:, None, None]
 
 
 # What the model asks for: batch, queries, keys, heads, key heads, channels of a head, and the rest.
@@ -85,7 +85,7 @@ def test_each_platform_has_its_kernel_for_long_sequences(way):
 
 def test_windows_with_a_bias_single_tokens_and_float32_on_a_gpu_stay_with_xla():
     window, token, keys = draw(8, 49, 2, 32), draw(8, 1, 2, 32), draw(8, 128, 2, 32)
-    by_query = np.ones((1, 1, 128, 128), bool)
+    by_query = jnp.ones((1, 1, 128, 128), bool)
     for platform in ("gpu", "tpu"):
         with compiling_for(platform):
             assert kernel_for(window, window, draw(1, 2, 49, 49), None) == "xla"
@@ -98,7 +98,7 @@ def test_windows_with_a_bias_single_tokens_and_float32_on_a_gpu_stay_with_xla():
 @pytest.mark.parametrize("key_heads", [1, 2, 4])
 def test_a_single_token_reads_a_cache_as_the_plain_form_does(key_heads):
     query, (key, value) = draw(3, 1, 4, 8), (draw(3, 20, key_heads, 8, seed=s) for s in (1, 2))
-    mask = np.arange(20) <= np.array([3, 9, 19])[:, None]
+    mask = jnp.arange(20) <= jnp.array([3, 9, 19])[:, None]
     expected = jax.nn.dot_product_attention(query, key, value, mask=mask[:, None, None])
     read = attention_to_cache(query, key.transpose(0, 2, 3, 1), value.transpose(0, 2, 1, 3), mask)
     np.testing.assert_allclose(read, expected, atol=1e-6)
