@@ -19,29 +19,36 @@ from absl import flags
 from tqdm import tqdm
 
 from favchat_jax import command_line
-from favchat_jax.checkpoints import mistral_folder as mistral
+from favchat_jax.checkpoints import mistral_folder
 from favchat_jax.checkpoints.table import Account, Shape, Table, account, check, read
 from favchat_jax.checkpoints.tensors import open_tensors
 from favchat_jax.checkpoints.weights_folder import save_weights
 from favchat_jax.convert import facexformer, qformer, umt, videochat2
+from favchat_jax.convert.mistral import write_copy
 from favchat_jax.errors import UserError
 
 log = logging.getLogger("favchat_jax")
 
-SOURCES = {"umt": umt, "qformer": qformer, "facexformer": facexformer, "videochat2": videochat2, "mistral": mistral}
+SOURCES = {
+    "umt": umt,
+    "qformer": qformer,
+    "facexformer": facexformer,
+    "videochat2": videochat2,
+    "mistral": mistral_folder,
+}
 
 
 def expected(kind: str, src: Path) -> tuple[Table, dict[str, Shape]]:
     """Returns a kind's table, and the shape of every weight by path; the language model's sizes are in its folder."""
     source = SOURCES[kind]
-    return source.TABLE, source.weight_shapes(*([mistral.read_config(src)] if kind == "mistral" else []))
+    return source.TABLE, source.weight_shapes(*([mistral_folder.read_config(src)] if kind == "mistral" else []))
 
 
 def convert(kind: str, src: Path, out: Path) -> None:
     """Writes the weights folder for a published file."""
     table, shapes = expected(kind, src)
     if kind == "mistral":
-        mistral.write_copy(src, out, partial(tqdm, unit=" parts"))
+        write_copy(src, out, partial(tqdm, unit=" parts"))
     else:
         weights = read(table, open_tensors(src).items(), shapes, src, progress=partial(tqdm, unit=" tensors"))
         save_weights(out, weights, {"kind": kind, "source": src.name})

@@ -21,6 +21,7 @@ from favchat_jax.checkpoints.run import load_run
 from favchat_jax.checkpoints.table import Table, read
 from favchat_jax.checkpoints.tensors import INDEX, open_tensors
 from favchat_jax.convert import exported, favchat, lora
+from favchat_jax.convert.mistral import write_copy
 from favchat_jax.convert.pytorch.modeling_favchat import FaVChatForConditionalGeneration
 from favchat_jax.data.sources import open_dataset
 from favchat_jax.errors import UserError
@@ -186,7 +187,7 @@ def test_a_large_language_model_is_written_in_shards_that_load(trained, model, t
 
 def test_a_copy_of_the_language_model_is_exported_like_its_folder(trained, small_world, model, tmp_path):
     workdir = trained.copy("stage3", tmp_path)
-    mistral.write_copy(Path(small_world.llm), tmp_path / "copy")
+    write_copy(Path(small_world.llm), tmp_path / "copy")
     settings = json.loads((workdir / "config.json").read_text())
     (workdir / "config.json").write_text(json.dumps({**settings, "llm": {"path": str(tmp_path / "copy")}}))
     export(workdir, tmp_path / "out")
