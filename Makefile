@@ -1,9 +1,9 @@
-# Set-up is part of every target: .venv is made on a machine that has only Python 3.11+ and make.
+# Every target sets up what it needs: a machine with Python 3.11+ and make is enough.
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 PLANNING := .venv-aot
-# A file of tests at a time on each core, on four at most: a worker takes about 3 GiB.
+# Each core runs one test file at a time. At most four workers run, since a worker takes about 3 GiB.
 TEST := $(RUN) -m pytest -n auto --maxprocesses=4 --dist=loadfile
 
 .PHONY: demo test test-slow lint types plan docs
@@ -17,7 +17,7 @@ test: $(VENV)/ready-dev
 test-slow: $(VENV)/ready-dev
 	$(TEST) -m "slow or not slow"
 
-# What fits on which accelerator; its compilers need an environment of their own.
+# Plans which stage fits on which accelerator. The compilers need a separate environment.
 plan: $(PLANNING)/ready
 	mkdir -p runs
 	$(PLANNING)/bin/python -m tools.aot_compile --all --json=runs/plans.json
@@ -26,14 +26,14 @@ lint: $(VENV)/ready-dev
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 
-# The site, in site/; its pages open without a web server.
+# Builds the documentation in site/, which opens without a web server.
 docs: $(VENV)/ready-docs
 	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build
 
 types: $(VENV)/ready-dev
 	$(RUN) -m mypy
 
-# The base list runs the model. The tests also need the reference implementations, PyTorch's among them.
+# The base requirements run the model. The tests also need reference implementations, such as PyTorch's.
 $(VENV)/ready: requirements.txt pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed: make PYTHON=python3.11" if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv $(VENV)

@@ -1,6 +1,6 @@
-"""What every config of a stage shares: the presets, from a laptop's to the paper's. Read it top to bottom.
+"""The settings that all stages share, with presets from a laptop's size to the paper's. Read it top to bottom.
 
-A config file is picked on the command line with its arguments after a colon, and any field can be overridden:
+The command line names a config file, with arguments after a colon, and can override any field:
 
     python -m favchat_jax.train --config=configs/stage3.py:preset=paper,variant=v1 --config.batch=8 --workdir=DIR
 """
@@ -13,14 +13,14 @@ STAGES = ("stage1", "stage2", "stage3", "coldstart", "grpo")  # each has a file 
 
 
 def get_config(stage: str, argument: str = "") -> ConfigDict:
-    """The config of a stage.
+    """Returns the config of a stage.
 
     Args:
         stage: one of STAGES.
         argument: comma-separated `preset=`, `variant=`, `ablation=`.
 
     Raises:
-        ValueError: an argument is unknown; the message is for the person who gave it.
+        ValueError: an argument is unknown; the message says how to correct it.
     """
     chosen = {"preset": "tiny", "variant": "v1", "ablation": "none"}
     for item in filter(None, argument.split(",")):
@@ -37,29 +37,29 @@ def get_config(stage: str, argument: str = "") -> ConfigDict:
     config.model = _model(config.preset, config.variant)
     config.data = _data(config.preset)
     config.optimizer = _optimizer()
-    # Where weights come from. An empty entry starts afresh.
-    # A Hugging Face folder of Mistral; its frozen kernels are kept in `full` width while training, or in int8 or int4
-    # to fit a small card (docs/results.md has the error).
+    # Sources of the weights. An empty entry means fresh weights.
+    # A Hugging Face folder of Mistral. Training stores its frozen kernels in `full` width, or in int8 or int4 to fit a
+    # small card (docs/results.md has the error).
     config.llm = ConfigDict({"path": "", "storage": "full"})
     config.prompt_tokenizer = ""  # tokenizer folder for the Q-Formers' prompt; empty: the language model's
-    # `qformer`: a converted Q-Former, from which both streams' start, or the workdir of a run, both of whose are taken.
+    # `qformer`: a converted Q-Former, used for both streams, or the workdir of a run, which has one for each stream.
     config.init = ConfigDict({"umt": "", "facexformer": "", "qformer": ""})
-    config.init.videochat2 = ""  # in place of umt and qformer, with its projection and LoRA
-    # Workdir of the stage before; unless one is named, runs/PRESET-VARIANT[-ABLATION]/STAGE.
+    config.init.videochat2 = ""  # replaces umt and qformer, and includes projection and LoRA
+    # Workdir of the previous stage; by default runs/PRESET-VARIANT[-ABLATION]/STAGE.
     config.init.from_run = placeholder(str)
-    # Length of the run: `steps`, or `epochs` over the data where steps is 0.
+    # Length of the run: `steps`, or `epochs` over the data if steps is 0.
     config.steps = 0
     config.epochs = 3.0  # VideoChat2's
     config.batch = 4  # clips
-    config.accumulate = 1  # parts that a batch is cut into, to save memory
-    # Devices along each axis of the mesh (favchat_jax/sharding.py); -1 takes all that the others leave.
+    config.accumulate = 1  # parts that a batch is split into, to save memory
+    # Devices along each axis of the mesh (favchat_jax/sharding.py); -1 takes all remaining devices.
     config.mesh = ConfigDict({"data": 1, "fsdp": -1, "tensor": 1})
-    config.loss_chunk = 256  # positions whose scores over the vocabulary exist at once
+    config.loss_chunk = 256  # positions whose vocabulary scores are in memory together
     config.log_every = 10  # steps
     config.checkpoint_every = 500  # steps
     config.checkpoints_kept = 2
     if config.preset == "base":
-        # The language model that tools.benchmark draws; a run names its own in llm.path.
+        # The language model that tools.benchmark draws; a run sets llm.path instead.
         llm = {"width": 768, "layers": 12, "heads": 12, "kv_heads": 4, "mlp": 2048, "vocabulary": 8192}
         config.pretrain = ConfigDict({"llm": llm})
     if config.preset == "tiny":
@@ -68,21 +68,21 @@ def get_config(stage: str, argument: str = "") -> ConfigDict:
 
 
 def _model(preset: str, variant: str) -> ConfigDict:
-    """Sizes. The language model's are read from its folder."""
+    """Returns the sizes of the model; the language model's sizes are in its folder."""
     model = ConfigDict()
     model.image_size = 224
     model.frames = 16  # VideoChat2-Mistral's demo; it trains on 8
-    model.dtype = "bfloat16"  # of the computation; weights that train are float32
-    # What each layer keeps for the backward pass: nothing but its input (block), its products with weights too
-    # (products), or, where empty, all of it. Less memory, more work.
+    model.dtype = "bfloat16"  # of the computation; trainable weights are float32
+    # What each layer keeps for the backward pass: only its input (block), also its products with weights (products), or
+    # everything (empty). Keeping less saves memory and costs computation.
     model.remat = "block"
     model.umt = ConfigDict({"width": 1024, "depth": 24, "layers_run": 23, "heads": 16, "patch": 16})
-    model.no_face_taps = (6, 12, 18, 23)  # ablation no_face: UMT blocks that stand in for e_1..e_4
+    model.no_face_taps = (6, 12, 18, 23)  # ablation no_face: the UMT blocks that replace e_1..e_4
     model.facexformer = ConfigDict(
         {"patch": 4, "width": 128, "depths": (2, 2, 18, 2), "heads": (4, 8, 16, 32), "window": 7}
     )
-    # The paper gives Eq. 2 (v1) and the drawing of CA2 (v2) alone; heads and residual, with the norms that come with
-    # it, are choices (residual=False is the printed form).
+    # The paper gives only Eq. 2 (v1) and the drawing of CA2 (v2). The heads, and the residual with its norms, are
+    # choices; residual=False is the printed form.
     model.fusion = ConfigDict({"heads": 16, "residual": True})
     model.qformer = ConfigDict(
         {
@@ -139,15 +139,15 @@ def _data(preset: str) -> ConfigDict:
     data = ConfigDict()
     data.name = "celebvhq"
     data.root = ""  # folder of the source data set; the embedded one needs none
-    data.packed = "runs/data"  # where the packed (ArrayRecord) data sets lie
+    data.packed = "runs/data"  # folder of the packed (ArrayRecord) data sets
     data.sampling = "rand"  # training frames: one at random from each of `frames` equal parts
     data.random_crop = preset == "paper"  # VideoChat2's random resized crop
     data.flip = False  # a flip would swap left and right in the answers
-    # From stage 3 on: what the frozen encoders make of a clip is kept in the workdir (training/features.py).
+    # From stage 3 on: caches the frozen encoders' features in the workdir (training/features.py).
     data.keep_features = False
-    data.questions = 1  # questions of a clip in a batch; they share the clip's encoders
-    data.buckets = (128, 256, 512)  # lengths that sequences are padded to, visual tokens included
-    data.prompt_length = 32  # tokens of the question that a Q-Former reads, cut on the left
+    data.questions = 1  # questions per clip in a batch; they share the clip's encoders
+    data.buckets = (128, 256, 512)  # lengths that sequences are padded to, including visual tokens
+    data.prompt_length = 32  # tokens of the question for a Q-Former, truncated on the left
     data.workers = 8
     if preset == "tiny":
         data.name = "rendered_faces"
@@ -157,29 +157,29 @@ def _data(preset: str) -> ConfigDict:
 
 
 def _optimizer() -> ConfigDict:
-    """The paper names the learning rates alone; the rest is VideoChat2's."""
+    """Returns the optimizer's settings. The paper gives only the learning rates; the rest is VideoChat2's."""
     return ConfigDict(
         {
             "name": "adamw",  # or muon
             "learning_rate": 2e-4,
-            "encoder_rate": 1.0,  # share of the rate that the encoders learn at
+            "encoder_rate": 1.0,  # the encoders' learning rate, as a share of learning_rate
             "b1": 0.9,
             "b2": 0.999,
             "weight_decay": 0.02,
             "clip_norm": 1.0,
             "warmup": 0.2,  # share of the run: 0.6 of 3 epochs
-            "floor": 0.25,  # of the peak, at the end of the cosine
+            "floor": 0.25,  # share of the peak at the end of the cosine
         }
     )
 
 
 def _embedded(config: ConfigDict) -> None:
-    """The embedded preset's sources: small stand-ins for the published weights, which the run makes where missing."""
+    """Sets the embedded preset's sources: small stand-ins for the published weights, which the run makes if missing."""
     parts = "runs/tiny-parts"
     config.llm.path = f"{parts}/mistral"
     config.init.umt = f"{parts}/umt"
     config.init.facexformer = f"{parts}/facexformer"
-    # v2 freezes its Q-Formers in stage 1, where published ones have learned from much text: v1's first stage stands in.
+    # v2 freezes its Q-Formers in stage 1, since published ones are pretrained. Here, v1's first stage replaces them.
     config.init.qformer = "runs/tiny-v1/stage1" if config.variant == "v2" else ""
     config.pretrain = ConfigDict(
         {
@@ -188,12 +188,12 @@ def _embedded(config: ConfigDict) -> None:
             "llm_steps": 700,
             "facial_steps": 400,
             "general_steps": 420,
-            "stills": 8000,  # faces that are drawn for the facial encoder beside those of the clips
-            "general_clips": 3000,  # clips without a face that are drawn for the general encoder
+            "stills": 8000,  # faces for the facial encoder, in addition to those of the clips
+            "general_clips": 3000,  # clips without a face for the general encoder
             "learning_rate": 0.02,  # Muon's
         }
     )
-    # With encoders at the full rate, and stage 2 at twice its rate, eyes and fine detail stayed at chance.
+    # With encoders at the full rate, and stage 2 at twice its rate, answers on eyes and fine detail stayed at chance.
     config.optimizer.update({"name": "muon", "encoder_rate": 0.03, "warmup": 0.1, "floor": 0.05})
     config.batch = 16
     config.log_every = 5

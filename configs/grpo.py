@@ -1,4 +1,4 @@
-"""Data-Efficient GRPO from the cold start's weights (FaVChat v2): LoRA and the adapters learn from rewards.
+"""Data-Efficient GRPO, starting from the cold start (FaVChat v2): LoRA and the adapters learn from rewards.
 
 python -m favchat_jax.train --config=configs/grpo.py
 python -m favchat_jax.train --config=configs/grpo.py --config.rl.data_efficient=False --workdir=runs/tiny-v1/grpo-plain
@@ -11,7 +11,7 @@ from configs import common
 
 def get_config(argument: str = ""):
     config = common.get_config("grpo", argument)
-    # The paper's: AdamW, 1e-6 with a cosine, weight decay 0.01, clipping at 5.
+    # From the paper: AdamW, 1e-6 with a cosine, weight decay 0.01, clipping at 5.
     config.optimizer.update({"learning_rate": 1e-6, "weight_decay": 0.01, "clip_norm": 5.0, "warmup": 0.03})
     config.optimizer.floor = 0.0
     config.batch = 1  # samples an iteration
@@ -19,19 +19,19 @@ def get_config(argument: str = ""):
     config.checkpoint_every = 100
     config.rl = ConfigDict(
         {
-            "group": 8,  # G, responses to a sample
-            "beta": 0.04,  # of the KL penalty
-            "clip": 0.2,  # a choice: the usual one
-            "updates": 1,  # of a batch of responses
+            "group": 8,  # G, responses per sample
+            "beta": 0.04,  # weight of the KL penalty
+            "clip": 0.2,  # a choice: the usual value
+            "updates": 1,  # per batch of responses
             "max_new_tokens": 768,
             "temperature": 1.0,
             "top_p": 1.0,
-            # Import path of each reward, which may be one's own, and its weight.
+            # Import path and weight of each reward; you can add your own.
             "rewards": {
                 "facial": {"path": "favchat_jax.rl.rewards:facial", "weight": 1.0},
                 "form": {"path": "favchat_jax.rl.rewards:form", "weight": 1.0},
             },
-            "shuffled_frames": False,  # respond also to frames in another order, as the temporal reward needs
+            "shuffled_frames": False,  # also respond to shuffled frames, which the temporal reward needs
             "data_efficient": True,  # False: plain GRPO over shuffled epochs
             "utility": "scale_free",  # or published
             "pool": {
@@ -39,11 +39,11 @@ def get_config(argument: str = ""):
                 "tau_remove": 0.2,
                 "tau_keep": 0.8,
                 "discovery": 2,  # a choice: visits before a sample is judged
-                "rest": 5,  # a choice: iterations for which a sample that cools down is left alone
-                "published_baseline": 0.0,  # of the published utility, whose value head no loss trains
+                "rest": 5,  # a choice: iterations for which a sample that cools down rests
+                "published_baseline": 0.0,  # baseline of the published utility, whose value head no loss trains
             },
             "split": "train",
-            "samples": 10_000,  # the first of the split that show a face with all targets
+            "samples": 10_000,  # the split's first samples that show a face and have all targets
             "heldout_split": "heldout",
             "heldout_samples": 64,
             "measure_every": 100,  # iterations

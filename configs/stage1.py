@@ -1,4 +1,4 @@
-"""Stage 1: the visual side learns to describe clips; the language model is frozen (Section 4.2, 60K summaries).
+"""Stage 1: the visual modules learn to describe clips; the language model is frozen (Section 4.2, 60K summaries).
 
 python -m favchat_jax.train --config=configs/stage1.py
 """
@@ -8,11 +8,8 @@ from configs import common
 
 def get_config(argument: str = ""):
     config = common.get_config("stage1", argument)
-    config.optimizer.learning_rate = 2e-4
-    config.batch = 8
+    config.batch, config.optimizer.learning_rate = 8, 2e-4
     if config.preset == "tiny":
-        config.steps = 240
-        config.batch = 16
-        config.optimizer.learning_rate = 1e-2
+        config.steps, config.batch, config.optimizer.learning_rate = 240, 16, 1e-2
         config.data.questions = 1
     return config

@@ -1,6 +1,6 @@
-"""Stage 2: everything but the language model's base learns from question-answer pairs (Section 4.2, 170K pairs).
+"""Stage 2: everything except the language model's base learns from question-answer pairs (Section 4.2, 170K pairs).
 
-python -m favchat_jax.train --config=configs/stage2.py
+python -m favchat_jax.train --config=configs/stage2.py:variant=v1
 """
 
 from configs import common
@@ -8,12 +8,9 @@ from configs import common
 
 def get_config(argument: str = ""):
     config = common.get_config("stage2", argument)
-    config.optimizer.learning_rate = 2e-4
-    config.batch = 4
+    config.batch, config.optimizer.learning_rate = 4, 2e-4
     if config.preset == "tiny":
-        config.steps = 370
-        config.batch = 16
-        config.optimizer.learning_rate = 5e-3
-        if config.variant == "v2":  # whose Q-Formers, frozen in stage 1, meet CA2 here
+        config.steps, config.batch, config.optimizer.learning_rate = 370, 16, 5e-3
+        if config.variant == "v2":  # its Q-Formers, frozen in stage 1, first train with CA2 here
             config.steps = 1000
     return config

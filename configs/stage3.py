@@ -1,4 +1,4 @@
-"""Stage 3: the mixture adapter and LoRA are refined on questions about faces (Section 4.2, 110K CelebV-HQ pairs).
+"""Stage 3: the mixture adapter and LoRA train on questions about faces (Section 4.2, 110K CelebV-HQ pairs).
 
 python -m favchat_jax.train --config=configs/stage3.py
 python -m favchat_jax.train --config=configs/stage3.py:preset=paper,variant=v1 --workdir=DIR
@@ -9,10 +9,7 @@ from configs import common
 
 def get_config(argument: str = ""):
     config = common.get_config("stage3", argument)
-    config.optimizer.learning_rate = 2e-5
-    config.batch = 4
+    config.batch, config.optimizer.learning_rate = 4, 2e-5
     if config.preset == "tiny":
-        config.steps = 30
-        config.batch = 16
-        config.optimizer.learning_rate = 1e-3
+        config.steps, config.batch, config.optimizer.learning_rate = 30, 16, 1e-3
     return config

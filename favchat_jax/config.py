@@ -38,6 +38,7 @@ MEASURED = ("step", "rollouts", "total")  # figures of a held-out line, whose na
 AxisSize = Annotated[int, Allowed(lambda n: n == -1 or n > 0, ": give a number above 0, or -1 for all that are left")]
 GroupSize = Annotated[int, Allowed(lambda n: n > 1, " is too small: a group of one has nothing to compare; give 2")]
 Temperature = Annotated[float, Allowed(lambda t: 0 < t < math.inf, " draws equal responses: give a number above 0")]
+Finite = Annotated[float, Allowed(math.isfinite, " is not a weight: give a finite number")]
 Probability = Annotated[float, Allowed(lambda p: 0 < p <= 1, " is a probability: give more than 0, at most 1")]
 Buckets = Annotated[
     tuple[int, ...],
@@ -50,130 +51,78 @@ Buckets = Annotated[
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class UMTConfig(Section):
-    """The general encoder.
+    """The general encoder."""
 
-    Attributes:
-        width: channels of a token.
-        depth: blocks that the published weights have.
-        layers_run: blocks that are run, of `depth`.
-        heads: of attention.
-        patch: pixels a side.
-        checkpoint_size: pixels a side that the published positions are for.
-    """
-
-    width: Count
-    depth: Count
-    layers_run: Count
-    heads: Count
-    patch: Count
-    checkpoint_size: Count = 224
+    width: Count  # channels of a token
+    depth: Count  # blocks that the published weights have
+    layers_run: Count  # blocks that are run, of `depth`
+    heads: Count  # of attention
+    patch: Count  # pixels a side
+    checkpoint_size: Count = 224  # pixels a side that the published positions are for
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FaceXFormerConfig(Section):
-    """The facial encoder, a Swin Transformer.
+    """The facial encoder, a Swin Transformer."""
 
-    Attributes:
-        patch: pixels a side.
-        width: channels of the first stage; each later one has twice as many.
-        depths: blocks of each stage.
-        heads: of attention, of each stage.
-        window: tokens a side in which attention runs.
-    """
-
-    patch: Count
-    width: Count
-    depths: tuple[int, ...]
-    heads: tuple[int, ...]
-    window: Count
+    patch: Count  # pixels a side
+    width: Count  # channels of the first stage; each later one has twice as many
+    depths: tuple[int, ...]  # blocks of each stage
+    heads: tuple[int, ...]  # of attention, of each stage
+    window: Count  # tokens a side in which attention runs
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FusionConfig(Section):
-    """Eq. 2 (v1) or CA2 (v2).
+    """Eq. 2 (v1) or CA2 (v2)."""
 
-    Attributes:
-        heads: of cross-attention.
-        residual: whether a step adds to its query; without, the equation as printed.
-    """
-
-    heads: Count
-    residual: bool
+    heads: Count  # of cross-attention
+    residual: bool  # whether a step adds to its query; without, the equation as printed
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class QFormerConfig(Section):
-    """Both Q-Formers.
+    """Both Q-Formers."""
 
-    Attributes:
-        width: channels of a token.
-        depth: layers.
-        heads: of attention.
-        mlp: hidden channels of a layer's MLP.
-        queries: learned queries of the published Q-Former.
-        extra_queries: learned queries beside them.
-        vocabulary: tokens that the prompt's embedding has.
-        dropout: probability.
-        prompt: whether they read the question; v2 needs it.
-    """
-
-    width: Count
-    depth: Count
-    heads: Count
-    mlp: Count
-    queries: Count
-    extra_queries: CountOrZero
-    vocabulary: Count
-    dropout: ShareBelowOne
-    prompt: bool
+    width: Count  # channels of a token
+    depth: Count  # layers
+    heads: Count  # of attention
+    mlp: Count  # hidden channels of a layer's MLP
+    queries: Count  # learned queries of the published Q-Former
+    extra_queries: CountOrZero  # learned queries beside them
+    vocabulary: Count  # tokens that the prompt's embedding has
+    dropout: ShareBelowOne  # probability
+    prompt: bool  # whether they read the question; v2 needs it
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AdapterConfig(Section):
-    """The mixture of the two streams.
+    """The mixture of the two streams."""
 
-    Attributes:
-        hidden: channels inside v1's gate and experts, and inside v2's weight adapters and MLPs after the Q-Formers.
-    """
-
-    hidden: Count
+    hidden: Count  # channels inside v1's gate and experts, and inside v2's weight adapters and MLPs after the Q-Formers
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoRAConfig(Section):
-    """Low-rank adapters of the language model.
+    """Low-rank adapters of the language model."""
 
-    Attributes:
-        rank: of A and B; stage 1 has no adapters.
-        alpha: the product A B is scaled by alpha / rank.
-        dropout: probability, before A.
-        targets: linear layers that have adapters.
-    """
-
-    rank: Count
-    alpha: Positive
-    dropout: ShareBelowOne
-    targets: tuple[str, ...]
+    rank: Count  # of A and B; stage 1 has no adapters
+    alpha: Positive  # the product A B is scaled by alpha / rank
+    dropout: ShareBelowOne  # probability, before A
+    targets: tuple[str, ...]  # linear layers that have adapters
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig(Section):
-    """Sizes of the model; those of the language model are in its folder.
+    """Sizes of the model; those of the language model are in its folder."""
 
-    Attributes:
-        image_size: pixels a side of a frame.
-        frames: of a clip.
-        dtype: of the computation; weights that train are float32.
-        remat: what a layer keeps for the backward pass: all (empty), its input (block), or its products with weights.
-        no_face_taps: blocks of `umt` that stand in for e_1..e_4 in the ablation no_face, counted from 1.
-    """
-
-    image_size: Count
-    frames: Count
-    dtype: Dtype
+    image_size: Count  # pixels a side of a frame
+    frames: Count  # of a clip
+    dtype: Dtype  # of the computation; weights that train are float32
+    # What a layer keeps for the backward pass: all (empty), its input (block), or its products with weights.
     remat: Remat = "block"
     umt: UMTConfig
-    no_face_taps: tuple[int, ...]
+    no_face_taps: tuple[int, ...]  # blocks of `umt` that stand in for e_1..e_4 in the ablation no_face, counted from 1
     facexformer: FaceXFormerConfig
     fusion: FusionConfig
     qformer: QFormerConfig
@@ -183,33 +132,20 @@ class ModelConfig(Section):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig(Section):
-    """The clips and how a batch is made of them.
+    """The clips and how a batch is made of them."""
 
-    Attributes:
-        name: a data set of `data/sources`, or NAME/SIZE.
-        root: folder of the data set as it is published; empty for one that needs none.
-        packed: folder of the packed (ArrayRecord) data sets.
-        sampling: one frame of each of `frames` equal parts of a clip, at random or the middle one.
-        random_crop: whether training frames are cropped at random.
-        flip: whether they are mirrored at random.
-        keep_features: whether what the frozen encoders make of a clip is kept in the workdir.
-        questions: of a clip in a batch, at most.
-        buckets: lengths in tokens that sequences are padded to, visual tokens included.
-        prompt_length: tokens of a question that a Q-Former reads, cut on the left.
-        workers: processes that decode clips; 0 decodes in the run's own.
-    """
-
-    name: str
-    root: str = ""
-    packed: str
+    name: str  # a data set of `data/sources`, or NAME/SIZE
+    root: str = ""  # folder of the data set as it is published; empty for one that needs none
+    packed: str  # folder of the packed (ArrayRecord) data sets
+    # One frame of each of `frames` equal parts of a clip, at random or the middle one.
     sampling: Literal["rand", "middle"] = "rand"
-    random_crop: bool = False
-    flip: bool = False
-    keep_features: bool = False
-    questions: Count
-    buckets: Buckets
-    prompt_length: Count
-    workers: CountOrZero
+    random_crop: bool = False  # whether training frames are cropped at random
+    flip: bool = False  # whether they are mirrored at random
+    keep_features: bool = False  # whether what the frozen encoders make of a clip is kept in the workdir
+    questions: Count  # of a clip in a batch, at most
+    buckets: Buckets  # lengths in tokens that sequences are padded to, visual tokens included
+    prompt_length: Count  # tokens of a question that a Q-Former reads, cut on the left
+    workers: CountOrZero  # processes that decode clips; 0 decodes in the run's own
 
     def __post_init__(self):
         super().__post_init__()
@@ -222,59 +158,36 @@ class DataConfig(Section):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig(Section):
-    """The optimiser and its schedule (FaVChat v1, Section 5.1; the rest is VideoChat2's).
-
-    Attributes:
-        name: of the optimiser.
-        learning_rate: peak of the schedule.
-        encoder_rate: the encoders' rate as a share of it.
-        b1, b2: decay of the moments.
-        weight_decay: of matrices; biases and norm scales have none.
-        clip_norm: largest global norm of a gradient.
-        warmup: share of the run's steps.
-        floor: rate at the end of the cosine, as a share of the peak.
-    """
+    """The optimiser and its schedule (FaVChat v1, Section 5.1; the rest is VideoChat2's)."""
 
     name: Literal["adamw", "muon"]
-    learning_rate: Positive
-    encoder_rate: NotNegative
-    b1: ShareBelowOne
-    b2: ShareBelowOne
-    weight_decay: NotNegative
-    clip_norm: Positive
-    warmup: Share
-    floor: Share
+    learning_rate: Positive  # peak of the schedule
+    encoder_rate: NotNegative  # the encoders' rate as a share of it
+    b1: ShareBelowOne  # decay of the first moment
+    b2: ShareBelowOne  # decay of the second
+    weight_decay: NotNegative  # of matrices; biases and norm scales have none
+    clip_norm: Positive  # largest global norm of a gradient
+    warmup: Share  # share of the run's steps
+    floor: Share  # rate at the end of the cosine, as a share of the peak
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LLMConfig(Section):
-    """The language model.
+    """The language model."""
 
-    Attributes:
-        path: its Hugging Face folder.
-        storage: width in which its frozen kernels lie in memory while training.
-    """
-
-    path: str
-    storage: Storage = "full"
+    path: str  # its Hugging Face folder
+    storage: Storage = "full"  # width in which its frozen kernels lie in memory while training
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class InitConfig(Section):
-    """Where weights come from; parts without a source start afresh.
+    """Where weights come from; parts without a source start afresh."""
 
-    Attributes:
-        umt, facexformer: weights folders.
-        qformer: a weights folder, or a run of which both Q-Formers are taken.
-        videochat2: weights folder in place of `umt` and `qformer`, with its projection and LoRA.
-        from_run: workdir of the stage before.
-    """
-
-    umt: str = ""
-    facexformer: str = ""
-    qformer: str = ""
-    videochat2: str = ""
-    from_run: str = ""
+    umt: str = ""  # weights folder
+    facexformer: str = ""  # weights folder
+    qformer: str = ""  # a weights folder, or a run of which both Q-Formers are taken
+    videochat2: str = ""  # weights folder in place of `umt` and `qformer`, with its projection and LoRA
+    from_run: str = ""  # workdir of the stage before
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -293,74 +206,45 @@ class MeshConfig(Section):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RewardConfig(Section):
-    """A reward of the reinforcement stage.
+    """A reward of the reinforcement stage."""
 
-    Attributes:
-        path: import path MODULE:FUNCTION, which may be one's own.
-        weight: in the sum of all rewards.
-    """
-
-    path: str
-    weight: Annotated[float, Allowed(math.isfinite, " is not a weight: give a finite number")]
+    path: str  # import path MODULE:FUNCTION, which may be one's own
+    weight: Finite  # in the sum of all rewards
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PoolConfig(Section):
-    """How samples are judged; symbols of `rl/pool.py`.
+    """How samples are judged; symbols of `rl/pool.py`."""
 
-    Attributes:
-        smoothing: share of the old s in the new one.
-        tau_remove, tau_keep: thresholds on s.
-        discovery: visits of a sample before it is judged.
-        rest: iterations for which a sample that cools down is not drawn.
-        published_baseline: of the published utility's margin, there a value head that no loss trains.
-    """
-
-    smoothing: ShareBelowOne = 0.8
-    tau_remove: float = 0.2
-    tau_keep: float = 0.8
-    discovery: CountOrZero = 2
-    rest: CountOrZero = 5
-    published_baseline: float = 0.0
+    smoothing: ShareBelowOne = 0.8  # share of the old s in the new one
+    tau_remove: float = 0.2  # a sample is discarded at or below this s
+    tau_keep: float = 0.8  # a sample cools down above this s
+    discovery: CountOrZero = 2  # visits of a sample before it is judged
+    rest: CountOrZero = 5  # iterations for which a sample that cools down is not drawn
+    published_baseline: float = 0.0  # of the published utility's margin, there a value head that no loss trains
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RLConfig(Section):
-    """Data-Efficient GRPO (FaVChat v2).
+    """Data-Efficient GRPO (FaVChat v2)."""
 
-    Attributes:
-        group: G, responses to a sample.
-        beta: of the KL penalty.
-        clip: epsilon of the clipped ratio.
-        updates: of a batch of responses.
-        max_new_tokens: of a response.
-        temperature, top_p: of the draws.
-        rewards: by name.
-        shuffled_frames: whether responses to frames in another order are drawn too, which the temporal reward needs.
-        data_efficient: False for plain GRPO over shuffled epochs.
-        utility: ours, free of scale, or the published one.
-        split, samples: the first usable samples of this split make the pool; 0 takes all.
-        heldout_split, heldout_samples: what the policy is measured on.
-        measure_every: iterations.
-    """
-
-    group: GroupSize
-    beta: NotNegative
-    clip: Positive
-    updates: Count
-    max_new_tokens: Count
-    temperature: Temperature
-    top_p: Probability
-    rewards: Mapping[str, RewardConfig] = dataclasses.field(hash=False)
-    shuffled_frames: bool
-    data_efficient: bool
-    utility: Literal["scale_free", "published"]
+    group: GroupSize  # G, responses to a sample
+    beta: NotNegative  # of the KL penalty
+    clip: Positive  # epsilon of the clipped ratio
+    updates: Count  # of a batch of responses
+    max_new_tokens: Count  # of a response
+    temperature: Temperature  # of the draws
+    top_p: Probability  # nucleus of the draws
+    rewards: Mapping[str, RewardConfig] = dataclasses.field(hash=False)  # by name
+    shuffled_frames: bool  # whether responses to frames in another order are drawn too, which the temporal reward needs
+    data_efficient: bool  # False for plain GRPO over shuffled epochs
+    utility: Literal["scale_free", "published"]  # ours, free of scale, or the published one
     pool: PoolConfig
-    split: str
-    samples: CountOrZero
-    heldout_split: str
-    heldout_samples: CountOrZero
-    measure_every: Count
+    split: str  # whose first usable samples make the pool
+    samples: CountOrZero  # of the pool; 0 takes all
+    heldout_split: str  # that the policy is measured on
+    heldout_samples: CountOrZero  # that it is measured on; 0 takes all
+    measure_every: Count  # iterations
 
     def __post_init__(self):
         super().__post_init__()
@@ -372,47 +256,30 @@ class RLConfig(Section):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(Section):
-    """One stage of one model.
+    """One stage of one model."""
 
-    Attributes:
-        preset: sizes and sources, which `configs/common.py` names.
-        variant: of the model.
-        ablation: part that the model lacks (Table 6).
-        stage: of training.
-        seed: of all draws but those of the embedded clips.
-        prompt_tokenizer: tokenizer folder for the Q-Formers' prompt; empty for the language model's.
-        steps: length of the run; 0 takes `epochs`.
-        epochs: length of the run over the data.
-        batch: clips of a step; of the reinforcement stage, samples of an iteration.
-        accumulate: parts that a batch is cut into, to save memory.
-        loss_chunk: positions whose scores over the vocabulary exist at once.
-        log_every, checkpoint_every: steps.
-        checkpoints_kept: the newest ones.
-        rl: of stage grpo.
-        pretrain: what `embedded/` and the benchmark make stand-ins of; they alone read it.
-    """
-
-    preset: str
-    variant: Variant
-    ablation: Ablation
-    stage: stages.Name
-    seed: CountOrZero
+    preset: str  # sizes and sources, which `configs/common.py` names
+    variant: Variant  # of the model
+    ablation: Ablation  # part that the model lacks (Table 6)
+    stage: stages.Name  # of training
+    seed: CountOrZero  # of all draws but those of the embedded clips
     model: ModelConfig
     data: DataConfig
     optimizer: OptimizerConfig
     llm: LLMConfig
-    prompt_tokenizer: str = ""
+    prompt_tokenizer: str = ""  # tokenizer folder for the Q-Formers' prompt; empty for the language model's
     init: InitConfig
-    steps: CountOrZero
-    epochs: float
-    batch: Count
-    accumulate: Count = 1
+    steps: CountOrZero  # length of the run; 0 takes `epochs`
+    epochs: float  # length of the run over the data
+    batch: Count  # clips of a step; of the reinforcement stage, samples of an iteration
+    accumulate: Count = 1  # parts that a batch is cut into, to save memory
     mesh: MeshConfig = MeshConfig()
-    loss_chunk: Count
-    log_every: Count
-    checkpoint_every: Count
-    checkpoints_kept: Count
-    rl: RLConfig | None = None
+    loss_chunk: Count  # positions whose scores over the vocabulary exist at once
+    log_every: Count  # steps
+    checkpoint_every: Count  # steps
+    checkpoints_kept: Count  # the newest ones
+    rl: RLConfig | None = None  # of stage grpo
+    # How `embedded/` makes stand-ins for published parts; it alone reads this section.
     pretrain: Mapping[str, Any] | None = dataclasses.field(default=None, hash=False)
 
     def __post_init__(self):
@@ -425,15 +292,9 @@ class Config(Section):
             raise UserError(f"steps=0 and epochs={self.epochs}: one of them must be a number above 0")
         if self.data.keep_features and not stages.has_fixed_features(self.variant, self.stage):
             raise UserError(f"data.keep_features=True is for stage3 and coldstart, not for {self.stage}: leave it out")
-        if self.stage == "grpo":
-            self._check_reinforcement()
-
-    def _check_reinforcement(self) -> None:
-        if self.rl is None:
-            raise UserError("stage=grpo needs the section rl: take configs/grpo.py")
-        if self.llm.storage != "full":
+        if self.stage == "grpo" and self.reinforcement and self.llm.storage != "full":
             raise UserError(f"llm.storage={self.llm.storage} cannot be answered from, as stage=grpo does: leave it out")
-        if self.steps < 1:
+        if self.stage == "grpo" and self.steps < 1:
             raise UserError("steps=0: stage=grpo has no epochs; give at least 1")
 
     def require_sources(self) -> None:
@@ -459,6 +320,13 @@ class Config(Section):
             )
 
     @property
+    def reinforcement(self) -> RLConfig:
+        """The section `rl`; raises UserError unless it is there."""
+        if self.rl is None:
+            raise UserError("stage=grpo needs the section rl: take configs/grpo.py")
+        return self.rl
+
+    @property
     def lora_rank(self) -> int:
         """Rank of the language model's adapters in this stage; 0 before they start."""
         return self.model.lora.rank if stages.STAGES[self.stage].lora else 0
@@ -477,9 +345,10 @@ class Config(Section):
         """
         fields = config.to_dict()
         stage, init = stages.STAGES.get(fields.get("stage")), fields.get("init", {})
-        if stage and init.get("from_run") is None:  # not named: where the stage before lies by default
-            kind = [fields[name] for name in ("preset", "variant", "ablation")]
-            init["from_run"] = str(stages.default_workdir(*kind, stage.before)) if stage.before else ""
+        if init.get("from_run") is None:  # not named: where the stage before lies by default
+            preset, variant, ablation = (str(fields.get(name)) for name in ("preset", "variant", "ablation"))
+            before = stage and stage.before
+            init["from_run"] = str(stages.default_workdir(preset, variant, ablation, before)) if before else ""
         return cls.read(fields)
 
     @classmethod

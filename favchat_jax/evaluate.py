@@ -13,6 +13,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from favchat_jax import command_line
+from favchat_jax.api import Model
 from favchat_jax.checkpoints.mistral_folder import fingerprint
 from favchat_jax.checkpoints.run import Run, load_run
 from favchat_jax.checkpoints.store import Checkpoints
@@ -24,7 +25,6 @@ from favchat_jax.evaluation.config import EvaluationConfig
 from favchat_jax.evaluation.judge import Judge
 from favchat_jax.evaluation.respondents import FaVChat, OpenAIServer
 from favchat_jax.evaluation.session import Journal, Session
-from favchat_jax.generation.sampler import Sampler
 from favchat_jax.stages import group_of
 
 
@@ -63,7 +63,7 @@ def evaluate(
 def respondent_of(checkpoint: str | Path, config: EvaluationConfig) -> FaVChat:
     """A checkpoint, ready to be asked in batches of the config's size."""
     run = load_run(checkpoint)
-    return FaVChat(Sampler.of(run), config.batch, config.questions, identity_of(checkpoint, run))
+    return FaVChat(Model(run).sampler, config.batch, config.questions, identity_of(checkpoint, run))
 
 
 def identity_of(checkpoint: str | Path, run: Run) -> dict[str, Any]:

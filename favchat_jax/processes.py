@@ -48,7 +48,7 @@ def joined(processes: str) -> Iterator[None]:
         raise UserError(
             f"--processes={processes}: give auto, or HOST:PORT,COUNT,INDEX as in 10.0.0.1:9000,2,0 (INDEX below COUNT)"
         )
-    host, place = socket.gethostname(), {}
+    host, place = socket.gethostname(), dict[str, Any]()
     if given:
         host = given[1]
         place = {

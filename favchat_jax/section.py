@@ -82,7 +82,7 @@ class Section:
         fields = dataclasses.asdict(self)
         for path, value in changes.items():
             *sections, name = path.split(".")
-            place = fields
+            place: Any = fields
             for section in sections:
                 place = place.get(section) if isinstance(place, dict) else None
             if not isinstance(place, dict) or name not in place:

@@ -1,7 +1,9 @@
-"""SIGTERM and Ctrl-C end work at a point where nothing is lost."""
+"""How processes end: at SIGTERM and Ctrl-C where nothing is lost, and workers with the process that started them."""
 
 import contextlib
 import logging
+import multiprocessing
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -43,3 +45,18 @@ def termination(meanwhile: str) -> Iterator[threading.Event]:
             signal.signal(number, handler)
     if interrupted.is_set():
         raise KeyboardInterrupt
+
+
+def end_with_parent() -> None:
+    """Ends this worker process as soon as the process that started it has ended, even if it was killed.
+
+    With the last worker gone, Python's resource tracker removes the shared memory that is left.
+    """
+    parent = multiprocessing.parent_process()
+
+    def follow() -> None:
+        parent.join()
+        os._exit(1)
+
+    if parent is not None:
+        threading.Thread(target=follow, daemon=True).start()

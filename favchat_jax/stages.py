@@ -85,7 +85,7 @@ def split(weights: Mapping[str, Any], variant: str, stage: str) -> tuple[dict[st
     return trainable, {path: leaf for path, leaf in weights.items() if path not in trainable}
 
 
-def has_fixed_features(variant: str, stage: str) -> bool:
+def has_fixed_features(variant: str, stage: Name) -> bool:
     """Whether a clip has the same features throughout a stage that learns from text, since their weights are frozen."""
     return STAGES[stage].text is not None and not set(ENCODING) & set(TRAINS[variant][stage])
 

@@ -52,7 +52,7 @@ def train_stage(config: Config, workdir: Path, profile: int = 0) -> Outcome:
     """
     mesh = training_mesh(config)
     if config.stage == "grpo":
-        de_grpo.load_rewards(config.rl)  # refused before anything is made
+        de_grpo.load_rewards(config.reinforcement)  # refused before anything is made
         if profile:
             raise UserError("--profile traces the stages that learn from text; grpo is not one of them")
     for earlier in prepare(config):

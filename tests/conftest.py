@@ -211,6 +211,15 @@ def start_module(module: str, *arguments: str, cwd: Path = ROOT, **options: Any)
     )
 
 
+def check_refusals(module: str, refused: dict[str, tuple[str, ...]]) -> None:
+    """Each of the command lines, started at once, ends with exit code 2 and one line that holds what it is under."""
+    processes = {expected: start_module(module, *arguments) for expected, arguments in refused.items()}
+    for expected, process in processes.items():
+        stdout, stderr = process.communicate(timeout=200)
+        assert (process.returncode, stdout, stderr.count("\n")) == (2, "", 1), stderr
+        assert expected in stderr
+
+
 @pytest.fixture
 def small_disk(tmp_path) -> Iterator[Path]:
     """A file system of 4 MiB of its own, to be filled."""

@@ -49,6 +49,13 @@ def test_a_field_that_nothing_reads_is_refused_in_a_config_file():
         Config.from_ml_collections(file)
 
 
+def test_a_file_of_an_unknown_stage_is_refused():
+    file = stage3.get_config()
+    file.stage = "stage9"
+    with pytest.raises(UserError, match="^stage=stage9 is unknown: choose one of stage1, stage2"):
+        Config.from_ml_collections(file)
+
+
 def test_a_stage_starts_from_the_one_before_at_its_default_place_unless_another_is_named():
     assert config_of(stage1).init.from_run == ""
     assert config_of(stage3, "variant=v2,ablation=no_moe").init.from_run == "runs/tiny-v2-no_moe/stage2"

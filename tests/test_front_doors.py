@@ -77,59 +77,56 @@ def checkpoint(trained) -> Path:
 # train
 
 
-@pytest.mark.parametrize(
-    ("arguments", "says"),
-    [
-        ([], "--config is missing: for example --config=configs/stage3.py"),
-        (["--config=configs/stage3.py", "--config.batchsize=3"], "unknown config option: batchsize"),
-        (["--config=configs/stage3.py", "--config.batch=many"], "--config.batch=many"),
-        (["--config=configs/stage3.py", "--batch=3"], "'batch'"),
-        (["--config=configs/stage3.py", "stage2"], "unexpected argument 'stage2'"),
-        (["--config=configs/stage4.py"], "--config=configs/stage4.py: there is no such file"),
-        (["--config=configs/stage3.py:preset=huge"], "preset=huge is unknown: choose one of tiny"),
-        (["--config=configs/stage3.py:variant=v9"], "variant=v9 is unknown: choose one of v1"),
-        (["--config=configs/stage3.py:ablation=no_hair"], "ablation=no_hair is unknown: choose one of none"),
-        (["--config=configs/stage3.py:hair=no"], "'hair=no' is unknown"),
-        (["--config=configs/stage3.py", "--config.batch=0"], "batch=0 is too small"),
-        (["--config=configs/stage1.py:preset=paper"], "llm.path is not set: .* --config.llm.path=DIR"),
-        (["--config=configs/stage1.py:preset=paper", "--config.llm.path=x"], "data.root is not set"),
-        (
-            ["--config=configs/stage1.py:preset=paper", "--config.llm.path=x", "--config.data.root=y"],
-            "init.umt is not set: .*tools.convert_weights --kind=umt",
-        ),
-        (
-            [
-                "--config=configs/stage1.py:preset=paper,variant=v2",
-                *("--config.llm.path=x", "--config.data.root=y", "--config.init.umt=z", "--config.init.facexformer=z"),
-            ],
-            "init.qformer is not set, but v2 freezes its Q-Formers in stage 1: .*--kind=qformer",
-        ),
-        (
-            ["--config=configs/stage2.py:preset=base", "--config.llm.path=x", "--config.data.root=y"],
-            "init.from_run=runs/base-v1/stage1 holds no finished stage1: .*configs/stage1.py:preset=base",
-        ),
+MISTAKES = {
+    "--config is missing: for example --config=configs/stage3.py": [],
+    "unknown config option: batchsize": ["--config=configs/stage3.py", "--config.batchsize=3"],
+    "--config.batch=many": ["--config=configs/stage3.py", "--config.batch=many"],
+    "'batch'": ["--config=configs/stage3.py", "--batch=3"],
+    "unexpected argument 'stage2'": ["--config=configs/stage3.py", "stage2"],
+    "--config=configs/stage4.py: there is no such file": ["--config=configs/stage4.py"],
+    "preset=huge is unknown: choose one of tiny": ["--config=configs/stage3.py:preset=huge"],
+    "variant=v9 is unknown: choose one of v1": ["--config=configs/stage3.py:variant=v9"],
+    "ablation=no_hair is unknown: choose one of none": ["--config=configs/stage3.py:ablation=no_hair"],
+    "'hair=no' is unknown": ["--config=configs/stage3.py:hair=no"],
+    "batch=0 is too small": ["--config=configs/stage3.py", "--config.batch=0"],
+    "llm.path is not set: .* --config.llm.path=DIR": ["--config=configs/stage1.py:preset=paper"],
+    "data.root is not set": ["--config=configs/stage1.py:preset=paper", "--config.llm.path=x"],
+    "init.umt is not set: .*tools.convert_weights --kind=umt": [
+        "--config=configs/stage1.py:preset=paper",
+        "--config.llm.path=x",
+        "--config.data.root=y",
     ],
-)
+    "init.qformer is not set, but v2 freezes its Q-Formers in stage 1: .*--kind=qformer": [
+        "--config=configs/stage1.py:preset=paper,variant=v2",
+        *("--config.llm.path=x", "--config.data.root=y", "--config.init.umt=z", "--config.init.facexformer=z"),
+    ],
+    "init.from_run=runs/base-v1/stage1 holds no finished stage1: .*configs/stage1.py:preset=base": [
+        *("--config=configs/stage2.py:preset=base", "--config.llm.path=x", "--config.data.root=y"),
+    ],
+}
+
+
+@pytest.mark.parametrize(("says", "arguments"), MISTAKES.items())
 def test_train_refuses_a_mistake_before_any_work(arguments, says, command, tmp_path):
     ended = command("train", *arguments, f"--workdir={tmp_path / 'run'}")
     assert ended.is_refusal(says), ended
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize(
-    ("changes", "says"),
-    [
-        ({"llm__path": "nowhere"}, "nowhere/config.json is missing: name a whole folder"),
-        ({"init__umt": "nowhere"}, "nowhere is not a weights folder"),
-        ({"data__name": "faces"}, "data set 'faces' is not known; there are rendered_faces, celebvhq"),
-        ({"data__name": "celebvhq"}, "root|folder"),
-        ({"data__name": "celebvhq", "data__root": "nowhere"}, "nowhere"),
-        ({"data__sampling": "first"}, "data.sampling=first is unknown: choose one of rand, middle"),
-        ({"data__buckets": (40,)}, "over the limit of 40"),
-        ({"accumulate": 3}, "batch=4 does not divide"),
-        ({"prompt_tokenizer": "nowhere"}, "tokenizer folder nowhere does not exist"),
-    ],
-)
+UNUSABLE = {
+    "nowhere/config.json is missing: name a whole folder": {"llm__path": "nowhere"},
+    "nowhere is not a weights folder": {"init__umt": "nowhere"},
+    "data set 'faces' is unknown: choose one of rendered_faces, celebvhq": {"data__name": "faces"},
+    "root|folder": {"data__name": "celebvhq"},
+    "nowhere": {"data__name": "celebvhq", "data__root": "nowhere"},
+    "data.sampling=first is unknown: choose one of rand, middle": {"data__sampling": "first"},
+    "over the limit of 40": {"data__buckets": (40,)},
+    "batch=4 does not divide": {"accumulate": 3},
+    "tokenizer folder nowhere does not exist": {"prompt_tokenizer": "nowhere"},
+}
+
+
+@pytest.mark.parametrize(("says", "changes"), UNUSABLE.items())
 def test_train_refuses_what_it_cannot_start_from(changes, says, command, small_world, tmp_path):
     ended = command("train", *small_world.flags("stage1", **changes), f"--workdir={tmp_path}")
     last = ended.stderr.splitlines(keepends=True)[-1]  # a progress bar may stand before it

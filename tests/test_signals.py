@@ -1,13 +1,18 @@
-"""SIGTERM and Ctrl-C are heard between two steps."""
+"""SIGTERM and Ctrl-C are heard between two steps, and a worker ends with its parent."""
 
 import logging
 import os
 import signal
+import subprocess
+import sys
 import threading
+import time
+from pathlib import Path
 
 import pytest
 
 from favchat_jax.signals import termination
+from tests.conftest import ROOT
 
 pytestmark = pytest.mark.usefixtures("heeded")
 
@@ -75,3 +80,27 @@ def test_another_thread_gets_an_event_that_nothing_sets_and_leaves_the_handlers(
     thread.start()
     thread.join()
     assert seen == [(False, True)]
+
+
+def test_a_worker_ends_with_a_parent_that_is_killed(tmp_path):
+    script = tmp_path / "parent.py"
+    script.write_text(
+        "import multiprocessing, time\n"
+        "from favchat_jax.signals import end_with_parent\n"
+        "def work():\n    end_with_parent()\n    print(multiprocessing.current_process().pid, flush=True)\n"
+        "    time.sleep(60)\n"
+        "if __name__ == '__main__':\n"
+        "    worker = multiprocessing.get_context('spawn').Process(target=work)\n"
+        "    worker.start()\n    worker.join()\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    parent = subprocess.Popen([sys.executable, script], env=environment, stdout=subprocess.PIPE, text=True)
+    worker = int(parent.stdout.readline())
+    parent.kill()
+    parent.wait()
+    for _ in range(200):
+        if not Path(f"/proc/{worker}").exists() or "State:\tZ" in Path(f"/proc/{worker}/status").read_text():
+            return
+        time.sleep(0.05)
+    os.kill(worker, signal.SIGKILL)
+    pytest.fail("the worker lives on")

@@ -325,12 +325,12 @@ def test_a_record_that_cannot_be_decoded_is_left_out_counted_and_named(settings,
     bad = {source[33].id, source[35].id}
     state = json.loads((tmp_path / "checkpoints" / "20" / "data" / "metadata").read_text())
     assert state["counts"]["seen"] == 80 + state["counts"]["bad"] and set(state["counts"]["bad_ids"]) == bad
-    assert all(f"record {name} is left out (" in caplog.text for name in bad)
+    assert all(f"record {name} is skipped (" in caplog.text for name in bad)
 
 
 def test_many_such_records_stop_the_run_and_the_last_checkpoint_stays(settings, monkeypatch, tmp_path):
     monkeypatch.setattr(batches_room, "open_dataset", Broken)
-    with pytest.raises(UserError, match="of 1.. records are bad, more than 1%: mend or remove "):
+    with pytest.raises(UserError, match="of 1.. records are bad, more than 1%: fix or remove "):
         train_alone(settings, tmp_path)
     assert Checkpoints(tmp_path).latest() == 12
     assert newest(tmp_path)

@@ -1,11 +1,11 @@
-"""Table 6 in miniature: the full model and each ablation, trained at equal steps on the embedded data, several seeds.
+"""Trains Table 6 in miniature: the full model and each ablation, at equal steps on the embedded data, several seeds.
 
 python -m tools.ablate --preset=tiny --json=runs/ablations-v1.json
 python -m tools.ablate --preset=tiny --variant=v2 --json=runs/ablations-v2.json
 
-Every arm has the same pretrained parts, data and steps. Seed 0's arms lie where training puts them by default, so that
-what `make demo` trained is the full model's; those of other seeds in runs/seedN. Stopped, the same command goes on; an
-arm that is finished is not trained again.
+Every arm has the same pretrained parts, data and steps. Seed 0's arms use the default workdirs, so the full model of
+`make demo` is reused. Those of other seeds are in runs/seedN. After a stop, the same command resumes; finished arms are
+not trained again.
 """
 
 import ast
@@ -36,18 +36,18 @@ log = logging.getLogger("favchat_jax")
 
 
 def arm_config(stage: str, variant: str, ablation: str, seed: int, changes: dict[str, Any]) -> Config:
-    """The config of a stage of an arm: the preset's, in its seed's folder, with the changes that all arms have."""
+    """Returns the config of one stage of an arm: the preset's, in its seed's folder, with the changes for all arms."""
     config = stage_config(stage, f"preset=tiny,variant={variant},ablation={ablation}")
     sources = {"init.from_run": config.init.from_run, "init.qformer": config.init.qformer}
-    ours = {field: str(_of_seed(Path(source), seed)) for field, source in sources.items() if source}
+    seeded = {field: str(_of_seed(Path(source), seed)) for field, source in sources.items() if source}
     try:
-        return config.updated({"seed": seed, **ours, **changes})
+        return config.updated({"seed": seed, **seeded, **changes})
     except UserError as error:
         raise UserError(f"--set: {error}") from None
 
 
 def arm_workdir(config: Config) -> Path:
-    """Where a stage of an arm is trained."""
+    """Returns the workdir of a stage of an arm."""
     return _of_seed(config.default_workdir, config.seed)
 
 
@@ -56,7 +56,7 @@ def _of_seed(workdir: Path, seed: int) -> Path:
 
 
 def train_arm(variant: str, ablation: str, seed: int, changes: dict[str, Any]) -> Path:
-    """Trains what of an arm's three stages is not finished; returns the last one's workdir."""
+    """Trains the unfinished stages of an arm; returns the last stage's workdir."""
     configs = [arm_config(stage, variant, ablation, seed, changes) for stage in STAGES]
     stand_in = arm_config("stage1", "v1", "none", seed, changes)
     if configs[0].init.qformer == str(arm_workdir(stand_in)):  # v2's Q-Formers start from it
@@ -69,13 +69,13 @@ def train_arm(variant: str, ablation: str, seed: int, changes: dict[str, Any]) -
 def _train(config: Config) -> None:
     workdir = arm_workdir(config)
     if is_finished(workdir):
-        claim(workdir, config)  # refused where it was trained otherwise than the other arms
+        claim(workdir, config)  # raises if it was trained with another config than the other arms
     elif not train_stage(config, workdir).finished:
-        raise SystemExit(0)  # SIGTERM: what was done is saved
+        raise SystemExit(0)  # SIGTERM: the progress is saved
 
 
 def evaluate_arm(workdir: Path) -> dict[str, Any]:
-    """The held-out result of a finished arm, read from its workdir where it was evaluated so before."""
+    """Returns the held-out result of a finished arm, from its workdir if it was evaluated with this config before."""
     data = stored_config(workdir).data
     config = EvaluationConfig.from_ml_collections(rendered.get_config())
     config = config.updated({"data.name": data.name, "data.packed": data.packed})
@@ -90,7 +90,7 @@ def evaluate_arm(workdir: Path) -> dict[str, Any]:
 
 
 def parse_changes(items: list[str]) -> dict[str, Any]:
-    """FIELD=VALUE to values: numbers, tuples and True as Python writes them, all else as text."""
+    """Parses FIELD=VALUE: numbers, tuples and True in Python's notation, everything else as text."""
     changes = {}
     for item in items:
         field, equals, text = item.partition("=")
@@ -104,21 +104,21 @@ def parse_changes(items: list[str]) -> dict[str, Any]:
 
 
 def arms(preset: str, ablations: list[str], seeds: list[str]) -> list[tuple[str, int]]:
-    """(ablation, seed) of every arm, in the order of training; raises UserError where there is no such arm."""
+    """Returns (ablation, seed) of every arm in the order of training; raises UserError if one does not exist."""
     if preset != "tiny":
         raise UserError(
             f"preset={preset} needs data sets of its own: train each arm with python -m favchat_jax.train "
             f"--config=configs/ablations/NAME.py:preset={preset}, then evaluate it with configs/eval/dfew.py"
         )
     if not ablations or not set(ablations) <= set(ABLATIONS):
-        raise UserError(f"--ablations={','.join(ablations)}: choose of {', '.join(ABLATIONS)}")
+        raise UserError(f"--ablations={','.join(ablations)}: choose from {', '.join(ABLATIONS)}")
     if not seeds or not all(seed.isdigit() for seed in seeds):
         raise UserError(f"--seeds={','.join(seeds)}: give whole numbers, as in --seeds=0,1,2")
     return [(ablation, int(seed)) for ablation in ablations for seed in seeds]
 
 
 def main() -> None:
-    """Trains and evaluates every arm that the flags name, and compares them."""
+    """Trains, evaluates and compares the arms that the flags name."""
     chosen = arms(_PRESET.value, _ABLATIONS.value, _SEEDS.value)
     if _JSON.value:
         command_line.check_output("--json", _JSON.value)
@@ -145,10 +145,10 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    _PRESET = flags.DEFINE_enum("preset", "tiny", PRESETS, "Only the embedded one is trained by this command")
-    _VARIANT = flags.DEFINE_enum("variant", "v1", VARIANTS, "Of the model")
-    _SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "Of all draws but the data's and the pretrained parts'")
+    _PRESET = flags.DEFINE_enum("preset", "tiny", PRESETS, "This command trains tiny only, the embedded preset")
+    _VARIANT = flags.DEFINE_enum("variant", "v1", VARIANTS, "Variant of the model")
+    _SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "Seeds; the data and the pretrained parts keep theirs")
     _ABLATIONS = flags.DEFINE_list("ablations", list(ABLATIONS), "Arms; none is the full model")
-    _SET = flags.DEFINE_multi_string("set", [], "FIELD=VALUE of every arm's and stage's config, for example steps=20")
+    _SET = flags.DEFINE_multi_string("set", [], "FIELD=VALUE for all arms' and stages' configs, such as steps=20")
     _JSON = flags.DEFINE_string("json", None, "JSON file to write")
     command_line.start(main)

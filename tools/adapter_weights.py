@@ -1,25 +1,25 @@
-"""How much a checkpoint weighs the facial stream on clips with and without a face (the paper's figure of its adapters).
+"""Measures a checkpoint's weight of the facial stream on clips with and without a face (the paper's adapter figure).
 
 python -m tools.adapter_weights --checkpoint=runs/tiny-v2/stage3 --figure=docs/figures/adapter_weights.png
 
-Every held-out clip counts once, with the same request to describe it, so that the words do not tell what is shown.
+Every held-out clip counts once, with the same request to describe it, so that the words do not reveal the content.
 """
 
 import json
 from collections.abc import Sequence
-from pathlib import Path
 
 import matplotlib
 import numpy as np
 from absl import flags
 
+import favchat_jax
 from favchat_jax import command_line
-from favchat_jax.checkpoints.run import load_run
 from favchat_jax.data.loader import INSTRUCTIONS
 from favchat_jax.data.sources import open_dataset
 from favchat_jax.data.video import decode
 from favchat_jax.errors import UserError
 from favchat_jax.evaluation.metrics import cohens_d
+from favchat_jax.files import replace_file
 from favchat_jax.generation.sampler import Sampler
 
 BATCH = 32
@@ -28,7 +28,7 @@ PUBLISHED = {"face clips": (0.702, 0.084), "general clips": (0.297, 0.080)}
 
 
 def facial_weights(sampler: Sampler, records: Sequence, question: str) -> list[float]:
-    """The facial stream's weight for one question about each clip."""
+    """Returns the facial stream's weight for one question about each clip."""
     weights: list[float] = []
     for start in range(0, len(records), BATCH):
         batch = records[start : start + BATCH]
@@ -40,13 +40,13 @@ def facial_weights(sampler: Sampler, records: Sequence, question: str) -> list[f
 
 
 def summarise(groups: dict[str, list[float]]) -> dict:
-    """Number, mean and standard deviation of each group, and the distance between the two."""
+    """Returns the number, mean and standard deviation of each group, and Cohen's d between the two."""
     rows = {name: {"n": len(w), "mean": np.mean(w), "std": np.std(w, ddof=1)} for name, w in groups.items()}
     return {**rows, "cohens_d": cohens_d(*groups.values())}
 
 
 def draw(groups: dict[str, list[float]], result: dict, path: str) -> None:
-    """Both distributions as violins with the single clips."""
+    """Draws both distributions as violins with the single clips."""
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
@@ -66,29 +66,29 @@ def draw(groups: dict[str, list[float]], result: dict, path: str) -> None:
 
 
 def main() -> None:
-    """Weighs every held-out clip of the data set that the checkpoint was trained on."""
+    """Measures every held-out clip of the data set that the checkpoint was trained on."""
     if not _CHECKPOINT.value:
         raise UserError("needed: --checkpoint=WORKDIR")
     for option, path in (("--json", _JSON.value), ("--figure", _FIGURE.value)):
         if path:
             command_line.check_output(option, path)
-    run = load_run(_CHECKPOINT.value)
-    sampler = Sampler.of(run)
-    source = open_dataset(run.config.data.name, run.config.data.packed, "heldout")
+    model = favchat_jax.load(_CHECKPOINT.value)
+    data = model.config.data
+    source = open_dataset(data.name, data.packed, "heldout")
     records = [source[i] for i in range(len(source))]
     groups = {
-        name: facial_weights(sampler, [r for r in records if r.has_face == has_face], INSTRUCTIONS[0])
+        name: facial_weights(model.sampler, [r for r in records if r.has_face == has_face], INSTRUCTIONS[0])
         for name, has_face in (("face clips", True), ("general clips", False))
     }
     if empty := [name for name, weights in groups.items() if len(weights) < 2]:
-        raise UserError(f"{run.config.data.name} has fewer than two held-out {empty[0]}: there is nothing to compare")
+        raise UserError(f"{data.name} has fewer than two held-out {empty[0]}: use another data set's run")
     result = summarise(groups)
     if _FIGURE.value:
         draw(groups, result, _FIGURE.value)
     if _JSON.value:
-        told = {n: {**result[n], "weights": weights, "published": PUBLISHED[n]} for n, weights in groups.items()}
+        rows = {n: {**result[n], "weights": weights, "published": PUBLISHED[n]} for n, weights in groups.items()}
         about = {"table": "adapter_weights", "checkpoint": _CHECKPOINT.value, "question": INSTRUCTIONS[0]}
-        Path(_JSON.value).write_text(json.dumps({**about, "groups": told, "cohens_d": result["cohens_d"]}, indent=1))
+        replace_file(_JSON.value, json.dumps({**about, "groups": rows, "cohens_d": result["cohens_d"]}, indent=1))
     for name in groups:
         print("{:<14} n {n:>4}  mean {mean:.3f}  std {std:.3f}".format(name, **result[name]))
     print(f"Cohen's d {result['cohens_d']:.2f}")

@@ -1,11 +1,11 @@
-"""Compiles a training step for hardware that is not here and tells whether it fits, and how fast it can be at best.
+"""Compiles a training step for absent hardware, and reports whether it fits and how fast it can be at best.
 
 python -m tools.aot_compile --config=configs/stage3.py:preset=paper --target=a800-80gb --json=plan.json
 python -m tools.aot_compile --config=configs/grpo.py:preset=paper --target=a800-80gb         an iteration of it
 python -m tools.aot_compile --all --json=plans.json          all targets, stages 1 to 3 of the paper's preset
 
-Stopped, --all goes on: plans in its file that were made of the same configs by the same jax are taken from there.
-It runs in an environment of its own, .venv-aot, which `make plan` sets up.
+After a stop, --all resumes: it reuses the plans in its file that the same jax made from the same configs. The command
+needs its own environment, .venv-aot, which `make plan` sets up.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ from favchat_jax.config import Config
 from favchat_jax.errors import UserError
 from favchat_jax.files import replace_file
 
-# Before jax is imported: it must not look for the devices of the compilers that are installed here.
+# Set before jax is imported, so that jax does not look for the devices of the installed compilers.
 os.environ["JAX_PLATFORMS"] = "cpu"
 
 import jax  # noqa: E402
@@ -56,7 +56,7 @@ def _gib(size: int) -> str:
 
 
 def table(plans: list[plan.Plan]) -> str:
-    """A Markdown table of plans; memory in GiB a device."""
+    """Returns a Markdown table of plans, with memory in GiB per device."""
     rows = [[name for name, _ in COLUMNS], *([cell(p) for _, cell in COLUMNS] for p in plans)]
     widths = [max(len(row[i]) for row in rows) for i in range(len(COLUMNS))]
     lines = [
@@ -69,19 +69,19 @@ def table(plans: list[plan.Plan]) -> str:
 def _verdict(made: plan.Plan) -> str:
     where = f"{made.stage} on {made.target}, {made.clips} clips a step"
     if made.fits:
-        return f"{where}: fits, {_gib(made.headroom_bytes)} GiB a device are left"
-    return f"{where}: does not fit, {_gib(-made.headroom_bytes)} GiB a device are lacking; try {made.advice}"
+        return f"{where}: fits, with {_gib(made.headroom_bytes)} GiB per device to spare"
+    return f"{where}: does not fit, {_gib(-made.headroom_bytes)} GiB per device are missing; try {made.advice}"
 
 
 def main() -> None:
-    """Plans what the flags say."""
+    """Makes the plans that the flags name."""
     for option, path in (("--json", _JSON.value), ("--save", _SAVE.value)):
         if path:
             command_line.check_output(option, path)
     wanted = []
     if _ALL.value:
         if _CONFIG.value is not None or _SAVE.value:
-            raise UserError("--all is of the paper's preset, and saves no step: leave out --config and --save")
+            raise UserError("--all uses the paper's preset and saves no step: leave out --config and --save")
         chosen = [_TARGET.value] if _TARGET.value else list(TARGETS)
         for target in chosen:
             for stage in STAGES:
@@ -112,26 +112,26 @@ def main() -> None:
 
 
 def _digest(config: Config, target: str, clips: int | None) -> str:
-    """What a plan is of: config, target, clips of a step and the jax that compiled it."""
+    """Returns a hash of everything that determines a plan: config, target, clips of a step and version of jax."""
     return hashlib.sha256(json.dumps([config.to_json(), target, clips, jax.__version__]).encode()).hexdigest()[:16]
 
 
 def _kept(path: Path) -> dict[str, plan.Plan]:
-    """Digest -> plan, of those in a file that an earlier run of --all wrote."""
+    """Returns the plans by digest in a file that an earlier run of --all wrote."""
     if not path.exists():
         return {}
     try:
         rows = json.loads(path.read_text())
         return {row.pop("of"): plan.Plan(**row) for row in rows}
     except (AttributeError, KeyError, TypeError, ValueError):
-        raise UserError(f"--json={path} has no plans of --all in it: name another file, or delete it") from None
+        raise UserError(f"--json={path} contains no plans of --all: name another file, or delete it") from None
 
 
 if __name__ == "__main__":
     _CONFIG = config_flags.DEFINE_config_file("config", None, "Config of a stage, for example configs/stage3.py")
-    _TARGET = flags.DEFINE_string("target", None, f"One of {', '.join(TARGETS)}; with --all the only one")
-    _ALL = flags.DEFINE_bool("all", False, "Stages 1 to 3 of the paper's preset, a table")
-    _CLIPS = flags.DEFINE_integer("clips", None, "Clips of a step on all devices", lower_bound=1)
+    _TARGET = flags.DEFINE_string("target", None, f"One of {', '.join(TARGETS)}; with --all, plan only for this one")
+    _ALL = flags.DEFINE_bool("all", False, "Plan stages 1 to 3 of the paper's preset and print a table")
+    _CLIPS = flags.DEFINE_integer("clips", None, "Clips per step on all devices", lower_bound=1)
     _JSON = flags.DEFINE_string("json", None, "File for the figures")
-    _SAVE = flags.DEFINE_string("save", None, "File for the lowered step, which runs where the devices are")
+    _SAVE = flags.DEFINE_string("save", None, "File for the lowered step, which runs on a machine with the devices")
     command_line.start(main)

@@ -1,13 +1,13 @@
-"""Our speed beside PyTorch's: python -m tools.benchmark WORK --preset=base --baseline=pytorch --json=F
+"""Compares our speed with PyTorch's: python -m tools.benchmark WORK --preset=base --baseline=pytorch --json=F
 
 WORK is one of
 train   one step of stage 2
 decode  a prompt with its visual tokens, and 64 new tokens, at batch 1 and 8
-rollout 8 responses of 64 tokens to one question, drawn by chance, as the reinforcement stage draws them
-loader  the training stream by worker processes, beside the bare decoding of the same clips
+rollout 8 responses of 64 sampled tokens to one question, as in the reinforcement stage
+loader  the training stream by worker processes, compared with bare decoding of the same clips
 
-Both sides have the same weights, shapes and inputs, run in a process each, and take turns; before anything is timed,
-what they compute is compared. On a CPU all is float32, on a GPU bfloat16 with float32 weights that train.
+Both sides have the same weights, shapes and inputs, run in separate processes, and take turns. Their results are
+compared before the timed runs. On a CPU everything is float32; on a GPU bfloat16, with float32 trainable weights.
 """
 
 import datetime
@@ -32,16 +32,16 @@ from favchat_jax.files import replace_file
 from tools.beside_pytorch import bare, material, ours
 from tools.beside_pytorch.contest import Side, Timing, alternate
 
-LOADER_SECONDS = 4.0  # of each of its runs
-GROUP = 8  # responses to a question: the paper's
-SAME = 1e-3  # how far apart the losses of both sides may be, relative
-# Floating-point operations a second in bfloat16, dense, by what the device's name holds.
+LOADER_SECONDS = 4.0  # length of each of its runs
+GROUP = 8  # responses to a question, as in the paper
+SAME = 1e-3  # largest relative difference between the losses of both sides
+# Dense bfloat16 floating-point operations a second, by a part of the device's name.
 PEAK = {"A100": 312e12, "A800": 312e12, "H100": 989e12, "H200": 989e12, "RTX 4090": 165e12}
 Rows = list[dict[str, Any]]
 
 
 def train(folder: str, preset: str, baseline: bool, rounds: int, only: Sequence[str] = ()) -> Rows:
-    """Rows of the training step: all activations kept, and rematerialised."""
+    """Measures the training step, with all activations kept and with rematerialisation."""
     pairs = {"eager": "kept", "compiled": "kept", "checkpointed": "rematerialised"}
     counterparts = {pairs[setting] for setting in only if setting in pairs}
     timings = _contest(folder, preset, baseline, rounds, "train", only=only, ours_only=counterparts)
@@ -61,7 +61,7 @@ def train(folder: str, preset: str, baseline: bool, rounds: int, only: Sequence[
 def decode(
     folder: str, preset: str, baseline: bool, rounds: int, only: Sequence[str] = (), batches: Sequence[int] = (1, 8)
 ) -> Rows:
-    """Rows of answering one question, and several at once."""
+    """Measures answers to one question and to several questions in a batch."""
     rows = []
     for batch in batches:
         timings = _contest(folder, preset, baseline, rounds, "decode", batch, only=only)
@@ -87,10 +87,10 @@ def decode(
 
 
 def rollout(folder: str, preset: str, baseline: bool, rounds: int, only: Sequence[str] = ()) -> Rows:
-    """Rows of a group of responses to one question.
+    """Measures a group of responses to one question.
 
-    What the sides draw differs by chance; `decode` compares the likeliest tokens. Each goes on until all responses have
-    ended or have all their tokens.
+    The sides draw different tokens, so only `decode` compares their tokens. Each side continues until all responses
+    have ended or have all their tokens.
     """
     timings = _contest(folder, preset, baseline, rounds, "rollout", GROUP, only=only)
     rows = _rows(timings, lambda _: "group", work="rollout", batch=GROUP, unit="s a group")
@@ -98,10 +98,12 @@ def rollout(folder: str, preset: str, baseline: bool, rounds: int, only: Sequenc
 
 
 def agreement(ours: list[list[int]], other: list[list[int]]) -> float:
-    """The share of tokens before the first that differs, over all rows; drawn weights leave near ties to rounding.
+    """Returns the share of tokens before the first difference, over all rows.
+
+    Random weights have near ties, which rounding decides.
 
     Raises:
-        RunError: a first token differs, which is drawn from the prompt.
+        RunError: the first tokens, which depend only on the prompt, differ.
     """
     equal = [
         list(itertools.takewhile(lambda pair: pair[0] == pair[1], zip(*rows, strict=False)))
@@ -113,9 +115,9 @@ def agreement(ours: list[list[int]], other: list[list[int]]) -> float:
 
 
 def loader(folder: str, preset: str, baseline: bool, rounds: int, only: Sequence[str] = ()) -> Rows:
-    """Rows of the training stream with one worker and with as many as there are cores.
+    """Measures the training stream with one worker and with one per core.
 
-    Of large clips and of small ones, which leave the loader the least time for what is not decoding.
+    It uses large clips and small ones; with small ones, work other than decoding has the largest share.
     """
     material.make_footage(folder)
     workers = sorted({1, os.cpu_count() or 1})
@@ -139,7 +141,7 @@ def _contest(
     sides = [Side("ours", getattr(ours, work), folder, preset, *arguments, only=ours_only), *more]
     try:
         if baseline:
-            from tools.beside_pytorch import theirs  # here, not above: with it comes PyTorch
+            from tools.beside_pytorch import theirs  # imported here, since it imports PyTorch
 
             sides.append(Side("pytorch", getattr(theirs, work), folder, preset, *arguments, only=only))
         return alternate(sides, rounds)
@@ -149,7 +151,7 @@ def _contest(
 
 
 def _rows(timings: dict[str, dict[str, Timing]], counterpart: Callable[[str], str], **row: Any) -> Rows:
-    """A row for each setting of PyTorch's beside our counterpart; without PyTorch, one for each of ours."""
+    """Returns a row for each of PyTorch's settings and our counterpart; without PyTorch, one for each of ours."""
     theirs = timings.get("pytorch")
     pairs = [(counterpart(name), name) for name in theirs] if theirs else [(name, None) for name in timings["ours"]]
     rows = []
@@ -166,7 +168,7 @@ def _rows(timings: dict[str, dict[str, Timing]], counterpart: Callable[[str], st
 
 
 def table(rows: Rows) -> str:
-    """The rows for a person: medians, how many times faster we are, and what the first run took."""
+    """Returns the rows as text: medians, the first runs' times, and our speed relative to PyTorch's."""
     lines = []
     for row in rows:
         line = f"{row['work']} x{row['batch']}: {row['ours_setting']} {row['ours']:.4g} {row['unit']}"
@@ -183,15 +185,15 @@ def table(rows: Rows) -> str:
 
 
 NOTES = {
-    "over_memory_floor": "a token's time over what reading the weights takes",
-    "last_third_over_first": "time of the last tokens over that of the first",
+    "over_memory_floor": "a token's time relative to reading the weights",
+    "last_third_over_first": "time of the last tokens relative to the first",
     "share_of_bare_loop": "share of the bare decoding loop's speed",
     "mfu": "share of the GPU's peak",
 }
 
 
 def main(work: str) -> None:
-    """Measures what the command line names."""
+    """Measures the work that the command line names."""
     if work not in WORKS:
         raise UserError(f"{work or 'nothing'} cannot be measured: name one of {', '.join(WORKS)} first")
     if _PRESET.value == "paper":
@@ -204,8 +206,8 @@ def main(work: str) -> None:
         )
     if _JSON.value:
         command_line.check_output("--json", _JSON.value)
-        _others(Path(_JSON.value), [])
-    jax.config.update("jax_platforms", "cpu")  # of this process: an accelerator belongs to the sides
+        _other_rows(Path(_JSON.value), [])
+    jax.config.update("jax_platforms", "cpu")  # for this process: the sides use the accelerator
     with tempfile.TemporaryDirectory() as folder:
         material.make(folder, _PRESET.value)
         measure = WORKS[work]
@@ -220,31 +222,31 @@ def main(work: str) -> None:
         _merge(Path(_JSON.value), rows)
 
 
-def _which(row: dict[str, Any]) -> tuple:
+def _settings(row: dict[str, Any]) -> tuple:
     return row["work"], row["batch"], row["ours_setting"], row.get("pytorch_setting")
 
 
-def _others(path: Path, rows: Rows) -> Rows:
-    """The rows of a file, where there is one, whose settings are not those of `rows`."""
+def _other_rows(path: Path, rows: Rows) -> Rows:
+    """Returns the rows of a file, if it exists, whose settings are not those of `rows`."""
     try:
-        measured = {_which(row) for row in rows}
+        measured = {_settings(row) for row in rows}
         held = json.loads(path.read_text()) if path.exists() else []
-        return [row for row in held if _which(row) not in measured]
+        return [row for row in held if _settings(row) not in measured]
     except (ValueError, KeyError, TypeError):
-        raise UserError(f"--json={path} is there and holds no rows of a benchmark: name another file") from None
+        raise UserError(f"--json={path} exists and has no rows of a benchmark: name another file") from None
 
 
 def _merge(path: Path, rows: Rows) -> None:
-    """Writes the rows; those of other settings that the file holds stay."""
-    replace_file(path, json.dumps([*_others(path, rows), *rows], indent=1) + "\n")
+    """Writes the rows; the file's rows of other settings stay."""
+    replace_file(path, json.dumps([*_other_rows(path, rows), *rows], indent=1) + "\n")
 
 
 if __name__ == "__main__":
     _PRESET = flags.DEFINE_enum("preset", "base", PRESETS, "Sizes of the model")
-    _BASELINE = flags.DEFINE_enum("baseline", "pytorch", ("pytorch", "none"), "What to compare with")
+    _BASELINE = flags.DEFINE_enum("baseline", "pytorch", ("pytorch", "none"), "Implementation to compare with")
     _JSON = flags.DEFINE_string("json", None, "File for the rows")
-    _BATCHES = flags.DEFINE_list("batches", ["1", "8"], "decode: how many questions at once")
-    _SETTINGS = flags.DEFINE_list("settings", [], "PyTorch's settings to measure; all where none is named")
-    _ROUNDS = flags.DEFINE_integer("rounds", 5, "Runs of each setting that count", lower_bound=1)
+    _BATCHES = flags.DEFINE_list("batches", ["1", "8"], "decode: numbers of questions in a batch")
+    _SETTINGS = flags.DEFINE_list("settings", [], "PyTorch's settings to measure; by default, all")
+    _ROUNDS = flags.DEFINE_integer("rounds", 5, "Timed runs of each setting", lower_bound=1)
     named = sys.argv[1:2] if not sys.argv[1:2] or not sys.argv[1].startswith("-") else []
     command_line.start(lambda: main("".join(named)), [sys.argv[0], *sys.argv[1 + len(named) :]])

@@ -1,8 +1,8 @@
-"""What the corpus' clip step costs: python -m tools.benchmark_corpus --videos=DIR [--memory=1000,5000]
+"""Measures the cost of the corpus' clip step: python -m tools.benchmark_corpus --videos=DIR [--memory=1000,5000]
 
-speed    seconds of processor time of `clip` on a folder of videos, and of a bare loop that decodes every frame once,
-         looks for faces in the same ones and encodes as many; in turns, so that what else the machine does meets both
-memory   peak memory of `scan` and `clip` on so many small drawn videos, each number in a process of its own
+speed    processor seconds of `clip` on a folder of videos, and of a bare loop that decodes every frame once, looks for
+         faces in the same frames and encodes as many; both take turns, so that other load on the machine affects both
+memory   peak memory of `scan` and `clip` on given numbers of small drawn videos, each in a separate process
 """
 
 import io
@@ -35,7 +35,7 @@ ROUNDS = 3
 
 
 def measure_speed(videos: Path) -> dict[str, Any]:
-    """Processor seconds of the bare loop and of `clip` in each round, and how fast the latter is beside the former."""
+    """Returns the processor seconds of the bare loop and of `clip` in each round, and the ratio of their speeds."""
     settings = Settings()
     detector = make_detector(settings.detector, settings.model, settings.min_face)
     bare, clipping = [], []
@@ -87,7 +87,7 @@ def _processor_seconds(work: Callable[[], Any]) -> tuple[float, Any]:
 
 
 def measure_memory(counts: list[int]) -> dict[str, float]:
-    """Peak MiB of `clip` by the number of videos."""
+    """Returns the peak MiB of `clip` by the number of videos."""
     with tempfile.TemporaryDirectory() as folder:
         raw = Path(folder, "raw")
         raw.mkdir()
@@ -119,17 +119,17 @@ def _small_video(number: int) -> bytes:
 
 
 def _peak(raw: str, out: str) -> float:
-    """All are kept, so that every video is encoded and has its row."""
+    """Returns the peak MiB of scanning and clipping a folder. All videos are kept, so that each is encoded."""
     Path(out).mkdir()
     scan([f"folder:{raw}"], Path(out))
     kept, _ = clip(Path(out), Settings(min_share=0.0, every=40))
     assert len(kept) == len(list(Path(raw).iterdir()))
-    # Of this program alone: `ru_maxrss` would begin with what the process had that started it.
+    # VmHWM is of this program alone; `ru_maxrss` would start at the value of the parent process.
     return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024
 
 
 def main() -> None:
-    """Measures what the flags say and prints JSON."""
+    """Runs the measurements that the flags name and prints JSON."""
     if not _VIDEOS.value and not _MEMORY.value:
         raise UserError("needed: --videos=DIR, --memory=1000,5000, or both")
     figures = {}

@@ -1,12 +1,12 @@
-"""The training corpus from raw videos: python -m tools.build_dataset COMMAND --out=DIR
+"""Builds the training corpus from raw videos: python -m tools.build_dataset COMMAND --out=DIR
 
-    scan       --source=DIR: every video, what it is, and why it cannot be used where it cannot
-    clip       keeps what shows a face for long enough, trimmed to its best stretch
-    annotate   a summary and question-answer pairs for every kept clip
-    review     a local web page on which people judge them
-    pack       the data set that training reads, its statistics and its datasheet
+    scan       lists every video of --source=DIR, its properties, and the reason if it is unusable
+    clip       keeps videos that show a face for long enough, trimmed to their best stretch
+    annotate   writes a summary and question-answer pairs for every kept clip
+    review     serves a local web page on which people judge them
+    pack       writes the data set that training reads, its statistics and its datasheet
 
-Every command goes on where a killed one stopped. docs/how-to/corpus.md leads through all of them.
+Every command resumes after a kill. docs/how-to/corpus.md explains all of them.
 """
 
 import importlib
@@ -22,14 +22,14 @@ COMMANDS = ("scan", "clip", "annotate", "review", "pack")
 
 
 def main() -> None:
-    """Runs the command that was named."""
+    """Runs the command that the command line names."""
     if command is None:
         raise UserError(f"needed: one of {', '.join(COMMANDS)}, then --out=DIR")
     if not _OUT.value:
         raise UserError("needed: --out=DIR, the corpus folder")
     out = Path(_OUT.value).expanduser()
     if named != "scan" and not out.is_dir():
-        raise UserError(f"--out={out} is no folder: name the one that scan has made")
+        raise UserError(f"--out={out} is no folder: name the one that scan made")
     command.run(out)
 
 
@@ -45,5 +45,5 @@ if __name__ == "__main__":
         sys.exit(f"build_dataset: {error.name} is not installed: pip install -e '.[corpus]'")
     if command is not None:
         command.define_flags()
-        flags.adopt_module_key_flags(command)  # so that --help tells of them
+        flags.adopt_module_key_flags(command)  # so that --help lists them
     command_line.start(main, [sys.argv[0], *sys.argv[2 if named else 1 :]])

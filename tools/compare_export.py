@@ -1,7 +1,7 @@
-"""Whether an export answers as its run does: python -m tools.compare_export --checkpoint=DIR --export=DIR [--clips=N]
+"""Compares an export's answers with its run's: python -m tools.compare_export --checkpoint=DIR --export=DIR [--clips=N]
 
-Asks both, ours in JAX and the exported one in PyTorch, the questions of held-out rendered clips, greedily, from the
-encoded clip on, and prints how many answers are the same to the letter.
+Our model in JAX and the exported one in PyTorch answer the questions of held-out rendered clips by greedy decoding,
+starting from the encoded clip. The command prints how many answers are identical.
 """
 
 import json
@@ -10,9 +10,10 @@ from pathlib import Path
 
 from absl import flags
 
+import favchat_jax
 from configs.eval import rendered
 from favchat_jax import command_line
-from favchat_jax.checkpoints.run import load_run, run_config
+from favchat_jax.checkpoints.run import run_config
 from favchat_jax.checkpoints.tensors import read_json
 from favchat_jax.convert.exported import favchat_config, is_exported
 from favchat_jax.data.sources import open_dataset
@@ -20,19 +21,18 @@ from favchat_jax.embedded import benchmark
 from favchat_jax.errors import RunError, UserError
 from favchat_jax.evaluation.config import EvaluationConfig
 from favchat_jax.evaluation.session import Session
-from favchat_jax.generation.sampler import Sampler
 
 
 def compare(checkpoint: str | Path, export: str | Path, clips: int) -> list[dict[str, str]]:
-    """Rows of clip, question, expected, answer (ours) and exported (PyTorch's)."""
+    """Returns rows of clip, question, expected, answer (ours) and exported (PyTorch's)."""
     if not is_exported(Path(export)):
         raise UserError(f"--export={export} is not an exported folder: write one with tools.export_pytorch")
     _check_same_model(checkpoint, export)
     config = EvaluationConfig.from_ml_collections(rendered.get_config()).updated({"limit": clips})
-    rows = benchmark.run(config, Session.of(Sampler.of(load_run(checkpoint)), config))["samples"]
+    rows = benchmark.run(config, Session.of(favchat_jax.load(checkpoint).sampler, config))["samples"]
     source = open_dataset(config.data.name, config.data.packed, config.data.split)
     encoded = {record.id: record.clip for record in (source[i] for i in range(len(source)))}
-    from transformers import AutoModelForCausalLM  # here, not above: with it comes PyTorch
+    from transformers import AutoModelForCausalLM  # imported here, since it imports PyTorch
 
     model = AutoModelForCausalLM.from_pretrained(export, trust_remote_code=True)
     started = time.perf_counter()
@@ -43,20 +43,20 @@ def compare(checkpoint: str | Path, export: str | Path, clips: int) -> list[dict
 
 
 def _check_same_model(checkpoint: str | Path, export: str | Path) -> None:
-    """Raises UserError where an export is of another variant, ablation or size than a run."""
-    told = json.loads(json.dumps(favchat_config(run_config(checkpoint), {}, "")))
+    """Raises UserError if an export has another variant, ablation or size than a run."""
+    expected = json.loads(json.dumps(favchat_config(run_config(checkpoint), {}, "")))
     found = read_json(Path(export) / "config.json")
-    del told["dtype"]  # which may have been asked for
-    for name in told:
-        if found.get(name) != told[name]:
+    del expected["dtype"]  # --dtype of the export can change it
+    for name in expected:
+        if found.get(name) != expected[name]:
             raise UserError(
-                f"--export={export} is of {name}={found.get(name)}, --checkpoint={checkpoint} of {told[name]}: "
-                "write that checkpoint's with tools.export_pytorch"
+                f"--export={export} has {name}={found.get(name)}, --checkpoint={checkpoint} has {expected[name]}: "
+                "export that checkpoint with tools.export_pytorch"
             )
 
 
 def main() -> None:
-    """Compares what the flags name."""
+    """Compares the run and the export that the flags name."""
     if not _CHECKPOINT.value or not _EXPORT.value:
         raise UserError("needed: --checkpoint=WORKDIR --export=FOLDER")
     rows = compare(_CHECKPOINT.value, _EXPORT.value, _CLIPS.value)
@@ -71,6 +71,6 @@ def main() -> None:
 
 if __name__ == "__main__":
     _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Workdir of a stage")
-    _EXPORT = flags.DEFINE_string("export", None, "What tools.export_pytorch wrote of it")
-    _CLIPS = flags.DEFINE_integer("clips", 50, "How many clips; 0 for all", lower_bound=0)
+    _EXPORT = flags.DEFINE_string("export", None, "Folder that tools.export_pytorch wrote from it")
+    _CLIPS = flags.DEFINE_integer("clips", 50, "Number of clips; 0 for all", lower_bound=0)
     command_line.start(main)

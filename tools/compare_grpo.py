@@ -1,9 +1,9 @@
-"""Held-out reward of several reinforcement runs over rollouts and over iterations, in one picture.
+"""Draws the held-out reward of several reinforcement runs over rollouts and over iterations, in one picture.
 
 python -m tools.compare_grpo --runs=runs/tiny-v1/grpo,runs/tiny-v1/grpo-plain --figure=docs/figures/grpo.png
 
-Runs whose configs differ in the seed alone are one line, their mean, with each of them thin behind it. It also prints
-how many rollouts each run needed to come within 0.005 of the last reward of the kind of run that was named last.
+Runs whose configs differ only in the seed share one line, their mean, with thin lines for the single runs. The command
+also prints how many rollouts each run needed to come within 0.005 of the last reward of the last kind of run.
 """
 
 import json
@@ -19,7 +19,7 @@ from favchat_jax.errors import UserError
 from favchat_jax.rl.curves import read_lines
 
 LAST = 3  # measurements whose mean is a run's last reward
-MARGIN = 0.005  # by which a run that has reached a reward may be below it: less than held-out clips tell apart
+MARGIN = 0.005  # tolerance below a reward that counts as reached: less than the held-out clips can resolve
 COLORS = ("#d9635f", "#5b84b1", "#6a9a58", "#8d6cab")
 
 Lines = Sequence[Mapping[str, float]]  # of one run's heldout.jsonl
@@ -27,11 +27,11 @@ Kinds = Mapping[str, Mapping[str, Lines]]  # kind of run -> workdir -> its lines
 
 
 def read_runs(workdirs: Sequence[str]) -> Kinds:
-    """What was measured in each workdir, by kind of run.
+    """Returns the measurements of each workdir, by kind of run.
 
     Raises:
-        UserError: a folder holds no reinforcement run or one without a facial reward, or runs of a kind were measured
-            at different iterations.
+        UserError: a folder holds no reinforcement run, or one without a facial reward, or the runs of a kind were
+            measured at different iterations.
     """
     kinds: dict[str, dict[str, Lines]] = {}
     names: dict[str, str] = {}
@@ -40,7 +40,7 @@ def read_runs(workdirs: Sequence[str]) -> Kinds:
         if not lines or not (Path(folder) / "config.json").exists():
             raise UserError(f"{folder} holds no heldout.jsonl and config.json: name workdirs of configs/grpo.py")
         if "facial" not in lines[0]:
-            raise UserError(f"{folder} has no reward named facial in rl.rewards, which is what is compared")
+            raise UserError(f"{folder} has no reward named facial in rl.rewards, which this command compares")
         config = json.loads((Path(folder) / "config.json").read_text())
         config.pop("seed")
         alike = json.dumps(config, sort_keys=True)
@@ -61,12 +61,12 @@ def _kind(config: Mapping) -> str:
 
 
 def last_reward(lines: Lines) -> float:
-    """Mean of a run's last measurements."""
+    """Returns the mean of a run's last measurements."""
     return float(np.mean([line["facial"] for line in lines[-LAST:]]))
 
 
 def rollouts_to_reach(lines: Lines, reward: float) -> float | None:
-    """Rollouts at which the held-out facial reward first reaches `reward`, between measurements in a straight line."""
+    """Returns the rollouts at which the held-out facial reward first reaches `reward`, by linear interpolation."""
     for before, after in zip([lines[0], *lines], lines, strict=False):
         if after["facial"] >= reward:
             rise = after["facial"] - before["facial"]
@@ -76,7 +76,7 @@ def rollouts_to_reach(lines: Lines, reward: float) -> float | None:
 
 
 def draw(kinds: Kinds, path: str) -> None:
-    """Both pictures side by side."""
+    """Draws both pictures side by side."""
     matplotlib.use("Agg")
     from matplotlib import pyplot
 

@@ -1,4 +1,4 @@
-"""Published weights in: python -m tools.convert_weights --kind=KIND --src=FILE_OR_FOLDER --out=DIR [--check]
+"""Converts published weights: python -m tools.convert_weights --kind=KIND --src=FILE_OR_FOLDER --out=DIR [--check]
 
     umt          UMT-L and its norm, from umt_l16_qformer.pth            --config.init.umt=DIR
     qformer      the Q-Former, from the same file                        --config.init.qformer=DIR
@@ -6,7 +6,7 @@
     videochat2   all of a stage-2 or stage-3 checkpoint, LoRA included   --config.init.videochat2=DIR
     mistral      a copy of a Hugging Face folder that loads faster       --config.llm.path=DIR
 
---check prints where every published key goes; without --out nothing is written.
+--check prints the destination of every published key; without --out, nothing is written.
 """
 
 import logging
@@ -19,39 +19,46 @@ from absl import flags
 from tqdm import tqdm
 
 from favchat_jax import command_line
-from favchat_jax.checkpoints import mistral_folder as mistral
+from favchat_jax.checkpoints import mistral_folder
 from favchat_jax.checkpoints.table import Account, Shape, Table, account, check, read
 from favchat_jax.checkpoints.tensors import open_tensors
 from favchat_jax.checkpoints.weights_folder import save_weights
 from favchat_jax.convert import facexformer, qformer, umt, videochat2
+from favchat_jax.convert.mistral import write_copy
 from favchat_jax.errors import UserError
 
 log = logging.getLogger("favchat_jax")
 
-SOURCES = {"umt": umt, "qformer": qformer, "facexformer": facexformer, "videochat2": videochat2, "mistral": mistral}
+SOURCES = {
+    "umt": umt,
+    "qformer": qformer,
+    "facexformer": facexformer,
+    "videochat2": videochat2,
+    "mistral": mistral_folder,
+}
 
 
 def expected(kind: str, src: Path) -> tuple[Table, dict[str, Shape]]:
-    """A kind's table, and path -> shape of all that it can hold; the language model's sizes are in its folder."""
+    """Returns a kind's table, and the shape of every weight by path; the language model's sizes are in its folder."""
     source = SOURCES[kind]
-    return source.TABLE, source.weight_shapes(*([mistral.read_config(src)] if kind == "mistral" else []))
+    return source.TABLE, source.weight_shapes(*([mistral_folder.read_config(src)] if kind == "mistral" else []))
 
 
 def convert(kind: str, src: Path, out: Path) -> None:
-    """Writes the weights folder of a published file."""
+    """Writes the weights folder for a published file."""
     table, shapes = expected(kind, src)
     if kind == "mistral":
-        mistral.write_copy(src, out, partial(tqdm, unit=" parts"))
+        write_copy(src, out, partial(tqdm, unit=" parts"))
     else:
         weights = read(table, open_tensors(src).items(), shapes, src, progress=partial(tqdm, unit=" tensors"))
         save_weights(out, weights, {"kind": kind, "source": src.name})
 
 
 def report(found: Account) -> str:
-    """A table that accounts for every published key; the keys of a stack of layers share a line."""
+    """Returns a table that accounts for every published key; the keys of a stack of layers share a line."""
     lines = [(name, _layers(f"{slot.path}{'[i]' * len(slot.place)}")) for name, slot in found.used.items()]
     lines += [(name, f"ignored: {reason}") for name, reason in found.ignored.items()]
-    lines += [(name, f"not there: {reason}") for name, reason in found.absent.items()]
+    lines += [(name, f"absent: {reason}") for name, reason in found.absent.items()]
     lines += [(name, "missing") for name in found.missing]
     lines += [(name, "unknown") for name in found.unknown]
     lines += [(name, f"has shape {shape}, expected {wanted}") for name, (wanted, shape) in found.misshapen.items()]
@@ -61,7 +68,7 @@ def report(found: Account) -> str:
     keys = len(found.used) + len(found.ignored) + len(found.unknown) + len(found.misshapen)
     total = (
         f"{keys} keys: {len(found.used)} used, {len(found.ignored)} ignored, {len(found.unknown)} unknown, "
-        f"{len(found.misshapen)} of another shape; {len(found.absent) + len(found.missing)} weights are not there"
+        f"{len(found.misshapen)} of another shape; {len(found.absent) + len(found.missing)} weights are absent"
     )
     return "\n".join([*rows, total])
 
@@ -71,7 +78,7 @@ def _layers(name: str) -> str:
 
 
 def main() -> None:
-    """Checks and converts what the flags name."""
+    """Checks and converts the file that the flags name."""
     kind, src, out = _KIND.value, Path(_SRC.value or ""), Path(_OUT.value or "")
     if not (_KIND.value and _SRC.value and (_OUT.value or _CHECK.value)):
         raise UserError(f"needed: --kind={'|'.join(SOURCES)} --src=FILE_OR_FOLDER, and --out=DIR or --check")
@@ -88,8 +95,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    _KIND = flags.DEFINE_enum("kind", None, [*SOURCES], "What the source is")
+    _KIND = flags.DEFINE_enum("kind", None, [*SOURCES], "Kind of the source")
     _SRC = flags.DEFINE_string("src", None, "Published file, or folder of the language model")
-    _OUT = flags.DEFINE_string("out", None, "Weights folder to be written")
-    _CHECK = flags.DEFINE_bool("check", False, "Print where every published key goes")
+    _OUT = flags.DEFINE_string("out", None, "Weights folder to write")
+    _CHECK = flags.DEFINE_bool("check", False, "Print the destination of every published key")
     command_line.start(main)

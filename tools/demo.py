@@ -1,6 +1,6 @@
-"""The embedded main job (`make demo`): clips, pretrained parts, stages 1-3, held-out evaluation, one answer.
+"""Runs the embedded demo (`make demo`): clips, pretrained parts, stages 1-3, held-out evaluation, one answer.
 
-Writes runs/tiny-v1/report.json and ends with a short table. Run again, it takes up what is finished.
+It writes runs/tiny-v1/report.json and prints a short table. A second run reuses finished work.
 """
 
 import json
@@ -19,13 +19,14 @@ from favchat_jax.embedded.prepare import stage_config
 from favchat_jax.evaluate import table
 from favchat_jax.evaluation.config import EvaluationConfig
 from favchat_jax.evaluation.session import Session
+from favchat_jax.files import replace_file
 from favchat_jax.train import train_stage
 
 STAGES = ("stage1", "stage2", "stage3")
 
 
 def stage_report(folder: Path) -> dict[str, dict[str, float]]:
-    """First and last logged loss of each stage, and its steps."""
+    """Returns each stage's steps and its first and last logged loss."""
     report = {}
     for stage in STAGES:
         lines = [json.loads(line) for line in (folder / stage / "metrics.jsonl").read_text().splitlines()]
@@ -34,12 +35,12 @@ def stage_report(folder: Path) -> dict[str, dict[str, float]]:
 
 
 def main() -> None:
-    """Trains, evaluates, asks, reports."""
+    """Trains, evaluates, asks one question and writes the report."""
     started = time.perf_counter()
     config = stage_config("stage3", _ARGUMENT.value).updated({"seed": _SEED.value})
     workdir = config.default_workdir
     if not train_stage(config, workdir).finished:
-        return  # stopped by SIGTERM and saved; the same command goes on
+        return  # stopped by SIGTERM and saved; the same command resumes
     model, asked = favchat_jax.load(workdir), EvaluationConfig.from_ml_collections(rendered.get_config())
     heldout = benchmark.run(asked, Session.of(model.sampler, asked))
 
@@ -57,15 +58,15 @@ def main() -> None:
         "chat": {"video": str(video), "question": question, "answer": answer},
     }
     path = workdir.parent / "report.json"
-    path.write_text(json.dumps(report, indent=1))
+    replace_file(path, json.dumps(report, indent=1))
     print(table(heldout))
     for stage, row in report["stages"].items():
         print(f"{stage}: {row['steps']} steps, loss {row['loss_first']:.3f} -> {row['loss_last']:.3f}")
     print(f"{video}: {question} -> {answer}")
-    print(f"{report['wall_seconds']:.0f} s, peak memory {report['peak_memory_gib']:.1f} GiB; all figures are in {path}")
+    print(f"{report['wall_seconds']:.0f} s, peak memory {report['peak_memory_gib']:.1f} GiB; {path} has all figures")
 
 
 if __name__ == "__main__":
-    _ARGUMENT = flags.DEFINE_string("config_argument", "", "As after configs/stage3.py: for example ablation=no_face")
-    _SEED = flags.DEFINE_integer("seed", 0, "Of all draws but the clips; a folder to run in for each")
+    _ARGUMENT = flags.DEFINE_string("config_argument", "", "Config argument, such as ablation=no_face")
+    _SEED = flags.DEFINE_integer("seed", 0, "Seed of all draws except the clips; run each seed in its own folder")
     command_line.start(main)

@@ -1,11 +1,11 @@
-"""One folder that holds all of a run: python -m tools.export_orbax --checkpoint=DIR --out=DIR
+"""Exports a run into one self-contained folder: python -m tools.export_orbax --checkpoint=DIR --out=DIR
 
-    OUT/weights/, leaves.json    all weights but the language model's base (Orbax)
+    OUT/weights/, leaves.json    all weights except the language model's base (Orbax)
     OUT/config.json              the run's config; its paths are relative to OUT
     OUT/llm/, llm.json           the language model's Hugging Face folder with its tokenizer, and its fingerprint
-    OUT/prompt_tokenizer/        the Q-Formers' tokenizer, where it is another one
+    OUT/prompt_tokenizer/        the Q-Formers' tokenizer, if it differs
 
-Every `--checkpoint=` takes it, wherever it is moved; loading it needs nothing else.
+Every `--checkpoint=` accepts the folder, which can be moved; loading it needs nothing else.
 """
 
 import shutil
@@ -21,7 +21,7 @@ from favchat_jax.errors import UserError
 
 
 def export(checkpoint: str | Path, out: str | Path) -> None:
-    """Writes the newest weights of a run, its language model, config and tokenizers into one folder.
+    """Writes a run's newest weights, language model, config and tokenizers into one folder.
 
     Args:
         checkpoint: workdir of a stage.
@@ -36,16 +36,16 @@ def export(checkpoint: str | Path, out: str | Path) -> None:
         copy_llm(parts["llm"], draft / "llm")
         if parts["prompt_tokenizer"]:
             copy_tokenizer(parts["prompt_tokenizer"], draft / "prompt_tokenizer")
-        shutil.copyfile(Path(checkpoint) / "llm.json", draft / "llm.json")  # last: load_run refuses a folder without
+        shutil.copyfile(Path(checkpoint) / "llm.json", draft / "llm.json")  # last: load_run refuses a folder without it
 
 
 def main() -> None:
-    """Exports what the flags say."""
+    """Exports the run that the flags name."""
     if not _CHECKPOINT.value or not _OUT.value:
         raise UserError("needed: --checkpoint=WORKDIR --out=FOLDER")
     export(_CHECKPOINT.value, _OUT.value)
     size = sum(file.stat().st_size for file in Path(_OUT.value).rglob("*") if file.is_file())
-    print(f"{_OUT.value}: {size / 1e6:.1f} MB; every --checkpoint= takes it")
+    print(f"{_OUT.value}: {size / 1e6:.1f} MB; every --checkpoint= accepts it")
 
 
 if __name__ == "__main__":

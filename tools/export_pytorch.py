@@ -1,7 +1,7 @@
-"""Weights out to PyTorch: python -m tools.export_pytorch --checkpoint=DIR --out=DIR [--dtype=float32|bfloat16]
+"""Exports weights to PyTorch: python -m tools.export_pytorch --checkpoint=DIR --out=DIR [--dtype=float32|bfloat16]
 
-The folder loads with `transformers.AutoModelForCausalLM.from_pretrained(DIR, trust_remote_code=True)`; its README.md
-says what else lies in it.
+The folder loads with `transformers.AutoModelForCausalLM.from_pretrained(DIR, trust_remote_code=True)`. Its README.md
+describes its files.
 """
 
 from pathlib import Path
@@ -19,9 +19,9 @@ def export(checkpoint: str | Path, out: str | Path, dtype: str | None = None) ->
     """Writes the newest weights of a run for PyTorch.
 
     Args:
-        checkpoint: workdir of a stage, or what tools.export_orbax wrote.
+        checkpoint: workdir of a stage, or a folder that tools.export_orbax wrote.
         out: the folder to write; an earlier export there is replaced.
-        dtype: of all weights, by default the one that the run computes in.
+        dtype: type of all weights, by default the one that the run computes in.
     """
     with replacing(out, exported.is_exported) as draft:
         config = run_config(checkpoint)
@@ -31,7 +31,7 @@ def export(checkpoint: str | Path, out: str | Path, dtype: str | None = None) ->
 
 
 def main() -> None:
-    """Exports what the flags say."""
+    """Exports the run that the flags name."""
     if not _CHECKPOINT.value or not _OUT.value:
         raise UserError("needed: --checkpoint=WORKDIR --out=FOLDER")
     export(_CHECKPOINT.value, _OUT.value, _DTYPE.value)
@@ -43,5 +43,5 @@ def main() -> None:
 if __name__ == "__main__":
     _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Workdir of a stage")
     _OUT = flags.DEFINE_string("out", None, "Folder to write")
-    _DTYPE = flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "Of all weights; by default the run's own")
+    _DTYPE = flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "Type of all weights; by default the run's own")
     command_line.start(main)

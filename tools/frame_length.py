@@ -1,15 +1,14 @@
-"""How answers depend on the number of frames that a clip is given with (v2's figure: 16 to 128 frames).
+"""Measures how answers depend on the number of frames per clip (v2's figure: 16 to 128 frames).
 
 python -m tools.frame_length --checkpoint=runs/tiny-v1/stage3 --frames=2,4,8,16 --json=frames.json --figure=frames.png
 
-The same weights answer the held-out questions from fewer or more frames than they were trained on. A clip that has
-fewer than asked for repeats its last one: rendered clips have 16.
+The same weights answer the held-out questions from fewer or more frames than they were trained on. A clip with too few
+frames repeats its last one; rendered clips have 16.
 """
 
 import dataclasses
 import json
 import logging
-from pathlib import Path
 from typing import Any
 
 import matplotlib
@@ -23,11 +22,12 @@ from favchat_jax.embedded import benchmark
 from favchat_jax.errors import UserError
 from favchat_jax.evaluation.config import EvaluationConfig
 from favchat_jax.evaluation.session import Session
+from favchat_jax.files import replace_file
 from favchat_jax.generation.sampler import Sampler
 
 log = logging.getLogger("favchat_jax")
 
-# v2's figure of inference frame lengths, FaVChat: VideoChatGPT scores (0-5), read off the picture to about 0.01.
+# v2's figure of inference frame lengths, FaVChat: VideoChatGPT scores (0-5), read from the picture to about 0.01.
 PUBLISHED_FRAMES = (16, 32, 64, 96, 128)
 PUBLISHED = {
     "Correctness": (4.84, 4.89, 4.82, 4.87, 4.85),
@@ -38,7 +38,7 @@ PUBLISHED = {
 
 
 def sweep(run: Run, lengths: list[int], limit: int) -> list[dict[str, Any]]:
-    """For each number of frames, accuracy with its interval: of all answers, and of each kind of question."""
+    """Returns the accuracy with its interval for each number of frames, over all answers and per kind of question."""
     data = run.config.data
     config = EvaluationConfig.from_ml_collections(rendered.get_config())
     config = config.updated({"limit": limit, "data.name": data.name, "data.packed": data.packed})
@@ -54,7 +54,7 @@ def sweep(run: Run, lengths: list[int], limit: int) -> list[dict[str, Any]]:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Accuracy by kind of question, a column a number of frames."""
+    """Returns the accuracy by kind of question as a table, one column per number of frames."""
     lines = [f"{'frames':<14}{'n':>6}" + "".join(f"{row['frames']:>24}" for row in rows)]
     for kind, first in rows[0]["figures"].items():
         cells = [row["figures"][kind] for row in rows]
@@ -66,13 +66,13 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def draw(rows: list[dict[str, Any]], trained_on: int, path: str) -> None:
-    """Accuracy over frames with intervals, and the published scores beside."""
+    """Draws the accuracy over frames with intervals, beside the published scores."""
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     figure, (ours, published) = pyplot.subplots(1, 2, figsize=(10, 3.6), constrained_layout=True)
     at = [row["frames"] for row in rows]
-    ours.set_prop_cycle(color=pyplot.colormaps["tab20"].colors)  # more kinds than the default has colours
+    ours.set_prop_cycle(color=pyplot.colormaps["tab20"].colors)  # the default has fewer colours than there are kinds
     for kind in rows[0]["figures"]:
         cells = [row["figures"][kind] for row in rows]
         values = np.array([cell["value"] for cell in cells])
@@ -86,7 +86,7 @@ def draw(rows: list[dict[str, Any]], trained_on: int, path: str) -> None:
     for name, values in PUBLISHED.items():
         published.plot(PUBLISHED_FRAMES, values, "o-", label=name)
     published.set(xlabel="frames", ylabel="VideoChatGPT score", xticks=PUBLISHED_FRAMES, ylim=(4, 5))
-    published.set_title("published, read off the figure", fontsize=10)
+    published.set_title("published, read from the figure", fontsize=10)
     for axis in (ours, published):
         axis.legend(fontsize=7, ncols=2)
     figure.savefig(path, dpi=130)
@@ -113,7 +113,7 @@ def main() -> None:
         "published": {"frames": PUBLISHED_FRAMES, **PUBLISHED},
     }
     if _JSON.value:
-        Path(_JSON.value).write_text(json.dumps(result, indent=1))
+        replace_file(_JSON.value, json.dumps(result, indent=1))
     if _FIGURE.value:
         draw(rows, trained_on, _FIGURE.value)
     print(table(rows))
@@ -121,8 +121,8 @@ def main() -> None:
 
 if __name__ == "__main__":
     _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Workdir of a stage")
-    _FRAMES = flags.DEFINE_list("frames", ["2", "4", "8", "16"], "How many; the paper's are 16,32,64,96,128")
-    _LIMIT = flags.DEFINE_integer("limit", 0, "Clips; 0 for all", lower_bound=0)
+    _FRAMES = flags.DEFINE_list("frames", ["2", "4", "8", "16"], "Numbers of frames; the paper's are 16,32,64,96,128")
+    _LIMIT = flags.DEFINE_integer("limit", 0, "Number of clips; 0 for all", lower_bound=0)
     _JSON = flags.DEFINE_string("json", None, "JSON file to write")
     _FIGURE = flags.DEFINE_string("figure", None, "PNG file to write")
     command_line.start(main)

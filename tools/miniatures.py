@@ -1,9 +1,9 @@
-"""Miniatures of the benchmarks' data sets: rendered clips in exactly the layout that each is published in.
+"""Makes miniatures of the benchmarks' data sets: rendered clips in exactly the published layouts.
 
     python -m tools.miniatures --benchmark=dfew --out=runs/miniatures/dfew --clips=40
 
-They show that a benchmark works before the data set is there, and what its layout is. Their clips are in no split of
-the embedded data set.
+They show that a benchmark works without its data set, and document its layout. Their clips are in no split of the
+embedded data set.
 """
 
 import csv
@@ -24,11 +24,11 @@ from favchat_jax.files import replace_folder
 
 EMOTIONS = rendered_faces.LABELS["emotion"]
 FRAME_SIZE = 128  # pixels a side of the frames of YouTube Faces
-FRAMES = 16  # of a rendered clip: each half becomes a video of its person
+FRAMES = 16  # frames of a rendered clip; each half becomes a video of its person
 
 
 def draw(count: int, seed: int) -> list[Record]:
-    """Rendered clips with faces."""
+    """Returns rendered clips with faces."""
     drawn, index = [], 0
     while len(drawn) < count:
         record = rendered_faces.render(seed, "miniature", index)
@@ -39,12 +39,12 @@ def draw(count: int, seed: int) -> list[Record]:
 
 
 def emotion_of(record: Record) -> str:
-    """The emotion of a rendered face."""
+    """Returns the emotion of a rendered face."""
     return EMOTIONS[record.labels["emotion"]]
 
 
 def make_dfew(root: Path, records: Sequence[Record]) -> None:
-    """Five folds of video_name,label, and Clip/original/N.mp4."""
+    """Writes five folds of video_name,label, and Clip/original/N.mp4."""
     names = {"happy": "happy", "sadness": "sad", "neutral": "neutral", "anger": "angry", "surprise": "surprise"}
     labels = [list(dfew.CLASSES).index(names[emotion_of(record)]) + 1 for record in records]
     for fold in range(5):
@@ -56,7 +56,7 @@ def make_dfew(root: Path, records: Sequence[Record]) -> None:
 
 
 def make_mafw(root: Path, records: Sequence[Record]) -> None:
-    """Five folds of '00001.mp4 anger', and data/clips/00001.mp4."""
+    """Writes five folds of '00001.mp4 anger', and data/clips/00001.mp4."""
     names = {"happy": "happiness"}
     for fold in range(5):
         path = root / "Train & Test Set" / "single" / "no_caption" / f"set_{fold + 1}" / "test.txt"
@@ -68,7 +68,7 @@ def make_mafw(root: Path, records: Sequence[Record]) -> None:
 
 
 def make_dfec(root: Path, records: Sequence[Record]) -> None:
-    """test.json, and the clips at the paths that it names."""
+    """Writes test.json, and the clips at the paths that it names."""
     rows = [
         {"id": str(i), "video": f"DFEW/videos/{i + 1}.mp4", "caption": record.summary}
         for i, record in enumerate(records)
@@ -78,7 +78,7 @@ def make_dfec(root: Path, records: Sequence[Record]) -> None:
 
 
 def make_emer(root: Path, records: Sequence[Record]) -> None:
-    """gt-eng.csv, and video/sample_00000001.mp4."""
+    """Writes gt-eng.csv, and video/sample_00000001.mp4."""
     rows = []
     for number, record in enumerate(records, 1):
         emotion = emotion_of(record)
@@ -89,7 +89,7 @@ def make_emer(root: Path, records: Sequence[Record]) -> None:
 
 
 def make_youtube_faces(root: Path, records: Sequence[Record]) -> None:
-    """Two videos a person as folders of frames, their labelled faces, and splits.txt."""
+    """Writes two videos per person as folders of frames, their labelled faces, and splits.txt."""
     lines = ["split number, pair number, first name, second name, is same"]
     for i, record in enumerate(records):
         person = f"Person_{i + 1:04d}"
@@ -112,7 +112,7 @@ def make_youtube_faces(root: Path, records: Sequence[Record]) -> None:
 
 
 def make_held_out_qa(root: Path, records: Sequence[Record]) -> None:
-    """qa.jsonl, and clips/ID.mp4."""
+    """Writes qa.jsonl, and clips/ID.mp4."""
     rows = [
         {
             "clip": f"{i + 1:05d}",
@@ -137,11 +137,11 @@ MAKERS: dict[str, Callable[[Path, Sequence[Record]], None]] = {
 
 
 def make(benchmark: str, out: Path, clips: int, seed: int = 0) -> Path:
-    """Makes the miniature of a benchmark's data set; `out` must not be there."""
+    """Makes the miniature of a benchmark's data set; `out` must not exist."""
     if benchmark not in MAKERS:
         raise UserError(f"--benchmark={benchmark} has no miniature: choose one of {', '.join(MAKERS)}")
     if out.exists():
-        raise UserError(f"--out={out} is there already: name another folder, or delete it")
+        raise UserError(f"--out={out} exists already: name another folder, or delete it")
     with replace_folder(out) as draft:
         MAKERS[benchmark](draft, draw(clips, seed))
     return out
@@ -160,7 +160,7 @@ def _table(path: Path, columns: Sequence[str], rows: Sequence[Sequence[object]])
 
 
 def main() -> None:
-    """Makes what the flags name."""
+    """Makes the miniature that the flags name."""
     if not _BENCHMARK.value or not _OUT.value:
         raise UserError("needed: --benchmark=NAME --out=FOLDER")
     make(_BENCHMARK.value, Path(_OUT.value), _CLIPS.value, _SEED.value)
@@ -169,7 +169,7 @@ def main() -> None:
 
 if __name__ == "__main__":
     _BENCHMARK = flags.DEFINE_string("benchmark", None, f"One of {', '.join(MAKERS)}")
-    _OUT = flags.DEFINE_string("out", None, "Folder to make")
-    _CLIPS = flags.DEFINE_integer("clips", 40, "Clips, or people of youtube_faces", lower_bound=5)
-    _SEED = flags.DEFINE_integer("seed", 0, "Of the drawing")
+    _OUT = flags.DEFINE_string("out", None, "Folder to write")
+    _CLIPS = flags.DEFINE_integer("clips", 40, "Number of clips, or of people in youtube_faces", lower_bound=5)
+    _SEED = flags.DEFINE_integer("seed", 0, "Seed of the rendered clips")
     command_line.start(main)

@@ -6,7 +6,6 @@ Prints how far the scores over the vocabulary are from those in float32, and how
 
 import functools
 import json
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -20,6 +19,7 @@ from favchat_jax.checkpoints import mistral_folder as mistral
 from favchat_jax.data.conversation import load_tokenizer
 from favchat_jax.embedded import faces as rendered_faces
 from favchat_jax.errors import UserError
+from favchat_jax.files import replace_file
 from favchat_jax.models.kernels.quantized import store
 from favchat_jax.models.mistral import Mistral
 
@@ -80,7 +80,7 @@ def main() -> None:
             f"same token {row['same_token']:.2%}, loss {row['loss']:.4f}"
         )
     if _JSON.value:
-        Path(_JSON.value).write_text(json.dumps(rows, indent=1) + "\n")
+        replace_file(_JSON.value, json.dumps(rows, indent=1) + "\n")
 
 
 if __name__ == "__main__":

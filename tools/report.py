@@ -1,9 +1,9 @@
-"""One HTML page about any number of results, with the same as Markdown and JSON beside it.
+"""Writes one HTML page about any number of results, and the same as Markdown and JSON.
 
 python -m tools.report --results=rendered.json,ablations.json,frames.json,weights.json --out=report.html
 
-Results are what `favchat_jax.evaluate`, `tools.ablate`, `tools.frame_length` and `tools.adapter_weights` wrote. Those
-of one benchmark by several models stand side by side. Frames are shown where the evaluated clips are still there.
+Results come from `favchat_jax.evaluate`, `tools.ablate`, `tools.frame_length` and `tools.adapter_weights`. Results of
+several models on one benchmark appear side by side. The page shows frames if the evaluated clips still exist.
 """
 
 from pathlib import Path
@@ -17,7 +17,7 @@ from favchat_jax.files import replace_file
 
 
 def main() -> None:
-    """Writes the page and its two companions."""
+    """Writes the page, and its Markdown and JSON."""
     if not _RESULTS.value or not _OUT.value:
         raise UserError("needed: --results=FILE.json,FILE.json --out=FILE.html")
     out = Path(_OUT.value)
@@ -37,5 +37,5 @@ def main() -> None:
 if __name__ == "__main__":
     _RESULTS = flags.DEFINE_list("results", None, "JSON files of evaluations and tables")
     _OUT = flags.DEFINE_string("out", None, "HTML file to write")
-    _EXAMPLES = flags.DEFINE_integer("examples", 9, "How many samples each list shows", lower_bound=0)
+    _EXAMPLES = flags.DEFINE_integer("examples", 9, "Number of samples in each list", lower_bound=0)
     command_line.start(main)

@@ -1,4 +1,4 @@
-"""The ablations of Table 6 as configs: each is a stage's own config without one part of the model, all else equal."""
+"""The ablations of Table 6 as configs: each is a stage's config without one part of the model."""
 
 import importlib
 
@@ -8,7 +8,7 @@ from configs.common import STAGES
 
 
 def get_config(ablation: str, argument: str = "") -> ConfigDict:
-    """The config of a stage without the part that `ablation` names.
+    """Returns the config of a stage without the part that `ablation` names.
 
     Args:
         ablation: no_face, no_granularity or no_moe.

@@ -1,4 +1,4 @@
-"""Without the facial encoder (Table 6, w/o FE): granularity fusion runs over the general encoder's own blocks instead.
+"""Ablation of the facial encoder (Table 6, w/o FE): granularity fusion uses the general encoder's blocks instead.
 
 python -m favchat_jax.train --config=configs/ablations/no_face.py
 python -m favchat_jax.train --config=configs/ablations/no_face.py:stage=stage1,variant=v2

@@ -1,4 +1,4 @@
-"""Without granularity fusion (Table 6, w/o MG; v2: w/o CA2): the facial encoder's last output goes to the projector.
+"""Ablation of granularity fusion (Table 6, w/o MG; v2: w/o CA2): the projector reads the facial encoder's last output.
 
 python -m favchat_jax.train --config=configs/ablations/no_granularity.py
 python -m favchat_jax.train --config=configs/ablations/no_granularity.py:stage=stage1,variant=v2

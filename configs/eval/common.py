@@ -1,35 +1,35 @@
-"""What the configs of all benchmarks share."""
+"""The settings that all benchmarks share."""
 
 from ml_collections import ConfigDict
 
 
 def get_config(benchmark: str) -> ConfigDict:
-    """A benchmark's config; its own fields follow in its file."""
+    """Returns the common part of a benchmark's config; the benchmark's file adds its own fields."""
     config = ConfigDict({"benchmark": benchmark})
-    config.seed = 0  # of intervals and of what is drawn
-    config.batch = 8  # clips that are answered together
-    config.questions = 1  # of a clip, at most, answered together
-    config.limit = 0  # clips (of a fold), pairs or questions; 0 for all
-    config.description_tokens = 200  # longest description that a class is inferred from, or that a describer gives
-    config.data = ConfigDict({"root": ""})  # folder of the data set, as it is published
-    # For --model=openai:URL#NAME. Frames are what the server is sent, squashed to squares as FaVChat sees them.
+    config.seed = 0  # of confidence intervals and random draws
+    config.batch = 8  # clips answered in one batch
+    config.questions = 1  # most questions per clip that are answered together
+    config.limit = 0  # number of clips (per fold), pairs or questions; 0 for all
+    config.description_tokens = 200  # most tokens of a description for class inference or by a describer
+    config.data = ConfigDict({"root": ""})  # folder of the data set in its published layout
+    # For --model=openai:URL#NAME. The server receives the frames squashed to squares, as FaVChat sees them.
     config.server = ConfigDict({"frames": 16, "size": 448, "parallel": 8, **_client()})
     config.judge = judge()
-    config.second_judge = judge()  # to see how far two judges agree
+    config.second_judge = judge()  # to measure the agreement of two judges
     return config
 
 
 def judge() -> ConfigDict:
-    """A language model that scores answers; none where `model` is empty."""
+    """Returns the settings of a language model that scores answers; an empty `model` means no judge."""
     return ConfigDict(
         {
             "url": "https://api.openai.com/v1",
             "model": "",
-            "cache": "runs/judge.jsonl",  # replies that are kept, so that no question is paid for twice
+            "cache": "runs/judge.jsonl",  # stored replies, so that no question is paid for twice
             "parallel": 8,
-            "attempts": 3,  # at a reply that is the JSON asked for
-            "json_mode": True,  # ask the server for JSON; some know no such option
-            "price_in": 0.0,  # of a million tokens, for the cost in the result
+            "attempts": 3,  # to get a reply in the requested JSON
+            "json_mode": True,  # ask the server for JSON; some servers lack this option
+            "price_in": 0.0,  # per million tokens, for the cost in the result
             "price_out": 0.0,
             **_client(),
         }
@@ -37,5 +37,5 @@ def judge() -> ConfigDict:
 
 
 def _client() -> dict:
-    # The name, not the key: a config is written into each result.
+    # The name of the variable, not the key, since each result contains its config.
     return {"timeout": 120.0, "retries": 5, "key_variable": "OPENAI_API_KEY"}

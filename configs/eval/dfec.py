@@ -1,4 +1,4 @@
-"""DFEC, Table 1: descriptions of facial expressions, by n-grams, events and a judge's scores.
+"""DFEC, Table 1: descriptions of facial expressions, scored by n-grams, events and a judge.
 
 python -m favchat_jax.evaluate --config=configs/eval/dfec.py --config.data.root=DFEC --checkpoint=DIR --out=dfec.json \
     --config.judge.model=gpt-4o

@@ -9,7 +9,7 @@ from configs.eval import common
 def get_config():
     config = common.get_config("dfew")
     config.folds = (1, 2, 3, 4, 5)
-    config.method = "describe"  # and then infer, the paper's; or direct, or likelihood (of the classes' names)
+    config.method = "describe"  # and infer a class, as in the paper; or direct, or likelihood (of class names)
     # The paper gives no wording.
     config.describe = "Describe the person's facial expressions in the video in detail."
     config.question = "Which one of these emotions does the person show: {classes}? Answer with one of them."

@@ -1,4 +1,4 @@
-"""The later version's test: questions about clips of one's own, scored from 0 to 10 by a judge.
+"""The later version's test: questions about your own clips, scored from 0 to 10 by a judge.
 
 python -m favchat_jax.evaluate --config=configs/eval/held_out_qa.py --config.data.root=DIR --checkpoint=DIR \
     --out=qa.json --config.judge.model=gpt-4o
@@ -10,6 +10,6 @@ from configs.eval import common
 def get_config():
     config = common.get_config("held_out_qa")
     config.limit = 2000  # questions
-    config.questions = 4  # of a clip that are answered together
+    config.questions = 4  # questions per clip, answered together
     config.max_new_tokens = 128
     return config

@@ -1,4 +1,4 @@
-"""Held-out rendered clips: accuracy of short answers by kind of question.
+"""Held-out rendered clips: the accuracy of short answers by kind of question.
 
 python -m favchat_jax.evaluate --config=configs/eval/rendered.py --checkpoint=runs/tiny-v1/stage3 --out=rendered.json
 """
@@ -10,6 +10,6 @@ def get_config():
     config = common.get_config("rendered")
     config.data = {"name": "rendered_faces", "root": "", "packed": "runs/data", "split": "heldout"}
     config.batch = 32  # clips
-    config.questions = 4  # of a clip, at most; answered together
+    config.questions = 4  # most questions per clip, answered together
     config.max_new_tokens = 12
     return config

@@ -58,13 +58,11 @@ def _sources(config: Config, shapes: Shapes) -> Iterator[tuple[str, Any, Iterabl
     """Where weights come from, their dtype, and the weights by path; a later source replaces an earlier one's."""
     init, dtype = config.init, config.model.dtype
     yield config.llm.path, dtype, load_llm(config.llm.path, dtype)
-    if init.from_run:
-        converted, previous = (init.videochat2,), _previous_stage(config, shapes)
-    else:
-        converted, previous = (init.videochat2, init.umt, init.facexformer, init.qformer), {}
-    for source in filter(None, converted):
+    parts = () if init.from_run else (init.umt, init.facexformer, init.qformer)
+    for source in filter(None, (init.videochat2, *parts)):
         yield source, jnp.float32, _converted(source, config)
-    yield init.from_run, jnp.float32, previous.items()
+    if init.from_run:
+        yield init.from_run, jnp.float32, _previous_stage(config, shapes).items()
 
 
 def _converted(source: str, config: Config) -> Iterator[tuple[str, Any]]:

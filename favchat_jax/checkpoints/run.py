@@ -20,7 +20,7 @@ from favchat_jax.data.conversation import load_tokenizer
 from favchat_jax.errors import UserError
 from favchat_jax.models import favchat
 
-Weights = dict[str, jax.Array]
+Weights = dict[str, Any]
 Shapes = dict[str, jax.ShapeDtypeStruct]
 
 

@@ -118,7 +118,7 @@ class Checkpoints:
             UserError: there are checkpoints but all are damaged.
         """
 
-        def read(step: int, leaves: Mapping) -> tuple[TrainState, dict]:
+        def read(step: int, leaves: Mapping) -> tuple[TrainState, dict[str, Any] | None]:
             item = ocp.args.Composite(
                 weights=ocp.args.StandardRestore(_abstract(unflatten_dict(dict(like.trainable), sep="/"))),
                 optimizer=ocp.args.StandardRestore(_abstract(_optimizer_part(like))),
@@ -210,7 +210,7 @@ def load_run_weights(workdir: str | Path, needed: Iterable[str] = ()) -> dict[st
     return weights
 
 
-def frozen_weights(workdir: Path) -> dict[str, np.ndarray]:
+def frozen_weights(workdir: Path) -> dict[str, Any]:
     """The weights that a run saved at its start since they never change; of a self-contained folder, all.
 
     Stage 1 has none but the language model's, which are in its own folder.

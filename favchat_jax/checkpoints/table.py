@@ -69,14 +69,14 @@ class Table:
         rows: each weight once.
         ignored: (pattern of published names, why they are not needed).
         optional: (pattern of paths, why a source may lack them); all weights of a pattern are there, or none.
-        mend: what to check where a shape is not as expected.
+        hint: likely cause of an unexpected shape, for the error message.
     """
 
     holds: str
     rows: tuple[Row, ...]
     ignored: tuple[tuple[str, str], ...] = ()
     optional: tuple[tuple[str, str], ...] = ()
-    mend: str = "it is of another size, or of another kind"
+    hint: str = "it is of another size, or of another kind"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,7 +179,7 @@ def check(table: Table, found: Account, source: object) -> None:
     if found.misshapen:
         name, (expected, shape) = next(iter(found.misshapen.items()))
         others = _others(found.misshapen)
-        raise UserError(f"{source}: {name} has shape {shape}, expected {expected}{others}: {table.mend}")
+        raise UserError(f"{source}: {name} has shape {shape}, expected {expected}{others}: {table.hint}")
     if found.missing:
         missing = sorted(found.missing)
         raise UserError(f"{source} lacks {missing[0]}{_others(missing)}: fetch it again")

@@ -1,14 +1,14 @@
-"""What PyTorch users load: a run as a folder of published names.
+"""Exports a run as a folder for PyTorch, with published names.
 
-    DIR/config.json, generation_config.json     FaVChat's, for `AutoModelForCausalLM.from_pretrained(DIR, ...)`
-    DIR/*_favchat.py                            the model, for `trust_remote_code=True`
-    DIR/model.safetensors.index.json            where each weight lies: in the next two
+    DIR/config.json, generation_config.json     FaVChat's config, for `AutoModelForCausalLM.from_pretrained(DIR, ...)`
+    DIR/*_favchat.py                            the model's code, for `trust_remote_code=True`
+    DIR/model.safetensors.index.json            the file of each weight, below `llm/` or `visual.safetensors`
     DIR/llm/                                    the language model with its adapters merged, a Hugging Face folder
-    DIR/visual.safetensors                      all other weights, named as `convert/favchat.py` says
+    DIR/visual.safetensors                      all other weights under the names of `convert/favchat.py`
     DIR/adapter/                                the same adapters for PEFT, on the original language model
-    DIR/prompt_tokenizer/                       of the Q-Formers
+    DIR/prompt_tokenizer/                       the tokenizer of the Q-Formers
 
-Weights go through the tables of this package, tensor by tensor; a shard of the language model is held at a time.
+Weights pass through this package's tables tensor by tensor. Memory holds one shard of the language model at a time.
 """
 
 import json
@@ -40,17 +40,17 @@ VISUAL = "visual.safetensors"
 
 
 def write_folder(folder: Path, config: Config, weights: Weights, tokenizer: Any, dtype: str) -> None:
-    """Fills an empty folder with a run.
+    """Writes a run's export into an empty folder.
 
     Args:
-        folder: where to write.
-        config: the run's config; the language model's base and the tokenizers are read where it says.
+        folder: the empty folder.
+        config: the run's config; it names the folders of the language model's base and of the tokenizers.
         weights: all weights but the language model's base, by path.
-        tokenizer: the language model's.
-        dtype: of all weights, float32 or bfloat16.
+        tokenizer: the language model's tokenizer.
+        dtype: dtype of all written weights, float32 or bfloat16.
 
     Raises:
-        UserError: a language model's folder that is not whole.
+        UserError: the language model's folder is incomplete.
     """
     adapters = {path: leaf for path, leaf in weights.items() if path.endswith(("lora_a", "lora_b"))}
     visual = {path: leaf for path, leaf in weights.items() if path not in adapters}
@@ -71,12 +71,12 @@ def write_folder(folder: Path, config: Config, weights: Weights, tokenizer: Any,
     for place in (folder, folder / "llm"):
         _write_json(place / "generation_config.json", generation)
     _write_json(folder / INDEX, {"metadata": {}, "weight_map": where})
-    # Last: it makes the folder an export.
+    # Written last, since it marks the folder as an export.
     _write_json(folder / "config.json", favchat_config(config, _llm_config(config.llm.path), dtype))
 
 
 def is_exported(folder: Path) -> bool:
-    """Whether `write_folder` made this."""
+    """Returns whether `write_folder` made this folder."""
     try:
         return read_json(folder / "config.json").get("model_type") == "favchat" and (folder / VISUAL).is_file()
     except UserError:
@@ -84,11 +84,11 @@ def is_exported(folder: Path) -> bool:
 
 
 def _write_llm(folder: Path, config: Config, adapters: Weights, dtype: str) -> dict[str, str]:
-    """Writes the language model with its adapters merged; returns the file of each tensor."""
+    """Writes the language model with its adapters merged; returns tensor name -> file name."""
     folder.mkdir()
     source, shapes = config.llm.path, mistral.weight_shapes(mistral.read_config(config.llm.path))
     tensors = open_tensors(source)
-    # Layer by layer, as a copy of a folder is read.
+    # Sorted by layer, since a copy of a folder is read layer by layer.
     wanted = dict(sorted(slots(mistral.TABLE, shapes).items(), key=lambda item: item[1].place))
     check(mistral.TABLE, account(mistral.TABLE, tensors, shapes), source)
     shards = _shards(wanted, jnp.dtype(dtype).itemsize)
@@ -111,7 +111,7 @@ def _write_llm(folder: Path, config: Config, adapters: Weights, dtype: str) -> d
 
 
 def _shards(wanted: Mapping[str, Slot], itemsize: int) -> list[tuple[str, list[str]]]:
-    """File names, and the tensors of each: as many as fit into `SHARD_BYTES`."""
+    """Splits the tensors into shards of at most `SHARD_BYTES`; returns each shard's file and tensor names."""
     shards, room = [], 0
     for name, slot in wanted.items():
         size = itemsize * int(np.prod(slot.shape))
@@ -126,7 +126,7 @@ def _shards(wanted: Mapping[str, Slot], itemsize: int) -> list[tuple[str, list[s
 
 
 def _merged(weight: np.ndarray, slot: Slot, adapters: Weights, alpha: float) -> np.ndarray:
-    """A weight of the language model; with its adapter, if it has one, added in float32."""
+    """Adds the adapter, if there is one, to a weight of the language model in float32."""
     layer, _, name = slot.path.rpartition("/")
     if name != "kernel" or f"llm/{layer}/lora_a" not in adapters:
         return weight
@@ -143,13 +143,13 @@ def _write_adapter(folder: Path, config: Config, adapters: Weights) -> None:
 
 
 def _llm_config(source: str) -> dict[str, Any]:
-    """The language model's own fields, without those that say how its file was written."""
+    """Returns the fields of the language model's config.json, except those that describe how the file was written."""
     written = ("_name_or_path", "torch_dtype", "dtype", "transformers_version")
     return {name: value for name, value in read_json(Path(source) / "config.json").items() if name not in written}
 
 
 def favchat_config(config: Config, llm: Mapping[str, Any], dtype: str) -> dict[str, Any]:
-    """What the exported config.json says of a run; `llm` are the fields of its language model's."""
+    """Returns a run's exported config.json; `llm` holds the fields of its language model's config.json."""
     model = config.model
     umt = {name: value for name, value in model.umt.to_json().items() if name != "depth"}  # of the published model
     return {
@@ -205,9 +205,9 @@ A video language model for fine-grained questions about faces, trained with favc
 earlier turns, and what transformers' `generate` takes. It needs torch, transformers 5 and, for video files, PyAV
 (`pip install av`).
 
-| part | what it holds |
+| part | content |
 |---|---|
-| `llm/` | the language model with LoRA merged, an ordinary Mistral folder |
+| `llm/` | the language model with LoRA merged, a standard Mistral folder |
 {adapter}| `visual.safetensors` | encoders, fusion, Q-Formers, mixture; published parts under their published names |
 | `prompt_tokenizer/` | the tokenizer of the question that the Q-Formers read |
 | `*_favchat.py` | the model |

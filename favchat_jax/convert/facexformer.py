@@ -1,4 +1,4 @@
-"""FaceXFormer's encoder and its own fusion of the taps (github: Kartik-3004/facexformer, key `state_dict_backbone`)."""
+"""Table of FaceXFormer's encoder and its own fusion (github: Kartik-3004/facexformer, key `state_dict_backbone`)."""
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ BLOCK = (
     *linear("mlp.0", "mlp/fc1"),
     *linear("mlp.3", "mlp/fc2"),
 )
-# torchvision's `features` are 0: patches and their norm; 1, 3, 5, 7: stages; 2, 4, 6: the merging after each.
+# torchvision's `features`: 0 is the patches and their norm; 1, 3, 5, 7 are stages; 2, 4, 6 are the merging layers.
 SWIN = (
     Row("0.0.weight", "patch_embed/proj/kernel", "patches"),
     Row("0.0.bias", "patch_embed/proj/bias"),
@@ -46,15 +46,15 @@ TABLE = Table(
     (*ENCODER, *FUSE),
     ignored=(
         (r"backbone\.0\..*\.relative_position_index", "computed here"),
-        (r"backbone\.1\..*", "torchvision's last norm, which no tap passes"),
-        (r"pe_layer\..*|face_decoder\..*", "FaceXFormer's decoder, of which FaVChat has no part"),
+        (r"backbone\.1\..*", "torchvision's last norm, which FaVChat does not use"),
+        (r"pe_layer\..*|face_decoder\..*", "FaceXFormer's decoder, which FaVChat does not use"),
     ),
-    mend="it is not of Swin-B",
+    hint="it is not of Swin-B",
 )
 
 
 def weight_shapes(encoder: FaceXFormerEncoder | None = None, fuse: LinearFuse | None = None) -> dict[str, Shape]:
-    """Path -> shape of the weights of the encoder (Swin-B by default) and of its fusion."""
+    """Returns path -> shape of the weights of the encoder (Swin-B by default) and of its fusion."""
     encoder, fuse = encoder or FaceXFormerEncoder(), fuse or LinearFuse()
     side = encoder.patch * encoder.window * 2 ** len(encoder.depths)
     frames = jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32)

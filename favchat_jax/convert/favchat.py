@@ -1,8 +1,8 @@
-"""All weights of a FaVChat but its language model's, as an exported `visual.safetensors` names them.
+"""Table of all FaVChat weights except the language model, with their names in an exported `visual.safetensors`.
 
 Published parts keep their published names: UMT and its norm (`vision_encoder.`, `vision_layernorm.`), FaceXFormer's
-encoder (`backbone.0.`) and, without granularity fusion, its own (`linear_c.`, `linear_fuse.`). The two Q-Formers and
-their projections have theirs behind `general_` and `facial_` (`general_qformer.bert.`, `facial_query_tokens`,
+encoder (`backbone.0.`) and, without granularity fusion, its own fusion (`linear_c.`, `linear_fuse.`). The names of the
+two Q-Formers and their projections follow `general_` or `facial_` (`general_qformer.bert.`, `facial_query_tokens`,
 `general_mistral_proj.`). FaVChat's own parts:
 
 | name | part |
@@ -10,7 +10,7 @@ their projections have theirs behind `general_` and `facial_` (`general_qformer.
 | `fusion.step_{i}.{query,key,value,out,skip}`, `.{query_norm,value_norm}` | v1: line i of Eq. 2, counted from 1 |
 | `fusion.mlp_{i}.{norm,in,out,skip}` | v2: the MLP from block i of the facial encoder to W_i, counted from 0 |
 | `fusion.ca2_{i}.{visual,text}.*`, as in `step_{i}`, `.linear` | v2: the module of CA2 that reads W_i |
-| `fuse_proj` | without either: FaceXFormer's fused map to the general encoder's width |
+| `fuse_proj` | without fusion or CA2: FaceXFormer's fused map to the general encoder's width |
 | `{general,facial}_mlp.{norm,in,out}` | v2: the MLP after a stream's projection |
 | `adapter.{general,facial}_norm`, `.gate_{in,out}`, `.{general,facial}_{in,out}` | v1, Eq. 3: gate and experts |
 | `adapter.{general,facial}.{norm,tokens,words,score}` | v2: a stream's weight adapter |
@@ -58,5 +58,5 @@ TABLE = Table(
         ),
         Row("adapter.weights", "adapter/weights"),
     ),
-    mend="config.json contradicts the weights",
+    hint="config.json contradicts the weights",
 )

@@ -1,4 +1,4 @@
-"""Folders that are handed on: an export replaces an earlier one alone, and a copied part comes with all its files."""
+"""Writing of exported folders: an export replaces only earlier exports, and a copied part has all its files."""
 
 import contextlib
 import shutil
@@ -24,14 +24,14 @@ TOKENIZER_FILES = (
 
 @contextlib.contextmanager
 def replacing(out: str | Path, is_ours: Callable[[Path], bool]) -> Iterator[Path]:
-    """See `files.replace_folder`; what is at `out` must be an earlier export.
+    """Writes a folder with `files.replace_folder`; only an earlier export is replaced.
 
     Args:
-        out: where the folder will be.
-        is_ours: whether a folder that is already there may be replaced.
+        out: path of the folder.
+        is_ours: returns whether an existing folder may be replaced.
 
     Raises:
-        UserError: something else is there, or the folder cannot be written.
+        UserError: `out` exists and is not an earlier export, or the folder cannot be written.
     """
     out = Path(out).absolute()
     if out.exists() and not (out.is_dir() and (is_ours(out) or not any(out.iterdir()))):
@@ -49,7 +49,7 @@ def copy_tokenizer(source: str | Path, folder: Path) -> None:
 
 
 def copy_llm(source: str | Path, folder: Path) -> None:
-    """Copies a language model's folder: configuration, weights and tokenizer, and nothing else that lies in it."""
+    """Copies a language model's folder: only its configuration, weights and tokenizer."""
     copy_tokenizer(source, folder)
     if (Path(source) / PARTS).is_dir():
         shutil.copytree(Path(source) / PARTS, folder / PARTS)

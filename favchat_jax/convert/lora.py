@@ -1,6 +1,6 @@
-"""Adapters of the language model under PEFT's names (`adapter_model.safetensors`), and the file that describes them.
+"""Table of the language model's adapters under PEFT's names (`adapter_model.safetensors`), and their description file.
 
-PEFT keeps A as [r, in] and B as [out, r] below each adapted layer; here they are [in, r] and [r, out].
+PEFT stores A as [r, in] and B as [out, r] below each adapted layer; here they are [in, r] and [r, out].
 """
 
 from typing import Any
@@ -11,10 +11,10 @@ from favchat_jax.models.mistral import LoRA, MistralConfig
 
 
 def rows(adapter: str = "") -> tuple[Row, ...]:
-    """The rows of every layer that can have an adapter, paths below `llm/`.
+    """Returns the rows of every layer that can have an adapter; their paths start with `llm/`.
 
     Args:
-        adapter: name that a model in memory has between `lora_A` and `weight` (`default`); a saved folder has none.
+        adapter: name between `lora_A` and `weight` in a PEFT model in memory (`default`); empty for a saved folder.
     """
     layers = [("lm_head", "lm_head")]
     for part, names in mistral.PROJECTIONS.items():
@@ -32,16 +32,16 @@ TABLE = Table(
     "PEFT's LoRA",
     rows(),
     ignored=((r"base_model\.model\.lm_head\.base_layer\.weight", "PEFT's copy of the base's output layer"),),
-    mend="it is of another rank, or of another language model",
+    hint="it is of another rank, or of another language model",
 )
 
 
 def adapter_config(lora: LoRA, base: str) -> dict[str, Any]:
-    """PEFT's `adapter_config.json` of these adapters.
+    """Returns the content of PEFT's `adapter_config.json` for these adapters.
 
     Args:
         lora: rank, alpha, dropout and targets.
-        base: folder or name of the language model that they belong to.
+        base: folder or name of the adapted language model.
     """
     return {
         "peft_type": "LORA",
@@ -58,6 +58,6 @@ def adapter_config(lora: LoRA, base: str) -> dict[str, Any]:
 
 
 def weight_shapes(config: MistralConfig, lora: LoRA) -> dict[str, Shape]:
-    """Path -> shape of the adapters alone, paths below `llm/`."""
+    """Returns path -> shape of the adapters only; their paths start with `llm/`."""
     shapes = mistral.weight_shapes(config, lora)
     return {f"llm/{path}": shape for path, shape in shapes.items() if path.endswith(("lora_a", "lora_b"))}

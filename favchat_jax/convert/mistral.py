@@ -1,4 +1,4 @@
-"""A copy of Mistral's Hugging Face folder that many hosts read faster: one Orbax part a layer."""
+"""Copies Mistral's Hugging Face folder into one Orbax part per layer, which many hosts read faster."""
 
 import json
 import shutil
@@ -13,24 +13,24 @@ from favchat_jax.checkpoints.weights_folder import save_weights
 from favchat_jax.convert.folder import copy_tokenizer, replacing
 from favchat_jax.errors import UserError
 
-WRITERS = 2  # parts of a copy that are read, checked and written at a time
+WRITERS = 2  # parts that are read, checked and written in parallel
 
 
 def write_copy(folder: Path, out: Path, progress: Callable[[Iterable], Iterable] = iter) -> None:
-    """Writes `out`, a copy of a Hugging Face folder that takes its place, a layer or two at a time.
+    """Writes `out`, a copy that replaces a Hugging Face folder, one or two layers at a time.
 
     Args:
         folder: the Hugging Face folder.
-        out: a folder that is not there yet; it is written beside its place first.
+        out: a new folder; a draft beside it is written first.
         progress: wraps the parts as they are written, for example `tqdm`.
 
     Raises:
-        UserError: as `read_weights`; there is no tokenizer; or the disk is full.
+        UserError: as in `read_weights`; or the tokenizer is missing, or the disk is full.
     """
     if is_copy(folder):
         raise UserError(f"{folder} is a copy already: name the Hugging Face folder")
     if not (Path(folder) / "tokenizer.json").is_file():
-        raise UserError(f"{folder} holds no tokenizer.json, without which its copy serves nobody: fetch it again")
+        raise UserError(f"{folder} holds no tokenizer.json, which the copy needs: fetch it again")
     shapes, tensors = weight_shapes(read_config(folder)), open_tensors(folder)
     check(TABLE, account(TABLE, tensors, shapes), folder)
     parts: dict[str, list[str]] = {}

@@ -1,4 +1,4 @@
-"""BLIP-2's Q-Former as VideoChat2 publishes it (github: OpenGVLab/Ask-Anything, `umt_l16_qformer.pth`)."""
+"""Table of BLIP-2's Q-Former as published by VideoChat2 (github: OpenGVLab/Ask-Anything, `umt_l16_qformer.pth`)."""
 
 import jax
 import jax.numpy as jnp
@@ -40,14 +40,14 @@ QUERIES = (
 ROWS = (*prefixed(BERT, published="qformer.bert."), *QUERIES)
 IGNORED = (
     (r"qformer\.bert\.embeddings\.position_ids", "a count from 0, computed here"),
-    (r"qformer\.cls\..*", "BERT's word prediction, of the Q-Former's pretraining"),
+    (r"qformer\.cls\..*", "BERT's word prediction, only used in the Q-Former's pretraining"),
     (r"temp|(vision_proj|text_proj|itm_head)\..*", "losses of the Q-Former's pretraining"),
 )
 OPTIONAL = (
-    (r"(.*/)?extra_query_tokens", "added by instruction tuning; starts afresh"),
+    (r"(.*/)?extra_query_tokens", "added by instruction tuning; newly initialised"),
     (
         r"(.*/)?((word|position)_embeddings/embedding|layer_\d+/mlp/.*)",
-        "the text branch, which VideoChat2's stage 2 leaves out; starts afresh",
+        "the text branch, which VideoChat2's stage 2 omits; newly initialised",
     ),
 )
 TABLE = Table(
@@ -55,13 +55,14 @@ TABLE = Table(
     ROWS,
     ignored=(*IGNORED, (r"vision_(encoder|layernorm)\..*|vision_temp_embed", "the general encoder: --kind=umt")),
     optional=OPTIONAL,
-    mend="it is not of BERT-base",
+    hint="it is not of BERT-base",
 )
 
 
 def weight_shapes(model: QFormer | None = None, visual: int = 1024) -> dict[str, Shape]:
-    """Path -> shape of a Q-Former's weights (by default the published one's) that reads tokens of width `visual`."""
+    """Returns path -> shape of a Q-Former's weights (by default the published one); `visual` is its input width."""
     model = model or QFormer()
-    tokens, ids = jax.ShapeDtypeStruct((1, 1, visual), jnp.float32), jax.ShapeDtypeStruct((1, 1, 1), jnp.int32)
-    tree = jax.eval_shape(model.init, jax.random.key(0), tokens, ids, ids)["params"]
+    tokens = jax.ShapeDtypeStruct((1, 1, visual), jnp.float32)
+    prompt, mask = (jax.ShapeDtypeStruct((1, 1, 1), dtype) for dtype in (jnp.int32, jnp.bool_))
+    tree = jax.eval_shape(model.init, jax.random.key(0), tokens, prompt, mask)["params"]
     return {path: leaf.shape for path, leaf in flatten_dict(tree, sep="/").items()}

@@ -1,6 +1,6 @@
-"""The PyTorch FaVChat in memory, with this project's weights and inputs: what the two are compared with.
+"""Builds the PyTorch FaVChat in memory with this project's weights and inputs, to compare the two implementations.
 
-Imports PyTorch and PEFT, so nothing of the package imports it unless it is asked for.
+It imports PyTorch and PEFT, so the package imports this module only on demand.
 """
 
 import dataclasses
@@ -18,15 +18,15 @@ from favchat_jax.convert import exported, favchat, lora
 from favchat_jax.convert.pytorch.configuration_favchat import FaVChatConfig
 from favchat_jax.convert.pytorch.modeling_favchat import FaVChatForConditionalGeneration
 
-# Names of the language model's base in a PEFT model.
+# Prefixes of the language model's base weights in a PEFT model.
 LLM = ("base_model.model.model.", "base_model.model.lm_head.")
 IN_MEMORY = dataclasses.replace(lora.TABLE, rows=lora.rows("default"))
 
 
 def published(weights: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """Weights by path, or gradients of them, under the names of a PEFT model's parameters; empties `weights`.
+    """Renames weights or gradients by path to the parameters of a PEFT model, and empties `weights`.
 
-    A large model exists in one of the two forms at a time.
+    Emptying keeps a large model from being in memory twice.
     """
     tensors = {}
     while weights:
@@ -41,23 +41,23 @@ def published(weights: dict[str, Any]) -> dict[str, torch.Tensor]:
 
 
 def torch_favchat(config: Config, llm: Mapping[str, Any], weights: dict[str, Any]) -> peft.PeftModel:
-    """The PyTorch model of a config with PEFT's adapters, on exactly the weights given: none is missing or left over.
+    """Builds the PyTorch model of a config with PEFT's adapters from exactly the given weights.
 
-    All that stage 2 trains has gradients; `weights` are used up.
+    All weights that stage 2 trains have gradients.
 
     Args:
-        config: of a run.
+        config: config of a run.
         llm: fields of the language model's config.json.
-        weights: every weight by path.
+        weights: all weights by path; the dictionary is emptied.
     """
     settings = FaVChatConfig(**exported.favchat_config(config, llm, "float32"))
     with torch.device("meta"):
         model = FaVChatForConditionalGeneration(settings)
-    model.model.rotary_emb = type(model.model.rotary_emb)(settings)  # a buffer that no weight fills
+    model.model.rotary_emb = type(model.model.rotary_emb)(settings)  # a buffer that the weights do not contain
     section = config.model.lora
     adapters = peft.LoraConfig(r=section.rank, lora_alpha=section.alpha, target_modules=list(section.targets))
     wrapped = peft.get_peft_model(model, adapters).eval()
-    # PEFT calls an adapted layer's own weight base_layer.
+    # PEFT renames an adapted layer's own weight to base_layer.
     tensors = {name.replace(".base_layer.", "."): name for name in wrapped.state_dict()}
     wrapped.load_state_dict({tensors[name]: tensor for name, tensor in published(weights).items()}, assign=True)
     for name, parameter in wrapped.named_parameters():
@@ -66,7 +66,7 @@ def torch_favchat(config: Config, llm: Mapping[str, Any], weights: dict[str, Any
 
 
 def for_torch(batch: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
-    """The same batch as the PyTorch model takes it."""
+    """Converts a batch to the PyTorch model's arguments."""
 
     def rows(name: str) -> torch.Tensor:
         return torch.tensor(batch[name].reshape(-1, batch[name].shape[-1]))

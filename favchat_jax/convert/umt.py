@@ -1,4 +1,4 @@
-"""UMT-L and its norm as VideoChat2 publishes them (github: OpenGVLab/Ask-Anything, `umt_l16_qformer.pth`)."""
+"""Table of UMT-L and its norm as published by VideoChat2 (github: OpenGVLab/Ask-Anything, `umt_l16_qformer.pth`)."""
 
 import jax
 import jax.numpy as jnp
@@ -26,18 +26,18 @@ ROWS = (
 IGNORED = (
     (r"vision_encoder\.encoder\.blocks\.23\..*", "the last of 24 blocks, which VideoChat2 does not run"),
     (r"vision_encoder\.encoder\.(img_)?pos_embed", "sinusoids, computed here"),
-    (r"vision_temp_embed", "of the Q-Former's pretraining, which later stages leave out"),
+    (r"vision_temp_embed", "only used in the Q-Former's pretraining"),
 )
 TABLE = Table(
     "UMT",
     ROWS,
     ignored=(*IGNORED, (r"qformer\..*|(extra_)?query_tokens", "the Q-Former: --kind=qformer")),
-    mend="it is not UMT-L",
+    hint="it is not UMT-L",
 )
 
 
 def weight_shapes(model: UMT | None = None) -> dict[str, Shape]:
-    """Path -> shape of the encoder's weights (of UMT-L by default) and of its norm's."""
+    """Returns path -> shape of the weights of the encoder (UMT-L by default) and of its norm."""
     model = model or UMT()
     side = model.patch
     frames = jax.ShapeDtypeStruct((1, 1, side, side, 3), jnp.float32)

@@ -1,7 +1,7 @@
-"""A checkpoint of VideoChat2's stage 2 or 3 (github: OpenGVLab/Ask-Anything, video_chat2, Mistral).
+"""Table of a checkpoint of VideoChat2's stage 2 or 3 (github: OpenGVLab/Ask-Anything, video_chat2, Mistral).
 
-General encoder, Q-Former and its query tokens, the linear layer `mistral_proj`, and from stage 3 on PEFT's LoRA. Its
-language model is frozen in training and not in the file: it comes from its own folder.
+It holds the general encoder, the Q-Former and its query tokens, the linear layer `mistral_proj`, and from stage 3 on
+PEFT's LoRA. The language model is frozen in training, so it is not in the file but comes from its own folder.
 """
 
 from favchat_jax.checkpoints.table import Shape, Table, linear, prefixed
@@ -23,30 +23,18 @@ TABLE = Table(
         *qformer.IGNORED,
         (r"mistral_model\.(?!.*\.lora_).*", "the language model's base, which comes from its own folder"),
     ),
-    optional=(*qformer.OPTIONAL, (r"llm/.*lora_[ab]", "stage 2 trains no LoRA; starts afresh")),
-    mend="it is not of UMT-L, BERT-base, Mistral-7B and LoRA of rank 16",
+    optional=(*qformer.OPTIONAL, (r"llm/.*lora_[ab]", "stage 2 trains no LoRA; newly initialised")),
+    hint="it is not of UMT-L, BERT-base, Mistral-7B and LoRA of rank 16",
 )
 
-MISTRAL = MistralConfig(  # Mistral-7B-Instruct-v0.2
-    vocab_size=32000,
-    hidden_size=4096,
-    intermediate_size=14336,
-    num_hidden_layers=32,
-    num_attention_heads=32,
-    num_key_value_heads=8,
-    head_dim=128,
-    rms_norm_eps=1e-5,
-    rope_theta=1e6,
-    sliding_window=None,
-    max_position_embeddings=32768,
-)
+MISTRAL = MistralConfig()
 LORA = LoRA(rank=16, alpha=32.0, dropout=0.1)
 
 
 def weight_shapes(
     encoder: UMT | None = None, reader: QFormer | None = None, llm: MistralConfig = MISTRAL, adapters: LoRA = LORA
 ) -> dict[str, Shape]:
-    """Path -> shape of everything in the checkpoint; sizes are the published ones where none are given."""
+    """Returns path -> shape of all weights in the checkpoint; sizes default to the published ones."""
     encoder, reader = encoder or UMT(), reader or QFormer()
     return {
         **umt.weight_shapes(encoder),

@@ -73,10 +73,7 @@ def pair_contradictions(question: str, answer: str, labels: Labels) -> list[str]
 
 
 def sex(appearance: Iterable[str]) -> str | None:
-    """Returns man or woman according to the labels.
-
-    Without labels it returns None, and also for a beard without male, as rendered faces have.
-    """
+    """Returns man or woman according to the labels; None without labels, and for a beard without male."""
     if "male" in appearance:
         return "man"
     return "woman" if appearance and not set(BEARDS) & set(appearance) else None

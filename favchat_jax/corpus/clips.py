@@ -27,16 +27,16 @@ VIDEOS = "kept"  # the folder of clips
 
 @dataclass(frozen=True)
 class Settings:
-    """How clips are chosen and cut.
+    """The settings for choosing and cutting clips.
 
     Attributes:
         detector, model: see `faces.make_detector`.
         min_share: share of the sampled frames that must show a face.
         min_face: height of the smallest face that counts, as a share of the picture's shorter side. With 0.1, even
             a distant player on a field counts.
+        crop: keep only the part of the picture around the face.
         every: one of this many frames is sampled.
         shortest, longest: length of a clip in frames.
-        crop: keep only the part of the picture around the face.
         filter_celebvhq: judge CelebV-HQ's clips too.
         largest_side: in pixels; larger pictures are shrunk.
     """
@@ -45,10 +45,10 @@ class Settings:
     model: str = ""
     min_share: float = 0.6
     min_face: float = 0.2
+    crop: bool = False
     every: int = 4
     shortest: int = 36
     longest: int = 60
-    crop: bool = False
     filter_celebvhq: bool = False
     largest_side: int = 1280
 

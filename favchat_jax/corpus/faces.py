@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Float
 
 from favchat_jax.data.video import SMALLEST_SIDE
-from favchat_jax.errors import UserError
+from favchat_jax.errors import UserError, one_line
 
 DETECTORS = ("haar", "scrfd")
 
@@ -53,7 +53,7 @@ class Haar:
     SPREAD = (255 * (np.arange(256) / 255) ** 0.5).astype(np.uint8)  # makes dark tones lighter
 
     def __init__(self, smallest: float):
-        cv2.setNumThreads(1)  # the pipeline's workers run in parallel
+        cv2.setNumThreads(1)  # parallel work is up to the pipeline's workers
         folder = Path(cv2.data.haarcascades)
         self._frontal, self._profile = (
             cv2.CascadeClassifier(str(folder / f"haarcascade_{name}.xml"))
@@ -107,7 +107,7 @@ class Scrfd:
         try:
             self._session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime's errors share no class
-            reason = (str(error).splitlines() or [""])[0]
+            reason = one_line(error)
             raise UserError(f"--detector_model={model} is not an ONNX model ({reason}): fetch it again") from None
         if len(self._session.get_outputs()) not in (2 * len(self.STRIDES), 3 * len(self.STRIDES)):
             raise UserError(f"--detector_model={model} is not an SCRFD of three strides: take scrfd_10g_bnkps.onnx")

@@ -1,11 +1,11 @@
-"""From questions and answers to tokens: VideoChat2-Mistral's conversation, and the prompt that the Q-Former reads.
+"""Tokenises questions and answers: VideoChat2-Mistral's conversation, and the prompt of the Q-Former.
 
     <s> [INST] <Video> (visual tokens) </Video> [/INST] [INST] question [/INST] answer </s> [INST] question ...
 
 Source: Ask-Anything, video_chat2/dataset/it_dataset_mistral.py and models/videochat_mistra/videochat2_it_mistral.py.
-Two things differ from it on purpose: the sequence starts with the real `<s>` (there: a constant vector), and `</s>`
-follows the answer without a token for the space between them. Every part is tokenised by itself, which makes the loss
-mask exact and a prompt for generation exactly the beginning of the sequence that was trained on.
+There are two deliberate differences: the sequence starts with the real `<s>` (there: a constant vector), and `</s>`
+follows the answer without a token for the space between them. Every part is tokenised separately. So the loss mask is
+exact, and a prompt for generation is exactly the beginning of a training sequence.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from tokenizers import Tokenizer
 
 from favchat_jax.errors import UserError, one_line
 
-VISUAL_PLACEHOLDER = -1  # token id at which the model puts a visual token's vector instead of a word's
+VISUAL_PLACEHOLDER = -1  # token id that the model replaces by a visual token's vector
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """One tokenised conversation; `loss_mask` marks the tokens to be learned: answers and the `</s>` after each."""
+    """A tokenised conversation; `loss_mask` marks the tokens to be learned: answers and the `</s>` after each."""
 
     tokens: Int32[np.ndarray, " L"]
     loss_mask: Bool[np.ndarray, " L"]
 
 
 def load_tokenizer(folder: str | Path) -> Any:
-    """The transformers fast tokenizer of a Hugging Face folder (`tokenizer.json`, `tokenizer_config.json`).
+    """Loads the transformers fast tokenizer of a Hugging Face folder (`tokenizer.json`, `tokenizer_config.json`).
 
     Raises:
       UserError: the folder or its tokenizer.json is missing or cannot be read.
@@ -42,8 +42,8 @@ def load_tokenizer(folder: str | Path) -> Any:
     if not folder.is_dir():
         raise UserError(f"tokenizer folder {folder} does not exist: give a folder that holds a tokenizer.json")
     if not (folder / "tokenizer.json").is_file():
-        raise UserError(f"{folder} holds no tokenizer.json: give the folder of a Hugging Face model with one")
-    from transformers import PreTrainedTokenizerFast  # here, not above: the loader's workers do without transformers
+        raise UserError(f"{folder} holds no tokenizer.json: give a Hugging Face model's folder with a tokenizer.json")
+    from transformers import PreTrainedTokenizerFast  # imported here, since the loader's workers do not need it
 
     try:
         return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
@@ -56,23 +56,23 @@ class Conversation:
 
     Args:
       tokenizer: a transformers fast tokenizer with `<s>` and `</s>` (bos and eos tokens).
-      visual_tokens: N, how many placeholders stand for the clip.
-      times: add VideoChat2's sentence about how many frames were sampled and when.
+      visual_tokens: N, the number of placeholders for a clip.
+      times: whether to add VideoChat2's sentence about the number and times of the sampled frames.
     """
 
     def __init__(self, tokenizer: Any, visual_tokens: int, times: bool = False):
         if tokenizer.bos_token_id is None or tokenizer.eos_token_id is None:
-            raise UserError("the tokenizer has no bos or eos token: name both in its tokenizer_config.json")
+            raise UserError("the tokenizer has no bos or eos token: set both in its tokenizer_config.json")
         self.visual_tokens = visual_tokens
         self.times = times
         self.bos: int = tokenizer.bos_token_id
         self.eos: int = tokenizer.eos_token_id
         self.pad: int = self.eos if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         self._tokenizer = _detached(tokenizer)
-        # Some tokenizers put the space in front of the first word themselves.
+        # Some tokenizers add the space before the first word themselves.
         first = self._tokenizer.encode("a", add_special_tokens=False).tokens[0]
         self._space = "" if first[:1] in ("▁", "Ġ") else " "
-        # The template may use the tokenizer's special tokens ([INST] is one in Mistral v0.3), a person's text may not.
+        # The template may use special tokens ([INST] is one in Mistral v0.3); text from users must not.
         words = ("[INST]", "[/INST]", "<Video>", "</Video>", "<Image>", "</Image>")
         self._words = {word: self._ids(word) for word in words}
         self._tokenizer.encode_special_tokens = True
@@ -88,16 +88,16 @@ class Conversation:
         max_length: int,
         seconds: Float[np.ndarray, " T"] | None = None,
     ) -> Encoded:
-        """Tokenise a conversation about one clip.
+        """Tokenises a conversation about one clip.
 
         Args:
-          turns: (question, answer) pairs. A last answer of None makes a prompt to be continued.
-          frames: how many frames the clip was given with; a single one is an `<Image>`.
-          max_length: the longest sequence allowed, visual tokens included. Nothing is ever cut off.
-          seconds: when the frames were sampled; needed with `times=True`.
+          turns: (question, answer) pairs. A last answer of None makes a prompt for generation.
+          frames: number of frames of the clip; a single frame is an `<Image>`.
+          max_length: longest allowed sequence, including visual tokens. Text is never cut.
+          seconds: times of the frames; required with `times=True`.
 
         Raises:
-          UserError: an empty question or answer, or a conversation longer than `max_length`.
+          UserError: a question or answer is empty, or the conversation is longer than `max_length`.
         """
         pieces = self._opening(frames, seconds)
         for number, (question, answer) in enumerate(turns):
@@ -148,14 +148,14 @@ class Conversation:
 
 
 class PromptEncoder:
-    """Tokenises the question for the Q-Former: fixed length, cut off on the left as BLIP-2 does. Picklable.
+    """Tokenises the question for the Q-Former to a fixed length; cuts on the left like BLIP-2. Picklable.
 
-    The tokenizer's own start and end tokens ([CLS] and [SEP] of BERT) stand around the text where it has them; BLIP-2's
-    added [DEC] is part of the vocabulary only and never written.
+    If the tokenizer has start and end tokens ([CLS] and [SEP] of BERT), they enclose the text. BLIP-2's added [DEC] is
+    only part of the vocabulary and never written.
 
     Args:
       tokenizer: a transformers fast tokenizer (bert-base-uncased's at paper size).
-      length: L_prompt.
+      length: L_prompt, the number of tokens.
     """
 
     def __init__(self, tokenizer: Any, length: int):
@@ -171,7 +171,7 @@ class PromptEncoder:
         self._tokenizer.encode_special_tokens = True  # pickling loses it
 
     def encode(self, question: str) -> tuple[Int32[np.ndarray, " Lp"], Bool[np.ndarray, " Lp"]]:
-        """Token ids, padded on the right, and the mask of those that are not padding."""
+        """Returns token ids, padded on the right, and the mask of those that are not padding."""
         room = self.length - len(self._start) - len(self._end)
         ids = self._tokenizer.encode(question.strip(), add_special_tokens=False).ids
         ids = [*self._start, *ids[max(len(ids) - room, 0) :], *self._end]
@@ -183,12 +183,12 @@ class PromptEncoder:
 def encode_prompt(
     tokenizer: Any, question: str, length: int
 ) -> tuple[Int32[np.ndarray, " Lp"], Bool[np.ndarray, " Lp"]]:
-    """One question for the Q-Former, see `PromptEncoder`, which is faster for many."""
+    """Tokenises one question for the Q-Former; for many questions `PromptEncoder` is faster."""
     return PromptEncoder(tokenizer, length).encode(question)
 
 
 def _detached(tokenizer: Any) -> Tokenizer:
-    """A copy of the tokenizer's engine, whose settings nobody else changes."""
+    """Copies the tokenizer's engine, so that later changes of its settings have no effect here."""
     copy = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     copy.no_truncation()
     copy.no_padding()

@@ -1,8 +1,8 @@
-"""From records to padded batches: a Grain pipeline whose order of records is the same for any number of workers.
+"""Turns records into padded batches: a Grain pipeline with the same order of records for any number of workers.
 
-source (one slice a host) -> seed -> shuffle -> repeat -> decode and tokenise -> worker processes -> drop bad records ->
-pad and batch. What depends on how records are spread over workers (dropping, batching) happens after they are merged
-again. The iterator's state, with the count of dropped records, goes into checkpoints through
+source (one slice per host) -> seed -> shuffle -> repeat -> decode and tokenise -> worker processes -> drop bad records
+-> pad and batch. Dropping and batching depend on the order of records, so they happen after the workers' outputs are
+merged. Checkpoints store the iterator's state with the count of dropped records, through
 `grain.checkpoint.CheckpointSave` and `CheckpointRestore`.
 """
 
@@ -11,10 +11,7 @@ from __future__ import annotations
 import bisect
 import logging
 import math
-import multiprocessing
-import os
 import signal
-import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -28,10 +25,11 @@ from favchat_jax.data.conversation import Conversation, PromptEncoder
 from favchat_jax.data.record import Record
 from favchat_jax.data.video import Augment, decode
 from favchat_jax.errors import UserError
+from favchat_jax.signals import end_with_parent
 
 log = logging.getLogger("favchat_jax")
 
-# Stage 1's question: one is drawn for each clip.
+# Questions of stage 1; one is drawn for each clip.
 INSTRUCTIONS = (
     "Describe the video in detail.",
     "What can be seen in this video? Describe it.",
@@ -41,12 +39,12 @@ INSTRUCTIONS = (
     "Write a description of this video.",
 )
 TEXTS = ("summary", "qa", "face_qa", "reasoning")
-BAD_SHARE = 0.01  # a data set with a larger share of bad records is broken, and a run on it stops ...
-BAD_AFTER = 100  # ... but not before so many records were read, so that one bad clip among the first is forgiven
+BAD_SHARE = 0.01  # a larger share of bad records stops the run, since the data set is broken
+BAD_AFTER = 100  # records before the share is checked, so that one early bad clip does not stop the run
 
 
 class Source(Protocol):
-    """Random access to records; picklable, since every worker process opens its own."""
+    """Random access to records; picklable, since every worker process opens its own source."""
 
     def __len__(self) -> int: ...
 
@@ -55,13 +53,13 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class Batch:
-    """What one training step sees.
+    """The input of one training step.
 
     Attributes:
-      arrays: frames uint8 [B, T, H, W, 3]; tokens int32 [B, Q, L]; length int32 [B, Q], tokens that are not padding,
-        0 where a clip has fewer than Q questions; loss_mask bool [B, Q, L]; prompt int32 [B, Q, L_prompt] and
-        prompt_mask bool [B, Q, L_prompt] for the Q-Formers.
-      ids: the clips' ids, to name them where a step goes wrong.
+      arrays: frames uint8 [B, T, H, W, 3]; tokens int32 [B, Q, L]; length int32 [B, Q], tokens that are not padding
+        (0 in rows without a question); loss_mask bool [B, Q, L]; prompt int32 [B, Q, L_prompt] and prompt_mask bool
+        [B, Q, L_prompt] for the Q-Formers.
+      ids: the clips' ids, named if a step fails.
     """
 
     arrays: dict[str, np.ndarray]
@@ -70,16 +68,16 @@ class Batch:
 
 @dataclass(frozen=True)
 class Example(grain.transforms.RandomMap):
-    """One record to one row of a batch, in a worker: arrays of Q rows, the text padded to the record's longest.
+    """Encodes one record in a worker: arrays of Q rows, with the text padded to the record's longest.
 
-    A bad record (a clip that cannot be decoded, a text over the limit) becomes {"id", "bad": reason}, one without the
-    text that is asked for {"id", "skip": reason}.
+    A bad record (a clip that cannot be decoded, a text over the limit) becomes {"id", "bad": reason}. A record without
+    the requested text becomes {"id", "skip": reason}.
 
     Attributes:
       text: `summary`, one instruction and the record's summary; `qa`, up to Q of its questions, drawn at random;
-        `face_qa`, the same of records that show a face; `reasoning`, one question and a thought before the answer.
+        `face_qa`, the same for records that show a face; `reasoning`, one question and a thought before the answer.
       questions: Q. A clip with fewer questions leaves rows empty.
-      max_length: the longest sequence, visual tokens included.
+      max_length: longest sequence, including visual tokens.
     """
 
     conversation: Conversation
@@ -93,7 +91,7 @@ class Example(grain.transforms.RandomMap):
     max_length: int
 
     def random_map(self, record: Record, rng: np.random.Generator) -> dict[str, Any]:
-        """Encode `record` with the randomness of `rng`."""
+        """Encodes `record` with the random numbers of `rng`."""
         turns = self._turns(record, rng)
         if not turns:
             return {"id": record.id, "skip": f"no text for {self.text}"}
@@ -159,47 +157,39 @@ def training_batches(
     process_index: int = 0,
     process_count: int = 1,
 ) -> BatchIterator:
-    """An endless, shuffled, deterministic stream of `Batch`es of one host; call `close()` on it when done.
+    """Makes the endless, shuffled, deterministic stream of one host's `Batch`es; call `close()` on it when done.
 
     Args:
       source: all records; this host reads every `process_count`-th, from `process_index` on.
-      conversation: tokenises for the language model.
-      prompt: tokenises for the Q-Formers.
-      text: `summary`, `qa`, `face_qa` or `reasoning`: what is asked about a clip, see `Example`.
+      conversation: tokeniser for the language model.
+      prompt: tokeniser for the Q-Formers.
+      text: `summary`, `qa`, `face_qa` or `reasoning`: the kind of questions about a clip, see `Example`.
       frames: T. size: H = W in pixels. sampling, augment: see `video.decode`.
-      batch: B, clips a batch on this host.
-      buckets: sequence lengths L that a batch may have; text is padded to the smallest that holds it, and a text over
-        the largest is a bad record. Where there are several hosts, always the largest, since their shapes must agree.
-      questions: Q of `qa` and `face_qa`; the others have one.
-      workers: processes that decode; 0 decodes on a thread of this one.
-      seed: of the order and of every random draw.
+      batch: B, clips per batch on this host.
+      buckets: allowed sequence lengths L of a batch. Text is padded to the smallest that holds it; a longer text makes
+        a bad record. Several hosts always use the largest, since their shapes must agree.
+      questions: Q for `qa` and `face_qa`; the other texts have one question.
+      workers: processes that decode; 0 decodes on a thread of this process.
+      seed: seed of the order and of every random draw.
 
     Raises:
-      UserError: an unknown `text`, fewer records than hosts; while running, more than 1 % bad records, or none usable.
+      UserError: `text` is unknown, or there are fewer records than hosts; while running, more than 1 % of the records
+        are bad, or none is usable.
     """
     if text not in TEXTS:
         raise UserError(f"unknown training text {text!r}: choose one of {', '.join(TEXTS)}")
     if len(source) < process_count:
         raise UserError(f"the data set has {len(source)} records for {process_count} hosts: give a larger one")
     buckets = sorted(buckets)
-    example = Example(
-        conversation=conversation,
-        prompt=prompt,
-        text=text,
-        frames=frames,
-        size=size,
-        sampling=sampling,
-        augment=augment,
-        questions=1 if text in ("summary", "reasoning") else questions,
-        max_length=buckets[-1],
-    )
+    asked, longest = 1 if text in ("summary", "reasoning") else questions, buckets[-1]
+    example = Example(conversation, prompt, text, frames, size, sampling, augment, questions=asked, max_length=longest)
     if not flags.FLAGS.is_parsed():
-        flags.FLAGS.mark_as_parsed()  # Grain reads its flags also where no absl app runs
+        flags.FLAGS.mark_as_parsed()  # Grain reads its flags even without an absl app
     rows = grain.MapDataset.source(source)[process_index::process_count]
     examples = rows.seed(seed + process_index).shuffle().repeat().random_map(example)
     stream = examples.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4))
     if workers:
-        ready = -(-batch // workers) + 1  # a whole batch waits while the device works on the one before
+        ready = -(-batch // workers) + 1  # a complete batch is ready while the device works on the previous one
         stream = stream.mp_prefetch(grain.MultiprocessingOptions(workers, ready), worker_init_fn=_start_worker)
     return BatchIterator(
         iter(stream),
@@ -212,12 +202,12 @@ def training_batches(
 
 
 class BatchIterator(grain.DatasetIterator):
-    """Drops bad records, counting and naming them, and stacks what is left.
+    """Drops, counts and reports bad records, and stacks the others to batches.
 
     Attributes:
-      seen: records read so far, bad ones included.
-      bad: how many of them were bad.
-      bad_ids: the ids of the bad ones and why, each once.
+      seen: number of records read so far, including bad ones.
+      bad: number of bad records among them.
+      bad_ids: id -> reason of each bad record.
     """
 
     def __init__(
@@ -238,10 +228,10 @@ class BatchIterator(grain.DatasetIterator):
         self.bad_ids: dict[str, str] = {}
 
     def __next__(self) -> Batch:
-        """The next batch.
+        """Returns the next batch.
 
         Raises:
-          UserError: more than 1 % of the records are bad, or none has the text that is asked for.
+          UserError: more than 1 % of the records are bad, or no record has the requested text.
         """
         rows: list[dict[str, Any]] = []
         skipped = 0
@@ -249,7 +239,7 @@ class BatchIterator(grain.DatasetIterator):
             row = next(self._parent)
             if "skip" in row:
                 skipped += 1
-                if skipped > 2 * self._records:  # two shuffled epochs in a row hold every record at least once
+                if skipped > 2 * self._records:  # so many in a row include every record at least once
                     self.close()
                     raise UserError(
                         f"none of the {self._records} records is usable: {row['skip']}; choose another text"
@@ -268,12 +258,12 @@ class BatchIterator(grain.DatasetIterator):
         self.bad += 1
         if name not in self.bad_ids:
             self.bad_ids[name] = reason
-            log.warning("record %s is left out (%d of %d so far): %s", name, self.bad, self.seen, reason)
+            log.warning("record %s is skipped (%d of %d so far): %s", name, self.bad, self.seen, reason)
 
     def _judge(self) -> None:
-        if self.seen >= self._records:  # the whole data set is known, and epochs that are not over do not matter
+        if self.seen >= self._records:  # all records were read, so the share of distinct bad records is exact
             too_many = len(self.bad_ids) > BAD_SHARE * self._records
-        else:  # the share is an estimate: two standard deviations are left to chance
+        else:  # the share is an estimate, so two standard deviations are tolerated
             expected = BAD_SHARE * self.seen
             too_many = self.bad > expected + 2 * math.sqrt(expected)
         if self.seen < BAD_AFTER or not too_many:
@@ -281,7 +271,7 @@ class BatchIterator(grain.DatasetIterator):
         self.close()
         named = ", ".join(list(self.bad_ids)[:5]) + (" and others" if len(self.bad_ids) > 5 else "")
         raise UserError(
-            f"{self.bad} of {self.seen} records are bad, more than {BAD_SHARE:.0%}: mend or remove {named} "
+            f"{self.bad} of {self.seen} records are bad, more than {BAD_SHARE:.0%}: fix or remove {named} "
             f"(the last: {list(self.bad_ids.values())[-1]})"
         )
 
@@ -303,20 +293,20 @@ class BatchIterator(grain.DatasetIterator):
         return Batch(arrays=arrays, ids=tuple(row["id"] for row in rows))
 
     def get_state(self) -> dict[str, Any]:
-        """Where the stream stands, as JSON can hold it."""
+        """Returns the position of the stream as JSON."""
         counts = {"seen": self.seen, "bad": self.bad, "bad_ids": self.bad_ids}
         return {"layout": self._layout, "counts": counts, "examples": self._parent.get_state()}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Continue where `get_state` was called.
+        """Resumes the stream at the position that `get_state` returned.
 
         Raises:
-          UserError: the state is of another number of workers or hosts, whose streams cannot be continued here.
+          UserError: the state comes from another number of workers or hosts, so the stream cannot resume.
         """
         if state["layout"] != self._layout:
             raise UserError(
                 f"the checkpoint's data stream was read with {state['layout']}, this run has {self._layout}: "
-                "continue with the same numbers"
+                "use the same numbers to resume"
             )
         self.seen, self.bad = state["counts"]["seen"], state["counts"]["bad"]
         self.bad_ids = dict(state["counts"]["bad_ids"])
@@ -324,20 +314,9 @@ class BatchIterator(grain.DatasetIterator):
 
 
 def _start_worker(index: int, count: int) -> None:
-    """Runs first in every worker process."""
+    """Sets up every worker process."""
     del index, count
-    # Ctrl-C and a scheduler's SIGTERM reach the whole process group; the main process decides what becomes of the run.
+    # Ctrl-C and a scheduler's SIGTERM reach the entire process group, but only the main process handles them.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    threading.Thread(target=_follow_parent, daemon=True).start()
-
-
-def _follow_parent() -> None:
-    """End this worker when the main process was killed, which nothing else would tell it.
-
-    With the last worker gone, Python's resource tracker removes the shared memory that is left.
-    """
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
+    end_with_parent()

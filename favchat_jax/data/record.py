@@ -1,4 +1,4 @@
-"""The form that every source of clips is brought to: one clip, its labels and its texts."""
+"""The common format of all data sources: one clip with its labels and texts."""
 
 from dataclasses import dataclass, field
 
@@ -16,7 +16,7 @@ class Question:
 
 @dataclass(frozen=True, eq=False)
 class Record:
-    """One clip with all that is known about it."""
+    """One clip with its labels and texts."""
 
     id: str
     clip: bytes  # an encoded video file
@@ -24,7 +24,9 @@ class Record:
     summary: str
     questions: tuple[Question, ...]
     targets: dict[str, str]  # "attributes", "emotion" and "action" in simple words
-    source: str  # the video it was cut from: splits are disjoint by it
+    source: str  # the video that the clip was cut from; splits share no source
     has_face: bool
-    reasoning: str = ""  # `<think>` a thought `</think> <answer>` ... `</answer>`, where the source has one
-    labels: dict[str, int] = field(default_factory=dict)  # classes of a source of its own (`RecordBuilder.LABELS`)
+    reasoning: str = ""  # `<think>` a thought `</think> <answer>` ... `</answer>`; empty if the source has none
+    labels: dict[str, int] = field(
+        default_factory=dict
+    )  # class indices of source-specific labels (`RecordBuilder.LABELS`)

@@ -1,7 +1,7 @@
-"""How records lie in ArrayRecord files: one TFDS schema for every source, and random access to it.
+"""Storage of records in ArrayRecord files: one TFDS schema for every source, with random access.
 
-TFDS writes into a temporary folder that it renames when the last file is closed, so that a killed build is never taken
-for a whole one. Nothing here asks the network: the builders know no bucket and no download.
+TFDS writes into a temporary folder and renames it after closing the last file, so a killed build is never mistaken for
+a complete one. Nothing here uses the network: the builders have no bucket and no download.
 """
 
 import contextlib
@@ -45,15 +45,15 @@ class LocalInfo(tfds.core.DatasetInfo):
 
 
 class RecordBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-    """What the builders of all sources share.
+    """The base class of all sources' builders.
 
-    A source gives `counts()`, the number of clips of each split, and yields `Record`s from `records(split)`.
+    A source implements `counts()`, the number of clips of each split, and `records(split)`, which yields `Record`s.
     """
 
     VERSION = tfds.core.Version("1.1.0")
-    LABELS: tuple[str, ...] = ()  # class labels of its own that a source stores with each record
-    VIEWS: dict[str, tuple[str, ...]] = {}  # splits that are read as the union of others, of which some may be empty
-    url_infos = {}  # nothing to download; TFDS would look for a checksum file, with a package that it does not install
+    LABELS: tuple[str, ...] = ()  # source-specific class labels, stored with each record
+    VIEWS: dict[str, tuple[str, ...]] = {}  # split -> the splits whose union it is; some may be empty
+    url_infos = {}  # keeps TFDS from looking for a checksum file, which needs a package that it does not install
 
     def _info(self) -> tfds.core.DatasetInfo:
         return LocalInfo(
@@ -69,11 +69,11 @@ class RecordBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         return {"labels": tfds.features.Tensor(shape=(len(self.LABELS),), dtype=np.int8)}  # -1: unknown or absent
 
     def download_config(self) -> tfds.download.DownloadConfig | None:
-        """How TFDS builds; None for its usual way."""
+        """Returns TFDS's build settings; None for the defaults."""
         return None
 
     def digest(self) -> str:
-        """Names the content of the source; a packed data set whose source has changed since is refused."""
+        """Returns a hash of the source's content; a packed data set whose source has changed is refused."""
         return ""
 
     def _split_generators(self, dl_manager):
@@ -88,7 +88,7 @@ class RecordBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
 
 def pack(record: Record, labels: tuple[str, ...] = ()) -> dict:
-    """A record as TFDS stores it, with the class labels that its source has of its own."""
+    """Converts a record to TFDS's format, with its source-specific class labels."""
     example = {name: getattr(record, name) for name in FEATURES if name != "questions"}
     example["questions"] = [vars(question) for question in record.questions]
     if labels:
@@ -97,7 +97,7 @@ def pack(record: Record, labels: tuple[str, ...] = ()) -> dict:
 
 
 def unpack(example: dict, labels: tuple[str, ...] = ()) -> Record:
-    """The record that `pack` stored."""
+    """Converts a stored example back to the record that `pack` was given."""
     text = {name: example[name].decode() for name in ("id", "summary", "source", "reasoning")}
     rows = zip(*(example["questions"][name] for name in ("question", "answer", "kind")), strict=True)
     classes = dict(zip(labels, map(int, example["labels"]), strict=True)) if labels else {}
@@ -113,19 +113,22 @@ def unpack(example: dict, labels: tuple[str, ...] = ()) -> Record:
 
 
 class RecordSource:
-    """Random access to the records of one split: `len(source)`, `source[i]`. Files are opened at the first use in each
-    process, so that the source can be pickled to spawned workers."""
+    """Random access to the records of one split: `len(source)`, `source[i]`.
+
+    Each process opens the files at its first use, so that the source can be pickled to spawned workers.
+    """
 
     def __init__(self, builder: type[RecordBuilder], size: str | None, data_dir: str, split: str):
         self.split, self._labels = split, builder.LABELS
         self.folder = folder_of(builder, size, data_dir)
         if not is_packed(self.folder):
-            raise UserError(f"{self.folder}: data set {builder.name} is not packed yet; `sources.prepare` packs it")
+            raise UserError(f"{self.folder}: data set {builder.name} is not packed yet: pack it with `sources.prepare`")
         with _quiet():
             info = tfds.builder_from_directory(self.folder).info
         self._parts = [part for part in builder.VIEWS.get(split, (split,)) if part in info.splits]
         if not self._parts:
-            raise UserError(f"data set {builder.name} has no split '{split}'; it has {', '.join(sorted(info.splits))}")
+            splits = ", ".join(sorted(info.splits))
+            raise UserError(f"data set {builder.name} has no split '{split}': choose one of {splits}")
         self._length = sum(info.splits[part].num_examples for part in self._parts)
         self._opened = None
 
@@ -145,12 +148,12 @@ class RecordSource:
 
 
 def folder_of(builder: type[RecordBuilder], size: str | None, data_dir: str) -> Path:
-    """Where a packed data set lies."""
+    """Returns the folder of a packed data set."""
     return Path(data_dir).expanduser() / builder.name / (size or "") / str(builder.VERSION)
 
 
 def is_packed(folder: Path) -> bool:
-    """Whether a data set was packed into `folder` to its end."""
+    """Returns whether `folder` holds a completely packed data set."""
     return (folder / INFO).exists()
 
 
@@ -161,15 +164,15 @@ def build(builder_class: type[RecordBuilder], size: str | None, root: str | None
         builder = builder_class(root=root, config=size, data_dir=data_dir, file_format="array_record", **options)
         if not is_packed(folder):
             with _alone(folder.parent):
-                if not is_packed(folder):  # no other process made it while this one waited
+                if not is_packed(folder):  # another process may have packed it while this one waited
                     _build(builder, folder)
     if stored_digest(folder) != builder.digest():
-        raise UserError(f"{folder}: packed from other files than {root} holds now; delete that folder to pack again")
+        raise UserError(f"{folder} was packed from other files than those now in {root}: delete it to pack again")
     return str(folder)
 
 
 def stored_digest(folder: Path) -> str | None:
-    """The digest of the source that a packed data set was made from; None before it is packed."""
+    """Returns the digest of a packed data set's source files; None before it is packed."""
     if not is_packed(folder):
         return None
     with _quiet():
@@ -177,16 +180,16 @@ def stored_digest(folder: Path) -> str | None:
 
 
 def _build(builder: RecordBuilder, folder: Path) -> None:
-    for left in folder.parent.glob("incomplete.*"):  # by a build that was killed
-        shutil.rmtree(left)
-    builder.counts()  # names what is missing before anything is written
+    for leftover in folder.parent.glob("incomplete.*"):  # from a killed build
+        shutil.rmtree(leftover)
+    builder.counts()  # reports missing files before anything is written
     tfds.disable_progress_bar()  # the builders show their own
     builder.download_and_prepare(download_config=builder.download_config())
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps TFDS's notes about folders and downloads from the terminal; stdout is for answers."""
+    """Hides TFDS's messages about folders and downloads, since stdout is for answers."""
     verbosity = logging.get_verbosity()
     logging.set_verbosity(logging.ERROR)
     try:
@@ -198,12 +201,12 @@ def _quiet() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """Lets one process at a time build below `folder`; the lock ends with the process, however that ends."""
+    """Lets one process at a time build below `folder`; the lock is released whenever and however the process ends."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = open(folder / ".lock", "w")  # noqa: SIM115
     except OSError as error:
-        raise UserError(f"{folder}: {error.strerror}; name a folder that can be written to") from None
+        raise UserError(f"{folder}: {error.strerror}: choose a writable folder") from None
     with lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield

@@ -1,9 +1,9 @@
-"""From an encoded video file to T sampled frames, on one thread and without decoding what is not asked for.
+"""Decodes T sampled frames of an encoded video on one thread, and decodes as few other frames as possible.
 
-A first pass reads packet headers only: it yields the exact time of every frame (variable frame rates included) and of
-every keyframe. The second pass decodes from the last keyframe before each wanted frame and lets the decoder drop
-unwanted frames that nothing refers to. Sampling is VideoChat2's (`rand`, `middle`; Ask-Anything,
-video_chat2/dataset/video_utils.py), resizing is its transform: bicubic, squashed to a square.
+The first pass reads only packet headers, which give the exact time of every frame and keyframe, also at variable frame
+rates. The second pass decodes from the last keyframe before each wanted frame; the decoder drops unwanted frames that
+no other frame refers to. Sampling is VideoChat2's (`rand`, `middle`; Ask-Anything,
+video_chat2/dataset/video_utils.py), and so is resizing: bicubic, squashed to a square.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from jaxtyping import Float, Int, UInt8
 from favchat_jax.data.picture import Augment, Squares
 from favchat_jax.errors import UserError
 
-SMALLEST_SIDE = 8  # pixels; below this there is no picture to speak of, and swscale's chroma filters fail
-KEPT_BYTES = 16 << 20  # the packets of a video up to this size stay in memory between the two passes
-NEAR = 64  # packets: in a larger one a keyframe this close is reached by passing packets over, a farther one by seeking
-# Opening a file decodes up to 20 frames only to guess how far frames are reordered. Streams almost always state it, so
-# the first attempt does without, and a stream that needed it is opened again the slow way.
+SMALLEST_SIDE = 8  # pixels; swscale's chroma filters fail below this, and such pictures show nothing
+KEPT_BYTES = 16 << 20  # packets of a video up to this size stay in memory between the two passes
+NEAR = 64  # packets; in a larger video, skipping reaches a keyframe this close, and seeking a more distant one
+# Opening a file normally decodes up to 20 frames to guess how far frames are reordered. Streams almost always state it,
+# so the first attempt skips the guess; a stream that needs it is opened again with it.
 QUICK_PROBE = {"skip_frame": "all", "analyzeduration": "1"}
 FULL_PROBE: dict[str, str] = {}
 # PyAV 18 cannot open a file whose metadata are not UTF-8 without this; PyAV 19 can, and has no such argument.
@@ -40,12 +40,12 @@ Picture = Callable[[av.VideoFrame], UInt8[np.ndarray, "H W 3"]]
 
 
 class VideoError(UserError):
-    """A video that cannot be read: missing, not a video, without frames, too small. Names the file."""
+    """A video cannot be read: it is missing, not a video, without frames, or too small. The message names the file."""
 
 
 @dataclass(frozen=True)
 class Clip:
-    """Sampled frames [T, H, W, 3], RGB, and the time of each in seconds from the first frame of the video."""
+    """Sampled frames [T, H, W, 3], RGB, and the time of each in seconds after the first frame of the video."""
 
     frames: UInt8[np.ndarray, "T H W 3"]
     seconds: Float[np.ndarray, " T"]
@@ -53,7 +53,7 @@ class Clip:
 
 @dataclass(frozen=True)
 class _Keyframe:
-    """Where decoding can begin: presentation time, the time to seek to, and the packet's place in the stream."""
+    """A keyframe, where decoding can begin: its presentation time, its seek time, and its packet's index."""
 
     time: int
     seek: int
@@ -64,8 +64,8 @@ class _Keyframe:
 class _Timeline:
     """Presentation times of all frames and all keyframes, both sorted; `unit` is one tick in seconds.
 
-    `timed` is False for a stream without times (raw streams, some AVI): its frames are told apart by counting.
-    `packets` are those of the whole stream where they are few enough to be kept.
+    `timed` is False for a stream without times (raw streams, some AVI): its frames are identified by counting.
+    `packets` holds all packets of a stream of at most KEPT_BYTES, else None.
     """
 
     times: list[int]
@@ -78,15 +78,15 @@ class _Timeline:
 def frame_indices(
     total: int, frames: int, sampling: str = "middle", rng: np.random.Generator | None = None
 ) -> Int[np.ndarray, " frames"]:
-    """Which `frames` of `total` frames to take: one of each of `frames` equal intervals.
+    """Chooses `frames` of `total` frames: one from each of `frames` equal intervals.
 
-    `middle` takes the middle frame of each interval, `rand` any one of it. A video of fewer frames than asked gives
-    all of them, and its last one again and again.
+    `middle` takes the middle frame of each interval, `rand` a random one. A video with too few frames gives all of them
+    and repeats its last one.
     """
     if total < 1 or frames < 1:
         raise ValueError(f"cannot take {frames} of {total} frames")
     taken = min(total, frames)
-    edges = [int(i * (total / taken)) for i in range(taken)] + [total]  # cut to whole numbers, as VideoChat2 does
+    edges = [int(i * (total / taken)) for i in range(taken)] + [total]  # rounded down, as in VideoChat2
     if sampling == "middle":
         indices = [(begin + end - 1) // 2 for begin, end in zip(edges[:-1], edges[1:], strict=True)]
     elif sampling == "rand":
@@ -108,18 +108,18 @@ def decode(
     augment: Augment | None = None,
     name: str | None = None,
 ) -> Clip:
-    """Decode `frames` sampled frames of a video, upright, RGB, `size` x `size` pixels.
+    """Decodes `frames` sampled frames of a video, upright, RGB, `size` x `size` pixels.
 
     Args:
       clip: an encoded video (any container and codec FFmpeg reads) or the path of one.
-      frames: T, how many frames to take; a shorter video repeats its last frame.
+      frames: T, the number of sampled frames; a shorter video repeats its last frame.
       size: side of the square output in pixels.
       sampling: `middle` (deterministic) or `rand` (needs `rng`), see `frame_indices`.
-      augment: random crop and flip, drawn once from `rng`; None squashes the whole picture.
-      name: what to call the video in an error, where `clip` is bytes.
+      augment: random crop and flip, drawn once from `rng`; None squashes the full picture.
+      name: the video's name in error messages, by default its path.
 
     Raises:
-      VideoError: no such file, not a video, no video stream, no frames, or a picture under 8 pixels a side.
+      VideoError: the file is missing or not a video, has no video stream or frames, or a side is under 8 pixels.
     """
     source = clip if isinstance(clip, bytes) else os.fspath(clip)
     label = name or ("the clip" if isinstance(clip, bytes) else source)
@@ -132,7 +132,7 @@ def decode(
             raise VideoError(f"{label} is {frame.width}x{frame.height} pixels: give a video of at least {limit}")
         return squares(frame)
 
-    choose = functools.cache(lambda total: frame_indices(total, frames, sampling, rng))  # one draw for both attempts
+    choose = functools.cache(lambda total: frame_indices(total, frames, sampling, rng))  # both attempts use one draw
     for probe in (QUICK_PROBE, FULL_PROBE):
         try:
             timeline, found = _sample(source, probe, label, choose, picture)
@@ -144,7 +144,7 @@ def decode(
         if found.keys() == set(indices):
             break
     if not found:
-        raise VideoError(f"no frame of {label} can be decoded: the file is damaged")
+        raise VideoError(f"no frame of {label} can be decoded, so the file is damaged: give an intact video file")
     times = np.array([timeline.times[index] - timeline.times[0] for index in indices])
     return Clip(
         frames=np.stack([_nearest(found, index) for index in indices]),
@@ -155,27 +155,27 @@ def decode(
 def _sample(
     source: bytes | str, probe: dict[str, str], label: str, choose: Callable[[int], np.ndarray], picture: Picture
 ) -> tuple[_Timeline, dict[int, UInt8[np.ndarray, "H W 3"]]]:
-    """The times of all frames, and by index those of the chosen frames that can be decoded."""
+    """Returns the times of all frames, and index -> picture of the chosen frames that can be decoded."""
     with _open(source, probe, label) as container:
         stream = _video_stream(container, label)
         timeline = _read_timeline(container, stream)
         if not timeline.times:
-            raise VideoError(f"{label} holds no video frames: the file is cut short or its video has zero length")
+            raise VideoError(f"{label} holds no video frames, so it is truncated or empty: give an intact video file")
         indices = choose(len(timeline.times)).tolist()
         if timeline.timed:
             return timeline, _read_frames(container, stream, timeline, indices, picture)
-    with _open(source, probe, label) as container:  # anew, since untimed streams often cannot seek to their start
+    with _open(source, probe, label) as container:  # reopened, since untimed streams often cannot seek to their start
         return timeline, _count_frames(container, _video_stream(container, label), set(indices), picture)
 
 
 def _check_file(source: bytes | str, label: str) -> None:
-    """Names what FFmpeg would only call an invalid argument."""
+    """Raises clear errors for files that FFmpeg would only call an invalid argument."""
     size = len(source)
     if isinstance(source, str):
         try:
             status = os.stat(source)
         except (OSError, ValueError) as error:
-            raise VideoError(f"{label} does not exist or cannot be reached: give the path of a video file") from error
+            raise VideoError(f"{label} does not exist or cannot be accessed: give the path of a video file") from error
         if stat.S_ISDIR(status.st_mode):
             raise VideoError(f"{label} is a folder: give a video file")
         if not stat.S_ISREG(status.st_mode) or not os.access(source, os.R_OK):
@@ -186,7 +186,7 @@ def _check_file(source: bytes | str, label: str) -> None:
 
 
 def _container_format(source: bytes | str) -> str | None:
-    """Tells mp4 by its head, since FFmpeg trying all its readers takes a tenth of a short clip's time."""
+    """Recognises mp4 by its first bytes: FFmpeg's own detection takes a tenth of a short clip's time."""
     if isinstance(source, str):
         with open(source, "rb", buffering=0) as file:
             source = file.read(8)
@@ -195,10 +195,10 @@ def _container_format(source: bytes | str) -> str | None:
 
 @contextlib.contextmanager
 def open_video(path: str | Path, label: str) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
-    """A video file's container and its stream of pictures, for whoever walks through all of it; on one thread.
+    """Opens a video file to read all of it on one thread; yields its container and its stream of pictures.
 
     Raises:
-      VideoError: as `decode`, also while it is read; `label` names the video.
+      VideoError: as in `decode`, also while the file is read; `label` names the video.
     """
     _check_file(os.fspath(path), label)
     with _open(os.fspath(path), FULL_PROBE, label) as container:
@@ -207,8 +207,8 @@ def open_video(path: str | Path, label: str) -> Iterator[tuple[av.container.Inpu
 
 @contextlib.contextmanager
 def _open(source: bytes | str, probe: dict[str, str], label: str) -> Iterator[av.container.InputContainer]:
-    # "file:" keeps a colon in a name from being taken for a protocol; the white list keeps playlists, which FFmpeg
-    # recognises by content whatever the file is called, from reaching the network.
+    # "file:" keeps a colon in a name from being read as a protocol. The white list keeps playlists, which FFmpeg
+    # recognises by content under any name, off the network.
     file = io.BytesIO(source) if isinstance(source, bytes) else f"file:{source}"
     options = {"protocol_whitelist": "file", **probe}
     try:
@@ -223,14 +223,14 @@ def _video_stream(container: av.container.InputContainer, label: str) -> av.Vide
     for stream in container.streams.video:
         if not stream.disposition & av.stream.Disposition.attached_pic:  # a cover picture is not a video
             if stream.codec_context is None:
-                raise VideoError(f"{label} is encoded with a codec that this FFmpeg lacks: re-encode it, e.g. as H.264")
+                raise VideoError(f"{label} uses a codec that this FFmpeg lacks: re-encode it, for example as H.264")
             stream.codec_context.thread_count = 1  # the loader's workers are the parallelism
             return stream
-    raise VideoError(f"{label} has no video stream, it holds sound only or nothing: give a video file")
+    raise VideoError(f"{label} has no video stream (only sound, or nothing): give a video file")
 
 
 def _read_timeline(container: av.container.InputContainer, stream: av.VideoStream) -> _Timeline:
-    """Read all packets of the stream, decoding none."""
+    """Reads all packets of the stream without decoding."""
     times: list[int | None] = []
     keys: list[_Keyframe] = []
     packets: list[av.Packet] = []
@@ -249,7 +249,7 @@ def _read_timeline(container: av.container.InputContainer, stream: av.VideoStrea
                     keys.append(_Keyframe(time, time if packet.dts is None else min(time, packet.dts), position))
             position += 1
     except av.error.InvalidDataError:
-        pass  # a file cut short: what comes before the cut is still good
+        pass  # a truncated file: its first part is still usable
     timed = bool(keys) and None not in times
     return _Timeline(
         times=sorted(times) if timed else list(range(len(times))),
@@ -267,9 +267,9 @@ def _read_frames(
     indices: list[int],
     picture: Picture,
 ) -> dict[int, UInt8[np.ndarray, "H W 3"]]:
-    """Decode the frames of `indices`, one keyframe's run after the other. What cannot be decoded is left out."""
+    """Decodes the frames of `indices`, run by run from their keyframes. Frames that cannot be decoded are missing."""
     found: dict[int, np.ndarray] = {}
-    runs: dict[int, dict[int, int]] = {}  # keyframe -> {time: index} of the wanted frames that it begins
+    runs: dict[int, dict[int, int]] = {}  # keyframe -> {time: index} of the wanted frames that follow it
     key_times = [key.time for key in timeline.keys]
     for index in indices:
         time = timeline.times[index]
@@ -284,7 +284,7 @@ def _read_frames(
 def _count_frames(
     container: av.container.InputContainer, stream: av.VideoStream, wanted: set[int], picture: Picture
 ) -> dict[int, UInt8[np.ndarray, "H W 3"]]:
-    """Decode from the start up to the last wanted frame: the only way where packets carry no times."""
+    """Decodes from the start up to the last wanted frame: the only way if packets have no times."""
     found: dict[int, np.ndarray] = {}
     decoded = (frame for packet in container.demux(stream) for frame in _decode_packet(packet))
     for index, frame in zip(range(max(wanted) + 1), decoded, strict=False):
@@ -296,48 +296,50 @@ def _count_frames(
 def _decode_packet(packet: av.Packet) -> list[av.VideoFrame]:
     try:
         return packet.decode()
-    except av.error.InvalidDataError:  # a damaged stretch: the frames around it may still be good
+    except av.error.InvalidDataError:  # a damaged part: the frames around it may still be usable
         return []
 
 
 class _Reader:
-    """Walks over a stream's packets and jumps between keyframes: in the list of packets where they were kept, else by
-    passing packets over or seeking, whichever is cheaper."""
+    """Decodes runs of a stream that start at keyframes.
+
+    It finds a keyframe in the list of kept packets, or else skips packets or seeks, whichever is cheaper.
+    """
 
     def __init__(self, container: av.container.InputContainer, stream: av.VideoStream, packets: list[av.Packet] | None):
         self._container, self._stream, self._kept = container, stream, packets
         self._packets: Iterator[av.Packet] = iter(())
-        self._position: int | None = None  # of the next packet in the stream; None before the first seek
+        self._position: int | None = None  # index of the next packet in the stream; None before the first seek
 
     def decode_run(self, key: _Keyframe, wanted: set[int]) -> Iterator[av.VideoFrame]:
-        """Yield the frames whose times are in `wanted`, decoding from `key` to the last of their packets."""
+        """Yields the frames whose times are in `wanted`; decodes from `key` to the last of their packets."""
         packet = self._go_to(key)
         context = self._stream.codec_context
         context.flush_buffers()
         unfed = set(wanted)
         while packet is not None and packet.size:
-            # An unwanted frame that no other frame refers to need not be decoded.
+            # The decoder skips unwanted frames that no other frame refers to.
             context.skip_frame = "DEFAULT" if packet.pts in unfed else "NONREF"
             unfed.discard(packet.pts)
             for frame in _decode_packet(packet):
                 if frame.pts in wanted:
                     yield frame
             packet = self._next() if unfed else None
-        # Draining brings out the frames that the decoder holds back for reordering, without feeding it any more.
+        # Draining returns the frames that the decoder holds back for reordering.
         with contextlib.suppress(av.error.InvalidDataError):
             yield from (frame for frame in context.decode(None) if frame.pts in wanted)
 
     def _go_to(self, key: _Keyframe) -> av.Packet | None:
-        """The packet of a keyframe, or None where the stream does not reach it."""
+        """Returns the packet of a keyframe, or None if the stream does not contain it."""
         if self._kept is not None:
             self._packets = iter(self._kept[key.position :])
             return next(self._packets)
         if self._position is None or not 0 <= key.position - self._position <= NEAR:
             self._seek(key.seek)
-        packet = self._pass_over(key)
-        if packet is None:  # the container's index was wrong: look for the keyframe from the start
+        packet = self._skip_to(key)
+        if packet is None:  # the container's index is wrong: search for the keyframe from the start
             self._seek(0)
-            packet = self._pass_over(key)
+            packet = self._skip_to(key)
         if packet is not None:
             self._position = key.position + 1
         return packet
@@ -346,7 +348,7 @@ class _Reader:
         self._container.seek(time, stream=self._stream)
         self._packets = iter(self._container.demux(self._stream))
 
-    def _pass_over(self, key: _Keyframe) -> av.Packet | None:
+    def _skip_to(self, key: _Keyframe) -> av.Packet | None:
         while (packet := self._next()) is not None and packet.size:
             if packet.is_keyframe and packet.pts == key.time:
                 return packet
@@ -365,7 +367,7 @@ class _Reader:
 
 
 def _nearest(found: dict[int, np.ndarray], index: int) -> UInt8[np.ndarray, "H W 3"]:
-    """The frame itself, or where it could not be decoded the last one before it, or the first after it."""
+    """Returns the frame, or if it could not be decoded the last frame before it, or the first after it."""
     if index in found:
         return found[index]
     before = [other for other in found if other < index]

@@ -1,6 +1,6 @@
 """The embedded benchmark: short questions about held-out rendered clips, scored by normalised exact match.
 
-Its result has "accuracy", "majority_baseline" (of always giving a kind's commonest answer) and "by_kind" besides.
+Its result also has "accuracy", "majority_baseline" (always giving a kind's most frequent answer) and "by_kind".
 """
 
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ from favchat_jax.evaluation.session import Session
 
 
 def run(config: EvaluationConfig, session: Session) -> Result:
-    """Answers every question of the split.
+    """Asks the model every question of the split and scores its answers.
 
     Raises:
         UserError: the split holds no questions.
@@ -27,7 +27,7 @@ def run(config: EvaluationConfig, session: Session) -> Result:
     source = open_dataset(config.data.name, config.data.packed, config.data.split)
     records = [record for record in (source[i] for i in range(len(source))) if record.questions]
     if not records:
-        raise UserError(f"split {config.data.split} of {config.data.name} holds no questions: name another data.split")
+        raise UserError(f"split {config.data.split} of {config.data.name} has no questions: set another data.split")
     if config.limit:
         records = records[: config.limit]
     said = session.ask([_ask(record) for record in records], config.max_new_tokens)
@@ -39,7 +39,7 @@ def run(config: EvaluationConfig, session: Session) -> Result:
 
 
 def score(rows: Sequence[dict[str, Any]], seed: int = 0) -> Result:
-    """The benchmark's figures from rows of id, clip, kind, question, expected and answer."""
+    """Makes the benchmark's result from rows of id, clip, kind, question, expected and answer."""
     kinds, references = [row["kind"] for row in rows], [row["expected"] for row in rows]
     hits = exact_matches([row["answer"] for row in rows], references)
     samples = [
@@ -62,7 +62,7 @@ def score(rows: Sequence[dict[str, Any]], seed: int = 0) -> Result:
 
 
 def table(result: Result) -> str:
-    """The result by kind of question, beside the majority baseline, for a terminal."""
+    """Formats the result for a terminal: accuracy by kind of question beside the majority baseline."""
     rows = [f"{'kind':<14}{'n':>6}{'accuracy':>10}{'majority':>10}"]
     rows += [
         f"{kind:<14}{row['n']:>6}{row['accuracy']:>10.3f}{row['majority_baseline']:>10.3f}"

@@ -1,8 +1,8 @@
-"""Drawing of the embedded data: what makes a picture of a face or of moving shapes, and the canvas it is painted on.
+"""Draws the embedded data's pictures: descriptions of faces and moving shapes, and the canvas for them.
 
-A head is an ellipsoid one unit wide to each side; x points right and y down in the picture, z to the viewer, and "left"
-is the viewer's left. Every part (`rendered_features`) is a polygon on the ellipsoid whose corners are turned with the
-head for all frames at once; a frame is then a list of filled polygons, drawn at twice the size and averaged down.
+A head is an ellipsoid that reaches one unit to each side. In the picture x points right, y down and z to the viewer;
+"left" is the viewer's left. Every part of a face (`face_parts`) is a polygon on the ellipsoid. Its corners turn with
+the head, in one computation for all frames. A frame is a list of filled polygons, drawn at twice the size and averaged.
 """
 
 from dataclasses import dataclass
@@ -14,15 +14,15 @@ from jaxtyping import Bool, Float, Int, UInt8
 SIZE = 128
 FRAMES = 16
 CANVAS = 2 * SIZE  # drawn at twice the size, then averaged down
-SUBPIXEL = 4  # bits of fixed point in polygon corners
-TEXTURE_UNIT = 80  # pixels of the skin texture a head unit
+SUBPIXEL = 4  # fractional bits of polygon corners
+TEXTURE_UNIT = 80  # pixels of the skin texture per head unit
 
 Color = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
 class Look:
-    """All that stays the same in a face clip: who the person is and how they are filmed. Colours are RGB."""
+    """The constant properties of a face clip: the person, the scene and the camera. Colours are RGB."""
 
     hair: Color
     long_hair: bool
@@ -38,11 +38,11 @@ class Look:
     earring: str  # none, left, right
     scar: str  # none, left, right
     earring_color: Color
-    mole_at: tuple[float, float]  # of the right cheek, in head units
+    mole_at: tuple[float, float]  # position on the right cheek in head units; mirrored for the left
     scar_at: tuple[float, float]
     face_width: float
-    jaw: float  # width of the jaw as a share of the cheeks'
-    eye_distance: float  # of each eye from the middle
+    jaw: float  # width of the jaw as a share of the cheeks' width
+    eye_distance: float  # distance of each eye from the middle
     eye_size: float
     nose: float  # width
     brow_width: float
@@ -50,14 +50,14 @@ class Look:
     lips: Color
     clothes: Color
     background: UInt8[np.ndarray, "H W 3"]  # at the canvas' size
-    light: tuple[float, float]  # from the right, from above
-    scale: float  # canvas pixels a head unit
-    center: tuple[float, float]  # canvas pixels
+    light: tuple[float, float]  # strength from the right, from above
+    scale: float  # canvas pixels per head unit
+    center: tuple[float, float]  # in canvas pixels
 
 
 @dataclass(frozen=True)
 class Motion:
-    """All that changes over a clip's T frames. Angles in radians: yaw > 0 turns to the right, pitch > 0 nods down."""
+    """The changing properties of a face clip of T frames. Angles in radians: yaw > 0 turns right, pitch > 0 nods."""
 
     yaw: Float[np.ndarray, " T"]
     pitch: Float[np.ndarray, " T"]
@@ -67,42 +67,42 @@ class Motion:
     emotion: str  # neutral, happy, sadness, surprise, anger
 
     def at(self, t: int) -> "Motion":
-        """Moment `t` alone."""
+        """Returns the motion of frame `t` only."""
         courses = (self.yaw, self.pitch, self.roll, self.eyes_open, self.mouth_open)
         return Motion(*(course[t : t + 1] for course in courses), self.emotion)
 
 
 @dataclass(frozen=True)
 class Shapes:
-    """A general clip: equal shapes that move one way. Lengths are shares of the frame."""
+    """A general clip: equal shapes that move in one direction. Lengths are shares of the frame."""
 
     shape: str  # circle, square, triangle, star
     color: Color
     middle: Float[np.ndarray, "N 2"]  # centres halfway through the clip
-    step: tuple[float, float]  # a frame
+    step: tuple[float, float]  # movement per frame
     radius: float
     spin: float  # radians over the clip
     background: UInt8[np.ndarray, "H W 3"]
 
 
 def mix(a: Color, b: Color, share: float) -> Color:
-    """Colour that is `share` of the way from `a` to `b`."""
+    """Mixes two colours: 0 gives `a`, 1 gives `b`."""
     return tuple(round(x + (y - x) * share) for x, y in zip(a, b, strict=True))
 
 
 def shade(color: Color, factor: float) -> Color:
-    """`color` made darker (< 1) or lighter (> 1)."""
+    """Makes a colour darker (factor < 1) or lighter (factor > 1)."""
     return tuple(min(255, round(x * factor)) for x in color)
 
 
 def ellipse(x: float, y: float, rx: float, ry: float, n: int = 16) -> Float[np.ndarray, "P 2"]:
-    """Corners of an ellipse about (x, y)."""
+    """Returns the corners of an ellipse with centre (x, y)."""
     angle = np.linspace(0, 2 * np.pi, n, endpoint=False)
     return np.stack([x + rx * np.cos(angle), y + ry * np.sin(angle)], -1)
 
 
 def smooth(points, closed: bool = True) -> Float[np.ndarray, "P 2"]:
-    """Cuts a polygon's corners twice (Chaikin's curve); the ends of an open line stay."""
+    """Smooths a polygon by cutting its corners twice (Chaikin's curve); the ends of an open line stay in place."""
     points = np.asarray(points, np.float64)
     for _ in range(2):
         following = np.roll(points, -1, axis=0)
@@ -112,31 +112,31 @@ def smooth(points, closed: bool = True) -> Float[np.ndarray, "P 2"]:
 
 
 def surface(points: Float[np.ndarray, "*T P 2"]) -> Float[np.ndarray, "*T P 3"]:
-    """Lifts points of the face's front onto the ellipsoid."""
+    """Projects points on the front of the face onto the ellipsoid."""
     x, y = points[..., 0], points[..., 1]
     z = 0.9 * np.sqrt(np.clip(1 - (x / 1.1) ** 2 - (y / 1.55) ** 2, 0, None))
     return np.stack([x, y, z], -1)
 
 
 def flat(points: Float[np.ndarray, "P 2"], z: float) -> Float[np.ndarray, "P 3"]:
-    """Puts points at one depth."""
+    """Places points at the same depth."""
     return np.concatenate([points, np.full((len(points), 1), z)], -1)
 
 
 def fixed(pixels: Float[np.ndarray, "*T P 2"]) -> Int[np.ndarray, "*T P 2"]:
-    """Pixels to the fixed-point corners with which cv2 draws between pixels."""
+    """Converts pixels to fixed-point corners, so that cv2 draws with subpixel precision."""
     return np.round(pixels * (1 << SUBPIXEL)).astype(np.int32)
 
 
 @dataclass(frozen=True)
 class Polygon:
-    """One part of the picture in every frame: filled, or a line where it has a thickness."""
+    """One part of the picture in every frame: a filled polygon, or a line if it has a thickness."""
 
     corners: Int[np.ndarray, "T P 2"]
     color: Color
     thickness: int = 0  # canvas pixels
     closed: bool = True
-    visible: Bool[np.ndarray, " T"] | None = None  # in every frame where None
+    visible: Bool[np.ndarray, " T"] | None = None  # None: in every frame
 
     def draw(self, canvas: UInt8[np.ndarray, "H W 3"], t: int) -> None:
         """Paints frame `t`."""
@@ -157,7 +157,7 @@ class Texture:
     picture: UInt8[np.ndarray, "H W 3"]
     corners: Int[np.ndarray, "T P 2"]
     anchors: Float[np.ndarray, "3 2"]  # three points of the picture
-    targets: Float[np.ndarray, "T 3 2"]  # where they lie in each frame
+    targets: Float[np.ndarray, "T 3 2"]  # their positions in each frame
 
     def draw(self, canvas: UInt8[np.ndarray, "H W 3"], t: int) -> None:
         """Paints frame `t`."""
@@ -169,14 +169,14 @@ class Texture:
 
 
 class Head:
-    """Turns points on a head into canvas pixels for every frame, and collects the picture's parts, back to front."""
+    """Projects points on a head to canvas pixels for every frame, and collects the picture's parts, back to front."""
 
     def __init__(self, look: Look, motion: Motion):
         self.look, self.motion = look, motion
         self.parts: list[Polygon | Texture] = []
 
     def place(self, points: Float[np.ndarray, "*T P 3"]) -> Float[np.ndarray, "T P 2"]:
-        """Turns by yaw, then pitch, then roll; orthographic. Points without a frame axis hold for every frame."""
+        """Turns points by yaw, then pitch, then roll, and projects them. Points without T apply to every frame."""
         yaw, pitch, roll = (a[:, None] for a in (self.motion.yaw, self.motion.pitch, self.motion.roll))
         x, y, z = np.moveaxis(points, -1, 0)
         x, z = x * np.cos(yaw) + z * np.sin(yaw), z * np.cos(yaw) - x * np.sin(yaw)
@@ -184,7 +184,7 @@ class Head:
         return self._film(x, y, roll)
 
     def outline(self, points: Float[np.ndarray, "P 2"]) -> Float[np.ndarray, "T P 2"]:
-        """Places the silhouette of head or hair: it keeps its width as the head turns, only the jaw swings along."""
+        """Places the silhouette of head or hair; its width stays as the head turns, only the jaw moves along."""
         yaw, pitch, roll = (a[:, None] for a in (self.motion.yaw, self.motion.pitch, self.motion.roll))
         x, y = points[:, 0], points[:, 1]
         low = np.clip((y + 0.1) / 1.3, 0, 1)
@@ -193,7 +193,7 @@ class Head:
         return self._film(x, y, roll)
 
     def still(self, points: Float[np.ndarray, "P 2"]) -> Float[np.ndarray, "T P 2"]:
-        """Places what does not move with the head."""
+        """Places parts that do not move with the head."""
         return self._film(points[:, 0], points[:, 1], np.zeros((len(self.motion.yaw), 1)))
 
     def _film(self, x, y, roll) -> Float[np.ndarray, "T P 2"]:
@@ -201,11 +201,11 @@ class Head:
         return np.stack([x * self.look.face_width, y], -1) * self.look.scale + np.asarray(self.look.center)
 
     def fill(self, pixels: Float[np.ndarray, "T P 2"], color: Color, visible=None) -> None:
-        """Adds a filled polygon; `visible` [T] says in which frames."""
+        """Adds a filled polygon; `visible` [T] selects its frames."""
         self.parts.append(Polygon(fixed(pixels), color, visible=visible))
 
     def face(self, points: Float[np.ndarray, "*T P 2"], color: Color, visible=None) -> None:
-        """Adds a filled polygon that lies on the front of the face."""
+        """Adds a filled polygon on the front of the face."""
         self.fill(self.place(surface(points)), color, visible)
 
     def line(self, points: Float[np.ndarray, "*T P 2"], color: Color, width: float, closed=False, visible=None) -> None:
@@ -214,7 +214,7 @@ class Head:
         self.parts.append(Polygon(fixed(self.place(surface(points))), color, thickness, closed, visible))
 
     def texture(self, picture: UInt8[np.ndarray, "H W 3"], outline: Float[np.ndarray, "T P 2"]) -> None:
-        """Adds a picture of the face's front, seen within `outline`."""
+        """Adds a picture of the face's front, clipped to `outline`."""
         corners = np.array([[-0.5, 0.0], [0.5, 0.0], [0.0, 0.6]])
         anchors = (corners * TEXTURE_UNIT + CANVAS / 2).astype(np.float32)
         targets = self.place(surface(corners)).astype(np.float32)

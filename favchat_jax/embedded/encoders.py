@@ -89,15 +89,8 @@ def make_facial_encoder(config: Config, records: Sequence[Record], frames: Frame
     model = FrameClassifier(FaceXFormerEncoder(**vars(config.model.facexformer)), _counts(labels))
     # Small things, which a token has to say loudly.
     importance = dict.fromkeys(rendered_faces.DETAILS, 2.5) | {"beard": 1.5}
-    weights = fit_classifier(
-        model,
-        batches(),
-        pretrain.facial_steps,
-        rate=pretrain.learning_rate,
-        seed=config.seed,
-        name="facial encoder",
-        importance=importance,
-    )
+    how = {"rate": pretrain.learning_rate, "seed": config.seed, "importance": importance}
+    weights = fit_classifier(model, batches(), pretrain.facial_steps, name="facial encoder", **how)
     save_weights(folder, flatten_dict({"facexformer": weights["encoder"]}, sep="/"), {"kind": "facexformer"})
 
 
@@ -127,15 +120,8 @@ def make_general_encoder(config: Config, records: Sequence[Record], frames: Fram
     model = ClipClassifier(UMT(**vars(config.model.umt)), _counts(labels))
     # What moves and whither is what only this stream can see, and what takes longest to learn.
     importance = {"motion": 2.0, "direction": 2.0}
-    weights = fit_classifier(
-        model,
-        batches(),
-        pretrain.general_steps,
-        rate=pretrain.learning_rate,
-        seed=config.seed,
-        name="general encoder",
-        importance=importance,
-    )
+    how = {"rate": pretrain.learning_rate, "seed": config.seed, "importance": importance}
+    weights = fit_classifier(model, batches(), pretrain.general_steps, name="general encoder", **how)
     tree = {"umt": weights["encoder"], "vision_layernorm": weights["vision_layernorm"]}
     save_weights(folder, flatten_dict(tree, sep="/"), {"kind": "umt"})
 

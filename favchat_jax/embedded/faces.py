@@ -1,13 +1,13 @@
-"""The embedded data set's clips: who is seen, what they do and what is asked, as a function of (seed, split, index).
+"""The embedded data set's clips: their people, actions and questions are a function of (seed, split, index).
 
-Stands in for CelebV-HQ in the demo and the tests: the same 83 labels, summaries and question-answer pairs (paper,
-section 3.2). Faces are seen tightly framed and with bold features, so that a model that sees 8 frames of 64 x 64 pixels
-can read them; moles, earrings and scars are 1-3 of those pixels wide, too small for the general encoder's patches.
+They replace CelebV-HQ in the demo and the tests, with the same 83 labels, summaries and question-answer pairs (paper,
+section 3.2). Faces fill the frame and have bold features, so that a model can read them in 8 frames of 64 x 64 pixels.
+Moles, earrings and scars are 1-3 of those pixels wide, too small for the general encoder's patches.
 
-Answers are balanced by construction: the clips that ask a kind of question take its classes in turn, in shuffled
-blocks, so that always giving one answer never scores above one half. Left and right are the viewer's.
+Answers are balanced by construction. Clips with the same kind of question take its classes in turn, in shuffled blocks.
+So a constant answer never scores above one half. Left and right are the viewer's.
 
-    python -m favchat_jax.data.rendered_faces --contact_sheet=docs/figures/rendered_faces.png
+    python -m favchat_jax.embedded.faces --contact_sheet=docs/figures/rendered_faces.png
 """
 
 import argparse
@@ -21,7 +21,7 @@ from jaxtyping import UInt8
 
 from favchat_jax.data import vocabulary
 from favchat_jax.data.record import Question, Record
-from favchat_jax.embedded import drawing, features
+from favchat_jax.embedded import drawing, face_parts
 
 FPS = 12
 GENERAL_EVERY = 6  # one clip in six shows no face
@@ -86,12 +86,12 @@ QUESTIONS = {
 
 
 def render(seed: int, split: str, index: int) -> Record:
-    """Draws, encodes and describes clip `index` of `split`. Equal arguments give equal bytes; splits share no seed."""
+    """Draws, encodes and describes clip `index` of `split`. Equal arguments give equal bytes; splits differ."""
     rng = generator(seed, split, "clip", index)
     classes, asked = sample_classes(seed, split, index, rng)
     has_face = "emotion" in classes
     if has_face:
-        frames = features.draw_face(sample_look(classes, rng), sample_motion(classes, rng))
+        frames = face_parts.draw_face(sample_look(classes, rng), sample_motion(classes, rng))
     else:
         frames = drawing.draw_shapes(sample_shapes(classes, rng))
     name = f"{split}-{seed}-{index:05d}"
@@ -102,28 +102,28 @@ def render(seed: int, split: str, index: int) -> Record:
         summary=_summary(classes, rng) if has_face else _general_summary(classes, rng),
         questions=tuple(_question(label, classes[label], rng) for label in asked),
         targets=_targets(classes) if has_face else _general_targets(classes),
-        source=name,  # every clip is of a person of its own
+        source=name,  # every clip shows another person
         has_face=has_face,
         labels={label: LABELS[label].index(classes[label]) if label in classes else -1 for label in LABELS},
     )
 
 
 def render_still(seed: int, split: str, index: int) -> tuple[UInt8[np.ndarray, "1 h w 3"], dict[str, int]]:
-    """One moment of a face clip that is in no split, all classes by lot, and the class of each of `FACE_LABELS`.
+    """Draws one frame of a face clip that is in no split; returns it with the random class of each of `FACE_LABELS`.
 
-    Four times cheaper than a clip: what pretrains a facial encoder.
+    It pretrains the facial encoder, and is four times cheaper than a clip.
     """
     rng = generator(seed, split, "still", index)
     classes = {label: LABELS[label][rng.integers(len(LABELS[label]))] for label in FACE_LABELS}
     look, motion = sample_look(classes, rng), sample_motion(classes, rng)
-    frames = features.draw_face(look, motion.at(int(rng.integers(drawing.FRAMES))))
+    frames = face_parts.draw_face(look, motion.at(int(rng.integers(drawing.FRAMES))))
     return frames, {label: LABELS[label].index(value) for label, value in classes.items()}
 
 
 def render_shapes(seed: int, split: str, index: int) -> tuple[UInt8[np.ndarray, "T h w 3"], dict[str, int]]:
-    """A general clip that is in no split, not encoded, and the class of each of `GENERAL_LABELS`.
+    """Draws the frames of a general clip that is in no split; returns them with the class of each of `GENERAL_LABELS`.
 
-    For pretraining, as `render_still`.
+    It pretrains the general encoder.
     """
     rng = generator(seed, split, "shapes", index)
     classes = {label: LABELS[label][rng.integers(len(LABELS[label]))] for label in GENERAL_LABELS}
@@ -134,7 +134,7 @@ def render_shapes(seed: int, split: str, index: int) -> tuple[UInt8[np.ndarray, 
 def sample_classes(
     seed: int, split: str, index: int, rng: np.random.Generator
 ) -> tuple[dict[str, str], tuple[str, ...]]:
-    """Class of each label that clip `index` has, and the labels that its questions ask about."""
+    """Draws the class of each label of clip `index`; returns them with the labels that its questions ask about."""
     ordinal, place = divmod(index, GENERAL_EVERY)
     if place == GENERAL_EVERY - 1:
         return {label: _balanced(seed, split, label, ordinal) for label in GENERAL_LABELS}, GENERAL_LABELS[:3]
@@ -145,20 +145,20 @@ def sample_classes(
 
 
 def generator(seed: int, split: str, purpose: str, number: int) -> np.random.Generator:
-    """Random numbers of one purpose; no two purposes, splits or seeds share any."""
+    """Returns the random generator of one purpose; purposes, splits and seeds share no random numbers."""
     return np.random.default_rng([seed, zlib.crc32(split.encode()), zlib.crc32(purpose.encode()), number])
 
 
 def _balanced(seed: int, split: str, label: str, turn: int) -> str:
-    """Class of the `turn`-th clip that asks about `label`: all classes in turn, in blocks of shuffled order."""
+    """Returns the class of the `turn`-th clip that asks about `label`: every shuffled block holds all classes."""
     block, place = divmod(turn, len(LABELS[label]))
     return LABELS[label][generator(seed, split, label, block).permutation(len(LABELS[label]))[place]]
 
 
 def _plan(ordinal: int) -> dict[str, int]:
-    """What face clip `ordinal` asks: two of the appearance kinds, one of detail, and emotion or motion, each in turn.
+    """Chooses the kinds of question of a face clip: two of appearance, one of detail, and emotion or motion, in turn.
 
-    Returns label -> how many clips before it asked the same.
+    Returns label -> number of earlier clips that ask about it.
     """
     asked = {APPEARANCE[place % 7]: place // 7 for place in (2 * ordinal, 2 * ordinal + 1)}
     asked[DETAILS[ordinal % 3]] = ordinal // 3
@@ -167,12 +167,12 @@ def _plan(ordinal: int) -> dict[str, int]:
 
 
 def near(rng: np.random.Generator, color: tuple[float, ...], spread: float) -> drawing.Color:
-    """A colour close to `color`."""
+    """Draws a colour close to `color`."""
     return tuple(int(np.clip(c, 0, 255)) for c in rng.normal(color, spread))
 
 
 def sample_look(classes: dict[str, str], rng: np.random.Generator) -> drawing.Look:
-    """A person and a scene that show `classes`; all else is drawn by lot."""
+    """Draws a person and a scene that show `classes`; everything else is random."""
 
     def pick(*colors):
         return colors[rng.integers(len(colors))]
@@ -197,7 +197,7 @@ def sample_look(classes: dict[str, str], rng: np.random.Generator) -> drawing.Lo
         mole=classes["mole"],
         earring=classes["earring"],
         scar=classes["scar"],
-        earring_color=pick((30, 225, 235), (60, 240, 200)),  # turquoise, which nothing near an ear is
+        earring_color=pick((30, 225, 235), (60, 240, 200)),  # turquoise differs from everything near an ear
         mole_at=(rng.uniform(0.44, 0.58), rng.uniform(0.3, 0.42)),
         scar_at=(rng.uniform(0.56, 0.62), rng.uniform(0.66, 0.72)),
         face_width=rng.uniform(0.93, 1.04),
@@ -217,7 +217,7 @@ def sample_look(classes: dict[str, str], rng: np.random.Generator) -> drawing.Lo
 
 
 def _background(rng: np.random.Generator) -> UInt8[np.ndarray, "H W 3"]:
-    """A colour gradient with blurred patches."""
+    """Draws a colour gradient with blurred patches."""
     a, b = rng.uniform(30, 170, (2, 3))
     angle = rng.uniform(0, 2 * np.pi)
     y, x = np.mgrid[-1:1:32j, -1:1:32j]
@@ -229,7 +229,7 @@ def _background(rng: np.random.Generator) -> UInt8[np.ndarray, "H W 3"]:
 
 
 def sample_motion(classes: dict[str, str], rng: np.random.Generator, frames: int = drawing.FRAMES) -> drawing.Motion:
-    """Head, eyes and mouth over the clip: a small drift of the pose, and the one large motion of `classes`."""
+    """Draws the movement of head, eyes and mouth: a small drift of the pose and the large motion of `classes`."""
     t = np.arange(frames) / frames
     cycles, phase = rng.uniform(1.8, 2.3), rng.uniform(0, 2 * np.pi)
     wave = np.sin(2 * np.pi * cycles * t + phase)
@@ -256,7 +256,7 @@ def sample_motion(classes: dict[str, str], rng: np.random.Generator, frames: int
 
 
 def sample_shapes(classes: dict[str, str], rng: np.random.Generator) -> drawing.Shapes:
-    """A general scene that shows `classes`, before a dull background."""
+    """Draws a general scene that shows `classes` before a dull background."""
     count = LABELS["count"].index(classes["count"]) + 1
     colors = {"red": (214, 44, 48), "green": (48, 166, 72), "blue": (48, 84, 214), "yellow": (240, 210, 50)}
     way = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}[classes["direction"]]
@@ -276,7 +276,7 @@ def sample_shapes(classes: dict[str, str], rng: np.random.Generator) -> drawing.
 
 
 def answer(label: str, value: str) -> str:
-    """The canonical answer to a question about `label` where its class is `value`."""
+    """Returns the canonical answer to a question about `label` for the class `value`."""
     return ANSWERS.get(label, {}).get(value, value)
 
 
@@ -307,14 +307,14 @@ def _list(parts: list[str]) -> str:
 
 
 def _summary(classes: dict[str, str], rng: np.random.Generator) -> str:
-    """Two or three sentences with all that is seen, in one of several wordings."""
+    """Writes two or three sentences about everything visible, in one of several wordings."""
     length, hair, eyes, skin, beard = (classes[name] for name in ("hair_length", "hair", "eyes", "skin", "beard"))
     emotion, motion = answer("emotion", classes["emotion"]), answer("motion", classes["motion"])
     has = [f"a {mark} on the {classes[mark]} cheek" for mark in ("mole", "scar") if classes[mark] != "none"]
     wears = ["glasses"] * (classes["glasses"] == "yes") + ["a hat"] * (classes["hat"] == "yes")
     wears += [f"an earring in the {classes['earring']} ear"] * (classes["earring"] != "none")
     sentences = []
-    # "blue eyes" in one wording; "the eyes are blue" in the other, where what comes next is a look and nothing else.
+    # One wording is "blue eyes", the other "the eyes are blue"; the latter is followed only by properties of the look.
     if rng.integers(2):
         has += [f"{eyes} eyes", f"{skin} skin", "no beard" if beard == "none" else f"a {beard}"]
         rng.shuffle(has)
@@ -324,9 +324,9 @@ def _summary(classes: dict[str, str], rng: np.random.Generator) -> str:
         looks.append("there is no beard" if beard == "none" else f"the beard is a {beard}")
         rng.shuffle(looks)
         sentences.append(f"{_list(looks).capitalize()}.")
-    told = [f"{verb} {_list(things)}" for verb, things in (("has", has), ("wears", wears)) if things]
-    if told:
-        sentences.append(f"The person {' and '.join(told)}.")
+    clauses = [f"{verb} {_list(things)}" for verb, things in (("has", has), ("wears", wears)) if things]
+    if clauses:
+        sentences.append(f"The person {' and '.join(clauses)}.")
     does = (
         f"The person looks {emotion} and is {motion}.",
         f"The person is {motion} and looks {emotion}.",
@@ -365,12 +365,12 @@ def _general_targets(classes: dict[str, str]) -> dict[str, str]:
 
 
 def attribute_labels(record: Record) -> dict[str, int]:
-    """Class index of each of `LABELS` in a rendered record; -1 where the clip has none (a face has no `shape`)."""
+    """Returns the class index of each of `LABELS` for a rendered record; -1 for absent labels (a face has no shape)."""
     return {label: record.labels.get(label, -1) for label in LABELS}
 
 
 def encode(frames: UInt8[np.ndarray, "T H W 3"], crf: int = 18) -> bytes:
-    """H.264 mp4 bytes of RGB frames at `FPS`; one thread, so that equal frames give equal bytes."""
+    """Encodes RGB frames as H.264 mp4 at `FPS`, on one thread so that equal frames give equal bytes."""
     buffer = io.BytesIO()
     with av.open(buffer, "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=FPS, options={"preset": "veryfast", "crf": str(crf)})
@@ -384,7 +384,7 @@ def encode(frames: UInt8[np.ndarray, "T H W 3"], crf: int = 18) -> bytes:
 
 
 def contact_sheet(clips: int = 16, across: int = 4) -> UInt8[np.ndarray, "H W 3"]:
-    """The first clips of the held-out split, one moment of each, side by side in RGB."""
+    """Tiles one frame of each of the first held-out clips into an RGB picture."""
     tiles = []
     for index in range(clips):
         with av.open(io.BytesIO(render(0, "heldout", index).clip)) as container:

@@ -1,4 +1,4 @@
-"""What all parts are fitted with: Muon over a stream of batches."""
+"""Training of all parts: Muon over a stream of batches."""
 
 import functools
 from collections.abc import Callable, Iterator
@@ -16,18 +16,13 @@ from favchat_jax.training.step import compiler_options
 def fit(
     loss: Callable[..., Float[Array, ""]], weights: dict, batches: Iterator[tuple], steps: int, rate: float, name: str
 ) -> dict:
-    """Muon over `steps` batches with warm-up and cosine decay; a batch is what `loss` takes after the weights."""
-    settings = OptimizerConfig(
-        name="muon",
-        learning_rate=rate,
-        encoder_rate=1.0,
-        b1=0.9,
-        b2=0.999,
-        weight_decay=0.02,
-        clip_norm=1.0,
-        warmup=0.1,
-        floor=0.05,
-    )
+    """Trains `weights` with Muon over `steps` batches, with warm-up and cosine decay.
+
+    A batch holds the arguments of `loss` after the weights.
+    """
+    adam = {"b1": 0.9, "b2": 0.999, "weight_decay": 0.02, "encoder_rate": 1.0}
+    shape = {"warmup": 0.1, "floor": 0.05, "clip_norm": 1.0}
+    settings = OptimizerConfig(name="muon", learning_rate=rate, **adam, **shape)
     optimizer = make_optimizer(settings, steps)
 
     @functools.partial(jax.jit, donate_argnums=(0, 1), compiler_options=compiler_options())

@@ -1,7 +1,8 @@
 """The embedded preset's pretrained parts: small stand-ins for Mistral-7B, UMT-L and FaceXFormer, made in minutes.
 
-Each is written to the same kind of folder as the published part it stands for and loaded by the same code: the language
-model as a Hugging Face folder, the encoders as weights folders. Without them a run of minutes learns no facial detail.
+Each part is written to the same kind of folder as the published part that it replaces, and loaded by the same code: the
+language model is a Hugging Face folder, the encoders are weights folders. Without pretrained parts, a run of minutes
+does not learn facial detail.
 """
 
 import functools
@@ -32,12 +33,12 @@ PARTS = Path("runs/tiny-parts")
 
 
 def make_missing_parts(config: Config) -> None:
-    """Makes whichever of the embedded preset's parts are not in PARTS.
+    """Makes the embedded preset's parts that are missing in PARTS.
 
-    A part that the config takes from anywhere else is a person's own: it is not made.
+    A part that the config takes from another folder belongs to the user and is not made.
 
     Raises:
-        UserError: a part is there that was made with other settings; finished runs may need it as it is.
+        UserError: an existing part was made with other settings; it stays, since finished runs may need it.
     """
     settings = config.to_json()
     recipe = Pretrain.of(config).to_json()
@@ -70,23 +71,23 @@ def make_missing_parts(config: Config) -> None:
 
 
 def _is_made(folder: Path, field: str, recipe: dict) -> bool:
-    """Whether a part is there; raises UserError where it is another than the recipe's."""
+    """Returns whether a part exists; raises UserError if it was made with another recipe."""
     if not folder.exists():
         return False
     path = folder / "recipe.json"
     if not path.is_file():
-        raise UserError(f"{folder} has no recipe.json, so it is no part that a run made: move it elsewhere")
+        raise UserError(f"{folder} has no recipe.json, so no run made it: move it elsewhere")
     fields = sorted(differing(json.loads(path.read_text()), recipe))
     if fields:
         raise UserError(
-            f"{folder} was made with other settings, and runs may need it: {', '.join(fields)}. Take its values, "
-            f"have another made with --config.{field}={PARTS}/NAME, or remove the folder"
+            f"{folder} was made with other settings, and runs may need it: {', '.join(fields)}. Use its values, "
+            f"make another part with --config.{field}={PARTS}/NAME, or remove the folder"
         )
     return True
 
 
 def _decode_all(records: Sequence[Record], size: int) -> UInt8[np.ndarray, "N T H W 3"]:
-    """Every frame of every clip, at the model's size."""
+    """Decodes every frame of every clip at the model's size."""
     with ThreadPoolExecutor(2) as pool:  # decoding runs outside Python's lock
         clips = pool.map(lambda r: decode(r.clip, frames=FRAMES, size=size, name=r.id).frames, records)
         return np.stack(list(tqdm(clips, total=len(records), desc="decoding clips", unit="clip", mininterval=1)))

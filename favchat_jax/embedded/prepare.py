@@ -1,4 +1,4 @@
-"""What a stage needs before it can train: made here in the embedded preset, asked for in the others."""
+"""Provides the inputs of a stage: makes them in the embedded preset, requires them in the others."""
 
 import importlib
 from pathlib import Path
@@ -14,12 +14,12 @@ PRESET = "tiny"
 
 
 def prepare(config: Config) -> list[Config]:
-    """Makes the embedded preset's missing parts, and returns the stages to be trained first, in their order.
+    """Makes the embedded preset's missing parts, and returns the stages that must be trained first, in order.
 
-    Each of those stages belongs in its default workdir.
+    Each of those stages is trained in its default workdir.
 
     Raises:
-        UserError: something is missing that cannot be made here; the message names the command that makes it.
+        UserError: a missing input cannot be made here; the message names the command that makes it.
     """
     if config.preset != PRESET:
         config.require_sources()
@@ -32,7 +32,7 @@ def prepare(config: Config) -> list[Config]:
 
 
 def stage_config(stage: str, argument: str) -> Config:
-    """The config of a stage as its file in `configs/` gives it; the argument is what follows the file's colon."""
+    """Returns the config of a stage from its file in `configs/`; the argument is the text after the file's colon."""
     try:
         file = importlib.import_module(f"configs.{stage}").get_config(argument)
     except ValueError as error:
@@ -41,9 +41,9 @@ def stage_config(stage: str, argument: str) -> Config:
 
 
 def _missing_before(config: Config) -> Config | None:
-    """The stage that has to be trained before `config`'s; None if nothing is missing."""
+    """Returns the config of the stage that must be trained before `config`'s; None if nothing is missing."""
     before, made_here = STAGES[config.stage].before, config.preset == PRESET
-    if before is None:  # the Q-Formers that v2 freezes in its first stage come from v1's
+    if before is None:  # v2 freezes its Q-Formers in the first stage and takes them from v1's first stage
         earlier, source = made_here and _default(config, "stage1", variant="v1", ablation="none"), config.init.qformer
     else:
         earlier, source = made_here and _default(config, before), config.init.from_run
@@ -54,13 +54,16 @@ def _missing_before(config: Config) -> Config | None:
         return earlier
     chosen = f"preset={config.preset},variant={config.variant},ablation={config.ablation}"
     raise UserError(
-        f"init.from_run={source} holds no finished {before}: name the workdir of one, "
-        f"made with python -m favchat_jax.train --config=configs/{before}.py:{chosen} --workdir=DIR"
+        f"init.from_run={source} holds no finished {before}: train one "
+        f"with python -m favchat_jax.train --config=configs/{before}.py:{chosen} --workdir=DIR"
     )
 
 
 def _default(config: Config, stage: str, **kind: str) -> Config:
-    """The default config of an earlier stage, with the parts, data and seed of `config`; `kind` is of another model."""
+    """Returns the default config of an earlier stage with the parts, data and seed of `config`.
+
+    `kind` overrides preset, variant or ablation.
+    """
     chosen = {name: kind.get(name, getattr(config, name)) for name in ("preset", "variant", "ablation")}
     argument = ",".join(f"{name}={value}" for name, value in chosen.items())
     default = stage_config(stage, argument)

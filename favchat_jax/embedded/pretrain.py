@@ -1,4 +1,4 @@
-"""The section `pretrain` of a config: how the embedded preset's stand-ins for published parts are made."""
+"""The section `pretrain` of a config: sizes and training of the embedded preset's stand-ins for published parts."""
 
 from dataclasses import dataclass
 from typing import Self
@@ -10,49 +10,31 @@ from favchat_jax.section import Count, Positive, Section
 
 @dataclass(frozen=True, kw_only=True)
 class LanguageModelSizes(Section):
-    """Sizes of a small Mistral.
+    """Sizes of a small Mistral."""
 
-    Attributes:
-        width: channels of a token.
-        layers: how many.
-        heads, kv_heads: of attention; groups of heads share keys and values.
-        mlp: hidden channels of a layer's MLP.
-        vocabulary: tokens.
-    """
-
-    width: Count
+    width: Count  # channels of a token
     layers: Count
-    heads: Count
-    kv_heads: Count
-    mlp: Count
-    vocabulary: Count
+    heads: Count  # attention heads
+    kv_heads: Count  # heads of keys and values, each shared by a group of heads
+    mlp: Count  # hidden channels of a layer's MLP
+    vocabulary: Count  # number of tokens
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pretrain(Section):
-    """The stand-ins' sizes and training.
+    """The stand-ins' sizes and training."""
 
-    Attributes:
-        llm: sizes of the language model.
-        llm_steps: batches of 16 texts.
-        facial_steps: batches of 128 single frames.
-        general_steps: batches of 32 clips.
-        stills: faces that are drawn for the facial encoder beside those of the clips.
-        general_clips: clips without a face that are drawn for the general encoder.
-        learning_rate: Muon's peak.
-    """
-
-    llm: LanguageModelSizes
-    llm_steps: Count
-    facial_steps: Count
-    general_steps: Count
-    stills: Count
-    general_clips: Count
-    learning_rate: Positive
+    llm: LanguageModelSizes  # sizes of the language model
+    llm_steps: Count  # batches of 16 texts
+    facial_steps: Count  # batches of 128 single frames
+    general_steps: Count  # batches of 32 clips
+    stills: Count  # faces drawn for the facial encoder in addition to those of the clips
+    general_clips: Count  # clips without a face, drawn for the general encoder
+    learning_rate: Positive  # Muon's peak learning rate
 
     @classmethod
     def of(cls, config: Config) -> Self:
-        """The section of a config; raises UserError for a value that is not allowed."""
+        """Reads the section of a config; raises UserError for a value that is not allowed."""
         try:
             return cls.read(config.pretrain or {})
         except UserError as error:

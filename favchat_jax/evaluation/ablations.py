@@ -1,9 +1,9 @@
-"""Table 6: how much each part of the model is worth, from results of several seeds on the same questions.
+"""Table 6: how much each part of the model contributes, from results of several seeds on the same questions.
 
-Two intervals stand beside every figure, since they answer two things. That over questions (a bootstrap over clips of
-the seeds' average, since questions about one clip are not independent) says what other held-out clips would give. That
-over seeds (Student's t) says what another training run would give; one seed has none. Differences from the full model
-are paired: the same questions, the same seeds.
+Every figure has two intervals. The interval over questions says what other held-out clips would give: a bootstrap of
+the seeds' average that draws entire clips, since questions about one clip are not independent. The interval over seeds
+(Student's t) says what another training run would give; it needs two seeds. Differences from the full model are paired:
+same questions, same seeds.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,7 +20,7 @@ from favchat_jax.evaluation.metrics import mean_figure
 FULL = "none"
 DATA_SETS = ("DFEW", "MAFW")
 
-# Variant -> ablation -> the paper's label, WAR on DFEW and on MAFW in percent.
+# Variant -> ablation -> the paper's label, and WAR in percent on DFEW and MAFW.
 PUBLISHED = {
     variant: dict(zip((FULL, "no_face", "no_granularity", "no_moe"), rows, strict=True))
     for variant, rows in (("v1", published.ABLATIONS), ("v2", published.ABLATIONS_V2))
@@ -28,21 +28,21 @@ PUBLISHED = {
 
 
 def compare(variant: str, results: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]]) -> dict[str, Any]:
-    """Figures of every arm, over all questions and by kind.
+    """Compares the ablations: figures of each, over all questions and by kind of question.
 
     Args:
-        variant: v1 or v2, whose published rows stand beside.
-        results: for each ablation (`none` is the full model), the answers of each seed: rows of clip, kind, question
+        variant: v1 or v2; selects the published rows.
+        results: for each ablation (`none` is the full model), the answers of each seed as rows of clip, kind, question
             and correct.
 
     Returns:
-        rows: one an arm, in the order given, with `ablation`, `model` (the paper's label), `published` and `figures`;
-        `order` and `published_order`: ablations by falling accuracy. `figures` has `all` and each kind of question: n,
-        value, low, high (over questions), seeds (each seed's value), seeds_low, seeds_high (None of one seed) and, for
-        all but the full model, `less`: the same of full minus this arm.
+        `rows`: one per ablation, in the given order, with `ablation`, `model` (the paper's label), `published` and
+        `figures`. `order` and `published_order`: ablations by falling accuracy. `figures` has `all` and each kind of
+        question: n, value, low, high (over questions), seeds (each seed's value), seeds_low, seeds_high (None for one
+        seed). All but the full model also have `less`: the same fields for full minus this ablation.
 
     Raises:
-        UserError: the arms did not answer the same questions, or not as many seeds each.
+        UserError: the ablations answered different questions, or have different numbers of seeds.
     """
     asked = _asked(results)
     kinds = np.array([kind for _, _, kind in asked])
@@ -75,15 +75,15 @@ def _asked(results: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]]) -> list
         for rows in seeds
     ]
     if len({len(seeds) for seeds in results.values()}) != 1:
-        raise UserError("every ablation needs the same seeds")
+        raise UserError("the ablations have different numbers of seeds: evaluate each with the same seeds")
     for arm, asked in every:
         if asked != every[0][1]:
-            raise UserError(f"{arm} and {every[0][0]} did not answer the same questions: evaluate both on one split")
+            raise UserError(f"{arm} and {every[0][0]} answered different questions: evaluate both on the same split")
     return every[0][1]
 
 
 def _figure(values: Float[np.ndarray, "S N"], clips: np.ndarray) -> dict[str, Any]:
-    """The mean of S seeds' values of N questions with both intervals."""
+    """Returns the mean over S seeds and N questions with both intervals."""
     seeds = values.mean(axis=1)
     figure = {**mean_figure(values.mean(axis=0), seed=0, scale=100, clusters=clips), "seeds": seeds.tolist()}
     if len(seeds) > 1:
@@ -93,7 +93,7 @@ def _figure(values: Float[np.ndarray, "S N"], clips: np.ndarray) -> dict[str, An
 
 
 def table(compared: Mapping[str, Any]) -> str:
-    """Table 6 for a terminal: accuracy and what it falls by, with both intervals, and the paper's row; then by kind."""
+    """Formats Table 6 for a terminal: accuracy and its drop with both intervals, the paper's row, then each kind."""
     rows = compared["rows"]
     labels = {row["ablation"]: row["model"] for row in rows}
     over = f"{'95 % (questions)':<18}{'95 % (seeds)':<18}"
@@ -109,13 +109,13 @@ def table(compared: Mapping[str, Any]) -> str:
         cells = [row["figures"][kind] for row in rows]
         lines.append(f"{kind:<12}{first['n']:>5}" + "".join(f"{c['value']:>10.3f} {interval(c):>15}" for c in cells))
     seeds = len(rows[0]["figures"]["all"]["seeds"])
-    for name, what in (("order", f"found over {seeds} seed{'s' * (seeds > 1)}"), ("published_order", "in the paper")):
-        lines.append(f"order {what}: {' > '.join(labels[arm] for arm in compared[name])}")
+    for name, source in (("order", f"found over {seeds} seed{'s' * (seeds > 1)}"), ("published_order", "in the paper")):
+        lines.append(f"order {source}: {' > '.join(labels[arm] for arm in compared[name])}")
     return "\n".join(lines)
 
 
 def interval(figure: Mapping[str, Any] | None, of: str = "") -> str:
-    """[low, high] of a figure, over questions or (`seeds_`) over seeds; empty where there is none."""
+    """Formats [low, high] of a figure, over questions or (`seeds_`) over seeds; empty without an interval."""
     if figure is None or figure[f"{of}low"] is None:
         return ""
     return f"[{figure[f'{of}low']:.3f}, {figure[f'{of}high']:.3f}]"

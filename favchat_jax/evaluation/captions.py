@@ -1,6 +1,6 @@
-"""What DFEC, EMER and the held-out questions share: free answers beside references, scored by words and by a judge."""
+"""Scoring of free-text answers against references, by words and by a judge; shared by DFEC, EMER and held_out_qa."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from favchat_jax.evaluation.config import EvaluationConfig
@@ -10,36 +10,46 @@ from favchat_jax.evaluation.respondents import Unanswered
 from favchat_jax.evaluation.result import Figure, Result, make_result
 from favchat_jax.evaluation.session import Session
 
-NO_JUDGE = "no judge: its figures are left out; name one with --config.judge.url and --config.judge.model"
+NO_JUDGE = "no judge is set, so its figures are missing: set --config.judge.url and --config.judge.model"
 
 
-def all_figures(
-    session: Session, samples: Sequence[dict[str, Any]], rubrics: Mapping[str, str], seed: int
-) -> tuple[dict[str, Figure], list[str]]:
-    """Figures by the judge for each rubric, where there is one, and by words; notes on what is not there."""
-    by_words = word_figures(samples, seed)
-    if session.judge is None:
-        return by_words, [NO_JUDGE]
-    judged, notes = judged_figures(session.judge, samples, rubrics, seed)
-    return {**judged, **by_words}, notes
+def sample(id: str, clip: str, question: str, expected: str, answer: str) -> dict[str, Any]:
+    """Makes a result's row for a free-text answer, without a predicted class."""
+    row = {"id": id, "clip": clip, "question": question, "expected": expected, "answer": answer}
+    return {**row, "predicted": None, "correct": None}
 
 
 def captions_result(
     config: EvaluationConfig,
     session: Session,
     samples: Sequence[dict[str, Any]],
-    figures: Mapping[str, Figure],
-    notes: Sequence[str],
-    **more: Any,
+    rubrics: Mapping[str, str],
+    more: Callable[[Judge], tuple[dict[str, Figure], list[str]]] = lambda judge: ({}, []),
+    **fields: Any,
 ) -> Result:
-    """The benchmark's result; whatever a note is on makes it incomplete. `more` is `make_result`'s."""
-    judge = session.judge and session.judge.summary()
-    told = {"missing": session.missing, "notes": notes, "judge": judge, "complete": not notes}
-    return make_result(config.benchmark, samples, figures, **told, **more)
+    """Makes the benchmark's result: word figures, and, if the session has a judge, its figure for each rubric.
+
+    Missing figures and judgements are noted and make the result incomplete.
+
+    Args:
+        config: the benchmark's config.
+        session: session with the judge.
+        samples: rows made by `sample`.
+        rubrics: see `judged_figures`.
+        more: returns further figures by the judge, and notes.
+        fields: further arguments of `make_result`.
+    """
+    figures, notes, judge = word_figures(samples, config.seed), [NO_JUDGE], session.judge
+    if judge is not None:
+        judged, notes = judged_figures(judge, samples, rubrics, config.seed)
+        others, unjudged = more(judge)
+        figures, notes = {**judged, **figures, **others}, notes + unjudged
+    known = {"missing": session.missing, "notes": notes, "judge": judge and judge.summary(), "complete": not notes}
+    return make_result(config.benchmark, samples, figures, **known, **fields)
 
 
 def word_figures(samples: Sequence[dict[str, Any]], seed: int) -> dict[str, Figure]:
-    """CIDEr and ROUGE-L of samples' answers, which are noted with each sample under "scores"."""
+    """Returns CIDEr and ROUGE-L of the answers, and writes each sample's values into its "scores"."""
     answers = [words(row["answer"]) for row in samples]
     references = [[words(row["expected"])] for row in samples]
     scored = {
@@ -56,13 +66,13 @@ def word_figures(samples: Sequence[dict[str, Any]], seed: int) -> dict[str, Figu
 def judged_figures(
     judge: Judge, samples: Sequence[dict[str, Any]], rubrics: Mapping[str, str], seed: int
 ) -> tuple[dict[str, Figure], list[str]]:
-    """The mean of a judge's scores for each rubric, and notes on what it did not score.
+    """Returns the mean of a judge's scores for each rubric, and notes on answers that it did not score.
 
     Args:
         judge: the judge.
-        samples: rows with id, clip, question, expected and answer; scores are noted with each.
-        rubrics: name of each figure, and the rubric that it is the mean of.
-        seed: of the intervals.
+        samples: rows with id, clip, question, expected and answer; each row's scores are written into it.
+        rubrics: figure name -> rubric that gives its scores.
+        seed: seed of the intervals.
     """
     figures, notes = {}, []
     for name, rubric in rubrics.items():
@@ -78,7 +88,7 @@ def judged_figures(
 
 
 def note_score(row: dict[str, Any], name: str, score: Any) -> None:
-    """Writes one score into a sample, or why there is none."""
+    """Writes one score into a sample, or the reason why it is missing."""
     if isinstance(score, Unanswered):
         row.setdefault("unjudged", {})[name] = str(score)
     else:
@@ -86,8 +96,8 @@ def note_score(row: dict[str, Any], name: str, score: Any) -> None:
 
 
 def unjudged_note(name: str, count: int) -> list[str]:
-    """What to say of judgements that were not given."""
-    return [f"{name}: {count} answers without a judgement, left out of this figure"] if count else []
+    """Returns the note about answers that the judge did not score; none if `count` is 0."""
+    return [f"{name}: {count} answers have no judgement and are not part of this figure"] if count else []
 
 
 def _fields(row: Mapping[str, Any]) -> dict[str, str]:

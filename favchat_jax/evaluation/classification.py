@@ -1,7 +1,7 @@
-"""Emotion classification (Table 3): describe the clip and then infer, answer directly, or weigh the class names.
+"""Emotion classification (Table 3) by three methods: describe and infer, answer directly, or score the class names.
 
-UAR and WAR are averaged over folds. An answer that decides for no class is wrong, and counted in the last column of the
-confusion matrix.
+UAR and WAR are averaged over folds. Answers without a class count as errors; the last column of the confusion matrix
+lists them.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,7 +22,7 @@ from favchat_jax.evaluation.session import Session, present
 
 @dataclass(frozen=True)
 class Listed:
-    """A clip as a fold lists it; `path` is None where it is not there."""
+    """A clip in a fold's list; `path` is None if its file is missing."""
 
     id: str
     path: Path | None
@@ -36,14 +36,14 @@ def classify(
     folds: Mapping[str, Sequence[Listed]],
     classes: Mapping[str, str],
 ) -> Result:
-    """Classifies the clips of all folds, and scores each fold.
+    """Classifies the clips of all folds and scores each fold.
 
     Args:
-        config: method, describe, question, description_tokens, max_new_tokens, limit (clips of a fold), seed.
-        session: the model.
-        root: the data set's folder, to name what is missing.
+        config: method, describe, question, description_tokens, max_new_tokens, limit (clips per fold), seed.
+        session: session with the model.
+        root: the data set's folder, named in messages about missing clips.
         folds: clips of each fold.
-        classes: name of each class, and its emotion (`labels.SYNONYMS`).
+        classes: class name -> its emotion in `labels.SYNONYMS`.
     """
     folds = {fold: clips[: config.limit or None] for fold, clips in folds.items()}
     listed = {clip.id: clip for clips in folds.values() for clip in clips}
@@ -65,14 +65,14 @@ def classify(
         },
         confusion={"labels": list(classes), "counts": sum(matrices.values()).tolist()},
         missing=session.missing,
-        notes=[f"{undecided} of {len(samples)} answers decide for no class and count as wrong"] if undecided else [],
+        notes=[f"{undecided} of {len(samples)} answers name no single class and count as wrong"] if undecided else [],
     )
 
 
 def _answer(
     config: EvaluationConfig, session: Session, clips: Mapping[str, Footage], classes: Sequence[str]
 ) -> dict[str, dict[str, Any]]:
-    """For each clip: question, answer and predicted class, with the description or the log-probabilities."""
+    """Returns the question and answer of each clip by its id, with the description or the log-probabilities."""
     question = config.question.format(classes=", ".join(classes))
     direct = {id: Ask(id, (clip,), (((question, None),),)) for id, clip in clips.items()}
     if config.method == "likelihood":
@@ -85,14 +85,17 @@ def _answer(
             }
             for id, row in weights.items()
         }
-    told: dict[str, list[str]] = {}
+    descriptions: dict[str, list[str]] = {}
     if config.method == "describe":
         wanted = [Ask(id, (clip,), (((config.describe, None),),)) for id, clip in clips.items()]
-        told = session.ask(wanted, config.description_tokens, "describing")
-        # A description without words cannot be told again: such a clip is asked about directly.
-        direct = {id: _after(direct[id], config.describe, text) if text else direct[id] for id, (text,) in told.items()}
+        descriptions = session.ask(wanted, config.description_tokens, "describing")
+        # An empty description cannot be an earlier turn: such a clip is asked about directly.
+        direct = {
+            id: _after(direct[id], config.describe, text) if text else direct[id]
+            for id, (text,) in descriptions.items()
+        }
     said = session.ask(list(direct.values()), config.max_new_tokens, "classifying")
-    extra = {id: {"description": text} for id, (text,) in told.items()}
+    extra = {id: {"description": text} for id, (text,) in descriptions.items()}
     return {id: {"question": question, "answer": answer, **extra.get(id, {})} for id, (answer,) in said.items()}
 
 

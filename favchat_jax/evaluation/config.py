@@ -1,4 +1,4 @@
-"""An evaluation's config, typed: every field with its unit and range. The files in `configs/eval` give the values."""
+"""The typed config of an evaluation: every field with its unit and range. Files in `configs/eval` give the values."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -12,122 +12,79 @@ from favchat_jax.section import Count, CountOrZero, NotNegative, Positive, Secti
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BenchmarkData(Section):
-    """Where a benchmark's clips lie.
+    """Where a benchmark's clips are stored."""
 
-    Attributes:
-        root: folder of the data set as it is published; empty for one that needs none.
-        name, packed, split: of a data set of `data/sources`, its packed folder and the split.
-        images: folder of YouTube Faces' frames, under `root`.
-    """
-
-    root: str = ""
-    name: str | None = None
-    packed: str | None = None
-    split: str | None = None
-    images: str | None = None
+    root: str = ""  # folder of the published data set; empty for a benchmark that needs none
+    name: str | None = None  # name of a data set of `data/sources`
+    packed: str | None = None  # folder of packed data sets
+    split: str | None = None  # split of the data set
+    images: str | None = None  # folder of YouTube Faces' frames, below `root`
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ClientConfig(Section):
-    """How an OpenAI-compatible server is asked.
+    """How requests to an OpenAI-compatible server are made."""
 
-    Attributes:
-        parallel: requests at a time.
-        timeout: of a request, in seconds.
-        retries: of a request that failed.
-        key_variable: environment variable that holds the key.
-    """
-
-    parallel: Count
-    timeout: Positive
-    retries: CountOrZero
-    key_variable: str
+    parallel: Count  # simultaneous requests
+    timeout: Positive  # timeout of a request in seconds
+    retries: CountOrZero  # how often a failed request is repeated
+    key_variable: str  # environment variable that holds the API key
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ServerConfig(ClientConfig):
-    """The server whose model is evaluated.
+    """The server whose model is evaluated."""
 
-    Attributes:
-        frames: of a clip that it is sent.
-        size: pixels a side of a frame.
-    """
-
-    frames: Count
-    size: Count
+    frames: Count  # frames sent per clip
+    size: Count  # side of a frame in pixels
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class JudgeConfig(ClientConfig):
-    """A language model that scores answers; without a `model` there is no judge.
+    """A language model that scores answers; an empty `model` means no judge."""
 
-    Attributes:
-        url: of its server.
-        model: its name there.
-        cache: file that keeps replies, so that no question is paid for twice.
-        attempts: at a reply that is the JSON asked for.
-        json_mode: whether the server is asked for JSON; some know no such option.
-        price_in, price_out: of a million tokens, for the cost in the result.
-    """
-
-    url: str
-    model: str
-    cache: str
-    attempts: Count
-    json_mode: bool
-    price_in: NotNegative
-    price_out: NotNegative
+    url: str  # URL of its server
+    model: str  # the model's name on the server
+    cache: str  # file that keeps replies, so that no question is paid for twice
+    attempts: Count  # how often a question is asked until the reply is the requested JSON
+    json_mode: bool  # request JSON from the server; some servers lack this option
+    price_in: NotNegative  # price of a million question tokens, for the cost in the result
+    price_out: NotNegative  # price of a million reply tokens
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvaluationConfig(Section):
-    """A benchmark's config. Fields that default to None are of some benchmarks alone.
+    """The config of a benchmark. Fields that default to None apply to some benchmarks only."""
 
-    Attributes:
-        benchmark: its name, one of `evaluation/benchmarks`.
-        seed: of intervals and of what is drawn.
-        batch: clips that are answered together.
-        questions: of a clip that are answered together, at most.
-        limit: clips (of a fold), pairs or questions; 0 for all.
-        max_new_tokens: of an answer.
-        description_tokens: of a description that a class is inferred from, or that a describer gives.
-        data: the clips.
-        server: for --model=openai:URL#NAME.
-        judge, second_judge: the second shows how far two judges agree.
-        question: asked about each clip.
-        describe: asked before `question`, by the method `describe`.
-        method: how a class is found: from a description, asked for directly, or as the likeliest name.
-        folds: of the test set.
-        pairs: YouTube Faces' pairs of segments, or the data set's own splits.
-        segment: frames of a segment.
-    """
-
-    benchmark: str
-    seed: CountOrZero
-    batch: Count
-    questions: Count
-    limit: CountOrZero
-    max_new_tokens: Count
-    description_tokens: Count
-    data: BenchmarkData
-    server: ServerConfig
+    benchmark: str  # name of a module in `evaluation/benchmarks`
+    seed: CountOrZero  # seed of the intervals and of random draws
+    batch: Count  # clips that are answered together
+    questions: Count  # most questions about one clip that are answered together
+    limit: CountOrZero  # most clips (per fold), pairs or questions; 0 for all
+    max_new_tokens: Count  # longest answer
+    description_tokens: Count  # longest description, for method `describe` and for a describer
+    data: BenchmarkData  # the clips
+    server: ServerConfig  # settings for --model=openai:URL#NAME
     judge: JudgeConfig
-    second_judge: JudgeConfig
-    question: str | None = None
-    describe: str | None = None
+    second_judge: JudgeConfig  # measures how far two judges agree
+    question: str | None = None  # question about each clip
+    describe: str | None = None  # question before `question` with method `describe`
+    # How the class is found: from a description, from a direct answer, or as the likeliest name.
     method: Literal["describe", "direct", "likelihood"] | None = None
-    folds: tuple[int, ...] | None = None
-    pairs: Literal["segments", "splits"] | None = None
-    segment: Count | None = None
+    folds: tuple[int, ...] | None = None  # folds of the test set
+    pairs: Literal["segments", "splits"] | None = (
+        None  # YouTube Faces' pairs: of segments, or the data set's own splits
+    )
+    segment: Count | None = None  # frames per segment
 
     def __post_init__(self):
         super().__post_init__()
         if self.second_judge.model and not self.judge.model:
-            raise UserError("second_judge.model is set without judge.model: name the first judge too")
+            raise UserError("second_judge.model is set but judge.model is not: set the first judge too")
 
     @classmethod
     def from_ml_collections(cls, config: ConfigDict) -> Self:
-        """The config that a file of `configs/eval` and the command line give.
+        """Reads the config from a file of `configs/eval` with its command-line changes.
 
         Raises:
             UserError: a value is not allowed, or a field is missing or unknown.
@@ -136,5 +93,5 @@ class EvaluationConfig(Section):
 
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> Self:
-        """The config that a result was made with; fields of other versions are ignored."""
+        """Reads the config stored in a result; ignores fields of other versions."""
         return cls.read(fields, ignore_unknown=True)

@@ -1,4 +1,4 @@
-"""Clips as data sets publish them, video files or folders of numbered frames, and the frames that a model is given."""
+"""Reads the frames that a model sees from a published clip: a video file or a folder of numbered frames."""
 
 import re
 from collections.abc import Sequence
@@ -21,9 +21,9 @@ class Footage:
     """One clip.
 
     Attributes:
-        name: what to call it in messages and results.
-        content: an encoded video, the path of one, or a folder whose pictures are its frames.
-        first, count: which of a folder's frames belong to the clip; a count of None takes all from `first` on.
+        name: its name in messages and results.
+        content: an encoded video, the path of one, or a folder of frames as pictures.
+        first, count: range of the folder's frames that belong to the clip; a count of None takes all from `first` on.
     """
 
     name: str
@@ -32,7 +32,7 @@ class Footage:
     count: int | None = None
 
     def identity(self) -> list[object]:
-        """What tells this clip from any other without reading it: name, size, and the part that is taken."""
+        """Identifies this clip without reading it: returns its name, size, and range of frames."""
         if isinstance(self.content, bytes):
             size = len(self.content)
         else:
@@ -40,10 +40,10 @@ class Footage:
         return [self.name, size, self.first, self.count]
 
     def frames(self, count: int, size: int) -> UInt8[np.ndarray, "T size size 3"]:
-        """`count` frames from the middles of as many equal parts of the clip.
+        """Returns the middle frames of `count` equal parts of the clip.
 
         Raises:
-            VideoError: it is not there, or holds nothing that can be decoded.
+            VideoError: the clip is missing, or no frame of it can be decoded.
         """
         if isinstance(self.content, Path) and self.content.is_dir():
             return self._pictures(count, size)
@@ -52,20 +52,20 @@ class Footage:
     def _pictures(self, count: int, size: int) -> UInt8[np.ndarray, "T size size 3"]:
         paths = pictures(self.content)[self.first :][: self.count]
         if not paths:
-            raise VideoError(f"{self.name} holds no pictures from number {self.first} on: copy its frames again")
+            raise VideoError(f"{self.name} has no pictures from index {self.first} on: copy its frames again")
         squares, taken = Squares(size), frame_indices(len(paths), count).tolist()
         read = {index: _read(paths[index]) for index in set(taken)}
         return np.stack([squares(read[index]) for index in taken])
 
 
 def pictures(folder: Path) -> list[Path]:
-    """The frames in a folder in the order of the numbers in their names (0.9.jpg before 0.10.jpg)."""
+    """Lists a folder's frames, ordered by the numbers in their names (0.9.jpg before 0.10.jpg)."""
     paths = [path for path in folder.iterdir() if path.suffix.lower() in PICTURES]
     return sorted(paths, key=lambda path: ([int(n) for n in re.findall(r"\d+", path.stem)], path.name))
 
 
 def beside_each_other(clips: Sequence[Footage], frames: int, size: int) -> UInt8[np.ndarray, "T size size 3"]:
-    """`frames` frames of one clip or of several, one clip after the other in equal parts."""
+    """Returns `frames` frames in all, shared equally among the clips, one clip after the other."""
     shares = [len(part) for part in np.array_split(np.arange(frames), len(clips))]
     if min(shares) == 0:
         raise ValueError(f"{frames} frames cannot show {len(clips)} clips")

@@ -1,4 +1,4 @@
-"""Reading data sets where they lie: what is missing is named, with where to get it."""
+"""Finds the files of a published data set; errors name the missing file and where to get it."""
 
 import csv
 from collections.abc import Sequence
@@ -11,13 +11,13 @@ from favchat_jax.evaluation.result import data_hash
 
 
 def root_of(config: EvaluationConfig, layout: str, source: str) -> Path:
-    """The data set's folder.
+    """Returns the data set's folder.
 
     Raises:
-        UserError: `data.root` is not set or no folder; `layout` says what lies in it, `source` where to get it.
+        UserError: `data.root` is not set or not a folder; `layout` names its content, `source` where to get it.
     """
     if not config.data.root:
-        raise UserError(f"--config.data.root=DIR is not set: name the folder that holds {layout} ({source})")
+        raise UserError(f"--config.data.root=DIR is not set: give the folder that holds {layout} ({source})")
     root = Path(config.data.root)
     if not root.is_dir():
         raise UserError(f"--config.data.root={root} is not a folder: it should hold {layout} ({source})")
@@ -25,7 +25,7 @@ def root_of(config: EvaluationConfig, layout: str, source: str) -> Path:
 
 
 def first_of(root: Path, names: Sequence[str], what: str, source: str) -> Path:
-    """The first of these files or folders that is there; raises UserError where none is."""
+    """Returns the first of these files or folders that exists; raises UserError if none does."""
     for name in names:
         if (root / name).exists():
             return root / name
@@ -33,16 +33,16 @@ def first_of(root: Path, names: Sequence[str], what: str, source: str) -> Path:
 
 
 def find_clip(root: Path, patterns: Sequence[str], **names: Any) -> Path | None:
-    """Where a clip lies: the first of the patterns, filled in, that is there."""
+    """Finds a clip: fills the patterns in and returns the first path that exists, or None."""
     paths = (root / pattern.format(**names) for pattern in patterns)
     return next((path for path in paths if path.exists()), None)
 
 
 def read_table(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
-    """The rows of a CSV file with a header, each with its line number as "line"; blank lines are passed over.
+    """Reads the rows of a CSV file with a header, each with its line number as "line"; blank lines are skipped.
 
     Raises:
-        UserError: not text, or one of the columns is missing.
+        UserError: the file is not UTF-8 text, a column is missing, or a row is too short.
     """
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
@@ -52,13 +52,13 @@ def read_table(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
         raise UserError(f"{path} cannot be read as CSV ({error}): copy it again") from None
     lacking = [name for name in columns if name not in names]
     if lacking:
-        raise UserError(f"{path} has no column {lacking[0]}: its first line should name {', '.join(columns)}")
+        raise UserError(f"{path} has no column {lacking[0]}: its first line must name {', '.join(columns)}")
     short = next((row["line"] for row in rows if any(row[name] is None for name in columns)), None)
     if short:
-        raise UserError(f"{path}, line {short}: fewer than {len(columns)} fields; copy the file again")
+        raise UserError(f"{path}, line {short}: fewer than {len(columns)} fields: copy the file again")
     return rows
 
 
 def described(name: str, root: Path, annotations: Sequence[Path], clips: Sequence[Path], listed: int) -> dict[str, Any]:
-    """What a result says of its data."""
+    """Returns the entry of a result that describes its data."""
     return {"name": name, "root": str(root), "listed": listed, "sha256": data_hash(annotations, clips)}

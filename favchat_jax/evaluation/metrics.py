@@ -1,4 +1,4 @@
-"""Figures of merit, each a pure function of answers. Those of whole evaluations have 95 % bootstrap intervals."""
+"""Metrics, each a pure function of answers. Figures over many samples have 95 % bootstrap intervals."""
 
 import collections
 import re
@@ -11,22 +11,22 @@ from sklearn.metrics import confusion_matrix, roc_curve
 
 from favchat_jax.evaluation.result import Figure, figure
 
-DRAWS = 1000  # of each bootstrap
+DRAWS = 1000  # per bootstrap
 
 
 def normalise(text: str) -> str:
-    """Lower case, without punctuation, articles and superfluous blanks, so that wording of equal content is equal."""
+    """Lower-cases a text and removes punctuation, articles and extra blanks, so that equal answers compare equal."""
     words = re.sub(r"[^\w\s]", " ", text.lower()).split()
     return " ".join(word for word in words if word not in ("a", "an", "the"))
 
 
 def exact_matches(predictions: Sequence[str], references: Sequence[str]) -> list[bool]:
-    """Whether each prediction equals its reference once both are normalised."""
+    """Compares each prediction with its reference; both are normalised first."""
     return [normalise(p) == normalise(r) for p, r in zip(predictions, references, strict=True)]
 
 
 def accuracy_by_kind(hits: Sequence[bool], kinds: Sequence[str]) -> dict[str, dict[str, float]]:
-    """For each kind of question, in alphabetical order: n, and the share of hits as accuracy."""
+    """Returns n and accuracy (share of hits) for each kind of question, in alphabetical order."""
     groups = collections.defaultdict(list)
     for hit, kind in zip(hits, kinds, strict=True):
         groups[kind].append(hit)
@@ -34,7 +34,7 @@ def accuracy_by_kind(hits: Sequence[bool], kinds: Sequence[str]) -> dict[str, di
 
 
 def majority_baseline(references: Sequence[str], kinds: Sequence[str]) -> dict[str, float]:
-    """For each kind, the accuracy of always giving its commonest answer."""
+    """Returns for each kind the accuracy of always giving its most frequent answer."""
     groups = collections.defaultdict(collections.Counter)
     for reference, kind in zip(references, kinds, strict=True):
         groups[kind][normalise(reference)] += 1
@@ -42,7 +42,7 @@ def majority_baseline(references: Sequence[str], kinds: Sequence[str]) -> dict[s
 
 
 def cohens_d(one: Sequence[float], other: Sequence[float]) -> float:
-    """Difference of the means of two samples over their pooled standard deviation; infinite where neither varies."""
+    """Returns the difference of two samples' means over their pooled standard deviation; infinite if neither varies."""
     one, other = np.asarray(one, np.float64), np.asarray(other, np.float64)
     squares = np.sum((one - one.mean()) ** 2) + np.sum((other - other.mean()) ** 2)
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -50,7 +50,7 @@ def cohens_d(one: Sequence[float], other: Sequence[float]) -> float:
 
 
 def confusion(expected: Sequence[int], predicted: Sequence[int | None], classes: int) -> Int[np.ndarray, "K K+1"]:
-    """How often each class (row) was taken for each (column); the last column is none of them."""
+    """Counts how often each class (row) was predicted as each (column); the last column counts missing predictions."""
     said = [classes if label is None else label for label in predicted]
     if not said:
         return np.zeros((classes, classes + 1), int)
@@ -58,13 +58,13 @@ def confusion(expected: Sequence[int], predicted: Sequence[int | None], classes:
 
 
 def war(counts: Int[np.ndarray, "*D K K+1"]) -> Float[np.ndarray, "*D"]:
-    """Weighted average recall: the share of all samples that are right."""
+    """Weighted average recall: the share of correct samples."""
     with np.errstate(invalid="ignore"):
         return np.trace(counts, axis1=-2, axis2=-1) / counts.sum((-2, -1))
 
 
 def uar(counts: Int[np.ndarray, "*D K K+1"]) -> Float[np.ndarray, "*D"]:
-    """Unweighted average recall: the mean of the recalls of those classes that have samples."""
+    """Unweighted average recall: the mean recall of the classes that have samples."""
     of_class = counts.sum(-1)
     hits = np.diagonal(counts, axis1=-2, axis2=-1)
     with np.errstate(invalid="ignore"):
@@ -72,7 +72,7 @@ def uar(counts: Int[np.ndarray, "*D K K+1"]) -> Float[np.ndarray, "*D"]:
 
 
 def resampled(counts: Int[np.ndarray, "K K+1"], seed: int, draws: int = DRAWS) -> Int[np.ndarray, "D K K+1"]:
-    """Confusion matrices of bootstrap samples: drawing samples with replacement is drawing cells."""
+    """Draws the confusion matrices of bootstrap samples; drawing samples with replacement amounts to drawing cells."""
     if not counts.sum():
         return np.broadcast_to(counts, (draws, *counts.shape))
     drawn = np.random.default_rng(seed).multinomial(counts.sum(), counts.ravel() / counts.sum(), draws)
@@ -80,7 +80,7 @@ def resampled(counts: Int[np.ndarray, "K K+1"], seed: int, draws: int = DRAWS) -
 
 
 def recall_figures(folds: Sequence[Int[np.ndarray, "K K+1"]], seed: int) -> dict[str, Figure]:
-    """UAR and WAR averaged over the folds' confusion matrices, each with its 95 % interval."""
+    """Returns UAR and WAR averaged over the folds' confusion matrices, each with its 95 % interval."""
     folds = [counts for counts in folds if counts.sum()]
     drawn = [resampled(counts, seed + i) for i, counts in enumerate(folds)]
     found = {}
@@ -93,23 +93,23 @@ def recall_figures(folds: Sequence[Int[np.ndarray, "K K+1"]], seed: int) -> dict
 def mean_figure(
     values: Sequence[float], seed: int, scale: int = 1, clusters: Sequence[Hashable] | None = None
 ) -> Figure:
-    """The mean of a score over samples with its 95 % interval.
+    """Returns the mean of a score over samples with its 95 % interval.
 
-    Samples of one cluster, such as the questions about one clip, are drawn together: they are not independent.
+    Samples of one cluster, such as the questions about one clip, are drawn together since they are not independent.
     """
     values = np.asarray(values, np.float64)
     if clusters is None:
         return statistic_figure(lambda picked: values[picked].mean(-1), len(values), seed, scale)
     places = {cluster: i for i, cluster in enumerate(dict.fromkeys(clusters))}
-    of = [places[cluster] for cluster in clusters]
-    sums, sizes = np.bincount(of, values, len(places)), np.bincount(of, minlength=len(places))
+    members = [places[cluster] for cluster in clusters]
+    sums, sizes = np.bincount(members, values, len(places)), np.bincount(members, minlength=len(places))
     return statistic_figure(lambda picked: sums[picked].sum(-1) / sizes[picked].sum(-1), len(places), seed, scale)
 
 
 def statistic_figure(
     statistic: Callable[[Int[np.ndarray, "D n"]], Float[np.ndarray, " D"]], n: int, seed: int, scale: int = 1
 ) -> Figure:
-    """Any figure over n samples with its 95 % interval; `statistic` takes indices of the samples of each draw."""
+    """Returns a figure over n samples with its 95 % interval; `statistic` takes the sample indices of each draw."""
     if not n:
         return figure(np.nan, scale=scale)
     rng = np.random.default_rng(seed)
@@ -118,21 +118,21 @@ def statistic_figure(
 
 
 def _parts(draws: int, n: int) -> list[int]:
-    """Draws cut into parts of some million indices each, so that memory does not grow with n."""
+    """Splits the draws into parts of about 2 million indices each, so that memory does not grow with n."""
     most = max(1, 2_000_000 // n)
     return [most] * (draws // most) + ([draws % most] if draws % most else [])
 
 
 def _interval(draws: Sequence[Float[np.ndarray, " D"]]) -> tuple[float, float]:
     mean = np.mean(draws, axis=0) if len(draws) else np.array([np.nan])
-    mean = mean[np.isfinite(mean)]  # a draw may hold no sample at all of what is measured
+    mean = mean[np.isfinite(mean)]  # a draw may hold no sample of the class or kind that is measured
     return tuple(np.percentile(mean, (2.5, 97.5))) if len(mean) else (np.nan, np.nan)
 
 
 def words(text: str) -> list[str]:
-    """A text's words as captions are scored: Penn Treebank's, in lower case and without punctuation.
+    """Splits a caption into words as the Penn Treebank does, in lower case and without punctuation.
 
-    Contractions are parted and compounds kept ("don't" is "do n't", "middle-aged" one word).
+    Contractions are split ("don't" gives "do n't") and compounds kept ("middle-aged" is one word).
     """
     parted = re.sub(r"(\w)(n't)\b", r"\1 \2", text.lower().replace("’", "'"))
     return re.findall(r"n't\b|'(?:s|re|ve|ll|d|m)\b|\w+(?:-\w+)*", parted)
@@ -166,8 +166,9 @@ def cider(
 ) -> list[float]:
     """CIDEr-D of each tokenised answer (Vedantam et al., 2015), as in pycocoevalcap; their mean is the corpus's score.
 
-    Cosines of tf-idf vectors of 1- to 4-grams, clipped to the reference's counts, damped by the difference in length,
-    averaged over orders and references, times 10. What an n-gram is worth follows from the references of all samples.
+    The score is 10 times the mean cosine between tf-idf vectors, over n-gram orders 1 to 4 and references. Counts are
+    clipped to the reference's, and cosines are damped by the difference in length. The idf weights come from the
+    references of all samples.
     """
     counted = [[_ngrams(reference) for reference in group] for group in references]
     documents = collections.Counter(ngram for group in counted for ngram in set().union(*group))
@@ -202,20 +203,22 @@ def _cosine(ours: dict[tuple[str, ...], float], theirs: dict[tuple[str, ...], fl
     return dot / norm if norm else 0.0
 
 
-def event_figures(told: Sequence[Sequence[bool]], true: Sequence[Sequence[bool]], seed: int) -> dict[str, Figure]:
-    """AutoDQ (Tarsier, Wang et al., 2024) from verdicts on events, one list a sample.
+def event_figures(
+    recalled: Sequence[Sequence[bool]], supported: Sequence[Sequence[bool]], seed: int
+) -> dict[str, Figure]:
+    """AutoDQ (Tarsier, Wang et al., 2024) from verdicts on events, one list per sample.
 
     Args:
-        told: whether each event of the reference follows from the answer; their share is the sample's recall.
-        true: whether each event of the answer follows from the reference; their share is its precision. An answer
-            without events has a precision of 0, a reference without events takes no part in recall.
-        seed: of the bootstrap.
+        recalled: whether each event of the reference follows from the answer; their share is the sample's recall.
+        supported: whether each event of the answer follows from the reference; their share is its precision. An answer
+            without events has a precision of 0; a reference without events does not count towards recall.
+        seed: seed of the bootstrap.
     """
-    recall = np.array([np.mean(events) if len(events) else np.nan for events in told])
-    precision = np.array([np.mean(events) if len(events) else 0.0 for events in true])
+    recall = np.array([np.mean(events) if len(events) else np.nan for events in recalled])
+    precision = np.array([np.mean(events) if len(events) else 0.0 for events in supported])
 
     def f1(picked):
-        # Of the means, as Tarsier's figures are.
+        # The F1 of mean precision and mean recall, as in Tarsier.
         counted = np.isfinite(recall[picked]).sum(-1)
         p, r = precision[picked].mean(-1), np.nansum(recall[picked], -1) / np.maximum(counted, 1)
         return 2 * p * r / np.where(p + r > 0, p + r, 1)
@@ -228,7 +231,7 @@ def event_figures(told: Sequence[Sequence[bool]], true: Sequence[Sequence[bool]]
 
 
 def auc(same: Bool[np.ndarray, "*D n"], scores: Float[np.ndarray, "*D n"]) -> Float[np.ndarray, "*D"]:
-    """Area under the ROC curve: how often a pair of the same person scores higher than one of two people."""
+    """Area under the ROC curve: how often a pair of the same person scores higher than a pair of two people."""
     ranks = rankdata(scores, axis=-1)
     yes = same.sum(-1)
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -236,6 +239,6 @@ def auc(same: Bool[np.ndarray, "*D n"], scores: Float[np.ndarray, "*D n"]) -> Fl
 
 
 def roc(same: Sequence[bool], scores: Sequence[float]) -> dict[str, object]:
-    """The ROC curve of a score that should be higher for pairs of the same person; without points if all are alike."""
+    """Returns the ROC curve of a score that should be higher for pairs of the same person; empty for one class only."""
     x, y = ([], []) if len(set(same)) < 2 else (axis.tolist() for axis in roc_curve(same, scores)[:2])
     return {"x": x, "y": y, "x_label": "false positive rate", "y_label": "true positive rate"}

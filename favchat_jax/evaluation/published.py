@@ -1,6 +1,7 @@
-"""Figures that the paper prints (arXiv 2503.09158, first version, and where said the later one), to stand beside ours.
+"""Figures printed in the paper (arXiv 2503.09158), for comparison with ours.
 
-Each table lists its models as the paper does, FaVChat's own last. Shares are in percent, scores as they are.
+They come from the first version unless a comment names the later one. Each table keeps the paper's order of models,
+FaVChat last. Shares are in percent.
 """
 
 from typing import Any
@@ -27,7 +28,7 @@ DFEC = (
     ("FaVChat", 4.51, 4.41, 4.73, 4.38, 0.416, 0.431, 0.485),
 )
 
-# Table 3: UAR and WAR on DFEW, then on MAFW. FaVChat v2 is the later version's.
+# Table 3: UAR and WAR on DFEW, then on MAFW. FaVChat v2 is from the later version.
 EMOTION = (
     ("TMEP", 57.16, 68.85, 37.17, 51.15),
     ("HiCMAE", 63.76, 75.01, 42.65, 56.17),
@@ -76,7 +77,7 @@ ABLATIONS = (
     ("w/o MoE", 74.53, 59.19),
 )
 
-# The later version's ablations, the same measure.
+# The later version's ablations, in the same unit.
 ABLATIONS_V2 = (
     ("FaVChat v2", 79.79, 62.17),
     ("w/o facial encoder", 55.01, 55.01),
@@ -84,12 +85,12 @@ ABLATIONS_V2 = (
     ("w/o adapters", 72.53, 58.31),
 )
 
-# The later version's test on 2,000 samples of its own, scored from 0 to 10 by an LLM judge.
+# The later version's test on its own 2,000 samples, scored from 0 to 10 by an LLM judge.
 HELD_OUT_QA = (("FaVChat v2", 8.89),)
 
 
 def rows(table: tuple[tuple[Any, ...], ...], *figures: str, first: int = 0) -> list[dict[str, Any]]:
-    """A table's rows under the names of a result's figures; `first` skips columns. Empty rows are left out."""
+    """Names a table's columns after a result's figures; skips the first `first` columns, and rows without figures."""
     named = []
     for model, *numbers in table:
         known = {name: x for name, x in zip(figures, numbers[first:], strict=False) if x is not None}

@@ -1,25 +1,25 @@
-"""The one form that every evaluation's result has, as a dictionary and as the JSON file that `--out` names.
+"""The format of every evaluation's result, as a dictionary and as the JSON file that `--out` names.
 
     benchmark     name of the module in evaluation/benchmarks
-    model         what was evaluated: a checkpoint's folder, or openai:URL#NAME
-    describer     the checkpoint whose descriptions the model was given besides, or null
-    n             samples that the figures are made of
-    complete      true where every listed sample was evaluated and every figure of the benchmark is there
-    missing       listed samples without a result: [{"id", "reason"}]; each makes `complete` false
-    notes         what a reader of the figures must know, one line each
-    figures       name -> {"value", "low", "high", "scale"}: value and 95 % bootstrap interval, null where none is;
-                  `scale` is what published tables multiply the figure by: 100 for shares, 1 for scores
+    model         the evaluated model: a checkpoint's folder, or openai:URL#NAME
+    describer     the checkpoint whose descriptions the model also saw, or null
+    n             number of samples behind the figures
+    complete      true if every listed sample was evaluated and every figure of the benchmark is present
+    missing       listed samples without a result: [{"id", "reason"}]; any entry makes `complete` false
+    notes         remarks that a reader of the figures must know, one line each
+    figures       name -> {"value", "low", "high", "scale"}: value and 95 % bootstrap interval, null if undefined;
+                  published tables multiply the figure by `scale`: 100 for shares, 1 for scores
     groups        name of a part (fold, kind of question, protocol) -> {"n", "figures"}
     confusion     {"labels", "counts"}: rows are expected labels, columns predicted ones and, last, none; or null
-    curves        name -> {"x", "y", "x_label", "y_label"}, as the ROC curve of face verification
+    curves        name -> {"x", "y", "x_label", "y_label"}, such as the ROC curve of face verification
     published     rows of the paper's table: [{"model", "figures": {name: value as printed}}]
-    samples       one object a question: "id", "question", "expected", "answer", "predicted", "correct", and what the
-                  benchmark adds ("kind", "fold", "description", "judged", "scores", "likelihood"); "predicted" is what
-                  was read from the answer, null where nothing could be; "correct" is null where there is no right
+    samples       one object per question: "id", "question", "expected", "answer", "predicted", "correct", and fields
+                  of the benchmark ("kind", "fold", "description", "judged", "scores", "likelihood"); "predicted" is
+                  the label read from the answer, or null; "correct" is null if no answer counts as right or wrong
     judge         null, or "model", "url", "prompt_version", "tokens", "cost", and with a second judge "agreement"
     provenance    "config", "checkpoint", "describer", "data", "versions", "seed"
 
-Nothing in it depends on when or in how many pieces the evaluation ran. A benchmark may add fields of its own.
+A result does not depend on when the evaluation ran or how often it was interrupted. Benchmarks may add other fields.
 """
 
 import hashlib
@@ -38,12 +38,12 @@ from favchat_jax.files import replace_file
 Figure = dict[str, float | None]
 Result = dict[str, Any]
 
-SHOWN = 3  # published rows, and missing samples, in a terminal; FaVChat's rows stand last in every table
+SHOWN = 3  # published rows and missing samples in a terminal; FaVChat's rows are the last of every table
 PACKAGES = ("jax", "flax", "numpy", "scikit-learn", "transformers", "av")
 
 
 def figure(value: float, low: float | None = None, high: float | None = None, scale: int = 1) -> Figure:
-    """One figure with its interval; what is not a number becomes null, which JSON can say."""
+    """Makes one figure with its interval; values that are not finite become null, since JSON has no NaN."""
     numbers = {"value": value, "low": low, "high": high}
     known = {name: None if x is None or not math.isfinite(x) else float(x) for name, x in numbers.items()}
     return {**known, "scale": scale}
@@ -65,7 +65,7 @@ def make_result(
     complete: bool = True,
     n: int | None = None,
 ) -> Result:
-    """What a benchmark returns: everything but who was evaluated, which `favchat_jax.evaluate` adds."""
+    """Makes the result that a benchmark returns; `favchat_jax.evaluate` adds the model and its provenance."""
     return {
         "benchmark": benchmark,
         "n": len(samples) if n is None else n,
@@ -86,9 +86,9 @@ def make_result(
 def with_provenance(
     result: Result, config: EvaluationConfig, model: Mapping[str, Any], describer: Mapping[str, Any] | None
 ) -> Result:
-    """The whole result: a benchmark's, and by what, with what and of what it was made.
+    """Adds the model, config, data, versions and seed to a benchmark's result.
 
-    `model` and `describer` say "name" and what else is known of each, as the checkpoint's step and hash.
+    `model` and `describer` have a "name" and further facts, such as the checkpoint's step and hash.
     """
     own = {name: value for name, value in result.items() if name not in ("data", "samples")}
     return {
@@ -109,15 +109,15 @@ def with_provenance(
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that figures depend on."""
+    """Returns the versions of Python and of the packages on which figures depend."""
     return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in PACKAGES}}
 
 
 def data_hash(annotations: Iterable[Path], clips: Iterable[Path]) -> str:
-    """A hash of what an evaluation reads: the annotations' content, the clips' names and sizes.
+    """Hashes an evaluation's input: the annotations' content, and the clips' names and sizes.
 
-    A folder of frames has their number for a size. What clips hold is left out: reading them all would take as long as
-    the evaluation.
+    The size of a folder is its number of frames. The clips' content is not hashed, since reading all clips would take
+    as long as the evaluation.
     """
     digest = hashlib.sha256()
     for path in annotations:
@@ -134,7 +134,7 @@ def write_result(path: Path, result: Result) -> None:
 
 
 def table(result: Result) -> str:
-    """Figures with their intervals, published ones beside them, and each part's, for a terminal."""
+    """Formats the figures for a terminal: with intervals, beside published ones, and for each group."""
     rows = result["published"][-SHOWN:][::-1]
     head = f"{'figure':<24}{'here':>9}{'95 % interval':>20}"
     lines = [head + "".join(f"{row['model'][:17]:>18}" for row in rows)]
@@ -146,7 +146,7 @@ def table(result: Result) -> str:
     lines.append(f"n = {result['n']}" + ("" if result["complete"] else ", INCOMPLETE"))
     lines += [f"missing: {row['id']}: {row['reason']}" for row in result["missing"][:SHOWN]]
     if len(result["missing"]) > SHOWN:
-        lines.append(f"missing: {len(result['missing']) - SHOWN} more, named in the result")
+        lines.append(f"missing: {len(result['missing']) - SHOWN} more, listed in the result")
     return "\n".join([*lines, *result["notes"]])
 
 

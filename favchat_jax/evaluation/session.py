@@ -1,7 +1,7 @@
-"""One evaluation: its model asked in batches, with what was answered kept on disk, so that it can be stopped any time.
+"""One evaluation: asks its model in batches and keeps the answers on disk, so that it can be interrupted at any time.
 
-Batches are cut from the whole list of samples and a batch that was not finished is answered again as a whole: numbers
-on a device depend a little on what is computed beside them, and a resumed evaluation is to give the same result.
+Batches are cut from the complete list of samples, and an unfinished batch is answered again as one batch. The reason is
+that numbers on a device depend slightly on the rest of the batch, and a resumed evaluation must give the same result.
 """
 
 import contextlib
@@ -27,15 +27,15 @@ from favchat_jax.generation.sampler import Sampler
 
 log = logging.getLogger("favchat_jax")
 
-THREADS = 4  # that decode the next batch while this one is answered
+THREADS = 4  # decode the next batch while the model answers this one
 DESCRIBE = "Describe the person in the video in detail."
 
 
 class Journal:
-    """What a model answered so far, one JSON object a line, in a file beside the result.
+    """The answers so far, kept in a file beside the result, one JSON object per line.
 
     Args:
-        path: the file; None keeps nothing.
+        path: the file; None keeps answers in memory only.
     """
 
     def __init__(self, path: Path | None):
@@ -46,37 +46,37 @@ class Journal:
                 with contextlib.suppress(ValueError):  # a line that was being written when the process ended
                     entry = json.loads(line)
                     self._known[entry["key"]] = entry["value"]
-            log.info("%s: %d answers of an earlier start are taken up", path, len(self._known))
+            log.info("%s: %d answers from an earlier start are reused", path, len(self._known))
 
     def get(self, keys: Sequence[str]) -> list[Any] | None:
-        """What is known under all of these keys, or None where some is missing."""
+        """Returns the values of these keys, or None if any of them is missing."""
         known = [self._known.get(key) for key in keys]
         return None if None in known else known
 
     def add(self, keys: Sequence[str], values: Sequence[Any]) -> None:
-        """Writes a batch. One without a single answer is not kept: that may be the model's or the config's fault."""
+        """Writes a batch. A batch without any answer stays off the disk: the model or the config may be at fault."""
         self._known.update(zip(keys, values, strict=True))
         if self._path is not None and not all(isinstance(value, str) for value in values):
             with self._path.open("a") as file:
-                # A line break first: an earlier start may have ended within a line.
+                # Starts with a line break, since an earlier process may have ended in the middle of a line.
                 file.write(
                     "".join(f"\n{json.dumps({'key': k, 'value': v})}" for k, v in zip(keys, values, strict=True))
                 )
 
 
 class Session:
-    """What a benchmark works with.
+    """The model, journal and judge that a benchmark works with.
 
     Args:
-        respondent: the model.
+        respondent: the evaluated model.
         batch: samples that are answered together.
-        journal: where answers are kept.
-        judge: scores answers; None where the config names none.
-        describer: a model whose description of each clip stands before the question.
-        description_tokens: the longest description.
+        journal: keeps answers for a later start.
+        judge: scores answers; None if the config sets no judge.
+        describer: a model whose description of each clip is put before the question.
+        description_tokens: longest description in tokens.
 
     Attributes:
-        missing: samples without an answer, with the reason.
+        missing: samples without an answer, each with its reason.
     """
 
     def __init__(
@@ -96,51 +96,51 @@ class Session:
 
     @classmethod
     def of(cls, sampler: Sampler, config: EvaluationConfig) -> "Session":
-        """A session with a model in memory and a benchmark's config, that keeps nothing on disk."""
+        """Makes a session for a model in memory; it keeps nothing on disk."""
         return cls(FaVChat(sampler, config.batch, config.questions), batch=config.batch)
 
     @property
     def is_described(self) -> bool:
-        """Whether the model is given another's descriptions."""
+        """Whether the model also sees a describer's descriptions."""
         return self._describer is not None
 
     def ask(self, asks: Sequence[Ask], max_new_tokens: int, step: str = "answering") -> dict[str, list[str]]:
-        """Answers to each ask's conversations by the ask's id; asks without an answer go to `missing`."""
+        """Returns the answers to each ask's conversations by the ask's id; asks without an answer go to `missing`."""
         asks = self._described(asks)
         work = functools.partial(self.respondent.answer, max_new_tokens=max_new_tokens)
-        return self._noted(self._run(self.respondent, asks, step, [max_new_tokens], work))
+        return self._answers_of(self._run(self.respondent, asks, step, [max_new_tokens], work))
 
     def likelihoods(
         self, asks: Sequence[Ask], answers: Sequence[str], step: str = "weighing"
     ) -> dict[str, list[float]]:
-        """Log-probability of each of some answers to each ask's only conversation, by the ask's id."""
+        """Returns the log-probabilities of the given answers to each ask's only conversation, by the ask's id."""
         asks = self._described(asks)
         work = functools.partial(self.respondent.likelihoods, answers=answers)
-        return self._noted(self._run(self.respondent, asks, step, list(answers), work))
+        return self._answers_of(self._run(self.respondent, asks, step, list(answers), work))
 
     def leave_out(self, id: str, reason: str) -> None:
-        """Notes a listed sample that has no result."""
-        log.warning("%s is left out: %s", id, reason)
+        """Records a listed sample that has no result."""
+        log.warning("%s is skipped: %s", id, reason)
         self.missing.append({"id": id, "reason": reason})
 
     def _described(self, asks: Sequence[Ask]) -> list[Ask]:
-        """The asks with the describer's descriptions of their clips before the first question."""
+        """Puts the describer's descriptions of the clips before each ask's first question."""
         if self._describer is None:
             return list(asks)
         clips = {clip.name: clip for ask in asks for clip in ask.clips}
         wanted = [Ask(name, (clip,), (((DESCRIBE, None),),)) for name, clip in clips.items()]
         work = functools.partial(self._describer.answer, max_new_tokens=self._description_tokens)
-        told = self._run(self._describer, wanted, "describing", [self._description_tokens], work)
-        # A clip that could not be described cannot be asked about either, which is noted then.
-        texts = {name: "" if isinstance(value, str) else value[0] for name, value in told.items()}
+        described = self._run(self._describer, wanted, "describing", [self._description_tokens], work)
+        # A clip that cannot be described cannot be asked about either; the ask then records it as missing.
+        texts = {name: "" if isinstance(value, str) else value[0] for name, value in described.items()}
         return [_with_descriptions(ask, [texts[clip.name] for clip in ask.clips]) for ask in asks]
 
     def _run(
         self, respondent: Respondent, asks: Sequence[Ask], step: str, options: list, work
     ) -> dict[str, list | str]:
-        """What `work` makes of asks and their frames, batch by batch; for an ask without an answer, the reason.
+        """Calls `work` on asks and their frames, batch by batch, while the next batch is decoded.
 
-        The next batch is decoded meanwhile.
+        Returns the value of each ask by its id; a text is the reason why the ask has no answer.
         """
         keys = [_key(step, respondent, ask, options) for ask in asks]
         batches = [slice(start, start + self._batch) for start in range(0, len(asks), self._batch)]
@@ -157,26 +157,26 @@ class Session:
             log.info("%s: %.1f s, %.1f clips a second after the first batch", step, ends[-1] - ends[0], rate)
         return dict(zip((ask.id for ask in asks), self._journal.get(keys), strict=True))
 
-    def _noted(self, values: dict[str, list | str]) -> dict[str, list]:
-        """The answers among the values; for an ask without, the reason is noted.
+    def _answers_of(self, values: dict[str, list | str]) -> dict[str, list]:
+        """Returns the answers among the values, and records the asks without an answer.
 
         Raises:
-            RunError: there is not one answer.
+            RunError: no ask has an answer.
         """
         for id, value in values.items():
             if isinstance(value, str):
                 self.leave_out(id, value)
         answers = {id: value for id, value in values.items() if not isinstance(value, str)}
         if values and not answers:
-            raise RunError(f"not one of {len(values)} samples was answered; the first: {next(iter(values.values()))}")
+            raise RunError(f"none of {len(values)} samples was answered; the first: {next(iter(values.values()))}")
         return answers
 
 
 def present(listed: Sequence[tuple[str, Path | None]], session: Session, where: Path) -> list[tuple[str, Path]]:
-    """Those of the listed samples whose clips are there; the others are noted as missing.
+    """Returns the listed samples whose clips exist, and records the others as missing.
 
     Raises:
-        UserError: not one is there.
+        UserError: none of the clips exists.
     """
     found = []
     for id, path in listed:
@@ -185,14 +185,12 @@ def present(listed: Sequence[tuple[str, Path | None]], session: Session, where: 
         else:
             found.append((id, path))
     if not found:
-        raise UserError(
-            f"{where} holds not one of the {len(listed)} clips that are listed: copy the data set's clips there"
-        )
+        raise UserError(f"{where} holds none of the {len(listed)} listed clips: copy the data set's clips there")
     return found
 
 
 def _prepared(respondent: Respondent, asks: Sequence[Ask], batches: Sequence[slice]) -> Iterator[tuple[slice, list]]:
-    """Each batch with its frames, or with the error of those clips that cannot be decoded."""
+    """Yields each batch with its frames; a clip that cannot be decoded has its error instead."""
 
     def prepare(ask: Ask) -> Any:
         try:
@@ -209,7 +207,7 @@ def _prepared(respondent: Respondent, asks: Sequence[Ask], batches: Sequence[sli
 
 
 def _answered(asks: Sequence[Ask], prepared: Sequence[Any], work) -> list[list | str]:
-    """The answers to a batch; in the place of an ask without, the reason."""
+    """Returns the answers to a batch; for an ask without an answer, the reason as a text."""
     good = [i for i, frames in enumerate(prepared) if not isinstance(frames, VideoError)]
     said = work([asks[i] for i in good], [prepared[i] for i in good]) if good else []
     values: list[Any] = [str(frames) if isinstance(frames, VideoError) else None for frames in prepared]
@@ -220,15 +218,15 @@ def _answered(asks: Sequence[Ask], prepared: Sequence[Any], work) -> list[list |
 
 def _with_descriptions(ask: Ask, descriptions: Sequence[str]) -> Ask:
     names = ["the video"] if len(ask.clips) == 1 else [f"video {number}" for number in range(1, len(ask.clips) + 1)]
-    told = "\n".join(f"Description of {name}: {text}" for name, text in zip(names, descriptions, strict=True))
+    prefix = "\n".join(f"Description of {name}: {text}" for name, text in zip(names, descriptions, strict=True))
     conversations = []
     for turns in ask.conversations:
         (question, answer), *rest = turns
-        conversations.append(((f"{told}\n{question}", answer), *rest))
+        conversations.append(((f"{prefix}\n{question}", answer), *rest))
     return dataclasses.replace(ask, conversations=tuple(conversations))
 
 
 def _key(step: str, respondent: Respondent, ask: Ask, options: list) -> str:
     clips = [clip.identity() for clip in ask.clips]
-    told = json.dumps([step, respondent.identity, ask.id, clips, ask.conversations, options], sort_keys=True)
-    return hashlib.sha256(told.encode()).hexdigest()
+    content = json.dumps([step, respondent.identity, ask.id, clips, ask.conversations, options], sort_keys=True)
+    return hashlib.sha256(content.encode()).hexdigest()

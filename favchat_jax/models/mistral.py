@@ -5,6 +5,7 @@ of its linear layers.
 """
 
 import dataclasses
+from types import UnionType
 from typing import Any
 
 import flax.linen as nn
@@ -20,6 +21,17 @@ from favchat_jax.models.kernels.scan import scan_stacked
 from favchat_jax.models.lora import LoRADense
 from favchat_jax.sharding import by_clip
 
+REFETCH = "fetch the folder again"
+SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "max_position_embeddings",
+)  # whole numbers of `config.json`
+
 
 @dataclasses.dataclass(frozen=True)
 class LoRA:
@@ -33,23 +45,31 @@ class LoRA:
 
 @dataclasses.dataclass(frozen=True)
 class MistralConfig:
-    """The fields of `config.json` that shape the computation, under their published names."""
+    """The fields of `config.json` that shape the computation, under their published names.
 
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    rms_norm_eps: float
-    rope_theta: float
-    sliding_window: int | None
-    max_position_embeddings: int
+    The defaults are those of Mistral-7B-Instruct-v0.2.
+    """
+
+    vocab_size: int = 32000
+    hidden_size: int = 4096
+    intermediate_size: int = 14336
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 32
+    num_key_value_heads: int = 8
+    head_dim: int = 128
+    rms_norm_eps: float = 1e-5
+    rope_theta: float = 1e6
+    sliding_window: int | None = None
+    max_position_embeddings: int = 32768
 
     @classmethod
     def from_json(cls, config: dict[str, Any]) -> "MistralConfig":
-        """Reads a Hugging Face configuration; raises UserError where it asks for what is not Mistral."""
+        """Reads a Hugging Face configuration.
+
+        Raises:
+            UserError: it is not Mistral's, or a field has a value that no Mistral has.
+            KeyError, TypeError, ZeroDivisionError: a field is missing or of another kind.
+        """
         if config.get("model_type") != "mistral":
             raise UserError(f"model_type is {config.get('model_type')!r}: llm.path must name a Mistral folder")
         if config.get("tie_word_embeddings"):
@@ -60,20 +80,24 @@ class MistralConfig:
         kind = rope.get("rope_type") or scaling.get("rope_type") or scaling.get("type", "default")
         if kind != "default":
             raise UserError(f"rope type {kind!r} is not supported: Mistral uses plain rotary positions")
-        heads = config["num_attention_heads"]
-        return cls(
-            vocab_size=config["vocab_size"],
-            hidden_size=config["hidden_size"],
-            intermediate_size=config["intermediate_size"],
-            num_hidden_layers=config["num_hidden_layers"],
-            num_attention_heads=heads,
-            num_key_value_heads=config["num_key_value_heads"],
-            head_dim=config.get("head_dim") or config["hidden_size"] // heads,
-            rms_norm_eps=config["rms_norm_eps"],
-            rope_theta=rope.get("rope_theta") or config.get("rope_theta", 10000.0),
-            sliding_window=config.get("sliding_window"),
-            max_position_embeddings=config["max_position_embeddings"],
-        )
+        sizes = {name: config[name] for name in SIZES}
+        sizes["head_dim"] = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+        for name, value in sizes.items():
+            if not _is_number(value, int):
+                raise UserError(f"{name} is {value!r}, not a positive whole number: {REFETCH}")
+        theta = rope.get("rope_theta") or config.get("rope_theta", 10000.0)
+        scalars = {"rms_norm_eps": config["rms_norm_eps"], "rope_theta": theta}
+        for name, value in scalars.items():
+            if not _is_number(value, int | float):
+                raise UserError(f"{name} is {value!r}, not a positive number: {REFETCH}")
+        window = config.get("sliding_window")
+        if window is not None and not _is_number(window, int):
+            raise UserError(f"sliding_window is {window!r}, neither null nor a positive whole number: {REFETCH}")
+        return cls(**sizes, **scalars, sliding_window=window)
+
+
+def _is_number(value: object, kind: type | UnionType) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool) and 0 < value < float("inf")
 
 
 def rotate(x: Float[Array, "R L A C"], positions: Int[Array, "R L"], theta: float) -> Float[Array, "R L A C"]:

@@ -1,1 +1,1 @@
-"""Planning a run for hardware that is not here: whether it fits, and how fast it can be at best."""
+"""Plans runs for hardware that is not available: whether a run fits, and the best possible speed."""

@@ -1,6 +1,6 @@
-"""Counting a program's work before it is compiled: a walk over its jaxpr.
+"""Counts the operations of a program before it is compiled, from its jaxpr.
 
-XLA's own count takes a loop's body once, whatever its length, and some backends give none.
+XLA's own count includes a loop's body only once, and some backends have no count.
 """
 
 import dataclasses
@@ -19,8 +19,8 @@ class Product:
     """A product of matrices (`dot_general`).
 
     Attributes:
-        flops: its operations, a multiplication and an addition each counted.
-        bytes: of its operands and its result, each moved once; none in attention, whose scores need not leave the chip.
+        flops: its operations; a multiplication and an addition count as two.
+        bytes: bytes of its operands and its result, each moved once; 0 in attention, whose scores can stay on the chip.
         times: how often it runs.
     """
 
@@ -30,12 +30,12 @@ class Product:
 
 
 def products(jaxpr: Jaxpr | ClosedJaxpr, times: int = 1, fused: bool = False) -> Iterator[Product]:
-    """All products of a program, those in loops as often as they run, of branches those of the costliest one.
+    """Yields all products of a program, counting iterations of loops and only the costliest branch of a condition.
 
     Args:
-        jaxpr: the program, with attention in its plain form; a kernel of its own hides its products.
-        times: how often it runs.
-        fused: whether it is a part of attention.
+        jaxpr: the program with plain attention, since a custom kernel hides its products.
+        times: how often the program runs.
+        fused: whether the program is a part of attention.
     """
     for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
         name, inner = equation.primitive.name, list(_inner(equation))
@@ -54,28 +54,28 @@ def products(jaxpr: Jaxpr | ClosedJaxpr, times: int = 1, fused: bool = False) ->
 
 
 def total_flops(program: Iterable[Product]) -> float:
-    """Operations of all products of a program."""
+    """Returns the number of operations of all products of a program."""
     return sum(product.flops * product.times for product in program)
 
 
 def roofline_seconds(program: Iterable[Product], devices: int, flops: float, bandwidth: float) -> float:
-    """The least time that a program's products take: each at the peak rate, or at that of moving its numbers.
+    """Returns a lower bound of a program's time: each product is limited by its operations or its memory traffic.
 
-    Everything else is thought of as fused into them.
+    All other operations count as fused into the products.
 
     Args:
         program: its products, of all devices together.
-        devices: how many share each product evenly.
-        flops: operations a second of a device.
-        bandwidth: bytes a second of a device.
+        devices: number of devices that share each product evenly.
+        flops: operations per second of a device.
+        bandwidth: bytes per second of a device.
     """
     return sum(p.times * max(p.flops / flops, p.bytes / bandwidth) for p in program) / devices
 
 
 def saved_bytes(jaxpr: ClosedJaxpr, weights: set[tuple[int, ...]]) -> int:
-    """Bytes of a program's results that are neither its arguments nor of the shape of a weight, or of some in a stack.
+    """Returns the bytes of a program's results that are neither arguments nor shaped like weights or stacks of them.
 
-    Of a forward pass that returns what its backward pass needs, these are the activations.
+    For a forward pass that returns the inputs of its backward pass, these are the activations.
     """
     given = set(jaxpr.jaxpr.invars) | set(jaxpr.jaxpr.constvars)
     kept = {v for v in jaxpr.jaxpr.outvars if not isinstance(v, Literal) and v not in given}

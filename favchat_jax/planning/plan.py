@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import math
 import time
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -18,7 +19,7 @@ from favchat_jax import sharding, stages
 from favchat_jax.checkpoints.mistral_folder import read_config
 from favchat_jax.checkpoints.run import weight_shapes
 from favchat_jax.config import Config
-from favchat_jax.errors import UserError
+from favchat_jax.errors import UserError, one_line
 from favchat_jax.models import favchat
 from favchat_jax.models.kernels.attention import compiling_for
 from favchat_jax.models.kernels.quantized import store
@@ -31,20 +32,6 @@ from favchat_jax.training.step import batch_loss, make_step, new_state
 # Triton's products are chosen by trying them out, for which there is no GPU; cuBLAS's take as much memory or more.
 OPTIONS = {"cuda": {"xla_gpu_enable_triton_gemm": False}}
 STEPS = 1000  # of the schedule, whose length changes nothing here
-# Mistral-7B-Instruct-v0.2's published sizes, for plans made before its folder is there.
-MISTRAL_7B = MistralConfig(
-    vocab_size=32000,
-    hidden_size=4096,
-    intermediate_size=14336,
-    num_hidden_layers=32,
-    num_attention_heads=32,
-    num_key_value_heads=8,
-    head_dim=128,
-    rms_norm_eps=1e-5,
-    rope_theta=1e6,
-    sliding_window=None,
-    max_position_embeddings=32768,
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,8 +102,7 @@ def make_plan(config: Config, name: str, clips: int | None = None) -> Plan:
     lowered = arguments.step.lower(arguments.state, arguments.frozen, arguments.batch)
     memory = lowered.compile(compiler_options=OPTIONS.get(target.platform)).memory_analysis()
     seconds = time.perf_counter() - started
-    frozen, trained = _held(arguments.frozen), _held(arguments.state.trainable)
-    optimizer = _held(arguments.state.moments)
+    frozen = _held(arguments.frozen)
     flops, activations = _of_one_clip(config, mesh.devices.flat[0].platform)
     executed = _executed(config, clips)
     share = clips // (mesh.shape["data"] * mesh.shape["fsdp"] * config.accumulate)
@@ -125,29 +111,69 @@ def make_plan(config: Config, name: str, clips: int | None = None) -> Plan:
         cost.roofline_seconds(executed, mesh.size, target.flops, target.bandwidth),
         _moved(arguments, config) / target.link if target.link else 0.0,
     )
-    peak = memory.peak_memory_in_bytes
+    return plan_of(
+        name,
+        config,
+        clips,
+        memory,
+        peak=memory.peak_memory_in_bytes,
+        held={
+            "frozen_bytes": frozen,
+            "trained_bytes": _held(arguments.state.trainable),
+            "optimizer_bytes": _held(arguments.state.moments),
+            "activation_bytes": activations,
+        },
+        flops=(flops * clips, cost.total_flops(executed)),
+        seconds=(least, seconds),
+        advise=lambda lacking: _advice(config, share, lacking, memory.temp_size_in_bytes, frozen),
+    )
+
+
+def plan_of(
+    name: str,
+    config: Config,
+    clips: int,
+    memory: Any,
+    *,
+    peak: int,
+    held: Mapping[str, int],
+    flops: tuple[float, float],
+    seconds: tuple[float, float],
+    advise: Callable[[int], str],
+) -> Plan:
+    """The plan of what was compiled for a target.
+
+    Args:
+        name: the target's.
+        config: of the stage.
+        clips: of a step.
+        memory: the compiler's account of it.
+        peak: bytes that a device needs.
+        held: bytes of weights, moments and activations, under the names of `Plan`.
+        flops: of the step's products, as the model needs them and as they are executed.
+        seconds: that a step takes at least, and that compiling took.
+        advise: which option would make it fit, given the bytes that are lacking.
+    """
+    target, (needed, executed), (least, compiling) = find(name), flops, seconds
     headroom = target.usable - peak
     return Plan(
         target=name,
         stage=config.stage,
-        devices=mesh.size,
+        devices=target.devices,
         clips=clips,
-        frozen_bytes=frozen,
-        trained_bytes=trained,
-        optimizer_bytes=optimizer,
-        activation_bytes=activations,
-        temporary_bytes=memory.temp_size_in_bytes - activations,
+        **held,
+        temporary_bytes=memory.temp_size_in_bytes - held["activation_bytes"],
         argument_bytes=memory.argument_size_in_bytes,
         temp_bytes=memory.temp_size_in_bytes,
         peak_bytes_per_device=peak,
-        flops_per_step=flops * clips,
-        executed_flops=cost.total_flops(executed),
+        flops_per_step=needed,
+        executed_flops=executed,
         roofline_seconds=least,
-        mfu_ceiling=flops * clips / (mesh.size * target.flops * least),
-        compile_seconds=seconds,
+        mfu_ceiling=needed / (target.devices * target.flops * least),
+        compile_seconds=compiling,
         fits=headroom >= 0,
         headroom_bytes=headroom,
-        advice="" if headroom >= 0 else _advice(config, share, -headroom, memory.temp_size_in_bytes, frozen),
+        advice="" if headroom >= 0 else advise(-headroom),
     )
 
 
@@ -223,8 +249,8 @@ def load(artefact: bytes) -> export.Exported:
     try:
         return export.deserialize(bytearray(artefact))
     except Exception as error:  # the reader of the format raises what it stumbles over
-        said = (str(error).splitlines() or [type(error).__name__])[0][:120]
-        raise UserError(f"this is no saved step ({said}): make it again with tools.aot_compile --save") from None
+        reason = one_line(error)
+        raise UserError(f"this is no saved step ({reason}): make it again with tools.aot_compile --save") from None
 
 
 @functools.lru_cache(maxsize=8)
@@ -237,7 +263,7 @@ def model_and_weights(config: Config) -> tuple[favchat.FaVChat, dict[str, jax.Sh
 def language_model(config: Config) -> MistralConfig:
     """Sizes of a config's language model; raises UserError where they are not known."""
     if config.preset == "paper" and not config.llm.path:
-        return MISTRAL_7B
+        return MistralConfig()
     if not config.llm.path:
         raise UserError("llm.path is not set: name the Hugging Face folder of a Mistral with --config.llm.path=DIR")
     return read_config(config.llm.path)

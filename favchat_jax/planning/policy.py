@@ -1,8 +1,8 @@
-"""An iteration of the reinforcement stage, compiled for a device that is not here: rollouts, scores and the update.
+"""Plans an iteration of the reinforcement stage for a device that is not available: rollouts, scores and updates.
 
-The programs are the very ones that `rl.de_grpo` runs, in its order; only their arguments are shapes. What stays on the
-device between them counts in each: the language model's base with its adapters apart (scores, updates) and merged
-(rollouts), moments, and the adapters that the run started from.
+It compiles the programs that `rl.de_grpo` runs, in its order, with shapes as arguments. Arrays that stay on the device
+between programs count in each of them: the language model's base with separate adapters (scores, updates) and with
+merged ones (rollouts), the moments, and the adapters at the start of the run.
 """
 
 import dataclasses
@@ -32,13 +32,13 @@ END = 2  # Mistral's end of a text
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """One of the compiled functions of an iteration, with its arguments as shapes.
+    """A compiled function of an iteration, with its arguments as shapes.
 
     Attributes:
         options: its static arguments.
-        weights: bytes among its arguments that stay on the device between programs.
-        times: how often its products, or those of `once`, are computed in an iteration.
-        once: one turn of its loop, where that ends when all responses have.
+        weights: bytes of its arguments that stay on the device between programs.
+        times: how often an iteration computes its products, or those of `once`.
+        once: one turn of its loop, for a loop that ends when all responses have ended.
     """
 
     name: str
@@ -55,19 +55,19 @@ def make_policy_plan(config: Config, name: str, clips: int | None = None) -> pla
 
     Args:
         config: of stage `grpo`.
-        name: the target's, of one device.
-        clips: samples of an iteration; by default `config.batch`.
+        name: a target with one device.
+        clips: samples per iteration; by default `config.batch`.
 
     Returns:
-        As of a training step; its peak is that of the program that needs most, its temporaries what that one takes
-        beside its arguments, activations among them, and its operations those of all programs.
+        The plan, as for a training step. Its peak is that of the largest program, its temporaries are that program's
+        memory besides its arguments, including activations, and its operations are those of all programs.
 
     Raises:
         UserError: the target is unknown, has several devices, or its compiler is missing.
     """
     target = find(name)
     if target.devices > 1:
-        raise UserError(f"--target={name}: stage=grpo computes on one device; name a target that is one")
+        raise UserError(f"--target={name} has several devices, but stage=grpo uses one: name a target with one device")
     clips = clips or config.batch
     device = devices(name)[0]
     held, programs = _lay_out(config, clips, device)
@@ -77,46 +77,42 @@ def make_policy_plan(config: Config, name: str, clips: int | None = None) -> pla
         with compiling_for(device.platform):
             lowered = program.function.lower(*program.arguments, **program.options)
         memory = lowered.compile(compiler_options=plan.OPTIONS.get(target.platform)).memory_analysis()
-        # Of its arguments the compiler counts those that it reads; the others are there all the same.
+        # The compiler counts only the arguments that the program reads, but all of them occupy memory.
         taken = memory.peak_memory_in_bytes - memory.argument_size_in_bytes
         peaks.append((resident + _bytes(program.arguments) - program.weights + taken, memory))
         products += list(_products(program))
     peak, memory = max(peaks, key=lambda found: found[0])
-    flops, headroom = cost.total_flops(products), target.usable - peak
-    least = cost.roofline_seconds(products, 1, target.flops, target.bandwidth)
-    return plan.Plan(
-        target=name,
-        stage=config.stage,
-        devices=1,
-        clips=clips,
-        frozen_bytes=held["frozen"] + held["merged"],
-        trained_bytes=held["trained"] + held["reference"],
-        optimizer_bytes=held["moments"],
-        activation_bytes=0,
-        temporary_bytes=memory.temp_size_in_bytes,
-        argument_bytes=memory.argument_size_in_bytes,
-        temp_bytes=memory.temp_size_in_bytes,
-        peak_bytes_per_device=peak,
-        flops_per_step=flops,
-        executed_flops=flops,
-        roofline_seconds=least,
-        mfu_ceiling=flops / (target.flops * least),
-        compile_seconds=time.perf_counter() - started,
-        fits=headroom >= 0,
-        headroom_bytes=headroom,
-        advice="" if headroom >= 0 else _advice(resident, target.usable),
+    flops = cost.total_flops(products)
+    return plan.plan_of(
+        name,
+        config,
+        clips,
+        memory,
+        peak=peak,
+        held={
+            "frozen_bytes": held["frozen"] + held["merged"],
+            "trained_bytes": held["trained"] + held["reference"],
+            "optimizer_bytes": held["moments"],
+            "activation_bytes": 0,
+        },
+        flops=(flops, flops),
+        seconds=(
+            cost.roofline_seconds(products, 1, target.flops, target.bandwidth),
+            time.perf_counter() - started,
+        ),
+        advise=lambda _: _advice(resident, target.usable),
     )
 
 
 def _advice(resident: int, usable: int) -> str:
-    """Which option would make an iteration fit, of which `resident` bytes stay on the device."""
+    """Suggests a change that makes an iteration fit; `resident` bytes stay on the device."""
     if resident > usable:
         return f"a device with more memory: {resident / GIB:.1f} GiB of weights and moments stay on it"
     return "a smaller rl.group or rl.max_new_tokens"
 
 
 def _lay_out(config: Config, clips: int, device: jax.Device) -> tuple[dict[str, int], list[Program]]:
-    """Bytes of what stays on the device, by what it is, and the programs of an iteration in their order."""
+    """Returns the bytes that stay on the device, by kind, and the programs of an iteration in their order."""
     dtype = jnp.dtype(config.model.dtype)
     model, shapes = plan.model_and_weights(config)
     trainable, frozen = stages.split(shapes, config.variant, config.stage)
@@ -136,7 +132,7 @@ def _lay_out(config: Config, clips: int, device: jax.Device) -> tuple[dict[str, 
     asked = _shapes({"prompt": (words, jnp.int32), "prompt_mask": (words, jnp.bool_)})
     features, rollouts = _rollouts(config, clips, decoder, merged, asked)
     update = policy.make_update(model, optimizer, config.rl, config.loss_chunk).__wrapped__
-    # Compiled anew, without the options of the platform that compiles.
+    # Wrapped in a new jit, without the compiler options of the platform that compiles.
     compiled = policy.make_score(model, config.rl, config.loss_chunk), jax.jit(update, donate_argnums=0)
     programs = [*rollouts, *_updates(config, clips, compiled, state, frozen, features, asked)]
     where = SingleDeviceSharding(device)
@@ -144,7 +140,10 @@ def _lay_out(config: Config, clips: int, device: jax.Device) -> tuple[dict[str, 
 
 
 def _rollouts(config, clips: int, decoder: Decoder, merged: Any, asked: dict) -> tuple[Any, list[Program]]:
-    """The clips' features, and what makes them and the responses; `asked` is the question as the Q-Formers read it."""
+    """Returns the clips' features and the programs that make them and the responses.
+
+    `asked` is the question for the Q-Formers.
+    """
     settings, size, weights = config.rl, config.model.image_size, _bytes(merged)
     frames = jax.ShapeDtypeStruct((clips, config.model.frames, size, size, 3), jnp.uint8)
     features = jax.eval_shape(decoder.encode, merged, frames)
@@ -168,7 +167,7 @@ def _rollouts(config, clips: int, decoder: Decoder, merged: Any, asked: dict) ->
 def _updates(
     config, clips: int, compiled: tuple, state: Any, frozen: dict, features: Any, asked: dict
 ) -> list[Program]:
-    """What judges the responses, for the policy and for the reference, and what moves the policy by them."""
+    """Returns the programs that score the responses, for policy and reference, and that update the policy."""
     score, update = compiled
     size = clips, config.rl.group, PROMPT + config.rl.max_new_tokens
     batch = _shapes({"tokens": (size, jnp.int32)}) | asked
@@ -189,7 +188,7 @@ def _updates(
 
 
 def _products(program: Program) -> Iterator[cost.Product]:
-    """The products of all runs of a program in an iteration, traced for a CPU, where attention's can be counted."""
+    """Yields the products of all runs of a program in an iteration, traced for a CPU to count attention's products."""
     arguments = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), program.arguments)
     function = program.once or (lambda *arguments: program.function.__wrapped__(*arguments, **program.options))
     for product in cost.products(jax.make_jaxpr(function)(*arguments)):
@@ -197,7 +196,7 @@ def _products(program: Program) -> Iterator[cost.Product]:
 
 
 def _copied(merged: Any, shapes: dict[str, Any]) -> dict[str, Any]:
-    """The weights for decoding that are not training's own: those of the language model's products."""
+    """Returns the decoding weights that are not training's arrays: those of the language model's products."""
     flat = flatten_dict(merged["params"], sep="/")
     return {path: leaf for path, leaf in flat.items() if path not in shapes}
 

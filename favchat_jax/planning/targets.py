@@ -1,6 +1,6 @@
-"""The accelerators that a run can be planned for, and their devices as far as a compiler needs them.
+"""The accelerators for which runs can be planned, and their devices as a compiler sees them.
 
-Peak rates are the makers' for dense bfloat16 products with float32 sums.
+Peak rates are the manufacturers' figures for dense bfloat16 products with float32 sums.
 """
 
 import dataclasses
@@ -10,27 +10,27 @@ import os
 import jax
 from jax.experimental import topologies
 
-from favchat_jax.errors import UserError
+from favchat_jax.errors import UserError, one_line
 
 GIB = 2**30
-USABLE = 0.9  # of a device's memory: the rest is the runtime's, its kernels' and lost between buffers
+USABLE = 0.9  # share of a device's memory; the rest goes to the runtime, its kernels and fragmentation
 
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """Some devices of one kind.
+    """A group of devices of one kind.
 
     Attributes:
         platform: cuda or tpu.
-        topology: how many there are and how they lie, in the compiler's words.
-        devices: how many there are.
-        memory: bytes of a device.
-        flops: products of a device, in floating-point operations a second.
-        bandwidth: bytes a second between a device and its memory.
-        link: bytes a second that a device sends to the others, and receives, at once; 0 where it is alone.
-        clips: clips of a step on all devices together; None: what a config has for one device, times their number.
-        storage: of the language model's base in tables of all targets.
-        chip: of a GPU, the fields of the compiler's description that differ between kinds.
+        topology: number and arrangement of the devices in the compiler's notation.
+        devices: number of devices.
+        memory: bytes per device.
+        flops: floating-point operations per second of a device, in products.
+        bandwidth: bytes per second between a device and its memory.
+        link: bytes per second that a device sends to the others while it receives as many; 0 for a single device.
+        clips: clips per step on all devices; None: the config's batch for one device times their number.
+        storage: storage of the language model's base in tables of all targets.
+        chip: for a GPU, the fields of the compiler's description that differ between kinds.
     """
 
     platform: str
@@ -46,7 +46,7 @@ class Target:
 
     @property
     def usable(self) -> int:
-        """Bytes of a device that a step may take."""
+        """Bytes of a device that a step may use."""
         return int(USABLE * self.memory)
 
 
@@ -65,11 +65,11 @@ TARGETS = {
     "h200": _gpu(1, 150754820096, 989e12, 4800e9, _HOPPER),
     "rtx4090": _gpu(1, 25757220864, 165e12, 1008e9, _ADA, clips=1, storage="int8"),
     "v5e-8": Target("tpu", "v5e:2x4", 8, 16 * GIB, 197e12, 819e9, 200e9, 8),
-    "v5p-8": Target("tpu", "v5p:2x2x1", 4, 95 * GIB, 459e12, 2765e9, 600e9, 8),  # eight cores, in four chips
+    "v5p-8": Target("tpu", "v5p:2x2x1", 4, 95 * GIB, 459e12, 2765e9, 600e9, 8),  # eight cores in four chips
     "v6e-4": Target("tpu", "v6e:2x2", 4, 32 * GIB, 918e12, 1640e9, 448e9, 8),
 }
 
-# XLA's GpuTargetConfig. What is not filled in is the same on all of these GPUs.
+# XLA's GpuTargetConfig. The literal fields are the same for all of these GPUs.
 _DESCRIPTION = """
 gpu_device_info {{
   threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
@@ -88,7 +88,7 @@ device_description_str: "{name}"
 
 
 def find(name: str) -> Target:
-    """The target of a name; raises UserError for an unknown one."""
+    """Returns the target of a name; raises UserError for an unknown one."""
     if name not in TARGETS:
         raise UserError(f"--target={name} is unknown: choose one of {', '.join(TARGETS)}")
     return TARGETS[name]
@@ -96,26 +96,27 @@ def find(name: str) -> Target:
 
 @functools.cache
 def devices(name: str) -> list[jax.Device]:
-    """The devices of a target, for compiling only.
+    """Returns the devices of a target, which can only compile.
 
     Raises:
-        UserError: the compiler for its platform is not installed.
+        UserError: the compiler for the platform is not installed.
     """
     target, options = find(name), {}
-    if target.platform == "tpu":  # it must not ask the network which machine this is
+    if target.platform == "tpu":  # keeps the compiler from asking the network about this machine
         os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
         os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-        os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # a plan holds no chip, so several may be made at once
+        os.environ.setdefault(
+            "ALLOW_MULTIPLE_LIBTPU_LOAD", "1"
+        )  # a plan occupies no chip, so several may run in parallel
     if target.platform == "cuda":
-        os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")  # there is no driver to check
+        os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")  # no driver is installed
         chip = dict(target.chip, bandwidth=int(target.bandwidth), memory=target.memory, name=name)
         options = {"topology": target.topology, "target_config": _DESCRIPTION.format(**chip)}
     try:
         described = topologies.get_topology_desc(platform=target.platform, topology_name=target.topology, **options)
-    except Exception as error:  # jax raises many kinds where a plugin is missing or does not load
-        said = (str(error).splitlines() or [type(error).__name__])[0][:120]
+    except Exception as error:  # jax raises many kinds of errors for a plugin that is missing or does not load
         raise UserError(
-            f"--target={name} needs the compiler for {target.platform} ({said}): "
-            "run it in .venv-aot, which `make plan` sets up"
+            f"--target={name} needs the compiler for {target.platform} ({one_line(error)}): "
+            "run this in .venv-aot, which `make plan` creates"
         ) from None
     return list(described.devices)

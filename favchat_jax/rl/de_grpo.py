@@ -6,6 +6,7 @@ that the run started from, over the one base; encoders and Q-Formers do not trai
 iteration. Everything that decides the next iteration is in the checkpoint, so that a resumed run is exact.
 """
 
+import dataclasses
 import itertools
 import json
 import logging
@@ -55,7 +56,7 @@ def train(config: Config, workdir: Path, mesh: Mesh) -> Outcome:
         UserError: there are no usable samples, a reward misbehaves, or as in `favchat_jax.train.train`.
         RunError: the gradient became NaN or infinite.
     """
-    settings = config.rl
+    settings = config.reinforcement
     functions = load_rewards(settings)
     claim(workdir, config)
     keep_programs(workdir)
@@ -90,7 +91,8 @@ def train(config: Config, workdir: Path, mesh: Mesh) -> Outcome:
                 settings.max_new_tokens, settings.temperature, settings.top_p, config.seed * 1_000_003 + pool.iteration
             )
             drawn = rollouts.draw({**state.trainable, **frozen}, clips[samples], settings.group, sampling)
-            batch, count = rollouts.batch(drawn), len(samples)
+            batch: dict[str, Any] = dict(rollouts.batch(drawn))
+            count = len(samples)
             batch["old"] = score(state.trainable, frozen, drawn.features, batch)
             batch["reference"] = score(reference, frozen, drawn.features, batch)
             lengths = batch["counted"].sum(-1)
@@ -103,14 +105,14 @@ def train(config: Config, workdir: Path, mesh: Mesh) -> Outcome:
             batch["counted"] = batch["counted"] & (np.arange(len(lengths)) < count)[:, None, None]
             for _ in range(settings.updates):
                 state, values = update(state, frozen, drawn.features, batch)
-            values = {name: float(value) for name, value in jax.device_get(values).items()}
-            if not np.isfinite(values["gradient_norm"]):
+            moved = {name: float(value) for name, value in jax.device_get(values).items()}
+            if not np.isfinite(moved["gradient_norm"]):
                 raise RunError(
                     f"the gradient of step {int(state.step) + 1} is not finite, clips "
                     f"{', '.join(record.id for record in drawn.records)}: lower optimizer.learning_rate"
                 )
-            state = state.replace(step=state.step + 1)
-            return state, values | _summary(worth, lengths[:count], utility) | _shares(pool)
+            figures = _summary(worth, lengths[:count], utility) | _shares(pool)
+            return dataclasses.replace(state, step=state.step + 1), moved | figures
 
         def measure(step: int) -> None:
             means = rollouts.measure({**state.trainable, **frozen}, heldout)
@@ -119,9 +121,9 @@ def train(config: Config, workdir: Path, mesh: Mesh) -> Outcome:
                 file.write(json.dumps(line) + "\n")
             log.info("step %d, held-out: %s", step, ", ".join(f"{name} {mean:.3f}" for name, mean in means.items()))
 
-        def save(pool_state: dict[str, Any]) -> None:
+        def save(pool_state: dict[str, Any] | None) -> None:
             if step not in (0, checkpoints.latest()):
-                checkpoints.save(state, pool_state)
+                checkpoints.save(state, pool_state or pool.get_state())
 
         # Loop
         steps = config.steps
@@ -157,7 +159,7 @@ def train(config: Config, workdir: Path, mesh: Mesh) -> Outcome:
                 save(pool_state)
                 raise
             metrics.flush(step)
-            save(pool.get_state())
+            save(None)
             checkpoints.wait()
     draw_curves(workdir)
     return Outcome(step, steps, resumed_at)

@@ -52,16 +52,16 @@ class Rollouts:
         functions: Mapping[str, tuple[rewards.Reward, float]],
         weights: dict[str, jax.Array],
     ):
-        self._batch, self._settings, self._longest = config.batch, config.rl, max(config.data.buckets)
+        self._batch, self._settings, self._longest = config.batch, config.reinforcement, max(config.data.buckets)
         self._functions = functions
         self._sampler = Sampler(config, weights, parts.tokenizer, parts.prompt_tokenizer)
 
     def draw(self, weights: dict[str, jax.Array], records: Sequence[Record], group: int, sampling: Sampling) -> Rollout:
         """Responses of the policy with these weights, `group` to each clip."""
         self._sampler.load(weights)
-        size = {"frames": self._sampler.frames, "size": self._sampler.image_size}
+        count, size = self._sampler.frames, self._sampler.image_size
         padded = [*records, *[records[0]] * (self._batch - len(records))]
-        frames = np.stack([decode(record.clip, name=record.id, **size).frames for record in padded])
+        frames = np.stack([decode(record.clip, frames=count, size=size, name=record.id).frames for record in padded])
 
         def respond(features: ClipFeatures) -> Int[np.ndarray, "B G n"]:
             return self._sampler.responses(features, [reasoning.QUESTION] * len(padded), group, sampling)

@@ -46,14 +46,14 @@ class KeptFeatures:
 
     def of(self, batch: Batch) -> ClipFeatures:
         """A batch's features in host memory; where a clip has none yet, all of its frames are encoded."""
-        rows = [self._read(name) for name in batch.ids]
-        if None in rows:
+        rows = [row for name in batch.ids if (row := self._read(name)) is not None]
+        if len(rows) < len(batch.ids):
             frames = sharding.place_batch({"frames": batch.arrays["frames"]}, self._mesh)["frames"]
             encoded = jax.tree.leaves(jax.device_get(self._encode(self._params, frames)))
             rows = [[leaf[i] for leaf in encoded] for i in range(len(batch.ids))]
             for name, row in zip(batch.ids, rows, strict=True):
                 self._write(name, row)
-        return self._tree.unflatten([np.stack(leaves) for leaves in zip(*rows, strict=True)])
+        return jax.tree.unflatten(self._tree, [np.stack(leaves) for leaves in zip(*rows, strict=True)])
 
     def _file(self, name: str) -> Path:
         return self._folder / f"{hashlib.sha256(name.encode()).hexdigest()[:32]}.safetensors"

@@ -56,13 +56,14 @@ class Metrics:
             clips: of the step's batch.
             waited: seconds for which the device waited for that batch.
         """
-        self._window.append({**values, "clips": clips, "waited": waited})
+        if self._board:
+            self._window.append({**values, "clips": clips, "waited": waited})
         if step % self._every == 0:
             self.flush(step)
 
     def flush(self, step: int) -> None:
         """Writes what was collected, if anything, as the line of `step`."""
-        if not self._window or not self._board:
+        if not self._board or not self._window:
             return
         elapsed = time.perf_counter() - self._since
         total = {name: sum(row[name] for row in self._window) for name in self._window[0]}
@@ -115,5 +116,5 @@ def next_batch(batches: BatchIterator, pending: Pending | None) -> tuple[Batch, 
     """The next batch, and the seconds for which the device waited for it at most: it is idle once a step is done."""
     started = time.perf_counter()
     batch = next(batches)
-    idle = pending is None or pending.values["loss"].is_ready()
+    idle = pending is None or pending.values["loss"].is_ready()  # type: ignore[attr-defined]
     return batch, time.perf_counter() - started if idle else 0.0

@@ -1,4 +1,4 @@
-"""One self-contained folder: it loads wherever it lies, without the run and the language model it came from."""
+"""The self-contained export loads from any place, without its run and the original language model."""
 
 import json
 import shutil
@@ -12,7 +12,7 @@ from favchat_jax.convert.pytorch.modeling_favchat import FaVChatForConditionalGe
 from favchat_jax.data.sources import open_dataset
 from favchat_jax.errors import UserError
 from favchat_jax.generation.sampler import Sampler, Sampling
-from tests.conftest import DATA, damage, fill, same_weights, start_module
+from tests.conftest import DATA, check_refusals, damage, fill, same_weights, start_module
 from tests.data.tokenizers_for_tests import bert
 from tools import export_pytorch
 from tools.export_orbax import export
@@ -22,7 +22,7 @@ QUESTION = "What is the person doing?"
 
 @pytest.fixture(scope="module")
 def folder(trained, small_world, tmp_path_factory) -> Path:
-    """An export that has been moved, and whose sources are gone; no test may change it."""
+    """A moved export whose sources were deleted; no test may change it."""
     place = tmp_path_factory.mktemp("exports")
     workdir = trained.copy("stage3", place)
     set_paths(workdir, llm={"path": str(shutil.copytree(small_world.llm, place / "mistral"))})
@@ -37,7 +37,7 @@ def set_paths(workdir: Path, **paths) -> None:
     (workdir / "config.json").write_text(json.dumps({**settings, **paths}))
 
 
-def test_it_holds_the_runs_weights_bit_for_bit_and_its_config(folder, trained):
+def test_the_export_has_the_runs_config_and_its_weights_bit_for_bit(folder, trained):
     moved, run = load_run(folder), load_run(trained.folder / "stage3")
     assert same_weights(moved.weights, run.weights)
     differing = {name for name, value in vars(moved.config).items() if value != getattr(run.config, name)}
@@ -45,7 +45,7 @@ def test_it_holds_the_runs_weights_bit_for_bit_and_its_config(folder, trained):
     assert moved.tokenizer.get_vocab() == run.tokenizer.get_vocab()
 
 
-def test_chat_answers_from_it_as_from_the_run(folder, trained, small_world, tmp_path):
+def test_chat_gives_the_same_answer_with_the_export_as_with_the_run(folder, trained, small_world, tmp_path):
     (tmp_path / "clip.mp4").write_bytes(open_dataset(DATA, small_world.packed, "heldout")[0].clip)
     run = Sampler.of(load_run(trained.folder / "stage3"))
     expected = ask(run, str(tmp_path / "clip.mp4"), QUESTION, Sampling(max_new_tokens=12))
@@ -55,7 +55,7 @@ def test_chat_answers_from_it_as_from_the_run(folder, trained, small_world, tmp_
     assert (chat.returncode, stdout) == (0, expected + "\n"), stderr
 
 
-def test_it_can_be_exported_again_to_both_kinds_of_folder(folder, trained, tmp_path):
+def test_an_export_can_be_exported_again_to_both_kinds_of_folder(folder, trained, tmp_path):
     export(folder, tmp_path / "again")
     assert same_weights(load_run(tmp_path / "again").weights, load_run(folder).weights)
     export_pytorch.export(folder, tmp_path / "pytorch")
@@ -66,7 +66,7 @@ def test_it_can_be_exported_again_to_both_kinds_of_folder(folder, trained, tmp_p
     assert one.keys() == other.keys() and all(one[name].equal(other[name]) for name in one)
 
 
-def test_the_qformers_own_tokenizer_goes_along(trained, tmp_path):
+def test_the_export_contains_the_qformers_tokenizer(trained, tmp_path):
     workdir = trained.copy("stage3", tmp_path)
     bert("what", "is").save_pretrained(tmp_path / "bert")
     set_paths(workdir, prompt_tokenizer=str(tmp_path / "bert"))
@@ -75,7 +75,7 @@ def test_the_qformers_own_tokenizer_goes_along(trained, tmp_path):
     assert load_run(tmp_path / "out").prompt_tokenizer.cls_token_id == 2
 
 
-def test_damage_in_it_is_a_users_error(folder, tmp_path):
+def test_a_damaged_export_is_a_user_error(folder, tmp_path):
     copy = shutil.copytree(folder, tmp_path / "copy")
     damage(copy / "weights")
     with pytest.raises(UserError, match="copy is damaged"):
@@ -90,7 +90,7 @@ def test_damage_in_it_is_a_users_error(folder, tmp_path):
 def test_an_earlier_export_is_replaced_and_a_workdir_is_not(folder, trained, tmp_path):
     out = shutil.copytree(folder, tmp_path / "out")
     (out / "old").touch()
-    (tmp_path / "out.draft").mkdir()  # a person's
+    (tmp_path / "out.draft").mkdir()  # the user's own folder
     export(trained.folder / "stage3", out)
     assert not (out / "old").exists() and {path.name for path in tmp_path.iterdir()} == {"out", "out.draft"}
     workdir = trained.copy("stage2", tmp_path)
@@ -102,7 +102,7 @@ def test_a_full_disk_leaves_nothing_behind(trained, small_disk):
     ballast = fill(small_disk)
     with ballast.open("rb+") as file:
         file.truncate(ballast.stat().st_size - 200_000)
-    # As a process of its own, since Orbax says more than one line of it.
+    # In a separate process, since Orbax prints more lines about a full disk.
     process = start_module("tools.export_orbax", f"--checkpoint={trained.folder}/stage3", f"--out={small_disk}/out")
     stdout, stderr = process.communicate(timeout=200)
     assert (process.returncode, stdout, stderr.count("\n")) == (2, "", 1), stderr
@@ -118,9 +118,5 @@ def test_bad_usage_and_bad_input_are_one_line_and_exit_2(trained, tmp_path):
         "exists and is not an earlier export": (f"--checkpoint={trained.folder}/stage3", f"--out={trained.folder}"),
         "could not write": (f"--checkpoint={trained.folder}/stage3", f"--out={tmp_path}/file/out"),
     }
-    processes = {expected: start_module("tools.export_orbax", *flags) for expected, flags in bad.items()}
-    for expected, process in processes.items():
-        stdout, stderr = process.communicate(timeout=200)
-        assert (process.returncode, stdout, stderr.count("\n")) == (2, "", 1), stderr
-        assert expected in stderr
+    check_refusals("tools.export_orbax", bad)
     assert {entry.name for entry in tmp_path.iterdir()} == {"file"}

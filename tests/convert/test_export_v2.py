@@ -1,4 +1,4 @@
-"""Exports of v2: loadable without this package, bit for bit the run's, and refused where they are not whole v2s."""
+"""Exports of v2 load without this package and have the run's weights bit for bit; incomplete ones are refused."""
 
 import dataclasses
 import json
@@ -29,7 +29,7 @@ from tools.export_pytorch import export
 
 @dataclasses.dataclass(frozen=True)
 class Exported:
-    """A run of v2 and its export, which no test may change, and the clips of its data."""
+    """A run of v2, its export and the clips of its data; no test may change the folders."""
 
     run: Path
     folder: Path
@@ -38,7 +38,7 @@ class Exported:
 
 @pytest.fixture(scope="module")
 def exported(small_world, tmp_path_factory) -> Exported:
-    """The run is a self-contained folder of drawn weights: what v2 starts as nothing shows in its answers."""
+    """A self-contained run with random weights, so that parts initialised to zero also affect its answers."""
     place = tmp_path_factory.mktemp("v2")
     config = small_world.config("stage3", "variant=v2")
     shapes = weight_shapes(assemble(config).model, config)
@@ -53,14 +53,14 @@ def exported(small_world, tmp_path_factory) -> Exported:
 
 
 def changed(folder: Path, into: Path, **fields) -> Path:
-    """A copy of a folder whose config.json says something else."""
+    """Copies a folder and changes fields of its config.json."""
     copy = Path(shutil.copytree(folder, into / "copy"))
     config = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps({**config, **fields}))
     return copy
 
 
-def test_a_process_without_jax_and_one_with_it_answer_as_the_run_does(exported, tmp_path):
+def test_processes_with_and_without_jax_answer_like_the_run(exported, tmp_path):
     moved = shutil.copytree(exported.folder, tmp_path / "elsewhere")
     sampler, model = Sampler.of(load_run(exported.run)), FaVChatForConditionalGeneration.from_pretrained(moved)
     answers = {}
@@ -91,7 +91,7 @@ def test_weights_come_back_bit_for_bit_in_either_dtype(dtype, exported, tmp_path
     [
         ({"variant": "v1"}, r"says variant=v1, ablation=none, but its files lack adapter\.facial_in\.bias and \d+ "),
         ({"ablation": "no_moe"}, r"says variant=v2, ablation=no_moe, but its files lack adapter\.weights: export it"),
-        ({"variant": "v3"}, "variant=v3 is unknown: this model has v1 and v2"),
+        ({"variant": "v3"}, "variant=v3 is unknown: choose v1 or v2"),
         ({"qformer": {"prompt": False}}, "prompt=False leaves v2 without the question that guides it"),
     ],
 )
@@ -101,7 +101,7 @@ def test_an_export_whose_config_names_another_model_is_refused_in_one_line(field
     assert "\n" not in str(refused.value)
 
 
-def test_weights_that_no_part_of_the_model_has_are_refused(exported, tmp_path):
+def test_weights_that_do_not_belong_to_the_model_are_refused(exported, tmp_path):
     umt = json.loads((exported.folder / "config.json").read_text())["umt"]
     copy = changed(exported.folder, tmp_path, umt={**umt, "layers_run": 1})
     with pytest.raises(ValueError, match=r"but its files also hold vision_encoder\.encoder\.blocks\.1\.attn\.proj"):
@@ -118,11 +118,11 @@ def test_a_run_whose_config_names_the_other_variant_is_not_exported(exported, tr
 
 
 def test_an_export_is_not_compared_with_a_run_of_the_other_variant(exported, trained):
-    with pytest.raises(UserError, match="is of variant=v2, --checkpoint=.*/stage3 of v1: write that checkpoint's"):
+    with pytest.raises(UserError, match="has variant=v2, --checkpoint=.*/stage3 has v1: export that checkpoint with"):
         compare(trained.folder / "stage3", exported.folder, clips=1)
 
 
-def test_an_export_is_not_the_stage_before(exported, small_world):
+def test_an_export_cannot_be_the_run_that_a_stage_starts_from(exported, small_world):
     config = small_world.config("stage3", "variant=v2", init__from_run=str(exported.folder))
     with pytest.raises(UserError, match="is an export for PyTorch, not a run"):
         initial_weights(config, assemble(config).model)

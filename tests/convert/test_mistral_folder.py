@@ -1,4 +1,4 @@
-"""A Hugging Face folder of Mistral: read and written without loss, and one clear line for whatever is wrong with it."""
+"""A Hugging Face folder of Mistral is read and written without loss, and each problem gets one clear line."""
 
 import dataclasses
 import json
@@ -59,7 +59,7 @@ def assert_same_bits(a, b):
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
-def test_what_is_written_is_read_back_bit_for_bit(tmp_path, weights, dtype):
+def test_written_weights_are_read_back_bit_for_bit(tmp_path, weights, dtype):
     weights = jax.tree.map(lambda leaf: leaf.astype(dtype), weights)
     (tmp_path / "config.json").write_text(json.dumps(config_json(MISTRAL)))
     write_weights(tmp_path, weights)
@@ -93,7 +93,7 @@ def test_the_file_holds_the_published_names_and_shapes(folder):
     assert shapes == {**expected, **ends}
 
 
-def test_kernels_are_published_weights_transposed_and_each_layer_stays_in_its_place(folder):
+def test_kernels_are_the_transposed_published_weights_in_the_order_of_the_layers(folder):
     tensors = load_file(folder / "model.safetensors")
     ours = read_weights(folder)
     np.testing.assert_array_equal(ours["embed_tokens"]["embedding"], tensors["model.embed_tokens.weight"])
@@ -103,12 +103,12 @@ def test_kernels_are_published_weights_transposed_and_each_layer_stays_in_its_pl
         np.testing.assert_array_equal(kernel, tensors[f"model.layers.{i}.mlp.down_proj.weight"].T)
 
 
-def test_a_sharded_folder_with_an_index_is_read_whole(folder, weights):
+def test_all_shards_of_a_folder_with_an_index_are_read(folder, weights):
     shard(folder)
     assert_same_bits(read_weights(folder), weights)
 
 
-def test_rotary_buffers_of_older_exports_are_passed_over(folder, weights):
+def test_rotary_buffers_of_older_exports_are_ignored(folder, weights):
     name = "model.layers.0.self_attn.rotary_emb.inv_freq"
     change_tensors(folder, lambda tensors: tensors.update({name: np.ones(3, np.float32)}))
     assert_same_bits(read_weights(folder), weights)
@@ -196,7 +196,7 @@ PROBLEMS = {
 
 
 @pytest.mark.parametrize("problem", PROBLEMS)
-def test_what_is_wrong_with_a_folder_is_named_in_one_line(folder, problem):
+def test_each_problem_of_a_folder_is_one_line(folder, problem):
     break_it, named = PROBLEMS[problem]
     break_it(folder)
     with pytest.raises(UserError) as caught:
@@ -206,12 +206,12 @@ def test_what_is_wrong_with_a_folder_is_named_in_one_line(folder, problem):
     assert "\n" not in str(caught.value)
 
 
-def test_a_folder_that_is_not_there_is_named(tmp_path):
+def test_a_missing_folder_is_named(tmp_path):
     with pytest.raises(UserError, match="nowhere"):
         read_config(tmp_path / "nowhere")
 
 
-def test_a_file_in_the_place_of_the_folder_is_named(tmp_path):
+def test_a_file_instead_of_a_folder_is_named(tmp_path):
     (tmp_path / "weights.bin").write_bytes(b"x")
     with pytest.raises(UserError, match="weights.bin"):
         read_config(tmp_path / "weights.bin")
@@ -223,7 +223,7 @@ def test_read_config_gives_the_sizes_of_the_folder(folder):
 
 @pytest.mark.parametrize("sharded", [False, True], ids=["one file", "sharded"])
 def test_the_fingerprint_changes_with_any_weight_and_with_nothing_else(folder, sharded):
-    change_tensors(folder, lambda tensors: None)  # so that the rewritten file below differs in nothing but the weight
+    change_tensors(folder, lambda tensors: None)  # so that the file rewritten below differs only in the weight
     if sharded:
         shard(folder)
     before = fingerprint(folder)

@@ -1,4 +1,4 @@
-"""What goes into the exported model is what goes into ours: the same pixels of a video, the same tokens of a text."""
+"""The exported model gets the same inputs as ours: the same pixels of a video, the same tokens of a text."""
 
 import numpy as np
 import pytest
@@ -25,9 +25,9 @@ def test_a_turned_video_is_upright_with_the_same_pixels(rotation, tmp_path):
     np.testing.assert_array_equal(read_frames(path, 4, 48), decode(path, frames=4, size=48).frames)
 
 
-def test_a_video_cut_short_or_damaged_gives_as_many_frames():
-    whole = encode_video(60, container="matroska", options={"g": "10"}, picture=noise)
-    cut = whole[: len(whole) * 2 // 3]
+def test_a_truncated_or_damaged_video_still_gives_all_requested_frames():
+    intact = encode_video(60, container="matroska", options={"g": "10"}, picture=noise)
+    cut = intact[: len(intact) * 2 // 3]
     np.testing.assert_array_equal(read_frames(cut, 8, 64), decode(cut, frames=8, size=64).frames)
     holed = bytearray(encode_video(60, options={"g": "10"}, picture=noise))
     holed[len(holed) // 2 : len(holed) // 2 + 300] = b"\xff" * 300
@@ -41,7 +41,7 @@ def test_a_file_without_a_video_is_a_value_error_that_names_it(make, tmp_path):
         read_frames(tmp_path / "bad.mp4", 4, 64)
 
 
-def test_a_video_without_a_picture_to_speak_of_is_a_value_error(tmp_path):
+def test_a_video_with_tiny_pictures_is_a_value_error(tmp_path):
     (tmp_path / "bad.mp4").write_bytes(encode_video(3, **LOSSLESS, width=1, height=1))
     with pytest.raises(ValueError, match="bad.mp4 is 1x1 pixels: give a video of at least 8x8"):
         read_frames(tmp_path / "bad.mp4", 4, 64)
@@ -53,7 +53,7 @@ def test_a_conversation_longer_than_the_context_is_a_value_error():
     length = len(prompts.conversation([], "why?", 8))
     assert len(prompts.conversation([], "why?", 8, answer=500 - length)) == length
     for question, answer in (("why?", 501 - length), ("why? " * 500, 0)):
-        with pytest.raises(ValueError, match="over the limit of 500; shorten the text"):
+        with pytest.raises(ValueError, match="over the limit of 500: shorten the text"):
             prompts.conversation([], question, 8, answer=answer)
 
 

@@ -1,4 +1,4 @@
-"""The whole FaVChat against its PyTorch counterpart: same weights and inputs, same logits, gradients and answers.
+"""The complete FaVChat matches its PyTorch counterpart: same weights and inputs, same logits, gradients and answers.
 
     python -m pytest tests/convert/test_pytorch_parity.py -m "slow or not slow" -rP
 
@@ -47,7 +47,7 @@ def jax_logits(model, weights, batch):
 
 
 def jax_gradient(model, weights, batch):
-    """The mean loss of answer tokens and its gradient for all but the language model's base; there is no dropout."""
+    """Returns the mean loss of answer tokens and its gradient for all but the language model's base; no dropout."""
     counted = batch["loss_mask"][..., 1:].sum()
     frozen = {path: leaf for path, leaf in weights.items() if path.startswith("llm/") and "lora" not in path}
 
@@ -59,7 +59,7 @@ def jax_gradient(model, weights, batch):
 
 
 def compare(config, llm, weights, batch) -> dict[str, float]:
-    """The errors of logits, loss and gradient."""
+    """Returns the errors of logits, loss and gradient."""
     model = built(config, llm)
     logits = np.asarray(jax_logits(model, weights, batch))
     loss, gradient = jax.device_get(jax_gradient(model, weights, batch))
@@ -74,7 +74,7 @@ def compare(config, llm, weights, batch) -> dict[str, float]:
 
 
 def logits_error(config, llm, weights, batch) -> float:
-    """The error of the logits alone."""
+    """Returns the error of the logits only."""
     model = built(config, llm)
     logits = np.asarray(jax_logits(model, weights, batch))
     with torch.no_grad():
@@ -94,7 +94,7 @@ def drawn_weights(config, llm, spread, seed=0):
         *(pytest.param("v2", ablation, 0, marks=pytest.mark.slow) for ablation in ABLATIONS[1:]),
     ],
 )
-def test_every_model_has_the_logits_and_the_gradient_of_its_pytorch_counterpart(variant, ablation, seed):
+def test_logits_and_gradient_of_every_model_match_its_pytorch_counterpart(variant, ablation, seed):
     config = tiny_config(f"variant={variant},ablation={ablation}")
     errors = compare(config, MISTRAL, drawn_weights(config, MISTRAL, 0.3, seed), inputs(config, MISTRAL, seed=seed))
     print(variant, ablation, seed, errors)
@@ -104,7 +104,7 @@ def test_every_model_has_the_logits_and_the_gradient_of_its_pytorch_counterpart(
 @pytest.mark.parametrize(
     ("argument", "changes", "window"),
     [
-        # Both position tables are resampled and windows padded.
+        # These sizes resample both position tables and pad windows.
         ("", {"frames": 5, "image_size": 48, "fusion.residual": False, "qformer.extra_queries": 0}, None),
         ("", {"frames": 1, "qformer.prompt": False}, 4),
         ("variant=v2", {"frames": 5, "image_size": 48, "fusion.residual": False, "qformer.extra_queries": 0}, 4),
@@ -112,7 +112,7 @@ def test_every_model_has_the_logits_and_the_gradient_of_its_pytorch_counterpart(
     ],
     ids=["sizes", "one frame", "sizes of v2", *(f"v2 {ablation}" for ablation in ABLATIONS[1:])],
 )
-def test_other_settings_mean_the_same_in_pytorch(argument, changes, window):
+def test_logits_match_pytorch_with_other_settings(argument, changes, window):
     config = tiny_config(argument).updated({f"model.{path}": value for path, value in changes.items()})
     llm = dataclasses.replace(MISTRAL, sliding_window=window)
     weights, batch = drawn_weights(config, llm, 0.3), inputs(config, llm)
@@ -128,7 +128,7 @@ def test_greedy_answers_are_the_same_over_64_tokens(variant, ablation, seed, tmp
     (tmp_path / "config.json").write_text(json.dumps(config_json(MISTRAL)))
     weights, batch = drawn_weights(config, MISTRAL, 0.3, seed), inputs(config, MISTRAL, seed=seed)
     tokenizer = words(*(f"word{i}" for i in range(MISTRAL.vocab_size - 3)), "<end>")
-    tokenizer.eos_token = "<end>"  # which lies beyond the model's vocabulary, so that no answer ends
+    tokenizer.eos_token = "<end>"  # outside the model's vocabulary, so that no answer ends
     sampler = Sampler(config, weights, tokenizer, tokenizer)
     questions = [["word3 word5 word5", "word7 word8 word9"], ["word11 word2 word2", "word4 word1 word6"]]
     asked = [[[(question, None)] for question in row] for row in questions]
@@ -179,8 +179,8 @@ def wide(variant: str = "v1", share: int = 1, mlp: int = 14336):
     return config, MistralConfig.from_json({**MISTRAL_7B, **llm, "num_hidden_layers": 2, "vocab_size": 600})
 
 
-# Whole, the gradient takes 9 GiB and minutes: half of every width in each run of the tests, and among the slow ones all
-# of it but for Mistral's MLP (6.4 GiB), and the logits of all of it (4.5 GiB).
+# At full width the gradient takes 9 GiB and minutes. So the usual tests use half of every width. The slow tests use the
+# full width with a narrow Mistral MLP for the gradient (6.4 GiB), and the full width for the logits (4.5 GiB).
 SIZES = [
     pytest.param({"share": 2}, 0, id="half-0"),
     *(pytest.param({"share": 2}, seed, id=f"half-{seed}", marks=pytest.mark.slow) for seed in (1, 2)),
@@ -194,10 +194,10 @@ SIZES = [
 
 
 @pytest.mark.parametrize(("size", "seed"), SIZES)
-def test_near_the_papers_width_logits_and_gradient_are_those_of_the_pytorch_counterpart(size, seed):
+def test_near_the_papers_width_logits_and_gradient_match_the_pytorch_counterpart(size, seed):
     config, llm = wide(**size)
     batch = inputs(config, llm, clips=1, questions=1, seed=seed)
-    if config.variant == "v2":  # a single word leaves attention over words nothing to weigh: its gradients vanish
+    if config.variant == "v2":  # with a single word, attention over words is constant and its gradients vanish
         batch["prompt_mask"][..., :2] = True
     errors = compare(config, llm, drawn_weights(config, llm, 0.02, seed), batch)
     print(size, seed, errors)
@@ -207,7 +207,7 @@ def test_near_the_papers_width_logits_and_gradient_are_those_of_the_pytorch_coun
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1, 2])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_at_the_papers_width_logits_are_those_of_the_pytorch_counterpart(variant, seed):
+def test_at_the_papers_width_logits_match_the_pytorch_counterpart(variant, seed):
     config, llm = wide(variant)
     batch = inputs(config, llm, clips=1, questions=1, seed=seed)
     found = logits_error(config, llm, drawn_weights(config, llm, 0.02, seed), batch)

@@ -1,4 +1,4 @@
-"""Every table in both directions: no bit changes, no weight is left out, and the published names and layouts hold."""
+"""Every table works in both directions: no bit changes, no weight is missing, and published names and layouts hold."""
 
 import jax.numpy as jnp
 import ml_dtypes
@@ -23,8 +23,8 @@ TINY_QFORMER = QFormer(width=8, depth=3, heads=2, mlp=12, queries=2, extra_queri
 TINY_LORA = LoRA(rank=2)
 
 
-def whole_model(variant, ablation):
-    """Shapes of all weights of a FaVChat but its language model's."""
+def visual_shapes(variant, ablation):
+    """Returns the shapes of all FaVChat weights except the language model's."""
     config = tiny_config(f"variant={variant},ablation={ablation}")
     model = build(config.model, MISTRAL, variant=variant, ablation=ablation, lora_rank=2)
     shapes = favchat_shapes(model, config.model.frames, config.model.image_size)
@@ -39,7 +39,7 @@ CASES = {
     "lora": (lora.TABLE, lora.weight_shapes(MISTRAL, TINY_LORA)),
     "videochat2": (videochat2.TABLE, videochat2.weight_shapes(TINY_UMT, TINY_QFORMER, MISTRAL, TINY_LORA)),
     **{
-        f"favchat {variant} {ablation}": (favchat.TABLE, whole_model(variant, ablation))
+        f"favchat {variant} {ablation}": (favchat.TABLE, visual_shapes(variant, ablation))
         for variant in VARIANTS
         for ablation in ABLATIONS
     },
@@ -47,14 +47,14 @@ CASES = {
 
 
 def weights_for(shapes, dtype=np.float32):
-    """Random weights whose bits are all in use."""
+    """Draws random weights that use all bits."""
     rng = np.random.default_rng(0)
     return {path: rng.standard_normal(shape).astype(dtype) for path, shape in shapes.items()}
 
 
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("case", CASES)
-def test_weights_written_under_published_names_and_read_again_have_the_same_bits(case, dtype):
+def test_weights_keep_their_bits_when_written_under_published_names_and_read_again(case, dtype):
     table, shapes = CASES[case]
     weights = weights_for(shapes, dtype)
     again = read(table, write(table, weights), shapes, case, dtype)
@@ -63,7 +63,7 @@ def test_weights_written_under_published_names_and_read_again_have_the_same_bits
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_every_published_tensor_is_a_rearrangement_of_one_slice_and_none_is_written_twice(case):
+def test_every_weight_is_written_once_as_published_tensors(case):
     table, shapes = CASES[case]
     written = list(write(table, weights_for(shapes)))
     assert len({name for name, _ in written}) == len(written) == len(slots(table, shapes))
@@ -83,7 +83,7 @@ def test_patch_kernels_are_ordered_by_row_column_and_colour():
     ("bad", "dtype"),
     [(value, dtype) for value in (np.nan, -np.nan, np.inf, -np.inf) for dtype in ("f2", "f4", "f8", jnp.bfloat16)],
 )
-def test_nan_and_infinity_of_either_sign_are_told_from_every_finite_number(bad, dtype):
+def test_nan_and_infinity_of_either_sign_are_distinguished_from_finite_numbers(bad, dtype):
     largest = ml_dtypes.finfo(dtype).max
     numbers = np.array([0, -0.0, 1, -1, largest, -largest], dtype)
     assert is_finite(numbers) and is_finite(numbers[:0]) and is_finite(np.arange(3)) and is_finite(numbers[0])
@@ -105,7 +105,7 @@ def tensors():
     return dict(write(TABLE, weights_for(SHAPES)))
 
 
-def test_every_key_and_every_weight_is_under_one_heading(tensors):
+def test_every_key_and_every_weight_is_accounted_for_once(tensors):
     del tensors["c.0"], tensors["c.1"]
     found = account(TABLE, {**tensors, "old.x": np.ones(1), "z": np.ones(1), "b": np.ones(4)}, SHAPES)
     assert list(found.used) == ["a.0.w", "a.1.w"]
@@ -114,7 +114,7 @@ def test_every_key_and_every_weight_is_under_one_heading(tensors):
     assert (found.missing, found.unknown, found.misshapen) == ([], ["z"], {"b": ((5,), (4,))})
 
 
-def test_an_optional_part_that_is_absent_is_left_out_and_half_of_one_is_an_error(tensors):
+def test_an_optional_part_may_be_absent_but_not_incomplete(tensors):
     del tensors["c.0"]
     with pytest.raises(UserError, match=r"file lacks c\.0: fetch it again"):
         read(TABLE, tensors.items(), SHAPES, "file")
@@ -132,18 +132,18 @@ def test_an_optional_part_that_is_absent_is_left_out_and_half_of_one_is_an_error
         ({"b": np.full(5, np.nan)}, r"file: b holds NaN or infinity"),
     ],
 )
-def test_what_is_wrong_with_a_tensor_is_named(change, says, tensors):
+def test_the_problem_of_a_tensor_is_named(change, says, tensors):
     with pytest.raises(UserError, match=says):
         read(TABLE, (tensors | change).items(), SHAPES, "file")
 
 
-def test_a_source_of_another_kind_is_said_to_be_one():
+def test_a_source_of_another_kind_is_reported_as_such():
     with pytest.raises(UserError, match=r"file holds no weight of Thing \(its first is x\): check the kind"):
         read(TABLE, [("x", np.ones(1))], SHAPES, "file")
     with pytest.raises(UserError, match=r"its first is nothing"):
         read(TABLE, [], SHAPES, "file")
 
 
-def test_a_weight_without_a_row_is_an_error_of_the_table():
+def test_a_weight_without_a_row_in_the_table_is_an_error():
     with pytest.raises(ValueError, match="e/w has 0 rows in the table of Thing"):
         list(write(TABLE, {"e/w": np.ones(1)}))

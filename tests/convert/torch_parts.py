@@ -1,4 +1,4 @@
-"""The same inputs for our model and for its PyTorch counterpart, and how far apart their numbers are."""
+"""Inputs for our model and its PyTorch counterpart, and the error between their outputs."""
 
 import re
 from typing import Any
@@ -13,7 +13,7 @@ from favchat_jax.models.mistral import MistralConfig
 
 
 def inputs(config: Config, llm: MistralConfig, *, clips=2, questions=2, words=9, seed=0) -> dict[str, np.ndarray]:
-    """A batch of the training step: random frames, words, prompts of different lengths and answers."""
+    """Makes a training batch of random frames, words, prompts of different lengths and answers."""
     rng = np.random.default_rng(seed)
     size, vocabulary = config.model.image_size, config.model.qformer.vocabulary
     visual = config.model.qformer.queries + config.model.qformer.extra_queries
@@ -30,22 +30,24 @@ def inputs(config: Config, llm: MistralConfig, *, clips=2, questions=2, words=9,
 
 
 def error(ours: Any, reference: Any) -> float:
-    """max |ours - reference| / max |reference|."""
+    """Returns max |ours - reference| / max |reference|."""
     ours, reference = (np.asarray(jax.device_get(x), np.float64) for x in (ours, reference))
     assert ours.shape == reference.shape
     return float(np.abs(ours - reference).max() / np.abs(reference).max())
 
 
-# Gradients that vanish: a bias of keys shifts all of a query's scores alike, and nothing reads the prompt after a
+# Gradients that vanish: a key bias shifts all of a query's scores equally, and nothing reads the prompt after a
 # Q-Former's last layer.
 VANISHING = r".*\.key\.bias|.*qformer\.bert\.encoder\.layer\.{last}\.(intermediate|output)\..*"
 
 
 def gradient_error(ours: dict[str, Any], reference: torch.nn.Module, last: int) -> float:
-    """The largest `error` of the gradients, weight by weight; `last` is the Q-Formers' last layer.
+    """Returns the largest `error` of a weight's gradient.
 
     Args:
-        ours: gradients by path, of all that the reference has gradients for and of nothing else.
+        ours: gradients by path, for exactly the weights that have a gradient in the reference.
+        reference: the PyTorch model after its backward pass.
+        last: index of the Q-Formers' last layer.
     """
     ours = published(dict(ours))
     theirs = {n.replace(".base_layer.", "."): p.grad for n, p in reference.named_parameters() if p.requires_grad}

@@ -6,9 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from favchat_jax.embedded import drawing
+from favchat_jax.embedded import drawing, face_parts
 from favchat_jax.embedded import faces as rendered_faces
-from favchat_jax.embedded import features as rendered_features
 
 FRAMES = 40
 
@@ -18,7 +17,7 @@ def face_video(index: int, frames: int = FRAMES) -> bytes:
     rng = rendered_faces.generator(0, "corpus", "face", index)
     classes = _classes(rendered_faces.FACE_LABELS, rng)
     look, motion = rendered_faces.sample_look(classes, rng), rendered_faces.sample_motion(classes, rng, frames)
-    return rendered_faces.encode(rendered_features.draw_face(look, motion))
+    return rendered_faces.encode(face_parts.draw_face(look, motion))
 
 
 def shapes_video(index: int, frames: int = FRAMES) -> bytes:

@@ -176,7 +176,7 @@ def test_a_missing_file_or_option_is_named(tmp_path):
 def test_a_clip_that_changed_after_clipping_is_refused(clipped, tmp_path):
     out = copied(clipped, tmp_path / "out")
     write(out / "kept" / "v0_0.mp4", b"another")
-    with pytest.raises(UserError, match="v0_0.mp4 has changed since clip wrote it: run clip and pack again$"):
+    with pytest.raises(UserError, match="v0_0.mp4 has changed since the clip step wrote it: run clip and pack again$"):
         pack(out)
     assert not (out / "packed").exists()
 

@@ -33,14 +33,14 @@ VOCABULARY = [
 
 
 def spelled(encoded: Encoded) -> tuple[str, str]:
-    """All tokens and the learned ones, as words of `VOCABULARY`; a visual token is a star."""
+    """Returns all tokens and the learned ones as words of `VOCABULARY`; a visual token is a star."""
     names = ["<unk>", "<s>", "</s>", *VOCABULARY, "*"]  # -1 is the last
     assert encoded.tokens.dtype == np.int32 and encoded.loss_mask.dtype == bool
     learned = encoded.tokens[encoded.loss_mask]
     return " ".join(names[token] for token in encoded.tokens), " ".join(names[token] for token in learned)
 
 
-def test_one_turn_is_spelled_as_videochat2_does_and_only_the_answer_and_its_end_are_learned():
+def test_one_turn_has_videochat2s_format_and_only_the_answer_and_its_end_are_learned():
     encoded = Conversation(words(*VOCABULARY), visual_tokens=2).encode([("hair", "black")], frames=8, max_length=99)
     assert spelled(encoded) == (
         "<s> [INST] <Video> * * </Video> [/INST] [INST] hair [/INST] black </s>",
@@ -74,7 +74,7 @@ def test_the_prompt_for_generation_is_exactly_the_beginning_of_the_training_sequ
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_learned_tokens_say_the_answers_and_nothing_else(kind):
+def test_the_learned_tokens_are_exactly_the_answers(kind):
     tokenizer = byte_pairs(kind)
     encoded = Conversation(tokenizer, visual_tokens=5).encode(TURNS, frames=8, max_length=999)
     assert (encoded.tokens == VISUAL_PLACEHOLDER).sum() == 5
@@ -83,24 +83,24 @@ def test_the_learned_tokens_say_the_answers_and_nothing_else(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_tokenising_by_parts_gives_the_tokens_of_the_whole_text(kind):
+def test_tokenising_by_parts_gives_the_tokens_of_the_full_text(kind):
     tokenizer = byte_pairs(kind)
     conversation = Conversation(tokenizer, visual_tokens=0)
     ours = conversation.encode([("Which emotion does the face show?", None)], frames=8, max_length=999).tokens
     space = " " if kind == "bytes" else ""
     opening, closing = "[INST] <Video>", "</Video> [/INST] [INST] Which emotion does the face show? [/INST]"
-    whole = [
+    expected = [
         tokenizer.bos_token_id,
         *tokenizer(space + opening, add_special_tokens=False).input_ids,
         *tokenizer(space + closing, add_special_tokens=False).input_ids,
     ]
     if kind == "v0.3":  # there [INST] is a token of its own, and the spaces before such tokens are tokens too
         lone = tokenizer.convert_tokens_to_ids("▁")
-        whole = [token for token in whole if token != lone]
-    assert ours.tolist() == whole
+        expected = [token for token in expected if token != lone]
+    assert ours.tolist() == expected
 
 
-def test_the_sentence_about_times_stands_before_the_end_of_the_first_instruction():
+def test_the_sentence_about_times_ends_the_first_instruction():
     tokenizer = byte_pairs()
     conversation = Conversation(tokenizer, visual_tokens=3, times=True)
     seconds = np.array([0.04, 0.52, 1.25], np.float32)
@@ -110,7 +110,7 @@ def test_the_sentence_about_times_stands_before_the_end_of_the_first_instruction
     assert tokenizer.decode(encoded.tokens[encoded.loss_mask]).strip() == "happy</s>"
 
 
-def test_template_words_in_a_persons_text_are_text():
+def test_template_words_in_user_text_are_plain_text():
     for kind in KINDS:
         tokenizer = byte_pairs(kind)
         conversation = pickle.loads(pickle.dumps(Conversation(tokenizer, visual_tokens=1)))
@@ -121,17 +121,17 @@ def test_template_words_in_a_persons_text_are_text():
 
 
 @pytest.mark.parametrize("question", ["", "  \n"])
-def test_an_empty_question_is_a_users_error(question):
+def test_an_empty_question_is_a_user_error(question):
     with pytest.raises(UserError, match="question is empty"):
         Conversation(byte_pairs(), 4).encode([(question, None)], frames=8, max_length=99)
 
 
-def test_an_empty_answer_is_a_users_error():
+def test_an_empty_answer_is_a_user_error():
     with pytest.raises(UserError, match="answer to 'hair' is empty"):
         Conversation(byte_pairs(), 4).encode([("hair", " ")], frames=8, max_length=99)
 
 
-def test_a_question_longer_than_the_context_is_named_with_both_lengths_and_never_cut():
+def test_a_question_longer_than_the_context_is_refused_with_both_lengths_and_never_cut():
     conversation = Conversation(words(*VOCABULARY), visual_tokens=4)
     # <s> [INST] <Video> 4 x * </Video> [/INST] [INST] question [/INST]: 11 tokens around the question
     fits = conversation.encode([("hair " * 9, None)], frames=8, max_length=20)
@@ -147,12 +147,12 @@ def test_padding_falls_back_to_the_end_token():
     assert Conversation(tokenizer, 1).pad == tokenizer.unk_token_id
 
 
-def test_a_tokenizer_without_an_end_token_is_a_users_error():
+def test_a_tokenizer_without_an_end_token_is_a_user_error():
     with pytest.raises(UserError, match="no bos or eos token"):
         Conversation(bert("hair"), 1)
 
 
-def test_the_qformers_prompt_is_framed_and_padded_to_its_length():
+def test_the_qformers_prompt_is_enclosed_in_cls_and_sep_and_padded():
     ids, mask = encode_prompt(bert("what", "hair", "is", "it"), "What hair is it", 8)
     assert ids.tolist() == [2, 4, 5, 6, 7, 3, 0, 0] and ids.dtype == np.int32
     assert mask.tolist() == [True] * 6 + [False] * 2
@@ -166,7 +166,7 @@ def test_a_long_prompt_loses_its_beginning_as_in_blip2():
     assert ids.tolist() == tokenizer("what hair is it", truncation=True, max_length=5).input_ids
 
 
-def test_a_prompt_encoder_without_a_frame_uses_plain_tokens_and_survives_pickling():
+def test_a_prompt_encoder_without_cls_and_sep_uses_plain_tokens_and_can_be_pickled():
     encoder = pickle.loads(pickle.dumps(PromptEncoder(words("hair", "mood"), 3)))
     ids, mask = encoder.encode("mood hair")
     assert ids.tolist() == [4, 3, 0] and mask.tolist() == [True, True, False]

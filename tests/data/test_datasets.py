@@ -1,4 +1,4 @@
-"""Packing and reading: the rendered clips and a miniature CelebV-HQ go through the same builders."""
+"""Packing and reading of data sets: rendered clips and a miniature CelebV-HQ use the same builders."""
 
 import json
 import os
@@ -27,7 +27,7 @@ def smoke(tmp_path_factory):
 
 @pytest.fixture
 def miniature(tmp_path):
-    """A folder laid out as CelebV-HQ is, with four rendered clips of three source videos."""
+    """A folder in CelebV-HQ's layout with four rendered clips of three source videos."""
     root = tmp_path / "celebvhq"
     (root / "clips").mkdir(parents=True)
     clips, lines = {}, []
@@ -65,7 +65,7 @@ def edit(root: Path, change) -> None:
     path.write_text(json.dumps(info))
 
 
-def test_a_packed_record_is_the_rendered_one(smoke):
+def test_a_packed_record_equals_the_rendered_one(smoke):
     source = open_dataset("rendered_faces/smoke", smoke, "train")
     assert len(source) == 36 and len(open_dataset("rendered_faces/smoke", smoke, "heldout")) == 18
     for record in (source[0], source[35]):
@@ -81,7 +81,7 @@ def test_no_source_is_in_both_splits(smoke):
     assert not {r.source for r in map(train.__getitem__, range(36))} & {heldout[i].source for i in range(18)}
 
 
-def test_a_source_pickles_after_use_and_carries_no_open_file(smoke):
+def test_a_used_source_can_be_pickled_without_its_open_files(smoke):
     source = open_dataset("rendered_faces/smoke", smoke, "heldout")
     first = source[0]
     copy = pickle.loads(pickle.dumps(source))
@@ -89,7 +89,7 @@ def test_a_source_pickles_after_use_and_carries_no_open_file(smoke):
     assert copy[0].id == first.id and len(copy) == len(source)
 
 
-def test_a_prepared_set_is_not_made_again(smoke):
+def test_a_prepared_data_set_is_not_made_again(smoke):
     before = time.monotonic()
     folder = prepare("rendered_faces/smoke", None, smoke)
     assert time.monotonic() - before < 0.5
@@ -98,17 +98,17 @@ def test_a_prepared_set_is_not_made_again(smoke):
 
 def test_nothing_imports_tensorflow(smoke):
     code = (
-        "import sys; from favchat_jax.data.datasets import open_dataset;"
+        "import sys; from favchat_jax.data.sources import open_dataset;"
         f"open_dataset('rendered_faces/smoke', {smoke!r}, 'train')[0];"
         "assert 'tensorflow' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_a_killed_build_is_not_taken_for_whole_and_leaves_no_worker(tmp_path):
+def test_a_killed_build_is_not_complete_and_leaves_no_worker(tmp_path):
     script = tmp_path / "build.py"
     script.write_text(
-        "from favchat_jax.data.datasets import prepare\n"
+        "from favchat_jax.data.sources import prepare\n"
         f"if __name__ == '__main__': prepare('rendered_faces/smoke', None, {str(tmp_path)!r})"
     )
     environment = {**os.environ, "PYTHONPATH": os.getcwd()}
@@ -161,13 +161,13 @@ def test_celebvhq_reads_labels_text_and_clips(miniature, tmp_path):
     assert Question("What emotion does the person show?", "neutral", "emotion") in undescribed.questions
 
 
-def test_celebvhq_takes_a_number_for_the_name_of_a_source_video(miniature):
+def test_celebvhq_accepts_a_number_as_the_name_of_a_source_video(miniature):
     edit(miniature, lambda info: info["clips"]["video0_0"].__setitem__("ytb_id", 12))
     path = miniature / "celebvhq_info.json"
     assert celebvhq.read_info(path.read_text(), path)["video0_0"]["source"] == "12"
 
 
-def test_celebvhq_keeps_a_source_video_in_one_split_and_train_filled():
+def test_celebvhq_keeps_a_source_video_in_one_split_and_never_leaves_train_empty():
     sources = {f"{video}_{part}": f"v{video}" for video in range(400) for part in range(2)}
     sides = celebvhq.splits(sources)
     assert all(sides[f"{video}_0"] == sides[f"{video}_1"] for video in range(400))
@@ -180,8 +180,8 @@ def test_celebvhq_keeps_a_source_video_in_one_split_and_train_filled():
     ("spoil", "named"),
     [
         (lambda root: (root / "celebvhq_info.json").unlink(), "celebvhq_info.json: No such file"),
-        (lambda root: (root / "celebvhq_info.json").write_text("{"), "celebvhq_info.json: not CelebV-HQ's"),
-        (lambda root: (root / "clips" / "video0_0.mp4").unlink(), "video0_0.mp4: no such clip"),
+        (lambda root: (root / "celebvhq_info.json").write_text("{"), "celebvhq_info.json is not CelebV-HQ's"),
+        (lambda root: (root / "clips" / "video0_0.mp4").unlink(), "video0_0.mp4 does not exist: add the clip"),
         (lambda root: (root / "qa.jsonl").write_text('{"clip": "a"}\n'), "qa.jsonl, line 1"),
         (
             lambda root: edit(root, lambda i: i["clips"]["video0_0"]["attributes"]["appearance"].pop()),
@@ -209,7 +209,7 @@ def test_celebvhq_keeps_a_source_video_in_one_split_and_train_filled():
         ),
         (
             lambda root: edit(root, lambda i: i.__setitem__("meta_info", [1])),
-            "celebvhq_info.json: not CelebV-HQ's annotation file",
+            "celebvhq_info.json is not CelebV-HQ's annotation file",
         ),
         (
             lambda root: edit(root, lambda i: i["clips"]["video0_0"]["attributes"].__setitem__("emotion", 5)),
@@ -225,7 +225,7 @@ def test_celebvhq_keeps_a_source_video_in_one_split_and_train_filled():
         (lambda root: edit(root, lambda i: i["clips"].__setitem__("video0_0", 3)), "clip video0_0 has no attributes"),
     ],
 )
-def test_bad_celebvhq_folders_are_named_in_one_line(miniature, tmp_path, spoil, named):
+def test_the_problem_of_a_bad_celebvhq_folder_is_one_line(miniature, tmp_path, spoil, named):
     spoil(miniature)
     with pytest.raises(UserError, match=named) as error:
         prepare("celebvhq", str(miniature), str(tmp_path / "packed"))
@@ -233,28 +233,28 @@ def test_bad_celebvhq_folders_are_named_in_one_line(miniature, tmp_path, spoil, 
     assert not list((tmp_path / "packed").glob("celebvhq/1*"))
 
 
-def test_a_packed_set_of_other_annotations_is_refused(miniature, tmp_path):
+def test_a_data_set_packed_from_other_annotations_is_refused(miniature, tmp_path):
     prepare("celebvhq", str(miniature), str(tmp_path / "packed"))
-    assert prepare("celebvhq", None, str(tmp_path / "packed"))  # the source folder is needed no more
+    assert prepare("celebvhq", None, str(tmp_path / "packed"))  # the source folder is no longer needed
     edit(miniature, lambda info: info["clips"]["video0_0"]["attributes"]["action"].__setitem__(0, 1))
-    with pytest.raises(UserError, match="packed from other files"):
+    with pytest.raises(UserError, match="was packed from other files"):
         prepare("celebvhq", str(miniature), str(tmp_path / "packed"))
 
 
 @pytest.mark.parametrize(
     ("name", "split", "named"),
     [
-        ("faces", "train", "'faces' is not known"),
+        ("faces", "train", "'faces' is unknown"),
         ("rendered_faces/huge", "train", "no size 'huge'"),
         ("rendered_faces", "train", "not packed yet"),
         ("rendered_faces/smoke", "test", "no split 'test'"),
     ],
 )
-def test_what_is_not_there_is_named(smoke, name, split, named):
+def test_an_unknown_data_set_size_or_split_is_named(smoke, name, split, named):
     with pytest.raises(UserError, match=named):
         open_dataset(name, smoke, split)
 
 
-def test_celebvhq_without_a_folder_says_which_option_to_set(tmp_path):
+def test_the_error_about_celebvhqs_missing_folder_names_the_option(tmp_path):
     with pytest.raises(UserError, match="data.root"):
         prepare("celebvhq", None, str(tmp_path))

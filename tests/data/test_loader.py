@@ -111,7 +111,7 @@ def test_each_row_is_one_question_of_its_clip_and_missing_ones_are_empty(records
             assert row["prompt_mask"][slot].any() == (length > 0)
 
 
-def test_the_questions_asked_of_a_clip_change_between_epochs(clip, open_stream):
+def test_the_questions_about_a_clip_change_between_epochs(clip, open_stream):
     stream = open_stream([record(0, clip=clip, questions=4)], batch=1, questions=1)
     assert len({texts(next(stream))[0][0] for _ in range(30)}) == 4
 
@@ -130,16 +130,16 @@ def test_face_questions_come_only_from_clips_with_a_face(records, open_stream):
     assert seen == {f"clip-{number}" for number in range(20) if number % 5}
 
 
-def test_a_data_set_without_any_face_is_a_users_error(clip, open_stream):
+def test_a_data_set_without_faces_is_a_user_error(clip, open_stream):
     stream = open_stream([record(number, clip=clip, face=False) for number in range(6)], text="face_qa")
     with pytest.raises(UserError, match="none of the 6 records is usable: no text for face_qa"):
         next(stream)
 
 
-def test_reasoning_asks_one_question_about_each_clip_of_which_something_can_be_told(records, open_stream):
+def test_reasoning_asks_one_question_about_each_clip_with_targets(records, open_stream):
     targets = {"attributes": "long black hair", "emotion": "happy", "action": "nodding"}
-    told = [dataclasses.replace(one, targets=targets if number % 2 else {}) for number, one in enumerate(records)]
-    stream = open_stream(told, text="reasoning", questions=2)
+    mixed = [dataclasses.replace(one, targets=targets if number % 2 else {}) for number, one in enumerate(records)]
+    stream = open_stream(mixed, text="reasoning", questions=2)
     for batch in (next(stream), next(stream)):
         assert batch.arrays["tokens"].shape[:2] == (4, 1)
         assert all(int(name.split("-")[1]) % 2 and int(name.split("-")[1]) % 5 for name in batch.ids)
@@ -164,7 +164,7 @@ def test_several_hosts_read_disjoint_records_at_one_length(records, open_stream)
     assert {batch.arrays["tokens"].shape[2] for host in batches for batch in host} == {160}
 
 
-def test_an_epoch_gives_every_record_once_and_the_next_one_another_order(records, open_stream):
+def test_an_epoch_gives_every_record_once_and_the_next_epoch_has_another_order(records, open_stream):
     stream = open_stream(records)
     epochs = [[name for _ in range(5) for name in next(stream).ids] for _ in range(2)]
     assert all(len(set(epoch)) == 20 for epoch in epochs) and epochs[0] != epochs[1]
@@ -179,7 +179,7 @@ def test_the_same_seed_gives_the_same_stream_and_another_seed_another(records, o
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_restored_stream_goes_on_bit_identically_and_is_the_same_for_any_number_of_workers(
+def test_a_restored_stream_resumes_bit_for_bit_and_is_the_same_for_any_number_of_workers(
     records, clip, workers, open_stream, tmp_path
 ):
     source = [*records, record(20, clip=b"not a video")]
@@ -190,7 +190,7 @@ def test_a_restored_stream_goes_on_bit_identically_and_is_the_same_for_any_numbe
     with ocp.CheckpointManager(tmp_path) as manager:
         manager.save(5, args=ocp.args.Composite(data=grain.checkpoint.CheckpointSave(stream)))
         manager.wait_until_finished()
-        for _ in range(2):  # what is read after saving does not matter
+        for _ in range(2):  # batches read after saving do not matter
             next(stream)
         stream.close()
         restored = open_stream(source, workers=workers)
@@ -201,7 +201,7 @@ def test_a_restored_stream_goes_on_bit_identically_and_is_the_same_for_any_numbe
     assert list(restored.bad_ids) == ["clip-20"]
 
 
-def test_workers_leave_it_to_the_main_process_what_a_signal_to_all_of_them_means(records, open_stream):
+def test_workers_ignore_signals_to_the_process_group(records, open_stream):
     stream = open_stream(records, workers=1)
     next(stream)
     workers = multiprocessing.active_children()
@@ -217,13 +217,13 @@ def test_workers_leave_it_to_the_main_process_what_a_signal_to_all_of_them_means
         assert not worker.is_alive()
 
 
-def test_a_stream_read_with_other_workers_cannot_be_continued(records, open_stream):
+def test_a_stream_cannot_resume_with_another_number_of_workers(records, open_stream):
     state = open_stream(records).get_state()
     with pytest.raises(UserError, match="'workers': 0.* this run has .*'workers': 1"):
         open_stream(records, workers=1).set_state(state)
 
 
-def test_a_bad_record_is_left_out_counted_and_named(records, clip, open_stream, caplog):
+def test_a_bad_record_is_skipped_counted_and_named(records, clip, open_stream, caplog):
     long = record(31, clip=clip)
     long = Record(**{**vars(long), "questions": (Question("word " * 300, "yes", "hair"),)})
     source = [*records, record(30, clip=b"not a video"), long]
@@ -234,13 +234,13 @@ def test_a_bad_record_is_left_out_counted_and_named(records, clip, open_stream, 
     assert set(stream.bad_ids) == {"clip-30", "clip-31"}
     assert "clip clip-30 cannot be read as a video" in stream.bad_ids["clip-30"]
     assert "over the limit of 160" in stream.bad_ids["clip-31"]
-    assert "record clip-30 is left out" in caplog.text
+    assert "record clip-30 is skipped" in caplog.text
 
 
 def test_more_than_one_percent_of_bad_records_stops_the_run_and_names_them(clip, open_stream):
     good = [record(number, clip=clip, questions=1) for number in range(98)]
     stream = open_stream([*good, *(record(number, clip=b"bad") for number in (98, 99))], frames=1, size=8)
-    with pytest.raises(UserError, match="2 of 100 records are bad, more than 1%: mend or remove clip-9., clip-9."):
+    with pytest.raises(UserError, match="2 of 100 records are bad, more than 1%: fix or remove clip-9., clip-9."):
         for _ in range(30):
             next(stream)
 
@@ -253,13 +253,13 @@ def test_one_percent_of_bad_records_does_not_stop_the_run(clip, open_stream):
     assert stream.bad >= 2
 
 
-def test_a_data_set_of_bad_records_only_stops_after_a_hundred(open_stream):
+def test_a_data_set_of_only_bad_records_stops_after_a_hundred(open_stream):
     stream = open_stream([record(number, clip=b"bad") for number in range(7)])
     with pytest.raises(UserError, match="100 of 100 records are bad"):
         next(stream)
 
 
-def test_a_mistake_in_the_program_is_not_taken_for_a_bad_record(records, open_stream, monkeypatch):
+def test_a_bug_in_the_program_does_not_count_as_a_bad_record(records, open_stream, monkeypatch):
     def broken(*_, **__):
         raise TypeError("a bug")
 
@@ -268,7 +268,7 @@ def test_a_mistake_in_the_program_is_not_taken_for_a_bad_record(records, open_st
         next(open_stream(records))
 
 
-def test_unknown_text_and_too_few_records_are_users_errors(records, open_stream):
+def test_unknown_text_and_too_few_records_are_user_errors(records, open_stream):
     with pytest.raises(UserError, match="unknown training text 'captions'"):
         open_stream(records, text="captions")
     with pytest.raises(UserError, match="2 records for 3 hosts"):
@@ -276,7 +276,7 @@ def test_unknown_text_and_too_few_records_are_users_errors(records, open_stream)
 
 
 def started_from(group: int) -> list[int]:
-    """Live processes of a process group."""
+    """Returns the live processes of a process group."""
     alive = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
@@ -290,10 +290,10 @@ def started_from(group: int) -> list[int]:
 
 
 def shared_clips() -> set[str]:
-    """Shared memory of the size of a decoded clip of the next test, which no one else's is likely to have."""
+    """Returns the shared memory files that have the unusual size of the next test's decoded clips."""
     found = set()
     for entry in os.scandir("/dev/shm"):
-        with contextlib.suppress(FileNotFoundError):  # another program's, gone meanwhile
+        with contextlib.suppress(FileNotFoundError):  # another program may delete its file meanwhile
             if entry.stat().st_size == 17 * 232 * 232 * 3:
                 found.add(entry.name)
     return found

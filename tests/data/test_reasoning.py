@@ -1,4 +1,4 @@
-"""The cold start's responses: their form, what they tell, and that they differ."""
+"""The cold start's responses: their format, their content and their variety."""
 
 import numpy as np
 import pytest
@@ -23,7 +23,7 @@ def test_every_response_is_a_thought_and_an_answer():
     assert all(FORM.fullmatch(text) for text in responses())
 
 
-def test_responses_tell_nothing_but_what_the_targets_say_and_some_tell_all():
+def test_responses_contain_only_words_of_the_targets_and_some_contain_all():
     known = set(" ".join(TARGETS.values()).split()) | {"The", "person", "looks", "is", "has", "and"}
     answers = [FORM.fullmatch(text).group(2) for text in responses()]
     assert all(set(answer.replace(",", "").replace(".", "").split()) <= known for answer in answers)
@@ -31,18 +31,18 @@ def test_responses_tell_nothing_but_what_the_targets_say_and_some_tell_all():
     assert max(scores) == pytest.approx(1) and min(scores) < 0.4, "there is something to be reinforced"
 
 
-def test_responses_follow_the_random_numbers():
+def test_responses_depend_only_on_the_random_generator():
     assert responses() == responses()
     assert len(set(responses())) > 20
 
 
-def test_a_single_word_of_attributes_is_told_whole():
+def test_a_single_attribute_is_always_part_of_the_response():
     texts = responses(8, targets={**TARGETS, "attributes": "hat"})
     assert all("<think> hat, nodding </think>" in text for text in texts)
 
 
 @pytest.mark.parametrize(
-    ("of", "told"),
+    ("of", "possible"),
     [
         ({}, True),
         ({"has_face": False}, False),
@@ -50,8 +50,8 @@ def test_a_single_word_of_attributes_is_told_whole():
         ({"targets": {"attributes": "hat"}}, False),
     ],
 )
-def test_only_faces_with_all_three_targets_can_be_told(of, told):
-    assert reasoning.can_be_told(record(**of)) is told
+def test_only_faces_with_all_three_targets_have_responses(of, possible):
+    assert reasoning.can_be_told(record(**of)) is possible
 
 
 @pytest.mark.parametrize(
@@ -72,5 +72,5 @@ def test_only_faces_with_all_three_targets_can_be_told(of, told):
         ("<Answer>happy</ANSWER>", "happy"),
     ],
 )
-def test_the_answer_is_what_stands_in_the_last_tag_or_all_where_there_is_none(response, answer):
+def test_the_answer_is_the_text_of_the_last_answer_tag_or_the_full_response(response, answer):
     assert reasoning.answer_of(response) == answer

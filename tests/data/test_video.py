@@ -46,7 +46,7 @@ def numbers(clip: video.Clip) -> list[int]:
 
 
 class Spy:
-    """Counts what the decoder is fed."""
+    """Counts the packets that the decoder gets."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch):
         self.packets = 0
@@ -61,7 +61,7 @@ class Spy:
 
 def test_middle_takes_the_middle_frame_of_each_equal_interval():
     assert frame_indices(24, 8).tolist() == [1, 4, 7, 10, 13, 16, 19, 22]
-    # edges 0, 3, 6, 10 (10/3 and 20/3 cut to whole numbers)
+    # edges 0, 3, 6, 10 (10/3 and 20/3 rounded down)
     assert frame_indices(10, 3).tolist() == [1, 4, 7]
 
 
@@ -76,14 +76,14 @@ def test_a_short_clip_gives_all_its_frames_and_then_its_last_one(sampling):
     assert frame_indices(3, 6, sampling, np.random.default_rng(0)).tolist() == [0, 1, 2, 2, 2, 2]
 
 
-def test_an_unknown_sampling_is_a_users_error():
+def test_an_unknown_sampling_is_a_user_error():
     with pytest.raises(UserError, match="'middle' or 'rand'"):
         frame_indices(8, 4, "uniform")
 
 
 @pytest.mark.parametrize(("frames", "kept"), [(5, video.KEPT_BYTES), (16, video.KEPT_BYTES), (16, 0)])
 @pytest.mark.parametrize("name", FORMATS)
-def test_every_format_gives_exactly_the_frames_asked_for(name, frames, kept, monkeypatch):
+def test_every_format_gives_exactly_the_requested_frames(name, frames, kept, monkeypatch):
     monkeypatch.setattr(video, "KEPT_BYTES", kept)
     made = FORMATS[name]
     clip = decode(encode_video(**made), frames=frames, size=96)
@@ -92,14 +92,14 @@ def test_every_format_gives_exactly_the_frames_asked_for(name, frames, kept, mon
 
 
 @pytest.mark.parametrize("name", ["h264", "h264 with open groups", "hevc with open groups", "vp9"])
-def test_leaving_out_frames_while_decoding_does_not_change_the_others(name):
+def test_skipping_frames_while_decoding_does_not_change_the_others(name):
     file = encode_video(**{**FORMATS[name], "picture": noise})
     clip = decode(file, frames=9, size=64)
     with av.open(io.BytesIO(file)) as container:
-        whole = list(container.decode(video=0))
+        every = list(container.decode(video=0))
     expected = [
-        whole[i].reformat(64, 64, "rgb24", interpolation=picture.RESIZING, threads=1).to_ndarray()
-        for i in frame_indices(len(whole), 9)
+        every[i].reformat(64, 64, "rgb24", interpolation=picture.RESIZING, threads=1).to_ndarray()
+        for i in frame_indices(len(every), 9)
     ]
     np.testing.assert_array_equal(clip.frames, expected)
 
@@ -116,14 +116,14 @@ def test_a_path_and_its_bytes_give_the_same_frames(tmp_path):
     np.testing.assert_array_equal(from_path.frames, decode(file, frames=8, size=64).frames)
 
 
-def test_seconds_are_the_frames_own_times_at_a_variable_frame_rate():
+def test_seconds_are_the_times_of_the_frames_at_a_variable_frame_rate():
     clip = decode(encode_video(12, times=IRREGULAR), frames=12, size=64)
     np.testing.assert_allclose(clip.seconds, np.array(IRREGULAR) / 1000, atol=1e-3)
 
 
 @pytest.mark.parametrize("kept", [video.KEPT_BYTES, 0])
 @pytest.mark.parametrize("container", ["mp4", "matroska"])
-def test_ten_minutes_are_not_decoded_to_take_sixteen_frames(container, kept, monkeypatch):
+def test_sampling_sixteen_frames_does_not_decode_all_ten_minutes(container, kept, monkeypatch):
     monkeypatch.setattr(video, "KEPT_BYTES", kept)
     frames = 1200  # at two a second
     file = encode_video(frames, rate=2, container=container, options={"preset": "ultrafast", "g": "40"})
@@ -134,7 +134,7 @@ def test_ten_minutes_are_not_decoded_to_take_sixteen_frames(container, kept, mon
     assert spy.packets <= 16 * 40 / 2 * 1.4
 
 
-def test_nothing_is_decoded_after_the_last_frame_asked_for(monkeypatch):
+def test_nothing_is_decoded_after_the_last_requested_frame(monkeypatch):
     spy = Spy(monkeypatch)
     decode(encode_video(100, options={"bf": "0"}), frames=1, size=64)
     assert spy.packets == 50  # frame 49 is the middle of 100
@@ -222,7 +222,7 @@ def test_flip_mirrors_about_half_of_the_clips_and_all_frames_of_a_clip():
     assert 8 < sum(mirrored) < 32
 
 
-def test_a_crop_of_a_turned_and_very_long_picture_is_square_and_within_it():
+def test_a_crop_of_a_rotated_very_long_picture_is_square_and_inside_it():
     file = encode_video(3, width=320, height=32, rotation=90)
     clip = decode(file, frames=3, size=48, rng=np.random.default_rng(0), augment=Augment())
     assert clip.frames.shape == (3, 48, 48, 3)
@@ -300,9 +300,9 @@ def test_a_playlist_named_mp4_reaches_no_other_file(tmp_path):
         decode(playlist.encode(), frames=2, size=64, name="upload")
 
 
-def test_a_cut_video_gives_what_is_there():
-    whole = encode_video(90, container="matroska", options={"g": "10"}, picture=noise)
-    clip = decode(whole[: len(whole) * 2 // 3], frames=8, size=64)
+def test_a_truncated_video_gives_its_remaining_frames():
+    intact = encode_video(90, container="matroska", options={"g": "10"}, picture=noise)
+    clip = decode(intact[: len(intact) * 2 // 3], frames=8, size=64)
     assert clip.frames.shape == (8, 64, 64, 3)
     assert 0.5 < clip.seconds[-1] < 2.7, "sampled over the part that is left"
 
@@ -314,7 +314,7 @@ def test_damaged_bytes_in_the_middle_do_not_stop_decoding():
 
 
 def opencv(path: Path, frames: int, size: int) -> np.ndarray:
-    """The same frames, the quickest way OpenCV has: passing over what is not wanted, one thread."""
+    """Decodes the same frames with OpenCV's fastest method: it skips unwanted frames, on one thread."""
     capture = cv2.VideoCapture(str(path), cv2.CAP_FFMPEG, [cv2.CAP_PROP_N_THREADS, 1])
     wanted = frame_indices(int(capture.get(cv2.CAP_PROP_FRAME_COUNT)), frames).tolist()
     pictures = []
@@ -328,7 +328,7 @@ def opencv(path: Path, frames: int, size: int) -> np.ndarray:
 
 
 def median_milliseconds(work: list, repeats: int) -> list[float]:
-    """Interleaved, so that what else the machine does hits all alike."""
+    """Times the functions in turn, so that other load on the machine affects them equally."""
     times = [[] for _ in work]
     for _ in range(repeats):
         for function, into in zip(work, times, strict=True):

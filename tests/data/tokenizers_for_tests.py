@@ -12,7 +12,7 @@ TEXT = [
 
 
 def words(*vocabulary: str) -> PreTrainedTokenizerFast:
-    """One token a word, so that a test can spell a sequence out. Ids: <unk> 0, <s> 1, </s> 2, then `vocabulary`."""
+    """Makes a tokenizer with one token per word. Ids: <unk> 0, <s> 1, </s> 2, then `vocabulary`."""
     ids = {word: number for number, word in enumerate(("<unk>", "<s>", "</s>", *vocabulary))}
     engine = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
     engine.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -20,7 +20,7 @@ def words(*vocabulary: str) -> PreTrainedTokenizerFast:
 
 
 def byte_pairs(kind: str = "bytes") -> PreTrainedTokenizerFast:
-    """A trained byte-pair tokenizer: `bytes` (GPT-2's way), `v0.2` and `v0.3` (the two ways of Mistral's files)."""
+    """Trains a byte-pair tokenizer of a kind: `bytes` (like GPT-2), `v0.2` or `v0.3` (like Mistral's files)."""
     special = ["<unk>", "<s>", "</s>"] + (["[INST]", "[/INST]"] if kind == "v0.3" else [])
     engine = Tokenizer(models.BPE(unk_token="<unk>"))
     if kind == "bytes":
@@ -42,7 +42,7 @@ def byte_pairs(kind: str = "bytes") -> PreTrainedTokenizerFast:
 
 
 def bert(*vocabulary: str) -> PreTrainedTokenizerFast:
-    """Word pieces in BERT's frame: [PAD] 0, [UNK] 1, [CLS] 2, [SEP] 3, then `vocabulary`."""
+    """Makes BERT's word-piece tokenizer: [PAD] 0, [UNK] 1, [CLS] 2, [SEP] 3, then `vocabulary`."""
     ids = {word: number for number, word in enumerate(("[PAD]", "[UNK]", "[CLS]", "[SEP]", *vocabulary))}
     engine = Tokenizer(models.WordPiece(ids, unk_token="[UNK]"))
     engine.normalizer = normalizers.BertNormalizer()

@@ -1,4 +1,4 @@
-"""Video files for the tests: every frame carries its own number, so that a test can tell which frames came back."""
+"""Video files for the tests: every frame shows its number, so that a test can identify the decoded frames."""
 
 import io
 from collections.abc import Callable, Sequence
@@ -10,7 +10,7 @@ BITS = 12
 
 
 def numbered_picture(number: int, width: int, height: int) -> np.ndarray:
-    """A picture whose upper half shows `number` as black and white columns, on a grey ground that is lighter below."""
+    """Draws `number` as black and white columns in the upper half, on a grey ground that is lighter below."""
     picture = np.full((height, width, 3), 96, np.uint8)
     picture[-height // 4 :] = 160
     edges = np.linspace(0, width, BITS + 1).astype(int)
@@ -20,7 +20,7 @@ def numbered_picture(number: int, width: int, height: int) -> np.ndarray:
 
 
 def read_number(picture: np.ndarray) -> int:
-    """The number that a square picture shows."""
+    """Reads the number in a square picture."""
     edges = np.linspace(0, picture.shape[1], BITS + 1)
     middles = ((edges[:-1] + edges[1:]) / 2).astype(int)
     row = picture[picture.shape[0] // 4 - 2 : picture.shape[0] // 4 + 2].mean((0, 2))
@@ -41,7 +41,7 @@ def encode_video(
     times: Sequence[int] | None = None,
     picture: Callable[[int, int, int], np.ndarray] = numbered_picture,
 ) -> bytes:
-    """An encoded video; `times` are the frames' milliseconds (variable frame rate), `rotation` goes into the header."""
+    """Encodes a video; `times` are the frames' milliseconds (variable frame rate), `rotation` goes into the header."""
     quiet = {"x265-params": "log-level=none"} if codec == "libx265" else {}
     file = io.BytesIO()
     with av.open(file, "w", format=container) as output:
@@ -59,7 +59,7 @@ def encode_video(
 
 
 def audio_only() -> bytes:
-    """An mp4 without a video stream."""
+    """Encodes an mp4 without a video stream."""
     file = io.BytesIO()
     with av.open(file, "w", format="mp4") as output:
         stream = output.add_stream("aac", rate=16000)

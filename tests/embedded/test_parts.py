@@ -27,7 +27,7 @@ PARTS = {"llm.path": "mistral", "init.umt": "umt", "init.facexformer": "facexfor
 
 @pytest.fixture(scope="module")
 def place(small_world, tmp_path_factory):
-    """A folder in which the three parts were made at their usual place, and the config that they were made with."""
+    """A folder with the three parts in their default subfolder, and the config that made them."""
     folder = tmp_path_factory.mktemp("parts")
     usual = {path.replace(".", "__"): str(pretraining.PARTS / name) for path, name in PARTS.items()}
     config = small_world.config("stage1", **usual)
@@ -40,7 +40,7 @@ def place(small_world, tmp_path_factory):
 
 @pytest.fixture
 def inside(place, monkeypatch):
-    """The folder of `place` as the working directory; its config."""
+    """Makes the folder of `place` the working directory; returns its config."""
     monkeypatch.chdir(place[0])
     monkeypatch.setattr(pretraining, "DATA", DATA)
     return place[1]
@@ -48,14 +48,14 @@ def inside(place, monkeypatch):
 
 @pytest.fixture
 def made(monkeypatch):
-    """Names of the parts that are made from here on, without the work."""
+    """A list of the names of parts that would be made; nothing is made."""
     names = []
     for maker in ("make_language_model", "make_facial_encoder", "make_general_encoder"):
         monkeypatch.setattr(pretraining, maker, lambda config, records, frames, folder: names.append(folder.name))
     return names
 
 
-def test_all_parts_are_made_as_folders_of_the_kinds_that_published_parts_have(inside):
+def test_parts_are_folders_of_the_same_kinds_as_published_parts(inside):
     assert sorted(os.listdir(pretraining.PARTS)) == sorted(PARTS.values())
     sizes = mistral_folder.read_config(inside.llm.path)
     assert (sizes.hidden_size, sizes.num_hidden_layers, sizes.num_key_value_heads) == (32, 2, 1)
@@ -72,17 +72,17 @@ def test_a_stage_can_start_from_the_parts(inside):
 
 
 @pytest.mark.parametrize("value", [0, "many"])
-def test_a_value_that_suits_no_part_is_refused(value, inside):
+def test_an_invalid_value_is_refused(value, inside):
     with pytest.raises(UserError, match="^pretrain.llm_steps="):
         pretraining.make_missing_parts(inside.updated({"pretrain.llm_steps": value}))
 
 
-def test_parts_that_are_there_are_not_made_again(inside, made):
+def test_existing_parts_are_not_made_again(inside, made):
     pretraining.make_missing_parts(inside)
     assert made == []
 
 
-def test_parts_of_other_settings_are_refused_and_stay_as_they_are(inside, made):
+def test_parts_made_with_other_settings_are_refused_and_stay_unchanged(inside, made):
     before = sorted((path, path.stat().st_mtime_ns) for path in pretraining.PARTS.rglob("*"))
     other = inside.updated({"pretrain.learning_rate": 0.5})
     rate = inside.pretrain["learning_rate"]
@@ -93,7 +93,7 @@ def test_parts_of_other_settings_are_refused_and_stay_as_they_are(inside, made):
     assert sorted((path, path.stat().st_mtime_ns) for path in pretraining.PARTS.rglob("*")) == before
 
 
-def test_parts_of_other_settings_are_made_under_other_names(place, inside, made, monkeypatch, tmp_path):
+def test_parts_with_other_settings_are_made_under_other_names(place, inside, made, monkeypatch, tmp_path):
     monkeypatch.chdir(shutil.copytree(place[0], tmp_path / "copy"))
     elsewhere = {path: f"{pretraining.PARTS}/{name}-2" for path, name in PARTS.items()}
     other = inside.updated({"pretrain.learning_rate": 0.5, **elsewhere})
@@ -103,7 +103,7 @@ def test_parts_of_other_settings_are_made_under_other_names(place, inside, made,
     assert [json.loads(path.read_text())["learning_rate"] for path in recipes] == [0.5] * 3
 
 
-def test_a_folder_in_a_parts_place_that_no_run_made_is_refused(place, inside, made, monkeypatch, tmp_path):
+def test_a_folder_that_no_run_made_is_refused_as_a_part(place, inside, made, monkeypatch, tmp_path):
     monkeypatch.chdir(shutil.copytree(place[0], tmp_path / "copy"))
     (pretraining.PARTS / "umt" / "recipe.json").unlink()
     with pytest.raises(UserError, match="runs/tiny-parts/umt has no recipe.json"):
@@ -111,7 +111,7 @@ def test_a_folder_in_a_parts_place_that_no_run_made_is_refused(place, inside, ma
     assert made == []
 
 
-def test_a_part_at_any_other_place_is_neither_made_nor_replaced(inside, made, small_world, tmp_path):
+def test_a_part_in_another_folder_is_neither_made_nor_replaced(inside, made, small_world, tmp_path):
     own = Path(small_world.llm)
     before = sorted((path, path.stat().st_mtime_ns) for path in own.iterdir())
     config = inside.updated({"llm.path": str(own), "init.umt": str(tmp_path / "none"), "init.facexformer": ""})
@@ -122,8 +122,8 @@ def test_a_part_at_any_other_place_is_neither_made_nor_replaced(inside, made, sm
         initial_weights(config, assembly.assemble(config).model)
 
 
-def told(records, tokenizer, visual_tokens=16):
-    """The texts about some clips, with the words of each place of the slot."""
+def described_in_words(records, tokenizer, visual_tokens=16):
+    """Yields the texts about some clips, with the words at each position of the slot for visual tokens."""
     rng = np.random.default_rng(0)
     conversation = Conversation(tokenizer, visual_tokens)
     for record in records:
@@ -136,9 +136,9 @@ def told(records, tokenizer, visual_tokens=16):
             )
 
 
-def test_the_slot_tells_every_fact_of_the_clip_and_nothing_else(small_world):
+def test_the_slot_holds_exactly_the_facts_of_the_clip(small_world):
     tokenizer, source = load_tokenizer(small_world.llm), open_dataset(DATA, small_world.packed, "train")
-    for record, _, tokens, slot in told([source[i] for i in range(12)], tokenizer):
+    for record, _, tokens, slot in described_in_words([source[i] for i in range(12)], tokenizer):
         facts = {
             f" {label.replace('_', ' ')} {rendered_faces.answer(label, rendered_faces.LABELS[label][value])}"
             for label, value in record.labels.items()
@@ -150,7 +150,7 @@ def test_the_slot_tells_every_fact_of_the_clip_and_nothing_else(small_world):
 def test_texts_about_a_clip_ask_for_its_facts_or_for_its_summary(small_world):
     tokenizer, source = load_tokenizer(small_world.llm), open_dataset(DATA, small_world.packed, "train")
     described = 0
-    for record, learned, _, _ in told([source[i] for i in range(36)], tokenizer):
+    for record, learned, _, _ in described_in_words([source[i] for i in range(36)], tokenizer):
         if "." in learned:
             described += 1
             assert learned == f" {record.summary}</s>"
@@ -160,7 +160,7 @@ def test_texts_about_a_clip_ask_for_its_facts_or_for_its_summary(small_world):
     assert 0.1 < described / (36 * 6) < 0.3
 
 
-def test_a_mirrored_picture_has_its_lefts_and_rights_swapped():
+def test_mirroring_a_picture_swaps_left_and_right_in_its_classes():
     pixels = np.arange(40 * 2 * 3 * 3, dtype=np.uint8).reshape(40, 2, 3, 3)[:, None]
     sides = rendered_faces.SIDES
     classes = {"mole": np.arange(40) % 3, "direction": np.full(40, -1), "hat": np.arange(40) % 2}
@@ -175,7 +175,7 @@ def test_a_mirrored_picture_has_its_lefts_and_rights_swapped():
     assert np.array_equal(swapped["hat"], classes["hat"]) and np.all(swapped["direction"] == -1)
 
 
-def test_heads_stay_as_they_were_drawn_while_the_encoder_learns():
+def test_heads_keep_their_initial_weights_while_the_encoder_learns():
     model = encoders.FrameClassifier(
         FaceXFormerEncoder(width=8, depths=(1, 1), heads=(1, 1), window=2), {"hat": 2, "mole": 3}
     )
@@ -193,7 +193,7 @@ def test_heads_stay_as_they_were_drawn_while_the_encoder_learns():
     assert sum(jax.tree.leaves(moved)) > 10
 
 
-def test_the_tokenizer_marks_the_template_and_spells_any_text(small_world):
+def test_the_tokenizer_has_the_templates_tokens_and_encodes_any_text_without_loss(small_world):
     tokenizer = load_tokenizer(small_world.llm)
     assert (tokenizer.bos_token, tokenizer.eos_token) == ("<s>", "</s>")
     for word in ("[INST]", "[/INST]", "<Video>", "</Video>"):

@@ -1,4 +1,4 @@
-"""What a stage needs: which stages are trained first in the embedded preset, and what others are told to bring."""
+"""The inputs of a stage: the embedded preset trains earlier stages first, other presets report missing sources."""
 
 import logging
 import re
@@ -14,7 +14,7 @@ from favchat_jax.training.progress import Outcome
 
 @pytest.fixture
 def finished(monkeypatch):
-    """Workdirs that count as finished; no part is made."""
+    """A list of workdirs that count as finished; parts are not made."""
     folders: list[str] = []
     monkeypatch.setattr(room, "is_finished", lambda workdir: str(workdir) in folders)
     monkeypatch.setattr(room, "make_missing_parts", lambda config: None)
@@ -26,7 +26,7 @@ def needed(stage: str, argument: str = "", **changes) -> list[str]:
     return [str(earlier.default_workdir) for earlier in prepare(config)]
 
 
-def test_all_stages_before_that_are_not_finished_come_first_in_their_order(finished):
+def test_unfinished_earlier_stages_are_trained_first_in_order(finished):
     assert needed("stage1") == []
     assert needed("coldstart") == [f"runs/tiny-v1/{stage}" for stage in ("stage1", "stage2", "stage3")]
     finished.append("runs/tiny-v1/stage2")
@@ -35,15 +35,15 @@ def test_all_stages_before_that_are_not_finished_come_first_in_their_order(finis
     assert needed("coldstart") == []
 
 
-def test_the_q_formers_that_v2_freezes_in_its_first_stage_come_from_v1s(finished):
+def test_v2_takes_the_q_formers_that_it_freezes_from_v1s_first_stage(finished):
     stages = [f"runs/tiny-v2-no_moe/{stage}" for stage in ("stage1", "stage2", "stage3", "coldstart")]
     assert needed("grpo", "variant=v2,ablation=no_moe") == ["runs/tiny-v1/stage1", *stages]
-    assert needed("stage1", "variant=v2", init__qformer="mine") == [], "a person's own is read at the start"
+    assert needed("stage1", "variant=v2", init__qformer="mine") == [], "the user's own file is read at the start"
     finished.append("runs/tiny-v1/stage1")
     assert needed("stage1", "variant=v2") == []
 
 
-def test_earlier_stages_have_the_parts_data_and_seed_of_the_last(finished):
+def test_earlier_stages_get_the_parts_data_and_seed_of_the_last(finished):
     ours = {"init.umt": "mine", "llm.path": "ours", "data.packed": "there", "seed": 3, "prompt_tokenizer": "words"}
     last = stage_config("stage3", "ablation=no_moe").updated({**ours, "batch": 4, "init.videochat2": "all"})
     for earlier in prepare(last):
@@ -59,14 +59,14 @@ def test_parts_are_made_for_every_stage_that_is_trained(finished, monkeypatch):
     assert made == ["stage3", "stage2", "stage1"]
 
 
-def test_a_start_from_elsewhere_that_is_not_finished_is_refused_before_any_part_is_made(finished, monkeypatch):
+def test_another_starting_run_that_is_unfinished_is_refused_before_any_part_is_made(finished, monkeypatch):
     monkeypatch.setattr(room, "make_missing_parts", lambda config: pytest.fail("made"))
     says = "init.from_run=mine holds no finished stage2: .*configs/stage2.py:preset=tiny,variant=v1,ablation=none"
     with pytest.raises(UserError, match=says):
         needed("stage3", init__from_run="mine")
 
 
-def test_other_presets_are_told_what_is_missing(finished):
+def test_other_presets_refuse_missing_sources_by_name(finished):
     sources = {"llm__path": "x", "data__root": "y"}
     with pytest.raises(UserError, match="llm.path is not set: .* --config.llm.path=DIR"):
         needed("stage1", "preset=base")
@@ -79,7 +79,7 @@ def test_other_presets_are_told_what_is_missing(finished):
     assert needed("stage2", "preset=base,variant=v2", **sources) == []
 
 
-def test_training_runs_what_is_needed_one_stage_after_another(finished, monkeypatch, caplog):
+def test_training_runs_the_missing_stages_one_after_another(finished, monkeypatch, caplog):
     def train(config, workdir, *_):
         finished.append(str(workdir))
         return Outcome(step=1, steps=1, resumed_at=0)
@@ -94,7 +94,7 @@ def test_training_runs_what_is_needed_one_stage_after_another(finished, monkeypa
     assert "grpo of v1 needs runs/tiny-v1/coldstart, which is trained first" in caplog.text
 
 
-def test_a_stage_that_is_stopped_ends_those_after_it_too(finished, monkeypatch):
+def test_later_stages_do_not_start_after_a_stopped_stage(finished, monkeypatch):
     started = []
 
     def stop(config, workdir, *_):
@@ -106,6 +106,6 @@ def test_a_stage_that_is_stopped_ends_those_after_it_too(finished, monkeypatch):
     assert not page.train_stage(config, config.default_workdir).finished and started == ["stage1"]
 
 
-def test_an_unknown_argument_of_a_config_is_a_users_error():
+def test_an_unknown_argument_of_a_config_is_a_user_error():
     with pytest.raises(UserError, match="preset=huge is unknown: choose one of tiny"):
         stage_config("stage3", "preset=huge")

@@ -1,4 +1,4 @@
-"""OpenAI-compatible servers on the loopback interface, whose replies a test writes."""
+"""OpenAI-compatible servers on the loopback interface with scripted replies."""
 
 import contextlib
 import json
@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-Reply = str | int | bytes  # a message, the status of a refusal, or a whole body
+Reply = str | int | bytes  # a message, an HTTP error status, or a response body
 
 
 class Server:
-    """What a test sees of a running server: its address, the requests it got, and the key of each."""
+    """The address of a running server, the requests that it received, and the key of each."""
 
     def __init__(self, url: str):
         self.url = url
@@ -21,7 +21,7 @@ class Server:
 
 @contextlib.contextmanager
 def serve(reply: Callable[[dict[str, Any]], Reply]) -> Iterator[Server]:
-    """A server that answers each chat completion with what `reply` makes of the request's body."""
+    """Runs a server that answers each chat completion with `reply(body of the request)`."""
     lock = threading.Lock()
 
     class Handler(BaseHTTPRequestHandler):
@@ -56,7 +56,7 @@ def serve(reply: Callable[[dict[str, Any]], Reply]) -> Iterator[Server]:
 
 
 def completion(text: str) -> dict[str, Any]:
-    """A chat completion as servers send it."""
+    """Makes a chat completion in the format of OpenAI's API."""
     message = {"role": "assistant", "content": text}
     return {
         "id": "1",
@@ -69,6 +69,6 @@ def completion(text: str) -> dict[str, Any]:
 
 
 def asked(body: dict[str, Any]) -> str:
-    """The text of a request's last message."""
+    """Returns the text of a request's last message."""
     content = body["messages"][-1]["content"]
     return content if isinstance(content, str) else next(part["text"] for part in content if part["type"] == "text")

@@ -1,4 +1,4 @@
-"""DFEC, EMER and the held-out questions on miniatures, with judges that a test writes."""
+"""DFEC, EMER and the held-out questions run on miniature data sets with scripted judges."""
 
 import json
 import shutil
@@ -23,14 +23,14 @@ BENCHMARKS = {"dfec": (dfec, dfec_config), "emer": (emer, emer_config), "held_ou
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> dict[str, Path]:
-    """A miniature of each data set, 5 clips."""
+    """A miniature of each data set with 5 clips."""
     root = tmp_path_factory.mktemp("miniatures")
     return {name: miniatures.make(name, root / name, clips=5) for name in BENCHMARKS}
 
 
 @pytest.fixture
 def broken(folders, tmp_path):
-    """Copies a miniature, for a test to break."""
+    """Copies a miniature that the test may damage."""
     return lambda name: Path(shutil.copytree(folders[name], tmp_path / name))
 
 
@@ -45,7 +45,7 @@ def judge_at(url: str, tmp_path: Path) -> Judge:
 
 
 def ideal(body) -> str:
-    """A judge that gives full marks, finds one event in each text and says that all follow."""
+    """A judge that gives full marks, finds one event in each text and says that every event follows."""
     text = asked(body)
     if text.startswith("List the events"):
         return '{"events": ["One thing happens."]}'
@@ -77,7 +77,7 @@ def test_answers_are_scored_by_words_and_by_the_judge(name, judged, folders, tmp
 
 
 @pytest.mark.parametrize("name", BENCHMARKS)
-def test_without_a_judge_its_figures_are_left_out_and_the_result_is_incomplete(name, folders):
+def test_without_a_judge_its_figures_are_missing_and_the_result_is_incomplete(name, folders):
     result = BENCHMARKS[name][0].run(config_of(name, folders[name]), session(Scripted(lambda *_: "a man")))
     assert set(result["figures"]) == {"cider", "rouge_l"} and result["judge"] is None
     assert not result["complete"] and "no judge" in result["notes"][0]
@@ -100,7 +100,7 @@ def test_the_reference_itself_scores_1_in_rouge_l(name, folders):
 
 
 @pytest.mark.parametrize("name", BENCHMARKS)
-def test_a_judge_that_talks_nonsense_about_one_answer_leaves_it_out_and_says_so(name, folders, tmp_path):
+def test_an_answer_with_only_invalid_judge_replies_is_not_scored_and_is_noted(name, folders, tmp_path):
     def moody(body):
         return "I would rather not." if "a strange man" in json.dumps(body["messages"][0]) else ideal(body)
 
@@ -113,13 +113,13 @@ def test_a_judge_that_talks_nonsense_about_one_answer_leaves_it_out_and_says_so(
     with serve(moody) as server:
         made = session(Scripted(say), judge=judge_at(server.url, tmp_path))
         result = BENCHMARKS[name][0].run(config_of(name, folders[name]), made)
-    assert not result["complete"] and all("1 answers without a judgement" in note for note in result["notes"])
+    assert not result["complete"] and all("1 answers have no judgement" in note for note in result["notes"])
     unjudged = [row for row in result["samples"] if "unjudged" in row]
     assert [row["answer"] for row in unjudged] == ["a strange man"]
     assert "gave no judgement" in next(iter(unjudged[0]["unjudged"].values()))
 
 
-def test_a_judge_that_goes_offline_midway_ends_the_run_and_the_next_one_goes_on(folders, tmp_path):
+def test_a_judge_that_goes_offline_midway_ends_the_run_and_the_next_run_resumes(folders, tmp_path):
     left = [7]
 
     def tiring(body):
@@ -132,7 +132,7 @@ def test_a_judge_that_goes_offline_midway_ends_the_run_and_the_next_one_goes_on(
             dfec.run(config, session(Scripted(lambda *_: "a man"), judge=judge_at(server.url, tmp_path)))
         left[0], before = 1000, len(server.requests)
         result = dfec.run(config, session(Scripted(lambda *_: "a man"), judge=judge_at(server.url, tmp_path)))
-        assert len(server.requests) - before <= 5 * 4 + 5 * 2 * 2 - 7  # nothing that was judged is asked again
+        assert len(server.requests) - before <= 5 * 4 + 5 * 2 * 2 - 7  # no judged answer is judged again
     assert result["complete"]
 
 
@@ -143,7 +143,7 @@ def test_an_answer_without_events_has_no_precision(folders, tmp_path):
     assert result["figures"]["autodq_precision"]["value"] == 0 == result["figures"]["autodq"]["value"]
 
 
-def test_absent_clips_are_named_and_the_others_scored(broken):
+def test_missing_clips_are_listed_and_the_others_scored(broken):
     for name, clip in (
         ("dfec", "DFEW/videos/2.mp4"),
         ("emer", "video/sample_00000002.mp4"),
@@ -160,10 +160,10 @@ def test_absent_clips_are_named_and_the_others_scored(broken):
     ("name", "file", "content", "says"),
     [
         ("dfec", "test.json", None, "lacks its captions: expected test.json .*FacialDynamic"),
-        ("dfec", "test.json", "{", "test.json is damaged"),
-        ("dfec", "test.json", "[]", "should hold a list of captions"),
-        ("dfec", "test.json", '[{"id": 1}]', "entry 0: id, video and caption should be there as text"),
-        ("dfec", "test.json", json.dumps([{"id": "1", "video": "v", "caption": "c"}] * 2), "id '1' is there twice"),
+        ("dfec", "test.json", "{", "test.json is not valid JSON"),
+        ("dfec", "test.json", "[]", "is not a list of captions"),
+        ("dfec", "test.json", '[{"id": 1}]', "entry 0: id, video and caption must be text"),
+        ("dfec", "test.json", json.dumps([{"id": "1", "video": "v", "caption": "c"}] * 2), "id '1' occurs twice"),
         ("emer", "gt-eng.csv", None, "lacks its annotations: expected gt-eng.csv or final-EMER-reason.csv"),
         ("emer", "gt-eng.csv", "names,emotions\n", "has no column reasons"),
         ("held_out_qa", "qa.jsonl", None, "lacks its questions: expected qa.jsonl"),
@@ -172,14 +172,14 @@ def test_absent_clips_are_named_and_the_others_scored(broken):
         ("held_out_qa", "qa.jsonl", "", "holds no questions"),
     ],
 )
-def test_malformed_annotations_are_refused_by_name(name, file, content, says, broken):
+def test_malformed_annotations_are_refused_with_the_file_and_the_problem(name, file, content, says, broken):
     root = broken(name)
     (root / file).unlink() if content is None else (root / file).write_text(content)
     with pytest.raises(UserError, match=says):
         BENCHMARKS[name][0].run(config_of(name, root), session(Scripted(lambda *_: "")))
 
 
-def test_emers_second_version_is_read_where_the_first_is_not_there(broken):
+def test_emers_second_version_is_read_if_the_first_is_missing(broken):
     root = broken("emer")
     (root / "gt-eng.csv").unlink()
     (root / "final-EMER-reason.csv").write_text(
@@ -189,7 +189,7 @@ def test_emers_second_version_is_read_where_the_first_is_not_there(broken):
     assert [row["expected"] for row in result["samples"]] == ['He smiles, "so" happy.']
 
 
-def test_of_more_questions_than_the_limit_that_many_are_drawn_by_the_seed(folders):
+def test_the_seed_decides_which_questions_within_the_limit_are_drawn(folders):
     def questions(limit, seed):
         config = config_of("held_out_qa", folders["held_out_qa"], limit=limit, seed=seed)
         rows = held_out_qa.run(config, session(Scripted(lambda *_: "")))["samples"]

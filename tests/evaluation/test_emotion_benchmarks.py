@@ -1,4 +1,4 @@
-"""DFEW and MAFW on miniatures in their published layouts, and on folders that are not as they should be."""
+"""DFEW and MAFW run on miniatures in their published layouts, and refuse malformed folders."""
 
 import shutil
 from pathlib import Path
@@ -18,7 +18,7 @@ BENCHMARKS = {"dfew": (dfew, dfew_config), "mafw": (mafw, mafw_config)}
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> dict[str, Path]:
-    """A miniature of each data set, 10 clips in five folds."""
+    """A miniature of each data set with 10 clips in five folds."""
     root = tmp_path_factory.mktemp("miniatures")
     return {name: miniatures.make(name, root / name, clips=10) for name in BENCHMARKS}
 
@@ -33,7 +33,7 @@ def evaluated(name: str, config: EvaluationConfig, model: Scripted) -> dict:
 
 
 def truth(name: str, config: EvaluationConfig) -> dict[str, str]:
-    """The label of each clip, by its id."""
+    """The label of each clip by its id."""
     result = evaluated(name, config, Scripted(lambda *_: ""))
     return {row["id"]: row["expected"] for row in result["samples"]}
 
@@ -54,17 +54,17 @@ def test_a_model_that_knows_the_label_reaches_100_in_every_fold(name, method, fo
 
 
 @pytest.mark.parametrize("name", BENCHMARKS)
-def test_answers_without_a_label_are_wrong_and_shown(name, folders):
+def test_answers_without_a_class_count_as_wrong_and_are_noted(name, folders):
     result = evaluated(name, config_of(name, folders[name]), Scripted(lambda *_: "I cannot tell."))
     assert result["figures"]["war"]["value"] == 0
-    assert result["notes"] == ["10 of 10 answers decide for no class and count as wrong"]
+    assert result["notes"] == ["10 of 10 answers name no single class and count as wrong"]
     assert sum(row[-1] for row in result["confusion"]["counts"]) == 10
     assert {(row["answer"], row["predicted"], row["correct"]) for row in result["samples"]} == {
         ("I cannot tell.", None, False)
     }
 
 
-def test_the_description_is_told_before_the_emotion_is_asked_for(folders):
+def test_the_description_is_an_earlier_turn_of_the_question_about_the_emotion(folders):
     class Listening(Scripted):
         def answer(self, asks, frames, max_new_tokens):
             heard.extend(ask.conversations[0] for ask in asks)
@@ -84,7 +84,7 @@ def test_a_clip_without_a_description_is_asked_about_directly(folders):
     assert result["n"] == 10 and {row["description"] for row in result["samples"]} == {""}
 
 
-def test_figures_are_means_over_folds_and_published_ones_stand_beside(folders):
+def test_figures_are_means_over_folds_and_come_with_the_published_ones(folders):
     result = evaluated("dfew", config_of("dfew", folders["dfew"]), Scripted(lambda *_: "happy"))
     folds = [part["figures"]["war"]["value"] for part in result["groups"].values()]
     assert result["figures"]["war"]["value"] == pytest.approx(sum(folds) / 5)
@@ -97,12 +97,12 @@ def test_figures_are_means_over_folds_and_published_ones_stand_beside(folders):
 
 @pytest.fixture
 def broken(folders, tmp_path):
-    """Copies a miniature, for a test to break."""
+    """Copies a miniature that the test may damage."""
     return lambda name: Path(shutil.copytree(folders[name], tmp_path / name))
 
 
 @pytest.mark.parametrize("name", BENCHMARKS)
-def test_a_clip_that_is_listed_but_absent_is_counted_and_named_and_the_run_goes_on(name, broken):
+def test_a_missing_clip_is_listed_and_the_others_are_classified(name, broken):
     root = broken(name)
     next(root.rglob("*3.mp4")).unlink()
     result = evaluated(name, config_of(name, root), Scripted(lambda *_: "happy"))
@@ -111,7 +111,7 @@ def test_a_clip_that_is_listed_but_absent_is_counted_and_named_and_the_run_goes_
     assert "its clip is not in" in result["missing"][0]["reason"]
 
 
-def test_a_damaged_clip_is_named_and_the_run_goes_on(broken):
+def test_a_damaged_clip_is_listed_and_the_others_are_classified(broken):
     root = broken("dfew")
     (root / "Clip" / "original" / "4.mp4").write_bytes(b"")
     result = evaluated("dfew", config_of("dfew", root), Scripted(lambda *_: "happy"))
@@ -133,7 +133,7 @@ def test_a_damaged_clip_is_named_and_the_run_goes_on(broken):
         ),
     ],
 )
-def test_a_missing_fold_file_is_named_with_where_to_get_it(name, gone, says, broken):
+def test_the_error_about_a_missing_fold_file_says_where_to_get_it(name, gone, says, broken):
     root = broken(name)
     (root / gone).unlink()
     with pytest.raises(UserError, match=says):
@@ -143,17 +143,17 @@ def test_a_missing_fold_file_is_named_with_where_to_get_it(name, gone, says, bro
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        ("video_name,label\n1,8\n", "set_1.csv, line 2: label '8' is not one of 1 to 7"),
-        ("video_name,label\n1,0\n", "line 2: label '0' is not one of"),
-        ("video_name,label\n1,happy\n", "line 2: label 'happy' is not one of"),
-        ("video_name,label\none,1\n", "line 2: video_name 'one' is no number"),
+        ("video_name,label\n1,8\n", "set_1.csv, line 2: label '8' is not a number from 1 to 7"),
+        ("video_name,label\n1,0\n", "line 2: label '0' is not a number from 1 to 7"),
+        ("video_name,label\n1,happy\n", "line 2: label 'happy' is not a number from 1 to 7"),
+        ("video_name,label\none,1\n", "line 2: video_name 'one' is not a number"),
         ("video_name,label\n1\n", "line 2: fewer than 2 fields"),
-        ("name,label\n1,1\n", "has no column video_name: its first line should name video_name, label"),
+        ("name,label\n1,1\n", "has no column video_name: its first line must name video_name, label"),
         ("", "has no column video_name"),
         (b"\xff\xfe\x00", "cannot be read as CSV"),
     ],
 )
-def test_a_malformed_fold_of_dfew_is_refused_by_line(content, says, broken):
+def test_a_malformed_fold_of_dfew_is_refused_with_its_line(content, says, broken):
     root = broken("dfew")
     path = root / "EmoLabel_DataSplit" / "test(single-labeled)" / "set_1.csv"
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
@@ -169,7 +169,7 @@ def test_a_malformed_fold_of_dfew_is_refused_by_line(content, says, broken):
         ("00001 anger", "line 1: expected a clip and its label"),
     ],
 )
-def test_a_malformed_fold_of_mafw_is_refused_by_line(line, says, broken):
+def test_a_malformed_fold_of_mafw_is_refused_with_its_line(line, says, broken):
     root = broken("mafw")
     (root / "Train & Test Set" / "single" / "no_caption" / "set_1" / "test.txt").write_text(line)
     with pytest.raises(UserError, match=says):
@@ -177,9 +177,9 @@ def test_a_malformed_fold_of_mafw_is_refused_by_line(line, says, broken):
 
 
 @pytest.mark.parametrize("name", BENCHMARKS)
-def test_a_root_that_is_not_set_or_no_folder_is_refused(name, tmp_path):
+def test_a_root_that_is_not_set_or_not_a_folder_is_refused(name, tmp_path):
     for root, says in (
-        ("", "data.root=DIR is not set: name the folder that holds"),
+        ("", "data.root=DIR is not set: give the folder that holds"),
         (tmp_path / "no", "is not a folder"),
     ):
         with pytest.raises(UserError, match=says):
@@ -191,7 +191,7 @@ def test_an_unknown_method_is_refused(folders):
         evaluated("dfew", config_of("dfew", folders["dfew"], method="guess"), Scripted(lambda *_: ""))
 
 
-def test_dfews_other_published_layout_and_folders_of_frames_are_read_too(folders, tmp_path):
+def test_dfews_other_published_layout_and_folders_of_frames_are_also_read(folders, tmp_path):
     import cv2
 
     from favchat_jax.data.video import decode

@@ -1,4 +1,4 @@
-"""The judge: what it is asked, what it may reply, what is kept, and what becomes of a judge that will not do."""
+"""The judge: its questions, valid and invalid replies, its cache, and servers that fail."""
 
 import json
 
@@ -54,7 +54,7 @@ def test_a_torn_line_in_the_cache_is_asked_again(tmp_path):
     "reply",
     ['{"score": 6}', '```json\n{"score": 6.0}\n```', 'Here is my judgement: {"score": 6} I hope it helps.'],
 )
-def test_json_is_found_in_a_fence_and_among_words(reply, tmp_path):
+def test_json_is_found_in_a_code_fence_and_within_a_sentence(reply, tmp_path):
     with serve(lambda body: reply) as server:
         assert Judge(config(server.url, tmp_path)).scores(QA[:1]) == {"0": 6.0}
 
@@ -72,7 +72,7 @@ NONSENSE = [
 
 
 @pytest.mark.parametrize("reply", NONSENSE)
-def test_a_reply_that_is_not_what_was_asked_for_is_asked_for_again(reply, tmp_path):
+def test_an_invalid_reply_is_requested_again(reply, tmp_path):
     said = iter([reply, '{"score": 4}'])
     with serve(lambda body: next(said)) as server:
         assert Judge(config(server.url, tmp_path)).scores(QA[:1]) == {"0": 4.0}
@@ -80,7 +80,7 @@ def test_a_reply_that_is_not_what_was_asked_for_is_asked_for_again(reply, tmp_pa
 
 
 @pytest.mark.parametrize("reply", NONSENSE)
-def test_a_judge_that_goes_on_with_nonsense_leaves_the_answer_unjudged(reply, tmp_path):
+def test_an_answer_with_only_invalid_replies_stays_unjudged(reply, tmp_path):
     with serve(lambda body: reply) as server:
         said = Judge(config(server.url, tmp_path)).scores(QA[:1])["0"]
     assert isinstance(said, Unanswered) and "gave no judgement" in str(said)
@@ -100,7 +100,7 @@ def test_a_busy_server_is_tried_again(tmp_path, monkeypatch):
         assert Judge(config(server.url, tmp_path, retries=2)).scores(QA[:1]) == {"0": 5.0}
 
 
-def test_a_judge_that_goes_offline_midway_ends_the_run_and_what_it_said_is_kept(tmp_path):
+def test_a_judge_that_goes_offline_midway_ends_the_run_and_its_replies_are_kept(tmp_path):
     with serve(lambda body: '{"score": 5}') as server:
         Judge(config(server.url, tmp_path)).scores(QA[:3])
     section = config(server.url, tmp_path)
@@ -117,7 +117,7 @@ def test_a_judge_that_goes_offline_midway_ends_the_run_and_what_it_said_is_kept(
         (404, r"/v1 has no chat completions with model 'm' \(HTTP 404\): check the address"),
     ],
 )
-def test_a_wrong_key_or_model_is_a_mistake_of_the_user(status, line, tmp_path):
+def test_a_wrong_key_or_model_is_a_user_error(status, line, tmp_path):
     with serve(lambda body: status) as server, pytest.raises(UserError, match=line):
         Judge(config(server.url, tmp_path)).scores(QA[:1])
 
@@ -132,7 +132,7 @@ def test_the_key_is_sent_and_shown_nowhere(tmp_path, monkeypatch):
     assert server.keys == ["Bearer sk-not-to-be-seen"] * 3 and "sk-not" not in json.dumps(judge.summary())
 
 
-def test_a_server_without_a_key_and_without_an_address_that_can_be_right(tmp_path, monkeypatch):
+def test_a_server_needs_no_key_but_a_valid_address(tmp_path, monkeypatch):
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     with serve(lambda body: '{"score": 5}') as server:
         assert Judge(config(server.url, tmp_path)).scores(QA[:1]) == {"0": 5.0}
@@ -141,29 +141,29 @@ def test_a_server_without_a_key_and_without_an_address_that_can_be_right(tmp_pat
             Judge(config(url, tmp_path))
 
 
-def test_a_body_that_is_no_chat_completion_leaves_the_answer_unjudged(tmp_path):
+def test_a_response_that_is_not_a_chat_completion_leaves_the_answer_unjudged(tmp_path):
     with serve(lambda body: b"<html>") as server:
         said = Judge(config(server.url, tmp_path)).scores(QA[:1])["0"]
     assert isinstance(said, Unanswered) and str(said) == "the reply is not a chat completion"
 
 
-def test_verdicts_must_be_as_many_as_the_events(tmp_path):
+def test_a_reply_must_have_one_verdict_per_event(tmp_path):
     question = Question("0", "entailment", {"text": "t", "events": "1. a\n2. b"}, count=2)
     said = iter(['{"verdicts": ["neutral"]}', '{"verdicts": ["entailment", "contradiction"]}'])
     with serve(lambda body: next(said)) as server:
         assert Judge(config(server.url, tmp_path)).ask([question]) == {"0": [True, False]}
 
 
-def test_a_second_judge_is_asked_the_same_and_their_agreement_told(tmp_path):
+def test_a_second_judge_gets_the_same_questions_and_their_agreement_is_reported(tmp_path):
     with (
         serve(lambda body: json.dumps({"score": int(asked(body).split("Answer: b")[1][0])})) as one,
         serve(lambda body: json.dumps({"score": int(asked(body).split("Answer: b")[1][0]) + 1})) as other,
     ):
         judge = Judge(config(one.url, tmp_path), Judge(config(other.url, tmp_path)))
         assert judge.scores(QA) == {str(i): float(i) for i in range(5)}
-        told = judge.summary()["agreement"]
-    assert (told["n"], told["mean_distance"], told["with"]["url"]) == (5, 1.0, other.url)
-    assert told["pearson"] == pytest.approx(1) and 0 < told["kappa"] < 1
+        found = judge.summary()["agreement"]
+    assert (found["n"], found["mean_distance"], found["with"]["url"]) == (5, 1.0, other.url)
+    assert found["pearson"] == pytest.approx(1) and 0 < found["kappa"] < 1
 
 
 def test_agreement_is_1_for_equal_scores_and_unknown_without_variation():

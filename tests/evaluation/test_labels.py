@@ -30,21 +30,28 @@ def test_an_answer_that_names_one_emotion_decides_for_it(text, label):
     assert decide(text, SEVEN) == label
 
 
-@pytest.mark.parametrize(
-    ("text", "label"),
-    [
-        ("not happy but sad", "sad"),
-        ("The man isn't angry, he is surprised.", "surprise"),
-        ("She doesn't look very happy. She looks sad.", "sad"),
-        ("neither happy nor sad; afraid", "fear"),
-        ("Rather than anger, there is fear.", "fear"),
-        ("no sign of anger or fear, only sadness", "sad"),
-        ("not only happy", "happy"),
-        ("no doubt happy", "happy"),
-        ("The person is not happy and seems angry", "angry"),
-    ],
-)
-def test_what_is_denied_is_not_named(text, label):
+SEVERAL = {
+    # What is denied is not named.
+    "not happy but sad": "sad",
+    "The man isn't angry, he is surprised.": "surprise",
+    "She doesn't look very happy. She looks sad.": "sad",
+    "neither happy nor sad; afraid": "fear",
+    "Rather than anger, there is fear.": "fear",
+    "no sign of anger or fear, only sadness": "sad",
+    "not only happy": "happy",
+    "no doubt happy": "happy",
+    "The person is not happy and seems angry": "angry",
+    # Of several, the one that is announced as the answer counts.
+    "She smiles as if happy at first, later she cries. The answer is sad.": "sad",
+    "Happy? Angry? Emotion: fear": "fear",
+    "Between sadness and anger, most likely anger": "angry",
+    "<think> happy or sad </think> <answer> sad </answer>": "sad",
+    "<think> happy or sad </think> <answer> sad": "sad",
+}
+
+
+@pytest.mark.parametrize(("text", "label"), SEVERAL.items())
+def test_of_several_emotions_the_one_that_is_not_denied_or_is_announced_counts(text, label):
     assert decide(text, SEVEN) == label
 
 
@@ -60,20 +67,6 @@ def test_an_answer_without_an_emotion_decides_for_none(text):
 )
 def test_an_answer_with_several_emotions_decides_for_none(text):
     assert decide(text, SEVEN) is None
-
-
-@pytest.mark.parametrize(
-    ("text", "label"),
-    [
-        ("She smiles as if happy at first, later she cries. The answer is sad.", "sad"),
-        ("Happy? Angry? Emotion: fear", "fear"),
-        ("Between sadness and anger, most likely anger", "angry"),
-        ("<think> happy or sad </think> <answer> sad </answer>", "sad"),
-        ("<think> happy or sad </think> <answer> sad", "sad"),
-    ],
-)
-def test_of_several_emotions_the_one_that_is_announced_as_the_answer_counts(text, label):
-    assert decide(text, SEVEN) == label
 
 
 def test_all_emotions_are_named_in_their_order_once_each():

@@ -1,4 +1,4 @@
-"""The report: what the page says, that nothing on it can act, and how a browser shows it."""
+"""The report: the page's content, its safety against untrusted text, and its look in a browser."""
 
 import base64
 import copy
@@ -21,7 +21,7 @@ VOID = {"meta", "img", "line", "circle", "polyline", "polygon", "br", "link"}
 
 
 class Page(html.parser.HTMLParser):
-    """Elements with their attributes, and each element's text; fails where elements are not closed in order."""
+    """Collects elements with their attributes and each element's text; fails if elements are not closed in order."""
 
     def __init__(self, text):
         super().__init__()
@@ -132,7 +132,7 @@ def page_of(*results, frames=no_frames, examples=9):
     return built, Page(report.to_html(built))
 
 
-def test_figures_stand_in_percent_with_intervals_and_the_papers_row_as_printed():
+def test_the_table_shows_percent_with_intervals_and_the_papers_row_as_printed():
     _, page = page_of(result())
     rows = page.rows()
     assert "model war cider" in rows
@@ -140,7 +140,7 @@ def test_figures_stand_in_percent_with_intervals_and_the_papers_row_as_printed()
     assert "FaVChat published 77.88 –" in rows
 
 
-def test_several_models_of_a_benchmark_share_a_section_and_the_best_is_marked():
+def test_several_models_on_a_benchmark_share_a_section_and_the_best_is_marked():
     server = result("openai:http://host:8000/v1#gpt-4o", hits=(True, True, True, False))
     again = result("openai:http://host:8000/v1#gpt-4o", hits=(False,) * 4, describer="runs/tiny-v1/stage3")
     built, page = page_of(result(), server, again, result())
@@ -151,7 +151,7 @@ def test_several_models_of_a_benchmark_share_a_section_and_the_best_is_marked():
     assert best == [False, True, False, False, False]
 
 
-def test_answers_of_several_models_stand_side_by_side_where_they_differ():
+def test_differing_answers_of_several_models_are_shown_side_by_side():
     built, page = page_of(result(), result("openai:http://h#other", hits=(True, True, True, False)))
     lists = {shown["title"]: shown["cards"] for shown in built["sections"][0]["examples"]}
     assert list(lists) == ["Side by side", "Failures", "Examples"]
@@ -171,7 +171,7 @@ def test_failures_take_kinds_in_turn():
     assert [card["id"] for card in failures["cards"]] == ["000", "007", "001"]
 
 
-def test_answers_with_scores_and_no_right_or_wrong_are_shown_worst_first():
+def test_answers_with_scores_instead_of_right_and_wrong_are_shown_worst_first():
     one = result(hits=(True,) * 3)
     for row, correctness in zip(one["samples"], (4, 1, 3), strict=True):
         row |= {"correct": None, "predicted": None, "scores": {"correctness": correctness, "reason": "text"}}
@@ -181,7 +181,7 @@ def test_answers_with_scores_and_no_right_or_wrong_are_shown_worst_first():
     assert lowest["cards"][0]["answers"][0]["scores"] == "correctness 1" and "✗" not in report.to_html(built)
 
 
-def test_frames_are_embedded_as_one_picture_a_clip():
+def test_frames_of_a_clip_are_embedded_as_one_picture():
     _, page = page_of(result(), frames=red, examples=1)
     sources = [attributes["src"] for tag, attributes in page.elements if tag == "img"]
     assert sources and all(source.startswith("data:image/jpeg;base64,") for source in sources)
@@ -201,7 +201,7 @@ def test_confusion_counts_are_shares_of_their_row_and_an_empty_row_is_empty():
 def test_an_incomplete_result_says_what_is_missing():
     missing = [{"id": f"{i}.mp4", "reason": "its clip is not there"} for i in range(5)]
     _, page = page_of(result(complete=False, missing=missing))
-    warning = "runs/tiny-v1/stage3 is incomplete: 5 listed samples without a result (0.mp4, 1.mp4, 2.mp4, ...)"
+    warning = "runs/tiny-v1/stage3 is incomplete: 5 listed samples have no result (0.mp4, 1.mp4, 2.mp4, ...)"
     assert any(warning in text for text in page.all("p"))
     assert any("its clip is not there" in text for text in page.all("pre"))
 
@@ -246,7 +246,7 @@ def evil_results():
     return evil, weights, lengths
 
 
-def test_nothing_untrusted_becomes_markup_and_nothing_is_loaded_or_run():
+def test_untrusted_text_never_becomes_markup_and_the_page_loads_and_runs_nothing():
     built, page = page_of(*evil_results(), frames=red)
     assert not {"script", "iframe", "object", "link", "base", "form"} & {tag for tag, _ in page.elements}
     for tag, attributes in page.elements:
@@ -271,8 +271,8 @@ def test_markdown_and_json_hold_the_same_figures():
     assert "| runs/tiny-v1/stage3 | 50.00 40.00 – 60.00 | 0.416 |" in markdown
     assert "| FaVChat (published) | 77.88 |  |" in markdown
     assert "| happy | 3 | 1 | 0 |" in markdown and "- Order found: FaVChat > w/o FE." in markdown
-    told = json.loads(report.to_json(built))
-    assert told["sections"][0]["tables"][0]["rows"][0]["cells"][0]["value"] == "50.00"
+    content = json.loads(report.to_json(built))
+    assert content["sections"][0]["tables"][0]["rows"][0]["cells"][0]["value"] == "50.00"
     assert "base64" not in report.to_json(built)
 
 
@@ -281,14 +281,14 @@ def test_markdown_and_json_hold_the_same_figures():
     [
         (None, "does not exist"),
         ("{", "cannot be read as JSON"),
-        ("[1]", "is no result"),
-        ('{"loss": 1}', "is no result"),
+        ("[1]", "is not a result"),
+        ('{"loss": 1}', "is not a result"),
         ('{"benchmark": "dfew", "model": "x"}', "lacks complete, figures, groups, n, provenance, samples"),
         ('{"table": "frame_length"}', "lacks checkpoint, published, rows, trained_on"),
-        ('{"table": "seating"}', "is no result"),
+        ('{"table": "seating"}', "is not a result"),
     ],
 )
-def test_a_file_that_is_no_result_is_named(content, says, tmp_path):
+def test_a_file_that_is_not_a_result_is_refused_by_name(content, says, tmp_path):
     path = tmp_path / "file.json"
     if content is not None:
         path.write_text(content)
@@ -303,7 +303,7 @@ def test_a_damaged_result_is_a_users_error():
         report.build([damaged], no_frames)
 
 
-def test_results_read_back_from_files_are_left_as_they_are(tmp_path):
+def test_building_a_report_does_not_change_the_results(tmp_path):
     written = [result(), ablation_table()]
     paths = [tmp_path / "one.json", tmp_path / "other.json"]
     for path, one in zip(paths, written, strict=True):
@@ -314,7 +314,7 @@ def test_results_read_back_from_files_are_left_as_they_are(tmp_path):
     assert read == before
 
 
-def test_axes_have_round_ticks_around_their_values():
+def test_axes_have_round_ticks_that_enclose_their_values():
     axis = charts._Axis([0.62, 0.913], 0, 100)
     assert axis.ticks == pytest.approx([0.6, 0.7, 0.8, 0.9, 1.0]) and axis(0.6) == 0 and axis(1.0) == 100
     assert charts._Axis([16, 128], 0, 100).ticks == [0, 50, 100, 150]
@@ -345,7 +345,7 @@ def browse(chromium, path, *options):
 def test_a_browser_shows_the_page_light_and_dark_and_runs_nothing(chromium, tmp_path):
     built, _ = page_of(*evil_results(), ablation_table(), frames=red)
     path = tmp_path / "page.html"
-    # If any script ran, or any handler, the title would tell.
+    # Any script or handler that ran would change the title.
     path.write_text(report.to_html(built).replace("alert(", "document.title=("))
     dumped = browse(chromium, path, "--dump-dom").stdout
     assert f"<title>{report.TITLE}</title>" in dumped and "Table 6 in miniature (v1)" in dumped

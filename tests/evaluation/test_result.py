@@ -1,4 +1,4 @@
-"""The form of a result: figures, its hash of the data, and what a terminal shows."""
+"""The format of a result: its figures, its hash of the data, and its table for a terminal."""
 
 import json
 
@@ -8,7 +8,7 @@ from favchat_jax.evaluation import published
 from favchat_jax.evaluation.result import data_hash, figure, make_result, table
 
 
-def test_what_is_not_a_number_is_null():
+def test_values_that_are_not_finite_become_null():
     assert figure(float("nan"), float("inf"), 1) == {"value": None, "low": None, "high": 1.0, "scale": 1}
 
 
@@ -18,7 +18,7 @@ def result(**changes):
     return make_result("dfew", [{"id": "1"}], figures, published=rows, **changes)
 
 
-def test_a_result_is_json_and_complete_where_nothing_is_missing():
+def test_a_result_is_valid_json_and_complete_if_nothing_is_missing():
     made = result()
     assert json.loads(json.dumps(made, allow_nan=False)) == made
     assert (made["n"], made["complete"]) == (1, True)
@@ -35,16 +35,16 @@ def test_a_terminal_shows_shares_in_percent_beside_the_papers_best_rows():
     assert lines[4] == ["n", "=", "1"]
 
 
-def test_a_terminal_shows_what_is_missing_the_first_by_name():
+def test_a_terminal_lists_the_first_missing_samples_and_counts_the_others():
     missing = [{"id": str(i), "reason": "gone"} for i in range(5)]
     shown = table(result(missing=missing, notes=["a note"])).splitlines()[-6:]
     assert shown == [
         *("n = 1, INCOMPLETE", "missing: 0: gone", "missing: 1: gone", "missing: 2: gone"),
-        *("missing: 2 more, named in the result", "a note"),
+        *("missing: 2 more, listed in the result", "a note"),
     ]
 
 
-def test_the_hash_of_data_follows_labels_names_and_sizes(tmp_path):
+def test_the_hash_of_data_changes_with_labels_and_sizes(tmp_path):
     labels, clip, folder = tmp_path / "labels", tmp_path / "a.mp4", tmp_path / "frames"
     folder.mkdir()
     labels.write_text("a 1")
@@ -77,5 +77,5 @@ def test_published_rows_are_named_by_figure(rows, model, figures):
     assert {row["model"]: row["figures"] for row in rows}[model] == figures
 
 
-def test_rows_without_a_figure_are_left_out():
+def test_published_rows_without_a_figure_are_skipped():
     assert "FaVChat" not in [row["model"] for row in published.rows(published.VERIFICATION, "accuracy", first=1)]

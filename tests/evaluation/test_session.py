@@ -1,4 +1,4 @@
-"""Sessions: batches, clips that cannot be read, descriptions, and evaluations that are stopped and taken up."""
+"""Sessions: batches, unreadable clips, descriptions, and evaluations that are stopped and resumed."""
 
 import json
 from pathlib import Path
@@ -30,11 +30,11 @@ def test_every_ask_gets_its_own_answer_in_batches_of_one_size():
     assert [len(batch) for batch in model.batches] == [4, 4, 2]
 
 
-def test_nothing_to_ask_is_answered_with_nothing():
+def test_no_questions_give_no_answers():
     assert session(Scripted(repeat)).ask([], 8) == {}
 
 
-def test_clips_that_cannot_be_read_are_named_and_the_others_answered():
+def test_unreadable_clips_are_listed_and_the_others_answered():
     broken = Ask("broken", (Footage("broken", b"no video"),), ((("?", None),),))
     asked = [*asks(2), broken, Ask("gone", (Footage("gone", Path("nowhere.mp4")),), ((("?", None),),))]
     made = session(Scripted(repeat))
@@ -44,7 +44,7 @@ def test_clips_that_cannot_be_read_are_named_and_the_others_answered():
     assert "does not exist" in made.missing[1]["reason"]
 
 
-def test_a_question_that_the_model_does_not_answer_is_named():
+def test_a_question_that_the_model_does_not_answer_is_listed_as_missing():
     class Refusing(Scripted):
         def answer(self, asks, frames, max_new_tokens):
             return [
@@ -62,7 +62,7 @@ class Stopped(Exception):
 
 
 class Stopping(Scripted):
-    """A model that ends the process, as it were, in its third batch."""
+    """A model that raises in its third batch, as if the process ended there."""
 
     def answer(self, asks, frames, max_new_tokens):
         if len(self.batches) == 2:
@@ -70,7 +70,7 @@ class Stopping(Scripted):
         return super().answer(asks, frames, max_new_tokens)
 
 
-def test_a_stopped_session_goes_on_at_the_batch_that_it_was_stopped_in(tmp_path):
+def test_a_stopped_session_resumes_at_its_unfinished_batch(tmp_path):
     path = tmp_path / "answers.jsonl"
     with pytest.raises(Stopped):
         session(Stopping(repeat), 3, journal=Journal(path)).ask(asks(10), 8)
@@ -81,7 +81,7 @@ def test_a_stopped_session_goes_on_at_the_batch_that_it_was_stopped_in(tmp_path)
     assert resumed == session(Scripted(repeat), 3).ask(asks(10), 8)
 
 
-def test_of_a_batch_that_was_written_in_part_all_is_answered_again(tmp_path):
+def test_a_partly_written_batch_is_answered_again_completely(tmp_path):
     path = tmp_path / "answers.jsonl"
     session(Scripted(repeat), 3, journal=Journal(path)).ask(asks(6), 8)
     lines = path.read_text().splitlines()
@@ -92,7 +92,7 @@ def test_of_a_batch_that_was_written_in_part_all_is_answered_again(tmp_path):
 
 
 @pytest.mark.parametrize("change", ["tokens", "question", "clip", "model"])
-def test_answers_to_anything_else_are_not_taken_up(change, tmp_path):
+def test_answers_to_other_questions_clips_models_or_settings_are_not_reused(change, tmp_path):
     path = tmp_path / "answers.jsonl"
     session(Scripted(repeat), 3, journal=Journal(path)).ask(asks(2), 8)
     model = Scripted(repeat, name="another" if change == "model" else "scripted")
@@ -103,25 +103,25 @@ def test_answers_to_anything_else_are_not_taken_up(change, tmp_path):
     assert model.batches == [["clip 0", "clip 1"]]
 
 
-def test_where_not_one_sample_is_answered_the_run_ends_and_a_later_one_asks_again(tmp_path):
+def test_a_run_without_any_answer_fails_and_a_later_run_asks_again(tmp_path):
     class Refusing(Scripted):
         def answer(self, asks, frames, max_new_tokens):
             return [Unanswered("the server refused") for _ in asks]
 
     path = tmp_path / "answers.jsonl"
-    with pytest.raises(RunError, match="not one of 5 samples was answered; the first: the server refused"):
+    with pytest.raises(RunError, match="none of 5 samples was answered; the first: the server refused"):
         session(Refusing(repeat), 3, journal=Journal(path)).ask(asks(5), 8)
     assert set(session(Scripted(repeat), 3, journal=Journal(path)).ask(asks(5), 8)) == {f"clip {i}" for i in range(5)}
 
 
-def test_missing_clips_stay_missing_when_a_session_is_taken_up(tmp_path):
+def test_missing_clips_stay_missing_when_a_session_resumes(tmp_path):
     broken = Ask("broken", (Footage("broken", b"no video"),), ((("?", None),),))
     made = [session(Scripted(repeat), 3, journal=Journal(tmp_path / "a.jsonl")) for _ in range(2)]
     answers = [one.ask([*asks(1), broken], 8) for one in made]
     assert answers[0] == answers[1] and made[0].missing == made[1].missing != []
 
 
-def test_a_describers_words_stand_before_the_question():
+def test_the_descriptions_precede_the_question():
     model, describer = Scripted(repeat), Scripted(lambda id, question: f"a face in {id}")
     pair = Ask("pair", (Footage("a", CLIP), Footage("b", CLIP)), ((("Same?", None),),))
     alone = Ask("alone", (Footage("a", CLIP),), ((("Who?", None),),))
@@ -135,31 +135,31 @@ def test_a_describers_words_stand_before_the_question():
     assert made.is_described and not session(model).is_described
 
 
-def test_a_folder_without_any_of_the_clips_is_refused_and_some_missing_are_named(tmp_path):
+def test_missing_clips_are_listed_and_a_folder_without_any_clip_is_refused(tmp_path):
     there = tmp_path / "a.mp4"
     there.write_bytes(CLIP)
     made = session(Scripted(repeat))
     assert present([("a", there), ("b", tmp_path / "b.mp4"), ("c", None)], made, tmp_path) == [("a", there)]
     assert [row["id"] for row in made.missing] == ["b", "c"]
-    with pytest.raises(UserError, match="holds not one of the 1 clips that are listed"):
+    with pytest.raises(UserError, match="holds none of the 1 listed clips"):
         present([("c", None)], made, tmp_path)
 
 
-def test_rendered_clips_and_folders_of_pictures_give_the_frames_of_equal_parts(tmp_path):
+def test_videos_and_folders_of_pictures_give_the_middle_frames_of_equal_parts(tmp_path):
     import cv2
 
     record = rendered_faces.render(0, "footage", 0)
     video = Footage("clip", record.clip).frames(4, 32)
-    whole = Footage("clip", record.clip).frames(16, 64)
-    for number, frame in enumerate(whole):
+    every = Footage("clip", record.clip).frames(16, 64)
+    for number, frame in enumerate(every):
         cv2.imwrite(str(tmp_path / f"0.{number}.png"), frame[:, :, ::-1])
     pictures = Footage("folder", tmp_path).frames(4, 64)
     assert video.shape == (4, 32, 32, 3)
-    assert (pictures == whole[[1, 5, 9, 13]]).all()
-    assert (Footage("part", tmp_path, first=10, count=2).frames(2, 64) == whole[10:12]).all()
+    assert (pictures == every[[1, 5, 9, 13]]).all()
+    assert (Footage("part", tmp_path, first=10, count=2).frames(2, 64) == every[10:12]).all()
 
 
-def test_the_journal_is_lines_of_json(tmp_path):
+def test_the_journal_has_one_json_object_per_line(tmp_path):
     journal = Journal(tmp_path / "a.jsonl")
     journal.add(["x", "y"], [["1"], "gone"])
     entries = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines() if line]

@@ -14,11 +14,11 @@ def flops(program, *shapes):
     return cost.total_flops(cost.products(jax.make_jaxpr(program)(*shapes)))
 
 
-def test_a_product_counts_a_multiplication_and_an_addition_for_each_pair():
+def test_a_product_counts_one_multiplication_and_one_addition_per_pair():
     assert flops(lambda a, b: a @ b, A, B) == PRODUCT
 
 
-def test_a_loop_counts_its_body_as_often_as_it_runs_also_inside_another():
+def test_a_loop_counts_every_iteration_also_in_nested_loops():
     def looped(a, b):
         def inner(carry, _):
             return carry + jnp.sum(a @ b), None
@@ -31,7 +31,7 @@ def test_a_loop_counts_its_body_as_often_as_it_runs_also_inside_another():
     assert flops(looped, A, B) == 12 * PRODUCT
 
 
-def test_of_branches_the_costliest_counts():
+def test_only_the_costliest_branch_counts():
     def either(a, b):
         return jax.lax.cond(a[0, 0] > 0, lambda: a @ b, lambda: (a @ b) @ (b.T @ b))
 
@@ -47,7 +47,7 @@ def test_rematerialisation_adds_one_forward_pass():
     assert (kept, again) == (3 * PRODUCT, 4 * PRODUCT)
 
 
-def test_a_product_of_large_matrices_is_bound_by_arithmetic_and_one_with_a_vector_by_memory():
+def test_large_matrix_products_are_bound_by_arithmetic_and_vector_products_by_memory():
     square, column = jax.ShapeDtypeStruct((64, 64), jnp.float32), jax.ShapeDtypeStruct((64, 1), jnp.float32)
 
     def program(a, b):
@@ -59,7 +59,7 @@ def test_a_product_of_large_matrices_is_bound_by_arithmetic_and_one_with_a_vecto
     np.testing.assert_allclose(seconds, 4 * (64 * 64 + 2 * 64) / 1e3 / 2)
 
 
-def test_attention_moves_no_scores_in_a_loop_or_in_the_backward_pass():
+def test_attention_scores_cost_no_memory_traffic_in_loops_and_backward_passes():
     query = jax.ShapeDtypeStruct((2, 128, 4, 8), jnp.float32)
 
     def loss(query):
@@ -71,7 +71,7 @@ def test_attention_moves_no_scores_in_a_loop_or_in_the_backward_pass():
     assert {product.bytes for product in program} == {0}
 
 
-def test_activations_are_what_a_forward_pass_keeps_beside_its_arguments():
+def test_activations_are_the_saved_results_that_are_not_arguments():
     def forward(a, b):
         value, backward = jax.vjp(lambda b: jnp.sum(jnp.sin(jnp.exp(a @ b))), b)
         return value, [leaf for leaf in jax.tree.leaves(backward) if isinstance(leaf, jax.Array)]
@@ -80,7 +80,7 @@ def test_activations_are_what_a_forward_pass_keeps_beside_its_arguments():
     assert kept == 4 + 2 * 3 * 7 * 4  # the loss, cos(exp(a b)) and exp(a b)
 
 
-def test_weights_that_a_loop_runs_over_are_no_activations():
+def test_slices_of_stacked_weights_in_a_loop_are_not_activations():
     def forward(first, second):
         return jnp.stack([first, second]), jnp.zeros((3, 7))
 

@@ -14,15 +14,15 @@ from favchat_jax.errors import UserError
 from favchat_jax.planning import plan, targets
 
 
-def test_an_unknown_target_is_refused_with_those_there_are():
+def test_an_unknown_target_is_refused_with_the_list_of_targets():
     with pytest.raises(UserError, match="--target=a900 is unknown: choose one of a800-80gb, a800-80gb-x8"):
         targets.find("a900")
 
 
-def test_a_target_whose_compiler_is_missing_is_refused_with_the_mend():
+def test_the_error_about_a_missing_compiler_says_how_to_install_it():
     if importlib.util.find_spec("libtpu"):
-        pytest.skip("libtpu is here")
-    with pytest.raises(UserError, match="needs the compiler for tpu .* `make plan` sets up"):
+        pytest.skip("libtpu is installed")
+    with pytest.raises(UserError, match="needs the compiler for tpu .* `make plan` creates"):
         targets.devices("v6e-4")
 
 
@@ -37,12 +37,12 @@ def test_the_tiny_preset_compiles_for_a_tpu_slice_and_fits(small_world):
     assert 0 < made.mfu_ceiling <= 1
 
 
-def test_a_stage_without_a_step_of_its_own_cannot_be_planned(small_world):
+def test_the_reinforcement_stage_has_no_training_step_to_plan(small_world):
     with pytest.raises(UserError, match="stage=grpo draws its own responses"):
         plan.lay_out(small_world.config("grpo"), sharding.one_device(), 4)
 
 
-def test_a_narrow_base_is_planned_as_it_is_stored(small_world):
+def test_a_quantised_base_is_planned_with_its_stored_dtype(small_world):
     laid_out = plan.lay_out(small_world.config("stage3", llm__storage="int8"), sharding.one_device(), 4)
     kernel = laid_out.frozen["llm/layers/mlp/up_proj/kernel"]
     scale = laid_out.frozen["llm/layers/mlp/up_proj/kernel_scale"]
@@ -50,7 +50,7 @@ def test_a_narrow_base_is_planned_as_it_is_stored(small_world):
     assert scale.sharding.spec == P()
 
 
-def test_a_saved_step_does_what_the_step_does(small_world):
+def test_a_saved_step_gives_the_results_of_the_step(small_world):
     config = small_world.config("stage3", batch=2)
     laid_out = plan.lay_out(config, sharding.one_device(), 2)
     rng = np.random.default_rng(0)
@@ -69,7 +69,7 @@ def test_a_saved_step_does_what_the_step_does(small_world):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6)
 
 
-def test_bytes_that_are_no_saved_step_are_refused():
+def test_bytes_that_are_not_a_saved_step_are_refused():
     with pytest.raises(UserError, match="this is no saved step"):
         plan.load(b"\x80\x04K\x01.")
 
@@ -85,7 +85,7 @@ def test_bytes_that_are_no_saved_step_are_refused():
         (1, 5, 0, "more devices: 0.0 GiB are lacking on each"),
     ],
 )
-def test_what_would_make_a_step_fit_is_named(share, lacking, frozen, says):
+def test_a_plan_suggests_a_change_that_makes_the_step_fit(share, lacking, frozen, says):
     config = Config.from_ml_collections(stage3.get_config("preset=paper"))
     assert plan._advice(config, share, lacking, temp=10, frozen=frozen) == says
     config = config.updated({"model.remat": ""})
@@ -93,13 +93,13 @@ def test_what_would_make_a_step_fit_is_named(share, lacking, frozen, says):
     assert dataclasses.replace(targets.find("a100-40gb"), memory=10).usable == 9
 
 
-def test_more_parts_are_advised_than_a_batch_is_cut_into_already():
+def test_the_suggested_number_of_parts_exceeds_the_configured_one():
     config = Config.from_ml_collections(stage3.get_config("preset=paper")).updated({"accumulate": 2})
     assert plan._advice(config, share=4, lacking=7, temp=10, frozen=0) == "accumulate=8"
     assert plan._advice(config, share=4, lacking=25, temp=10, frozen=20) == "accumulate=8 on two or more devices"
 
 
-def test_a_mesh_may_leave_devices_of_a_target_out_and_has_as_many_clips_as_it_takes(small_world, monkeypatch):
+def test_a_mesh_may_use_some_devices_of_a_target_and_its_size_sets_the_clips(small_world, monkeypatch):
     monkeypatch.setattr(plan, "devices", lambda name: jax.devices() * 8)
     config = small_world.config("stage3", batch=4, mesh__fsdp=1)
     mesh, clips = plan._mesh_and_clips(config, "a800-80gb-x8", None)

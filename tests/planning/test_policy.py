@@ -1,4 +1,4 @@
-"""The plan of a reinforcement iteration counts what a run holds and runs."""
+"""The plan of a reinforcement iteration counts the memory and the operations of a run."""
 
 import jax
 import jax.numpy as jnp
@@ -20,12 +20,12 @@ def laid_out(config):
     return policy._lay_out(config, 2, jax.devices()[0])
 
 
-def test_a_target_of_several_devices_is_refused(config):
-    with pytest.raises(UserError, match="stage=grpo computes on one device"):
+def test_a_target_with_several_devices_is_refused(config):
+    with pytest.raises(UserError, match="--target=a800-80gb-x8 has several devices, but stage=grpo uses one"):
         policy.make_policy_plan(config, "a800-80gb-x8")
 
 
-def test_what_stays_on_the_device_is_what_a_sampler_adds_to_the_weights(config, laid_out):
+def test_the_memory_held_between_programs_is_the_weights_and_the_samplers_merged_copies(config, laid_out):
     held, _ = laid_out
     _, shapes = plan.model_and_weights(config)
     weights = {path: jnp.zeros(leaf.shape, config.model.dtype) for path, leaf in shapes.items()}
@@ -38,7 +38,7 @@ def test_what_stays_on_the_device_is_what_a_sampler_adds_to_the_weights(config, 
     assert held["merged"] == sum(leaf.nbytes for leaf in merged if leaf.unsafe_buffer_pointer() not in own)
 
 
-def test_every_program_of_an_iteration_compiles_in_their_order(laid_out):
+def test_the_programs_of_an_iteration_compile_and_come_in_order(laid_out):
     held, programs = laid_out
     assert [program.name for program in programs] == ["encode", "begin", "advance", "score", "update"]
     for program in programs:
@@ -48,7 +48,7 @@ def test_every_program_of_an_iteration_compiles_in_their_order(laid_out):
         assert sum(held.values()) > program.weights and given > program.weights
 
 
-def test_operations_are_those_of_all_tokens_and_all_responses(config, laid_out):
+def test_operations_count_all_tokens_of_all_responses(config, laid_out):
     _, programs = laid_out
     by_name = {program.name: program for program in programs}
     llm = plan.language_model(config)
@@ -65,6 +65,6 @@ def test_operations_are_those_of_all_tokens_and_all_responses(config, laid_out):
     assert by_name["score"].times == 2 and by_name["update"].times == config.rl.updates
 
 
-def test_what_does_not_fit_is_told_what_would_help():
+def test_a_plan_that_does_not_fit_suggests_a_change():
     assert policy._advice(30 * 2**30, 20 * 2**30).startswith("a device with more memory: 30.0 GiB of weights")
     assert policy._advice(10 * 2**30, 20 * 2**30) == "a smaller rl.group or rl.max_new_tokens"

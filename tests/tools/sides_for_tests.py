@@ -1,11 +1,11 @@
-"""Sides of a contest that take no time."""
+"""Sides of a contest whose runs take no time."""
 
 import os
 import time
 
 
 def counting(step: float):
-    """Two runs whose seconds and results tell how often they ran."""
+    """Returns two runs whose seconds and results show how often they ran."""
     ran = {"first": 0, "second": 0}
 
     def run(name):
@@ -19,10 +19,10 @@ def counting(step: float):
 
 
 def broken():
-    """Fails while it builds."""
+    """Fails during the build."""
     raise ValueError("no such weight")
 
 
 def killed():
-    """Ends without a word, as for want of memory."""
+    """Ends without a message, as for lack of memory."""
     os._exit(9)

@@ -1,4 +1,4 @@
-"""Table 6 in miniature: every arm is trained once, on equal terms, and none again; what the flags refuse."""
+"""Table 6 in miniature: every arm is trained once, with equal configs; invalid flags are refused."""
 
 import json
 import re
@@ -17,7 +17,7 @@ from tools import ablate
 
 @pytest.mark.parametrize("name", ["no_face", "no_granularity", "no_moe"])
 @pytest.mark.parametrize("variant", ["v1", "v2"])
-def test_an_ablations_config_is_the_stages_own_but_for_the_part_left_out(name, variant):
+def test_an_ablations_config_equals_the_stages_without_one_part(name, variant):
     ours = ablation_configs.get_config(name, f"variant={variant},stage=stage1")
     theirs = stage1.get_config(f"variant={variant}")
     assert ours.ablation == name and ours.to_dict() == {**theirs.to_dict(), "ablation": name}
@@ -33,7 +33,7 @@ def test_an_ablations_config_refuses_another_ablation_and_unknown_stages():
         ablation_configs.get_config("no_moe", "stage=stage9")
 
 
-def test_arms_of_a_seed_differ_in_the_ablation_alone_and_start_from_their_own_stages():
+def test_arms_of_a_seed_differ_only_in_the_ablation_and_start_from_their_own_stages():
     for stage in STAGES:
         full, other = (ablate.arm_config(stage, "v1", name, 2, {"batch": 8}).to_json() for name in ("none", "no_moe"))
         before, mine = full["init"].pop("from_run"), other["init"].pop("from_run")
@@ -42,13 +42,13 @@ def test_arms_of_a_seed_differ_in_the_ablation_alone_and_start_from_their_own_st
             assert before.startswith("runs/seed2/tiny-v1/") and mine.startswith("runs/seed2/tiny-v1-no_moe/")
 
 
-def test_seed_0_lies_where_training_puts_it_and_other_seeds_in_folders_of_their_own():
+def test_seed_0_uses_the_default_workdirs_and_other_seeds_their_own_folders():
     workdirs = [str(ablate.arm_workdir(ablate.arm_config("stage3", "v2", "no_face", seed, {}))) for seed in (0, 1)]
     assert workdirs == ["runs/tiny-v2-no_face/stage3", "runs/seed1/tiny-v2-no_face/stage3"]
     assert ablate.arm_config("stage1", "v2", "none", 1, {}).init.qformer == "runs/seed1/tiny-v1/stage1"
 
 
-def test_an_arm_of_v2_has_the_first_stage_of_v1_trained_before_it_and_nothing_twice(monkeypatch):
+def test_an_arm_of_v2_first_trains_stage_1_of_v1_and_nothing_twice(monkeypatch):
     made = []
 
     def train_stage(config, workdir):
@@ -71,7 +71,7 @@ def test_a_stopped_arm_ends_the_command(monkeypatch):
     assert ended.value.code == 0
 
 
-def test_changes_are_read_as_python_writes_them_or_as_text():
+def test_changes_are_parsed_as_python_values_or_as_text():
     items = ["steps=20", "data.buckets=(160,)", "model.fusion.residual=False", "llm.path=a/b=c", "init.umt="]
     assert ablate.parse_changes(items) == {
         "steps": 20,
@@ -83,7 +83,7 @@ def test_changes_are_read_as_python_writes_them_or_as_text():
 
 
 @pytest.mark.parametrize(("item", "says"), [("stepz=2", "stepz"), ("steps=many", "steps"), ("steps", "FIELD=VALUE")])
-def test_a_change_that_fits_no_config_is_refused(item, says):
+def test_an_invalid_change_is_refused(item, says):
     with pytest.raises(UserError, match=f"--set.*{says}"):
         ablate.arm_config("stage1", "v1", "none", 0, ablate.parse_changes([item]))
 
@@ -92,13 +92,13 @@ def test_a_change_that_fits_no_config_is_refused(item, says):
     ("mistake", "says"),
     [
         ({"preset": "paper"}, "configs/ablations/NAME.py:preset=paper"),
-        ({"ablations": ["none", "no_hair"]}, "--ablations=none,no_hair: choose of none, no_face"),
-        ({"ablations": []}, "--ablations=: choose of"),
+        ({"ablations": ["none", "no_hair"]}, "--ablations=none,no_hair: choose from none, no_face"),
+        ({"ablations": []}, "--ablations=: choose from"),
         ({"seeds": ["one"]}, "--seeds=one: give whole numbers"),
         ({"seeds": ["-1"]}, "--seeds=-1: give whole numbers"),
     ],
 )
-def test_arms_that_there_are_not_are_refused(mistake, says):
+def test_arms_that_do_not_exist_are_refused(mistake, says):
     with pytest.raises(UserError, match=re.escape(says)):
         ablate.arms(**{"preset": "tiny", "ablations": ["none"], "seeds": ["0"], **mistake})
 
@@ -113,13 +113,13 @@ def test_each_ablation_is_trained_with_every_seed():
 
 
 def small(small_world, **more):
-    """Changes that make an arm small, but for what decides where it lies."""
+    """Returns changes that make an arm small, without those that decide its workdir."""
     values = {**SHRUNKEN, "steps": 2, "data.packed": small_world.packed, "llm.path": small_world.llm, **more}
     return {field: value for field, value in values.items() if field not in ("init.from_run", "init.qformer")}
 
 
 @pytest.mark.slow
-def test_an_arm_is_trained_and_evaluated_once_and_refused_on_other_terms(small_world, tmp_path, monkeypatch):
+def test_an_arm_is_trained_and_evaluated_once_and_refused_with_another_config(small_world, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     changes = small(small_world)
     workdir = ablate.train_arm("v1", "no_moe", 1, changes)

@@ -1,4 +1,4 @@
-"""The figure of the adapters: what it counts and that it is written."""
+"""The figure of the adapters: its numbers are right and it is written."""
 
 import numpy as np
 import pytest
@@ -23,7 +23,7 @@ class Weighing:
         return np.stack([1 - features, features], axis=-1)[:, None]
 
 
-def test_every_clip_is_weighed_once_whatever_the_size_of_the_last_batch():
+def test_every_clip_counts_once_even_in_a_partial_batch():
     clip = encode_video(4)
     one = Record("clip", clip, np.zeros(83, np.uint8), "", (), {}, "source", True)
     weights = adapter_weights.facial_weights(Weighing(), [one] * (adapter_weights.BATCH + 1), "What is seen?")
@@ -31,7 +31,7 @@ def test_every_clip_is_weighed_once_whatever_the_size_of_the_last_batch():
     assert max(weights) - min(weights) < 1e-9 and 0 < weights[0] < 1
 
 
-def test_the_summary_is_what_one_computes_by_hand():
+def test_the_summary_equals_a_calculation_by_hand():
     result = adapter_weights.summarise(GROUPS)
     assert result["face clips"] == {"n": 2, "mean": pytest.approx(0.7), "std": pytest.approx(0.02**0.5)}
     assert result["general clips"] == {"n": 3, "mean": pytest.approx(0.3), "std": pytest.approx(0.1)}

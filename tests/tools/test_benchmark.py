@@ -1,4 +1,4 @@
-"""The benchmark: sides take turns, rows say what was measured, and the real work runs at the tiny size."""
+"""The benchmark: sides take turns, rows describe the measurements, and the real work runs at the tiny size."""
 
 import json
 import shutil
@@ -17,7 +17,7 @@ from tools.beside_pytorch.contest import Side, Timing, alternate
 
 @pytest.fixture
 def contest():
-    """Makes sides, and ends their processes."""
+    """Returns a factory of sides, and ends their processes afterwards."""
     sides = []
 
     def begin(name, *arguments, **how):
@@ -29,7 +29,7 @@ def contest():
         side.close()
 
 
-def test_sides_take_turns_in_processes_of_their_own_and_the_first_run_does_not_count(contest):
+def test_sides_take_turns_in_separate_processes_and_the_first_run_does_not_count(contest):
     timings = alternate([contest("ours", counting, 1.0), contest("pytorch", counting, 10.0)], rounds=3)
     assert timings["ours"]["first"].first == 1 and timings["ours"]["first"].seconds == [2, 3, 4]
     assert timings["pytorch"]["second"].median == 30 and timings["pytorch"]["second"].spread == [20, 40]
@@ -42,12 +42,12 @@ def test_sides_take_turns_in_processes_of_their_own_and_the_first_run_does_not_c
     ("build", "said"),
     [(broken, "theirs failed: ValueError: no such weight"), (killed, "theirs ended with exit code 9: ")],
 )
-def test_a_side_that_fails_or_dies_ends_the_benchmark_with_one_line(build, said, contest):
+def test_a_failed_or_killed_side_ends_the_benchmark_with_one_line(build, said, contest):
     with pytest.raises(RunError, match=said):
         alternate([contest("ours", counting, 1.0), contest("theirs", build)], rounds=1)
 
 
-def test_settings_that_are_named_run_alone_and_one_that_is_not_there_is_refused(contest):
+def test_only_the_named_settings_run_and_an_unknown_one_is_refused(contest):
     assert list(alternate([contest("ours", counting, 1.0, only=["second"])], rounds=1)["ours"]) == ["second"]
     with pytest.raises(UserError, match="--settings=third: choose from first, second"):
         alternate([contest("ours", counting, 1.0, only=["third"])], rounds=1)
@@ -65,7 +65,7 @@ def test_a_row_pairs_each_of_pytorchs_settings_with_our_counterpart():
     assert "PyTorch eager 5 (first run 1 s); 2.50 times as fast" in benchmark.table([eager])
 
 
-def test_tokens_agree_up_to_the_first_that_differs_and_a_first_token_must_not():
+def test_tokens_agree_up_to_the_first_difference_and_first_tokens_must_be_equal():
     ours = [[1, 2, 3, 4], [5, 6, 7, 8]]
     assert benchmark.agreement(ours, ours) == 1
     assert benchmark.agreement(ours, [[1, 2, 9, 4], [5, 6, 7, 8]]) == 0.75
@@ -73,13 +73,13 @@ def test_tokens_agree_up_to_the_first_that_differs_and_a_first_token_must_not():
         benchmark.agreement(ours, [[9, 2, 3, 4], [5, 6, 7, 8]])
 
 
-def test_rows_of_other_settings_in_the_file_stay_and_a_file_of_another_kind_is_refused(tmp_path):
+def test_rows_of_other_settings_stay_in_the_file_and_a_file_of_another_kind_is_refused(tmp_path):
     file = tmp_path / "rows.json"
     for work, batch, ours in (("train", 4, 1), ("decode", 1, 2), ("decode", 8, 3), ("decode", 1, 4)):
         benchmark._merge(file, [{"work": work, "batch": batch, "ours": ours, "ours_setting": "merged"}])
     assert [row["ours"] for row in json.loads(file.read_text())] == [1, 3, 4]
     file.write_text('{"a": 1}')
-    with pytest.raises(UserError, match="holds no rows of a benchmark"):
+    with pytest.raises(UserError, match="has no rows of a benchmark"):
         benchmark._merge(file, [])
 
 
@@ -93,7 +93,7 @@ def folder(tmp_path_factory):
 def test_decoding_is_measured_without_pytorch_too(folder):
     (row,) = benchmark.decode(folder, "tiny", baseline=False, rounds=1, batches=[2])
     assert row["batch"] == 2 and row["ours"] > 0 and "pytorch" not in row
-    assert row["over_memory_floor"] > 0.5, "no cache holds what it would take to be faster than the memory"
+    assert row["over_memory_floor"] > 0.5, "the weights do not fit in a cache, so decoding cannot beat the memory"
 
 
 def test_a_group_of_responses_is_measured_as_one(folder):
@@ -105,7 +105,7 @@ def test_a_group_of_responses_is_measured_as_one(folder):
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
 @pytest.mark.parametrize("work", ["train", "decode", "rollout", "loader"])
-def test_ours_and_pytorch_compute_the_same_and_every_row_has_both(work, folder, monkeypatch):
+def test_our_results_equal_pytorchs_and_every_row_has_both(work, folder, monkeypatch):
     monkeypatch.setattr(benchmark, "LOADER_SECONDS", 0.5)
     rows = benchmark.WORKS[work](folder, "tiny", baseline=True, rounds=1)
     assert {"work", "batch", "ours", "pytorch", "ratio", "unit"} <= set.intersection(*map(set, rows))
@@ -124,7 +124,7 @@ def test_ours_and_pytorch_compute_the_same_and_every_row_has_both(work, folder, 
         (["decode", "--batches=0"], "--batches=0: give whole numbers above 0"),
         (["decode", "--batches="], "--batches=: give whole numbers above 0"),
         (["decode", "--json=nowhere/rows.json"], "--json=nowhere/rows.json cannot be written"),
-        (["decode", "--json=pyproject.toml"], "--json=pyproject.toml is there and holds no rows"),
+        (["decode", "--json=pyproject.toml"], "--json=pyproject.toml exists and has no rows"),
     ],
 )
 def test_a_mistake_on_the_command_line_is_one_line_and_exit_code_2(words, said):

@@ -1,4 +1,4 @@
-"""Comparing runs: which are of a kind, and where a reward is first reached."""
+"""Comparing runs: runs of a kind are grouped, and the rollouts to reach a reward are interpolated."""
 
 import json
 
@@ -30,7 +30,7 @@ def run(folder, lines=LINES, seed=0, **settings):
     return str(folder)
 
 
-def test_runs_that_differ_in_the_seed_alone_are_of_a_kind(tmp_path):
+def test_runs_that_differ_only_in_the_seed_are_of_one_kind(tmp_path):
     folders = [
         run(tmp_path / "a"),
         run(tmp_path / "b", seed=1),
@@ -47,14 +47,14 @@ def test_runs_that_differ_in_the_seed_alone_are_of_a_kind(tmp_path):
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_line_that_was_cut_off_while_it_was_written_is_left_out(tmp_path):
+def test_an_incomplete_last_line_is_skipped(tmp_path):
     folder = run(tmp_path / "a")
     with (tmp_path / "a" / "heldout.jsonl").open("a") as file:
         file.write('{"step": 8, "roll')
     assert read_runs([folder])["Data-Efficient GRPO"][folder] == LINES
 
 
-def test_runs_that_cannot_be_compared_are_named(tmp_path):
+def test_runs_that_cannot_be_compared_are_refused_by_name(tmp_path):
     with pytest.raises(UserError, match="none holds no heldout.jsonl"):
         read_runs([str(tmp_path / "none")])
     with pytest.raises(UserError, match="own has no reward named facial"):

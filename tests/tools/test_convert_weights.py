@@ -1,4 +1,4 @@
-"""tools.convert_weights as a person runs it: every kind converts, and each bad input is one line and exit code 2."""
+"""tools.convert_weights from the command line: every kind converts, and bad input gives one line and exit code 2."""
 
 import json
 import os
@@ -30,7 +30,7 @@ PICKLED = {"umt": umt, "qformer": qformer, "facexformer": facexformer, "videocha
 
 @dataclass
 class Ended:
-    """How a command ended."""
+    """The outcome of a command."""
 
     code: int
     stdout: str
@@ -39,7 +39,7 @@ class Ended:
 
 @pytest.fixture
 def convert(capsys, monkeypatch):
-    """Runs the command within this process, with the sizes of the tiny models in place of the published ones."""
+    """Runs the command in this process, with the sizes of the tiny models instead of the published ones."""
     monkeypatch.setattr(command_line, "_set_up_logging", lambda: None)
     monkeypatch.setattr(command_line, "keep_freed_memory", lambda: None)
     for kind, source in PICKLED.items():
@@ -61,7 +61,7 @@ def convert(capsys, monkeypatch):
 
 
 def published(kind):
-    """A tiny model's weights and the state dict that a published file has of them, extra keys included."""
+    """Returns a tiny model's weights and their state dict in the published form, including extra keys."""
     table, shapes = CASES[kind]
     weights = weights_for(shapes)
     state = {name: torch.from_numpy(tensor) for name, tensor in write(table, weights)}
@@ -128,17 +128,17 @@ def test_safetensors_convert_as_well_and_half_precision_becomes_float32(convert,
             "qformer.bert.*(word_emb|position_emb|[0-9].(intermediate|output)[.])",
             "text branch, which VideoChat2's stage",
         ),
-        (".*lora_", "not there: stage 2 trains no LoRA"),
-        ("extra_query_tokens", "not there: added by instruction tuning"),
+        (".*lora_", "absent: stage 2 trains no LoRA"),
+        ("extra_query_tokens", "absent: added by instruction tuning"),
     ],
 )
-def test_what_an_earlier_stage_has_not_is_named_and_left_out(lacking, line, convert, tmp_path):
+def test_weights_that_an_earlier_stage_lacks_are_named_and_skipped(lacking, line, convert, tmp_path):
     weights, state = published("videochat2")
     kept = {name: tensor for name, tensor in state.items() if not re.match(lacking, name)}
     torch.save(kept, tmp_path / "stage2.pth")
     ended = convert("--kind=videochat2", f"--src={tmp_path}/stage2.pth", f"--out={tmp_path}/out", "--check")
     assert ended.code == 0, ended.stderr
-    assert line in ended.stdout and f"{len(state) - len(kept)} weights are not there" in ended.stdout
+    assert line in ended.stdout and f"{len(state) - len(kept)} weights are absent" in ended.stdout
     loaded = load_weights(tmp_path / "out")
     assert 0 < len(loaded) < len(weights) and all(np.array_equal(leaf, weights[path]) for path, leaf in loaded.items())
 
@@ -149,7 +149,7 @@ def test_check_without_out_writes_nothing(convert, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["umt.pth"]
 
 
-def test_the_copy_of_a_language_model_takes_its_place(convert, folder, tmp_path):
+def test_the_copy_of_a_language_model_can_replace_it(convert, folder, tmp_path):
     source, weights = folder
     ended = convert("--kind=mistral", f"--src={source}", f"--out={tmp_path}/copy", "--check")
     assert ended.code == 0 and "21 keys: 21 used" in ended.stdout, ended.stderr
@@ -162,7 +162,7 @@ def test_the_copy_of_a_language_model_takes_its_place(convert, folder, tmp_path)
 
 
 @pytest.mark.parametrize("harm", ["flipped bits", "missing part", "another config"])
-def test_a_damaged_copy_is_told(harm, convert, folder, tmp_path):
+def test_a_damaged_copy_is_refused(harm, convert, folder, tmp_path):
     copy = tmp_path / "copy"
     assert convert("--kind=mistral", f"--src={folder[0]}", f"--out={copy}").code == 0
     if harm == "flipped bits":
@@ -185,14 +185,14 @@ def test_a_copy_of_a_copy_is_refused(convert, folder, tmp_path):
 
 
 class Code:
-    """What a pickle must not bring."""
+    """Code that a pickle must not contain."""
 
     def __reduce__(self):
         return print, ("code of a pickle ran",)
 
 
 class Blocked:
-    """What torch blocks by its module's name."""
+    """Code that torch blocks by its module's name."""
 
     def __reduce__(self):
         return os.system, ("echo code of a pickle ran",)
@@ -203,7 +203,7 @@ def saved(content):
 
 
 def changed(kind, **change):
-    """The kind's state dict with some tensors replaced; None takes one away. `__` stands for a dot."""
+    """Returns a writer of the kind's state dict with tensors replaced; None removes one, `__` stands for a dot."""
 
     def write_to(path):
         state = published(kind)[1] | {name.replace("__", "."): tensor for name, tensor in change.items()}
@@ -247,7 +247,7 @@ FILES = {
 
 
 @pytest.mark.parametrize("problem", FILES)
-def test_what_is_wrong_with_a_pickled_file_is_one_line_and_nothing_is_written(problem, convert, tmp_path):
+def test_an_invalid_pickled_file_gives_one_line_and_nothing_is_written(problem, convert, tmp_path):
     write_to, says = FILES[problem]
     write_to(tmp_path / "umt.pth")
     ended = convert("--kind=umt", f"--src={tmp_path}/umt.pth", f"--out={tmp_path}/out")
@@ -299,7 +299,7 @@ FOLDERS = {
 
 
 @pytest.mark.parametrize("problem", FOLDERS)
-def test_what_is_wrong_with_a_folder_is_one_line_and_nothing_is_written(problem, convert, folder, tmp_path):
+def test_an_invalid_folder_gives_one_line_and_nothing_is_written(problem, convert, folder, tmp_path):
     harm, says = FOLDERS[problem]
     harm(folder[0])
     ended = convert("--kind=mistral", f"--src={folder[0]}", f"--out={tmp_path}/copy")
@@ -308,7 +308,7 @@ def test_what_is_wrong_with_a_folder_is_one_line_and_nothing_is_written(problem,
 
 
 @pytest.mark.parametrize("kind", ["umt", "mistral"])
-def test_a_full_disk_leaves_nothing_that_could_be_taken_for_whole(kind, convert, folder, tmp_path, small_disk):
+def test_a_full_disk_leaves_no_incomplete_folder(kind, convert, folder, tmp_path, small_disk):
     torch.save(published("umt")[1], tmp_path / "umt.pth")
     fill(small_disk)
     source = folder[0] if kind == "mistral" else tmp_path / "umt.pth"
@@ -329,12 +329,12 @@ def test_a_full_disk_leaves_nothing_that_could_be_taken_for_whole(kind, convert,
         (["--kind=mistral", "--src=nowhere", "--out=y"], r"nowhere/config\.json is missing"),
     ],
 )
-def test_a_mistake_on_the_command_line_is_one_line(arguments, says, convert):
+def test_a_mistake_on_the_command_line_gives_one_line(arguments, says, convert):
     ended = convert(*arguments)
     assert ended.code == 2 and re.search(says, ended.stderr) and ended.stderr.count("\n") == 1, ended.stderr
 
 
-def test_as_a_process_a_refusal_is_all_that_is_printed(tmp_path):
+def test_a_refusal_prints_nothing_else_on_stderr(tmp_path):
     changed("umt")(tmp_path / "umt.pth")
     process = start_module("tools.convert_weights", "--kind=facexformer", f"--src={tmp_path}/umt.pth", "--check")
     stdout, stderr = process.communicate(timeout=100)

@@ -1,4 +1,4 @@
-"""The sweep over numbers of frames: each length is asked of a model of that length, and its figures come back."""
+"""The sweep over numbers of frames evaluates a model of each length and returns its figures."""
 
 from types import SimpleNamespace
 
@@ -15,7 +15,7 @@ def figure(value):
 
 @pytest.fixture
 def rows(monkeypatch):
-    """A sweep over a model that is right in a share of answers that its number of frames alone decides."""
+    """The rows of a sweep over a model whose accuracy depends only on its number of frames."""
     asked = []
 
     def run(config, frames):
@@ -32,13 +32,13 @@ def rows(monkeypatch):
     return rows
 
 
-def test_every_length_has_figures_of_all_and_of_each_kind(rows):
+def test_every_length_has_figures_for_all_questions_and_for_each_kind(rows):
     assert [row["frames"] for row in rows] == [2, 8]
     assert rows[1]["figures"]["all"] == {"n": 4, **figure(0.8)["accuracy"]}
     assert rows[0]["figures"]["motion"] == {"n": 2, **figure(0.1)["accuracy"]}
 
 
-def test_the_table_has_a_column_a_length(rows):
+def test_the_table_has_one_column_per_length(rows):
     lines = [line.split() for line in frame_length.table(rows).splitlines()]
     assert lines[0] == ["frames", "n", "2", "8"]
     assert lines[2] == ["motion", "2", "0.100", "[0.000,", "0.200]", "0.400", "[0.300,", "0.500]"]

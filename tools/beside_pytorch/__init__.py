@@ -1,1 +1,1 @@
-"""What tools.benchmark compares: the same work on the same weights, ours in one process and PyTorch's in another."""
+"""The two sides of tools.benchmark: the same work on the same weights, ours in one process and PyTorch's in another."""

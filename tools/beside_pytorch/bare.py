@@ -1,4 +1,4 @@
-"""What the loader is measured against: processes that decode the same clips and do nothing else."""
+"""The baseline for the loader: processes that decode the same clips and do nothing else."""
 
 import multiprocessing
 import time
@@ -12,7 +12,7 @@ from tools.beside_pytorch.contest import Runs
 
 
 def loop(folder: str, preset: str, workers: tuple[int, ...], sides: tuple[int, ...], seconds: float) -> Runs:
-    """Seconds a clip of the bare loop, in as many processes as the loader has workers, by clips' size."""
+    """Measures seconds per clip of the bare loop, in as many processes as the loader has workers, by clips' size."""
     model = material.settings(folder, preset).model
 
     def run(count: int, side: int):
@@ -34,7 +34,7 @@ def loop(folder: str, preset: str, workers: tuple[int, ...], sides: tuple[int, .
 
 
 def _decode(folder, side, frames, size, seconds, together, counts) -> None:
-    """Puts its clips a second into `counts`."""
+    """Decodes for `seconds` and puts the clips per second into `counts`."""
     clips = [record.clip for record in material.footage(folder, side).records]
     rng = np.random.default_rng(0)
 

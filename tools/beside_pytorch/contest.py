@@ -1,6 +1,6 @@
-"""Processes that take turns: each builds its side of a comparison once, then runs one setting whenever it is told to.
+"""Runs both sides of a comparison in turns: each process builds its side once, then runs one setting on request.
 
-Threads of one library would disturb the other's within a process; a process that waits for its turn uses no core.
+In one process, the libraries' threads would disturb each other. A process that waits for its turn uses no core.
 """
 
 import dataclasses
@@ -21,20 +21,20 @@ from favchat_jax.errors import RunError, UserError
 
 log = logging.getLogger("favchat_jax")
 
-# Setting -> a run of it, which measures itself: its seconds, and what it computed.
+# Setting -> a run of it, which measures itself: its seconds and its result.
 Runs = dict[str, Callable[[], tuple[float, Any]]]
 
 
 @dataclasses.dataclass
 class Timing:
-    """What was measured of one setting.
+    """The measurements of one setting.
 
     Attributes:
-        first: seconds of its first run: compiling and warming up.
-        seconds: of every run that counts.
-        results: what each run computed, the first one's included.
-        device: what the side ran on.
-        peak_bytes: of the device's memory that the side has held at once, in any of its settings.
+        first: seconds of its first run, which includes compilation and warm-up.
+        results: results of all runs, including the first.
+        seconds: of every timed run.
+        device: name of the side's device.
+        peak_bytes: peak of the device's memory over all settings of the side.
     """
 
     first: float
@@ -45,12 +45,12 @@ class Timing:
 
     @property
     def median(self) -> float:
-        """Seconds of the middle run."""
+        """Returns the median seconds of the timed runs."""
         return statistics.median(self.seconds)
 
     @property
     def spread(self) -> list[float]:
-        """Seconds of the fastest and of the slowest run."""
+        """Returns the seconds of the fastest and the slowest run."""
         return [min(self.seconds), max(self.seconds)]
 
 
@@ -58,25 +58,25 @@ class Side:
     """A process with one side's runs.
 
     Args:
-        name: what to call it where it fails.
-        build: makes the runs, in the process; importable by name, as are its `arguments`.
-        only: settings to run; all that there are where none is named.
+        name: name of the side in error messages.
+        build: makes the runs in the process; it must be importable by name, like its `arguments`.
+        only: settings to run; by default, all.
     """
 
     def __init__(self, name: str, build: Callable[..., Runs], *arguments: Any, only: Collection[str] = ()):
         context = multiprocessing.get_context("spawn")
         self.name, self._only = name, only
         self._pipe, theirs = context.Pipe()
-        # Not a daemon: the loader's side has workers of its own.
+        # Not a daemon: the loader's side starts workers.
         self._process = context.Process(target=_serve, args=(theirs, build, arguments))
         self._process.start()
         theirs.close()
 
     def build(self) -> list[str]:
-        """Builds the runs, which no other side should do at the same time; the settings to run.
+        """Builds the runs and returns the settings to run. Sides should build one after the other.
 
         Raises:
-            UserError: there is no setting of a name in `only`.
+            UserError: `only` names an unknown setting.
         """
         self._pipe.send("build")
         settings = self._receive()
@@ -85,12 +85,12 @@ class Side:
         return [setting for setting in settings if setting in self._only or not self._only]
 
     def run(self, setting: str) -> tuple[float, Any]:
-        """One run: its seconds, and what it computed."""
+        """Runs a setting once; returns its seconds and its result."""
         self._pipe.send(setting)
         return self._receive()
 
     def footprint(self) -> tuple[str, int]:
-        """The device, and the peak of its memory in bytes."""
+        """Returns the device and the peak of its memory in bytes."""
         self._pipe.send(None)
         return self._receive()
 
@@ -111,15 +111,18 @@ class Side:
 
 
 def alternate(sides: Sequence[Side], rounds: int) -> dict[str, dict[str, Timing]]:
-    """Runs every setting of every side once to warm up, then all of them in turn, `rounds` times: side -> setting.
+    """Runs every setting of every side once to warm up, then all of them in turn, `rounds` times.
 
     Args:
-        sides: whose settings are run, in this order.
-        rounds: runs of each that count.
+        sides: the sides, in the order of their runs.
+        rounds: timed runs of each setting.
+
+    Returns:
+        The timings by side and setting.
 
     Raises:
         RunError: a side failed.
-        UserError: a side has not the settings that it shall run.
+        UserError: a side lacks a requested setting.
     """
     timings: dict[str, dict[str, Timing]] = {side.name: {} for side in sides}
     for side in sides:
@@ -142,7 +145,7 @@ def alternate(sides: Sequence[Side], rounds: int) -> dict[str, dict[str, Timing]
 
 
 def _serve(pipe: Connection, build: Callable[..., Runs], arguments: tuple) -> None:
-    """What the process does until its pipe is closed."""
+    """Serves requests in the side's process until its pipe is closed."""
     command_line.keep_freed_memory()
     try:
         pipe.recv()

@@ -1,4 +1,4 @@
-"""What both sides start from: a config, a language model's folder, weights and inputs, all drawn from one seed."""
+"""The common start of both sides: a config, a language model's folder, weights and inputs, all drawn from one seed."""
 
 import dataclasses
 import io
@@ -28,13 +28,13 @@ from favchat_jax.embedded.pretrain import LanguageModelSizes
 from favchat_jax.stages import group_of
 
 QUESTION = "What can be seen of the face in this video, and which emotion does it show?"
-CLIPS = 4  # in a training step
+CLIPS = 4  # clips in a training step
 DATA = "rendered_faces/smoke"
 SMALL, LARGE = 128, 512  # pixels a side: the rendered clips', and CelebV-HQ's
 
 
 def settings(folder: str, preset: str) -> Config:
-    """Stage 2's config on the material in `folder`, without dropout, so that both sides compute the same numbers."""
+    """Returns stage 2's config on the material in `folder`, without dropout, so that both sides compute the same."""
     config = Config.from_ml_collections(stage2.get_config(f"preset={preset}"))
     return config.updated(
         {
@@ -59,10 +59,10 @@ def make(folder: str, preset: str) -> None:
     mistral.write_weights(llm, unflatten_dict({path: _drawn(rng, path, shapes[path]) for path in shapes}, sep="/"))
     parts = assembly.assemble(config)
     weights = initial_weights(config, parts.model)
-    # Fresh adapters are zero, which would leave them out of what is compared.
+    # Fresh adapters are zero, which would exclude them from the comparison.
     fresh = {path: _drawn(rng, path, leaf.shape) for path, leaf in weights.items() if path.endswith("lora_b")}
     weights |= {path: jnp.asarray(leaf) for path, leaf in fresh.items()}
-    # The end of text never comes, so that every answer has all its tokens.
+    # The end-of-text token never wins, so every answer has all its tokens.
     head = weights["llm/lm_head/lora_b"]
     weights["llm/lm_head/lora_b"] = head.at[:, parts.tokenizer.eos_token_id].set(0)
     save_weights(Path(folder) / "weights", {p: w for p, w in weights.items() if group_of(p) != "llm"}, {})
@@ -78,12 +78,12 @@ def _drawn(rng: np.random.Generator, path: str, shape: tuple[int, ...]) -> np.nd
 
 
 def weights(folder: str) -> dict[str, Any]:
-    """Every weight by path."""
+    """Returns every weight by path."""
     return {**dict(assembly.load_llm(str(Path(folder) / "llm"))), **load_weights(Path(folder) / "weights")}
 
 
 def batch(config: Config) -> dict[str, np.ndarray]:
-    """A training step's batch: random frames, and one question a clip whose answer fills half of the text."""
+    """Returns a training step's batch: random frames, and one question per clip whose answer fills half of the text."""
     rng = np.random.default_rng(0)
     llm, qformer = mistral.read_config(config.llm.path), config.model.qformer
     visual, length = qformer.queries + qformer.extra_queries, config.data.buckets[1]
@@ -100,7 +100,7 @@ def batch(config: Config) -> dict[str, np.ndarray]:
 
 
 def frames(config: Config, clips: int) -> np.ndarray:
-    """Random clips."""
+    """Returns random clips."""
     size = config.model.image_size
     shape = (clips, config.model.frames, size, size, 3)
     return np.random.default_rng(1).integers(0, 256, shape, np.uint8)
@@ -108,7 +108,7 @@ def frames(config: Config, clips: int) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Footage:
-    """A few records, again and again: as many as CelebV-HQ has, since to permute a few takes Grain longer than many."""
+    """A few records, repeated to CelebV-HQ's number, since Grain permutes a few records more slowly than many."""
 
     records: tuple[Record, ...]
 
@@ -120,7 +120,7 @@ class Footage:
 
 
 def make_footage(folder: str) -> None:
-    """Puts rendered clips into `folder`: as they are, and some enlarged to CelebV-HQ's size, of as many frames."""
+    """Writes rendered clips to `folder`: in their own size, and some enlarged to CelebV-HQ's size and length."""
     large, packed = Path(folder) / "large", str(Path(folder) / "data")
     large.mkdir()
     prepare(DATA, None, packed)
@@ -133,7 +133,7 @@ def make_footage(folder: str) -> None:
 
 
 def footage(folder: str, side: int) -> Footage:
-    """The clips of `make_footage` that are `side` pixels wide."""
+    """Returns the clips of `make_footage` that are `side` pixels wide."""
     source = open_dataset(DATA, str(Path(folder) / "data"), "train")
     records = [source[index] for index in range(len(source))]
     if side == LARGE:
@@ -145,5 +145,5 @@ def footage(folder: str, side: int) -> Footage:
 
 
 def loader_setting(workers: int, side: int) -> str:
-    """What rows of the loader call a setting."""
+    """Returns the name of a setting in the loader's rows."""
     return f"{workers} workers, {side} pixels"

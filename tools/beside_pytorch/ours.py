@@ -1,4 +1,4 @@
-"""Our side: the training step, the sampler and the loader, as runs that measure themselves."""
+"""Our side of the benchmark: the training step, the sampler and the loader, as runs that measure themselves."""
 
 import contextlib
 import itertools
@@ -26,12 +26,12 @@ READ = 2**29  # bytes whose reading measures the memory's bandwidth
 
 
 def train(folder: str, preset: str) -> Runs:
-    """Steps of stage 2, with all activations kept, and rematerialised."""
+    """Returns runs of stage 2's step, with all activations kept and with rematerialisation."""
     config = material.settings(folder, preset)
     batch = material.batch(config)
     weights = {path: jnp.asarray(leaf) for path, leaf in material.weights(folder).items()}
     trainable, frozen = stages.split(weights, config.variant, config.stage)
-    # Committed to their places, as a run's are: otherwise the second step compiles again.
+    # Committed to their devices, as in a run; otherwise the second step compiles again.
     mesh = sharding.one_device()
     frozen = {path: sharding.place(path, leaf, mesh, config.model.dtype) for path, leaf in frozen.items()}
     optimizer = make_optimizer(config.optimizer, 1000)
@@ -55,7 +55,7 @@ def train(folder: str, preset: str) -> Runs:
 
 
 def decode(folder: str, preset: str, batch: int) -> Runs:
-    """Answers of `TOKENS` tokens to one question about each of `batch` clips whose features are there."""
+    """Returns runs that answer one question about each of `batch` encoded clips with `TOKENS` tokens."""
     sampler, features, weights = _asked(folder, preset, batch)
     conversations = [[[(material.QUESTION, None)]]] * batch
     read = sum(leaf.nbytes for path, leaf in weights.items() if path.startswith("llm/") and path.endswith("kernel"))
@@ -74,7 +74,7 @@ def decode(folder: str, preset: str, batch: int) -> Runs:
 
 
 def rollout(folder: str, preset: str, group: int) -> Runs:
-    """A group of responses of `TOKENS` tokens to one question about a clip whose features are there; tokens drawn."""
+    """Returns a run that samples a group of responses of `TOKENS` tokens to one question about an encoded clip."""
     sampler, features, _ = _asked(folder, preset, 1)
     seeds = itertools.count()
 
@@ -88,7 +88,7 @@ def rollout(folder: str, preset: str, group: int) -> Runs:
 
 
 def _asked(folder: str, preset: str, clips: int):
-    """The sampler, the features of `clips` clips, and the weights."""
+    """Returns the sampler, the features of `clips` clips, and the weights."""
     config = material.settings(folder, preset)
     parts = assembly.assemble(config)
     weights = {path: jnp.asarray(leaf, config.model.dtype) for path, leaf in material.weights(folder).items()}
@@ -97,7 +97,7 @@ def _asked(folder: str, preset: str, clips: int):
 
 
 def memory() -> Callable[[], tuple[float, float]]:
-    """A run that reads a large array with all cores; its result is bytes a second, of the fastest of several times."""
+    """Returns a run that reads a large array with all cores; its result is the best bytes a second of several reads."""
     array = jnp.ones((READ // 4096, 1024))
     read = jax.jit(lambda array: array.sum(axis=1))
     read(array).block_until_ready()
@@ -114,7 +114,7 @@ def memory() -> Callable[[], tuple[float, float]]:
 
 
 def loader(folder: str, preset: str, workers: tuple[int, ...], sides: tuple[int, ...], seconds: float) -> Runs:
-    """Seconds a clip of the training stream, by number of worker processes and clips' size."""
+    """Returns runs that measure the training stream's seconds per clip, by worker processes and clips' size."""
     config = material.settings(folder, preset)
     parts = assembly.assemble(config)
     qformer = config.model.qformer
@@ -141,7 +141,11 @@ def loader(folder: str, preset: str, workers: tuple[int, ...], sides: tuple[int,
 
 
 def seconds_a_clip(batches: Any, seconds: float) -> tuple[float, float]:
-    """Time a clip of a stream of batch sizes, after its first batches, over at least `seconds`; and clips a second."""
+    """Measures a stream of batch sizes, after its first batches, for at least `seconds`.
+
+    Returns:
+        Seconds per clip, and clips per second.
+    """
     list(itertools.islice(batches, 8))
     started, clips = time.perf_counter(), 0
     while time.perf_counter() - started < seconds:

@@ -1,4 +1,4 @@
-"""PyTorch's side: the same work with transformers, PEFT and torch's DataLoader, in each of their settings."""
+"""PyTorch's side of the benchmark: the same work with transformers, PEFT and DataLoader, in each of their settings."""
 
 import contextlib
 import functools
@@ -30,17 +30,17 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def train(folder: str, preset: str) -> Runs:
-    """Steps of stage 2: eager, compiled, and with checkpointed layers."""
+    """Returns runs of stage 2's step: eager, compiled, and with checkpointed layers."""
     config, model = _model(folder, preset)
     model.train()
     batch = {name: tensor.to(DEVICE) for name, tensor in for_torch(material.batch(config)).items()}
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     section = config.optimizer
     betas, decay = (section.b1, section.b2), section.weight_decay
-    # At a rate of 0, which costs the same, so that every setting's first loss is of the weights that ours starts from.
+    # A rate of 0 costs the same, and every setting's first loss is then that of our initial weights.
     optimizer = torch.optim.AdamW(trained, 0.0, betas, weight_decay=decay, fused=True)
     blocks = model.base_model.model.vision_encoder["encoder"].blocks
-    counted: list[int] = []  # products and attention of one step, as PyTorch counts its own
+    counted: list[int] = []  # operations of one step's products and attention, as PyTorch counts them
     keeping = [block.forward for block in blocks]
 
     def steps(forward: Callable, checkpointed: bool) -> Callable[[], tuple[float, dict[str, float]]]:
@@ -51,7 +51,7 @@ def train(folder: str, preset: str) -> Runs:
                 model.gradient_checkpointing_disable()
             for block, plain in zip(blocks, keeping, strict=True):
                 block.forward = functools.partial(checkpoint, plain, use_reentrant=False) if checkpointed else plain
-            # Only the first run, which does not count, is slowed by being counted.
+            # Counting slows down only the first run, which is not timed.
             counter = FlopCounterMode(display=False) if forward is model and not counted else contextlib.nullcontext()
             started = time.perf_counter()
             with counter:
@@ -77,17 +77,17 @@ def train(folder: str, preset: str) -> Runs:
 
 
 def decode(folder: str, preset: str, batch: int) -> Runs:
-    """`generate` of `TOKENS` tokens: adapters apart or merged, with a growing or a static cache, and compiled."""
-    apart = _model(folder, preset)[1]
+    """Returns runs that `generate` `TOKENS` tokens with adapters unmerged or merged, and merged with each cache."""
+    unmerged = _model(folder, preset)[1]
     merged, features, arrays = _asked(folder, preset, batch)
 
     def answers(model: Any, **how: Any) -> Callable[[], tuple[float, dict[str, Any]]]:
-        inner = apart.base_model.model if model is apart else merged
+        inner = unmerged.base_model.model if model is unmerged else merged
 
         @torch.inference_mode()
         def run() -> tuple[float, dict[str, Any]]:
             started = time.perf_counter()
-            with torch.autocast(DEVICE, torch.bfloat16, enabled=DEVICE != "cpu" and model is apart):
+            with torch.autocast(DEVICE, torch.bfloat16, enabled=DEVICE != "cpu" and model is unmerged):
                 visual, _ = inner.visual_tokens(features, arrays["prompt_ids"], arrays["prompt_mask"])
                 embedded = inner.embed(arrays["input_ids"], visual)
                 mask = torch.ones(embedded.shape[:2], dtype=torch.long, device=DEVICE)
@@ -99,11 +99,11 @@ def decode(folder: str, preset: str, batch: int) -> Runs:
 
         return run
 
-    return {"adapters apart": answers(apart), **{name: answers(merged, **how) for name, how in _caches().items()}}
+    return {"unmerged adapters": answers(unmerged), **{name: answers(merged, **how) for name, how in _caches().items()}}
 
 
 def rollout(folder: str, preset: str, group: int) -> Runs:
-    """`generate` of a group of responses to a prompt, merged: with a growing or a static cache, and compiled."""
+    """Returns runs that `generate` a group of responses to a prompt, with merged adapters and each cache."""
     merged, features, arrays = _asked(folder, preset, 1)
     drawing = {"do_sample": True, "temperature": 1.0, "top_k": 0, "num_return_sequences": group}
 
@@ -123,9 +123,9 @@ def rollout(folder: str, preset: str, group: int) -> Runs:
 
 
 def _caches() -> dict[str, dict[str, Any]]:
-    """Settings of `generate` with adapters merged, by name."""
+    """Returns `generate`'s settings for a growing, a static, and a static compiled cache, by name."""
     compiled = CompileConfig()
-    compiled._compile_all_devices = True  # transformers compiles on GPUs alone otherwise
+    compiled._compile_all_devices = True  # by default, transformers compiles only on GPUs
     return {
         "merged": {},
         "merged with a static cache": {"cache_implementation": "static", "disable_compile": True},
@@ -134,9 +134,9 @@ def _caches() -> dict[str, dict[str, Any]]:
 
 
 def _asked(folder: str, preset: str, clips: int):
-    """The model with adapters merged, the features of `clips` clips, and the prompt to each."""
-    config, apart = _model(folder, preset)
-    merged = apart.merge_and_unload()
+    """Returns the model with merged adapters, the features of `clips` clips, and the prompt for each."""
+    config, unmerged = _model(folder, preset)
+    merged = unmerged.merge_and_unload()
     if DEVICE != "cpu":
         merged.to(torch.bfloat16)
     with torch.inference_mode():
@@ -148,7 +148,7 @@ def _asked(folder: str, preset: str, clips: int):
 
 
 def loader(folder: str, preset: str, workers: tuple[int, ...], sides: tuple[int, ...], seconds: float) -> Runs:
-    """Seconds a clip of a DataLoader over the same records and the same decoding."""
+    """Returns runs that measure a DataLoader's seconds per clip, with the same records and decoding."""
     jax.config.update("jax_platforms", "cpu")
     config = material.settings(folder, preset)
     parts = assembly.assemble(config)
@@ -198,7 +198,7 @@ class Clips(Dataset):
 
 
 def stacked(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    """A batch, its texts padded to the longest."""
+    """Returns a batch, with its texts padded to the longest."""
     longest = max(row["tokens"].shape[1] for row in rows)
     batch = {"frames": torch.from_numpy(np.stack([row["frames"] for row in rows]))}
     for name in ("tokens", "loss_mask"):
@@ -208,7 +208,7 @@ def stacked(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
 
 
 def _model(folder: str, preset: str) -> tuple[Any, Any]:
-    """The config, and the model with its adapters apart, on PyTorch's device."""
+    """Returns the config, and the model with unmerged adapters on PyTorch's device."""
     jax.config.update("jax_platforms", "cpu")  # the weights pass through jax; the accelerator is PyTorch's
     torch.set_num_threads(os.cpu_count() or 1)
     config = material.settings(folder, preset)
@@ -221,7 +221,7 @@ def _model(folder: str, preset: str) -> tuple[Any, Any]:
 
 
 def _prompt(config: Config, batch: int) -> dict[str, torch.Tensor]:
-    """The question to each clip, as the sampler asks it."""
+    """Returns the question for each clip, as the sampler encodes it."""
     parts = assembly.assemble(config)
     qformer = config.model.qformer
     conversation = Conversation(parts.tokenizer, qformer.queries + qformer.extra_queries)

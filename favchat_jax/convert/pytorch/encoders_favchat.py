@@ -8,7 +8,7 @@ from torch import nn
 
 
 def attention(query, key, value, heads, mask=None):
-    """Multi-head softmax(q k^T / sqrt(D) + mask) v of [..., L, D] and [..., S, D]; `mask` is bool or added."""
+    """Multi-head softmax(q k^T / sqrt(D) + mask) v for [..., L, D] and [..., S, D]; `mask` is boolean or additive."""
     query, key, value = (x.unflatten(-1, (heads, -1)).transpose(-2, -3) for x in (query, key, value))
     attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
     return attended.transpose(-2, -3).flatten(-2)
@@ -18,19 +18,19 @@ def attention(query, key, value, heads, mask=None):
 
 
 def sinusoid_table(positions, width):
-    """[positions, width] float64: sin(p / 10000^(2i/width)) at even channels 2i, its cosine at odd ones 2i+1."""
+    """Returns [positions, width] float64: sin(p / 10000^(2i/width)) in even channels 2i, cos in odd channels 2i+1."""
     channel = torch.arange(width)
     frequencies = 10000.0 ** (-2 * (channel // 2).double() / width)
     angles = torch.arange(positions)[:, None] * frequencies
     return torch.where(channel % 2 == 0, angles.sin(), angles.cos())
 
 
-# No buffers: what is no weight would have to be filled in again after loading on the meta device. Cached tensors may be
-# asked for first in inference mode and later for training.
+# Cached functions replace buffers, which would have to be filled again after loading on the meta device. The first call
+# may be in inference mode and a later one in training, so inference mode is off.
 @lru_cache(maxsize=16)
 @torch.inference_mode(False)
 def position_table(frames, height, width, channels, checkpoint_frames, checkpoint_grid):
-    """[frames * height * width, channels]: the clip's sinusoid, resampled in space (bicubic), then in time (linear).
+    """Resamples the clip's sinusoid in space (bicubic), then in time (linear): [frames * height * width, channels].
 
     A single frame is an image: its table is the sinusoid over one frame's positions.
     """
@@ -46,7 +46,7 @@ def position_table(frames, height, width, channels, checkpoint_frames, checkpoin
 
 
 class UMTAttention(nn.Module):
-    """Joint space-time self-attention; query and value have a bias, key has none."""
+    """Joint space-time self-attention; query and value have a bias, the key has none."""
 
     def __init__(self, width, heads):
         super().__init__()
@@ -111,13 +111,13 @@ class UMT(nn.Module):
         return tokens, tapped
 
 
-# Facial encoder: FaceXFormer's, torchvision's Swin without its last norm and head.
+# Facial encoder: FaceXFormer's encoder, which is torchvision's Swin without its last norm and head.
 
 
 @lru_cache(maxsize=64)
 @torch.inference_mode(False)
 def relative_position_index(window, table_window):
-    """[L, L]: row of the bias table for each (query, key) of a window in raster order."""
+    """Returns [L, L]: the row of the bias table for each (query, key) of a window in raster order."""
     rows, columns = (axis.flatten() for axis in torch.meshgrid(*map(torch.arange, window), indexing="ij"))
     row_offset = rows[:, None] - rows + table_window - 1
     return row_offset * (2 * table_window - 1) + columns[:, None] - columns + table_window - 1
@@ -126,14 +126,14 @@ def relative_position_index(window, table_window):
 @lru_cache(maxsize=64)
 @torch.inference_mode(False)
 def shifted_window_mask(size, window, shift):
-    """[windows, 1, L, L]: True where two tokens of a window of the rolled map were neighbours before the roll."""
+    """Returns [windows, 1, L, L]: True if two tokens of a window were in the same region before the roll."""
     rows, columns = (torch.arange(n) >= n - s for n, s in zip(size, shift, strict=True))
     regions = windows((2 * rows[:, None] + columns[None, :])[None, :, :, None], window).flatten(1)
     return (regions[:, :, None] == regions[:, None, :])[:, None]
 
 
 def windows(tokens, window):
-    """[B, H, W, D] to [B * windows, L, D]."""
+    """Splits a map [B, H, W, D] into windows [B * windows, L, D]."""
     batch, height, width, channels = tokens.shape
     tokens = tokens.view(batch, height // window[0], window[0], width // window[1], window[1], channels)
     return tokens.transpose(2, 3).reshape(-1, window[0] * window[1], channels)
@@ -142,8 +142,8 @@ def windows(tokens, window):
 class WindowAttention(nn.Module):
     """Self-attention within windows of a map [N, H, W, D], with a learned bias for each relative position.
 
-    A map that does not divide into windows is padded with zeros, which take part; one smaller than the window is one
-    window of its own size.
+    A map that does not divide into windows is padded with zeros, which take part in attention. A map smaller than the
+    window is one window.
     """
 
     def __init__(self, width, heads, window, shifted):
@@ -207,16 +207,16 @@ class PatchMerging(nn.Module):
 
 
 class ChannelsLast(nn.Module):
-    """[N, D, H, W] to [N, H, W, D], in the place of torchvision's permutation."""
+    """Moves channels last, [N, D, H, W] to [N, H, W, D], like torchvision's permutation."""
 
     def forward(self, maps):
         return maps.permute(0, 2, 3, 1)
 
 
 class FaceXFormerEncoder(nn.Sequential):
-    """The facial encoder: normalised frames [N, H, W, 3] to one map [N, h, w, D] a granularity, finest first.
+    """The facial encoder: normalised frames [N, H, W, 3] to one map [N, h, w, D] per granularity, finest first.
 
-    A sequence of one, torchvision's `features`, since the published names go on with `0.`.
+    Its only module is torchvision's `features`, since the published names continue with `0.`.
     """
 
     def __init__(self, *, width, depths, heads, window, patch):
@@ -239,13 +239,13 @@ class FaceXFormerEncoder(nn.Sequential):
 
 
 class ProjectedMaps(nn.ModuleList):
-    """`linear_c` of FaceXFormer's own fusion: each map projected, brought to the finest one's size, deepest first."""
+    """`linear_c` of FaceXFormer's own fusion: projects each map and resizes it to the finest one, deepest first."""
 
     def __init__(self, widths, width=256):
         super().__init__(nn.ModuleDict({"proj": nn.Linear(own, width)}) for own in widths)
 
     def forward(self, maps):
-        """[N, h_i, w_i, D_i] to [N, 4 * width, H, W]."""
+        """Projects and joins the maps, [N, h_i, w_i, D_i] to [N, 4 * width, H, W]."""
         projected = [layer["proj"](m).permute(0, 3, 1, 2) for layer, m in zip(self, maps, strict=True)]
         size = maps[0].shape[1:3]
         resized = [F.interpolate(m, size, mode="bilinear", align_corners=False) for m in projected]

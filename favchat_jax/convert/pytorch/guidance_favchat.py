@@ -1,4 +1,4 @@
-"""What the question guides in v2, in PyTorch: CA2 at the facial encoder's blocks, and the weight of each stream."""
+"""The question-guided parts of v2 in PyTorch: CA2 at the facial encoder's blocks, and the weights of the streams."""
 
 import torch
 import torch.nn.functional as F
@@ -8,7 +8,7 @@ from .qformer_favchat import CrossAttentionStep, add_positions
 
 
 class BlockMLP(nn.ModuleDict):
-    """The MLP after a block of the facial encoder [..., D] to W_i's width: pre-norm, with a linear layer around it."""
+    """The pre-norm MLP from a block of the facial encoder [..., D] to W_i's width, with a linear skip connection."""
 
     def __init__(self, block_width, width):
         super().__init__(
@@ -26,7 +26,7 @@ class BlockMLP(nn.ModuleDict):
 
 
 class CA2(nn.Module):
-    """One module: what the one before found queries a block's W_i, then the words query what it read there."""
+    """One module of CA2: the previous module's output queries a block's W_i, then the words query the result."""
 
     def __init__(self, previous_width, prompt_width, width, heads, residual):
         super().__init__()
@@ -35,8 +35,8 @@ class CA2(nn.Module):
         self.text = CrossAttentionStep(prompt_width, width, heads, residual)
 
     def forward(self, previous, block, prompt, prompt_mask):
-        """`previous` and `prompt` [B*Q, P, ...] are of questions, `block` [B, F, d] is of their clips."""
-        # All questions of a clip read a block in one attention, so that its keys and values exist once.
+        """Maps the questions' `previous` and `prompt` [B*Q, P, ...] and the clips' `block` [B, F, d] to [B*Q, P, d]."""
+        # All questions of a clip share one attention, so that the block's keys and values exist once.
         folded = previous.reshape(len(block), -1, previous.shape[-1])
         read = self.linear(self.visual(folded, block)).view(*prompt.shape[:2], -1)
         return self.text(prompt, read, prompt_mask[:, None, None])
@@ -52,11 +52,11 @@ class PromptGuidedFusion(nn.Module):
             self.add_module(f"ca2_{i}", CA2(width if i else prompt_width, prompt_width, width, heads, residual))
 
     def read_blocks(self, granularities):
-        """e_i [B, T, L_i, D_i] to W_i [B, T*L_i, d] with the positions of all their tokens, once a clip."""
+        """Maps e_i [B, T, L_i, D_i] to W_i [B, T*L_i, d] with position encodings, once per clip."""
         return [add_positions(self.get_submodule(f"mlp_{i}")(e_i)) for i, e_i in enumerate(granularities)]
 
     def forward(self, blocks, prompt, prompt_mask):
-        """What the words of each question [B*Q, P, E] found in the blocks: [B*Q, P, d]."""
+        """Returns the facial features [B*Q, P, d] that the words of each question [B*Q, P, E] read from the blocks."""
         found = prompt
         for i, block in enumerate(blocks):
             found = self.get_submodule(f"ca2_{i}")(found, block, prompt, prompt_mask)
@@ -64,7 +64,7 @@ class PromptGuidedFusion(nn.Module):
 
 
 class TokenMLP(nn.ModuleDict):
-    """The MLP after a Q-Former's linear layer: pre-norm, with the tokens passed around it."""
+    """The residual pre-norm MLP after a Q-Former's linear layer."""
 
     def __init__(self, width, hidden):
         super().__init__(
@@ -76,7 +76,7 @@ class TokenMLP(nn.ModuleDict):
 
 
 class WeightAdapter(nn.Module):
-    """One score of a stream for each question, from its visual tokens [B*Q, N, D] and the words [B*Q, P, E]."""
+    """Scores a stream for each question, from its visual tokens [B*Q, N, D] and the words [B*Q, P, E]."""
 
     def __init__(self, width, prompt_width, hidden):
         super().__init__()
@@ -92,7 +92,7 @@ class WeightAdapter(nn.Module):
 
 
 class WeightAdapters(nn.Module):
-    """The streams' sum, weighted by the softmax of their two scores."""
+    """The sum of the streams, weighted by the softmax of their two scores."""
 
     def __init__(self, width, prompt_width, hidden):
         super().__init__()
@@ -100,8 +100,10 @@ class WeightAdapters(nn.Module):
         self.facial = WeightAdapter(width, prompt_width, hidden)
 
     def forward(self, general, facial, prompts, prompt_mask):
-        """Tokens of each stream [B*Q, N, D], with each Q-Former's embedded words, to the mixed tokens and the two
-        streams' weights [B*Q, N, 2]."""
+        """Mixes the streams' tokens [B*Q, N, D]; returns the mixture and the streams' weights [B*Q, N, 2].
+
+        `prompts` are the words as embedded by each Q-Former.
+        """
         streams = zip((self.general, self.facial), (general, facial), prompts, strict=True)
         scores = [adapter(tokens, prompt, prompt_mask) for adapter, tokens, prompt in streams]
         weights = torch.stack(scores, dim=-1).float().softmax(-1)[:, None]

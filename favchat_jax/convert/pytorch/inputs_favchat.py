@@ -1,4 +1,4 @@
-"""What goes into FaVChat in PyTorch: a video's sampled frames, the conversation's tokens, the Q-Formers' prompt."""
+"""Inputs of FaVChat in PyTorch: a video's sampled frames, the conversation's tokens, the Q-Formers' prompt."""
 
 import io
 import os
@@ -10,15 +10,15 @@ from tokenizers import Tokenizer
 try:
     import av
     from av.video.reformatter import Interpolation, VideoReformatter
-except ImportError:  # only reading a video needs it
+except ImportError:  # PyAV is only needed to read a video
     av = None
 
 
-SMALLEST_SIDE = 8  # pixels; below this there is no picture to speak of, and swscale's chroma filters fail
+SMALLEST_SIDE = 8  # pixels; swscale's chroma filters fail below this, and such pictures show nothing
 
 
 def frame_indices(total, frames):
-    """The middle frame of each of `frames` equal intervals of `total`; a shorter video's last one again and again."""
+    """Returns the middle frame of each of `frames` equal intervals of `total`; a short video repeats its last frame."""
     taken = min(total, frames)
     edges = [int(i * (total / taken)) for i in range(taken)] + [total]
     indices = [(begin + end - 1) // 2 for begin, end in zip(edges[:-1], edges[1:], strict=True)]
@@ -26,22 +26,22 @@ def frame_indices(total, frames):
 
 
 def read_frames(video, frames, size):
-    """Sampled frames of a video (path or bytes), upright, RGB, squashed to squares: uint8 [frames, size, size, 3].
+    """Reads sampled frames of a video (path or bytes), upright, RGB, squashed: uint8 [frames, size, size, 3].
 
-    The first pass counts the frames by their packets, the second one decodes up to the last that is wanted. Where one
-    cannot be decoded, that before it stands in.
+    The first pass counts the frames by their packets; the second decodes up to the last sampled frame. A frame that
+    cannot be decoded is replaced by the one before it.
 
     Raises:
-        ValueError: the file holds no frame that can be decoded, or is too small.
+        ValueError: no frame can be decoded, or the picture is too small.
     """
     if av is None:
-        raise ImportError("reading a video needs PyAV (pip install 'av>=18'); or give the frames themselves")
+        raise ImportError("reading a video needs PyAV: pip install 'av>=18', or pass the frames as an array")
     with _open(video) as container:
         packets = [packet for packet in _packets(container) if packet.size and not packet.is_discard]
         times = [packet.pts for packet in packets]
     if not times:
-        raise ValueError(f"{_name(video)} holds no video frames, it holds sound only or nothing: give a video file")
-    # Packets come in the order of decoding, their times in that of showing; raw streams have none and are counted.
+        raise ValueError(f"{_name(video)} holds no video frames (only sound, or nothing): give a video file")
+    # Packets come in decoding order, and their times give the display order; frames of raw streams have no times.
     numbers = None if None in times else {time: number for number, time in enumerate(sorted(times))}
     wanted = frame_indices(len(times), frames)
     found, resize, reformatter = {}, None, VideoReformatter()
@@ -57,7 +57,7 @@ def read_frames(video, frames, size):
             if len(found) == len(set(wanted)):
                 break
     if not found:
-        raise ValueError(f"no frame of {_name(video)} can be decoded: the file is damaged")
+        raise ValueError(f"no frame of {_name(video)} can be decoded, so the file is damaged: give an intact file")
     return torch.from_numpy(np.stack([found[_nearest(found, number)] for number in wanted]))
 
 
@@ -72,7 +72,7 @@ def _name(video):
 
 def _open(video):
     try:
-        # "file:" keeps a colon in a name from being taken for a protocol, the white list playlists off the network.
+        # "file:" keeps a colon in a name from being read as a protocol; the white list keeps playlists off the network.
         source = io.BytesIO(video) if isinstance(video, bytes) else f"file:{os.fspath(video)}"
         # PyAV 18 cannot open a file whose metadata are not UTF-8 without this; PyAV 19 can, and has no such argument.
         lenient = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
@@ -90,19 +90,19 @@ def _packets(container):
     try:
         yield from container.demux(stream)
     except av.error.InvalidDataError:
-        return  # a file cut short: what comes before the cut is still good
+        return  # a truncated file: its first part is still usable
 
 
 def _decoded(container):
     for packet in _packets(container):
         try:
             yield from packet.decode()
-        except av.error.InvalidDataError:  # a damaged stretch: the frames around it may still be good
+        except av.error.InvalidDataError:  # a damaged part: the frames around it may still be usable
             continue
 
 
 def _upright(frame, size, reformatter):
-    """A function from a decoded frame to an upright square, for all frames of the clip of `frame`."""
+    """Returns a function that turns each decoded frame of the clip of `frame` into an upright square."""
     matrix = frame.side_data.get("DISPLAYMATRIX")
     matrix = [1, 0, 0, 0, 1] if matrix is None else np.frombuffer(matrix, np.int32).tolist()
     x_axis, y_axis = (matrix[0], matrix[1]), (matrix[3], matrix[4])
@@ -122,28 +122,28 @@ def _upright(frame, size, reformatter):
 
 
 class Prompts:
-    """VideoChat2-Mistral's conversation as tokens, and the question for the Q-Formers.
+    """Tokenises VideoChat2-Mistral's conversation, and the question for the Q-Formers.
 
         <s> [INST] <Video> (visual tokens) </Video> [/INST] [INST] question [/INST] answer </s> [INST] question ...
 
-    Every part is tokenised by itself; visual tokens have the id -1.
+    Every part is tokenised separately; visual tokens have the id -1.
 
     Args:
-        tokenizer: the language model's, a transformers fast tokenizer with bos and eos tokens.
-        prompt_tokenizer: the Q-Formers'.
-        visual_tokens: how many stand for the clip.
-        prompt_length: tokens of the question that a Q-Former reads.
-        longest: tokens of a conversation that the language model reads, its answer included.
+        tokenizer: the language model's transformers fast tokenizer, with bos and eos tokens.
+        prompt_tokenizer: the Q-Formers' tokenizer.
+        visual_tokens: number of visual tokens of a clip.
+        prompt_length: number of question tokens that a Q-Former reads.
+        longest: longest conversation in tokens, including the answer.
     """
 
     def __init__(self, tokenizer, prompt_tokenizer, visual_tokens, prompt_length, longest):
         self.tokenizer, self.visual_tokens = tokenizer, visual_tokens
         self.prompt_length, self.longest = prompt_length, longest
         self._engine, self._prompt_engine = _detached(tokenizer), _detached(prompt_tokenizer)
-        # Some tokenizers put the space in front of the first word themselves.
+        # Some tokenizers add the space before the first word themselves.
         first = self._engine.encode("a", add_special_tokens=False).tokens[0]
         self._space = "" if first[:1] in ("▁", "Ġ") else " "
-        # The template may use the tokenizer's special tokens ([INST] is one in Mistral v0.3), a person's text may not.
+        # The template may use special tokens ([INST] is one in Mistral v0.3); text from users must not.
         words = ("[INST]", "[/INST]", "<Video>", "</Video>", "<Image>", "</Image>")
         self._words = {word: self._ids(word) for word in words}
         self._engine.encode_special_tokens = self._prompt_engine.encode_special_tokens = True
@@ -152,10 +152,10 @@ class Prompts:
         self._pad = prompt_tokenizer.pad_token_id or 0
 
     def conversation(self, turns, question, frames, answer=0):
-        """Token ids [L] up to where the answer begins; a clip of one frame is an `<Image>`.
+        """Returns the token ids [L] up to the start of the answer; a clip of one frame is an `<Image>`.
 
         Raises:
-            ValueError: they and `answer` more are longer than the language model reads.
+            ValueError: the conversation and an answer of `answer` tokens exceed the language model's context.
         """
         begin, end, words = "[INST]", "[/INST]", self._words
         kind = "Image" if frames == 1 else "Video"
@@ -166,11 +166,11 @@ class Prompts:
         ids += words[begin] + self._ids(question) + words[end]
         if len(ids) + answer > self.longest:
             needed = f"{len(ids)} tokens and the answer's {answer}"
-            raise ValueError(f"the conversation needs {needed}, over the limit of {self.longest}; shorten the text")
+            raise ValueError(f"the conversation needs {needed}, over the limit of {self.longest}: shorten the text")
         return torch.tensor(ids)
 
     def for_qformer(self, question):
-        """Token ids [P] of the question, cut on the left, padded on the right, and the mask of those that it has."""
+        """Returns the question's token ids [P], cut on the left and padded on the right, and their mask."""
         room = self.prompt_length - len(self._start) - len(self._end)
         ids = self._prompt_engine.encode(question.strip(), add_special_tokens=False).ids
         ids = [*self._start, *ids[max(len(ids) - room, 0) :], *self._end]
@@ -178,7 +178,7 @@ class Prompts:
         return padded, torch.arange(self.prompt_length) < len(ids)
 
     def text(self, tokens):
-        """What written tokens say, up to the first `</s>`."""
+        """Decodes generated tokens up to the first `</s>`."""
         tokens = tokens.tolist()
         if self.tokenizer.eos_token_id in tokens:
             tokens = tokens[: tokens.index(self.tokenizer.eos_token_id)]
@@ -189,7 +189,7 @@ class Prompts:
 
 
 def _detached(tokenizer):
-    """A copy of the tokenizer's engine, whose settings nobody else changes."""
+    """Copies the tokenizer's engine, so that later changes of its settings have no effect here."""
     copy = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     copy.no_truncation()
     copy.no_padding()

@@ -1,14 +1,14 @@
-"""FaVChat in PyTorch, the whole way from a clip and a question to an answer.
+"""FaVChat in PyTorch, from a clip and a question to an answer.
 
     frames --> UMT --------------------------> e_g --> general Q-Former --> linear --+
           |                                     |                                     +--> mixture --> Mistral
           +--> FaceXFormer --> e_1..e_N --> fusion --> facial Q-Former --> linear ----+
 
-Both Q-Formers read the question. In v2 so do fusion (CA2, which reads no e_g) and mixture (weight adapters), and an MLP
+Both Q-Formers read the question. In v2 fusion (CA2, without e_g) and mixture (weight adapters) also read it, and an MLP
 follows each linear layer.
 
-Modules bear the names of the published weights, and the language model is transformers' Mistral itself, so that the
-state dict is the union of the exported `llm/` and `visual.safetensors`.
+Modules have the names of the published weights, and the language model is transformers' Mistral. So the state dict is
+the union of the exported `llm/` and `visual.safetensors`.
 """
 
 import os
@@ -23,15 +23,15 @@ from .guidance_favchat import PromptGuidedFusion, TokenMLP, WeightAdapters
 from .inputs_favchat import Prompts, read_frames
 from .qformer_favchat import GatedMixture, GranularityFusion, QFormer, ScalarMixture, add_positions
 
-# Published normalisation of both encoders' input (ImageNet's).
+# Published input normalisation of both encoders (ImageNet).
 PIXEL_MEAN = (0.485, 0.456, 0.406)
 PIXEL_STD = (0.229, 0.224, 0.225)
 
 
 class FaVChatForConditionalGeneration(MistralForCausalLM):
-    """Mistral that sees: what it is given of a clip stands where `input_ids` are negative.
+    """Mistral with visual input: a clip's visual tokens replace the negative `input_ids`.
 
-    Encoders and fusion run once a clip; rows n*Q .. n*Q + Q - 1 of `input_ids` and `prompt_ids` are Q questions about
+    Encoders and fusion run once per clip. Rows n*Q .. n*Q + Q - 1 of `input_ids` and `prompt_ids` are Q questions about
     clip n.
     """
 
@@ -40,7 +40,7 @@ class FaVChatForConditionalGeneration(MistralForCausalLM):
     def __init__(self, config):
         super().__init__(config)
         if config.variant not in ("v1", "v2"):
-            raise ValueError(f"variant={config.variant} is unknown: this model has v1 and v2")
+            raise ValueError(f"variant={config.variant} is unknown: choose v1 or v2")
         if config.variant == "v2" and not config.qformer["prompt"]:
             raise ValueError("qformer.prompt=False leaves v2 without the question that guides it: choose variant=v1")
         width, hidden = config.umt["width"], config.hidden_size
@@ -53,7 +53,7 @@ class FaVChatForConditionalGeneration(MistralForCausalLM):
             self.backbone = FaceXFormerEncoder(**face)
         self.vision_encoder = nn.ModuleDict({"encoder": UMT(**config.umt, taps=taps)})
         self.vision_layernorm = nn.LayerNorm(width, eps=1e-12)
-        if config.ablation == "no_granularity":  # FaceXFormer's own fusion stands in
+        if config.ablation == "no_granularity":  # FaceXFormer's own fusion replaces ours
             self.linear_c = ProjectedMaps(widths)
             self.linear_fuse = nn.Conv2d(256 * len(widths), 256, kernel_size=1, bias=False)
             self.fuse_proj = nn.Linear(256, width)
@@ -74,14 +74,14 @@ class FaVChatForConditionalGeneration(MistralForCausalLM):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info=False, **kwargs):
-        """transformers', but weights that do not belong to the configuration's model are an error, not a warning."""
+        """Loads like transformers, but raises ValueError for weights that are missing or do not belong to the model."""
         folder = pretrained_model_name_or_path
         model, loading = super().from_pretrained(folder, *args, output_loading_info=True, **kwargs)
-        for what, names in (("lack", loading["missing_keys"]), ("also hold", loading["unexpected_keys"])):
+        for verb, names in (("lack", loading["missing_keys"]), ("also hold", loading["unexpected_keys"])):
             if names:
                 named = f"variant={model.config.variant}, ablation={model.config.ablation}"
                 wrong = min(names) + (f" and {len(names) - 1} more weights" if len(names) > 1 else "")
-                raise ValueError(f"{folder}: config.json says {named}, but its files {what} {wrong}: export it again")
+                raise ValueError(f"{folder}: config.json says {named}, but its files {verb} {wrong}: export it again")
         return (model, loading) if output_loading_info else model
 
     def _add_stream(self, stream, sizes, visual_width):
@@ -94,9 +94,9 @@ class FaVChatForConditionalGeneration(MistralForCausalLM):
             self.add_module(f"{stream}_mlp", TokenMLP(self.config.hidden_size, **self.config.adapter))
 
     def encode(self, frames):
-        """Both encoders and v1's fusion: uint8 frames [B, T, H, W, 3] to general and facial tokens [B, S or F, D].
+        """Runs both encoders and v1's fusion: uint8 frames [B, T, H, W, 3] to general and facial tokens [B, S or F, D].
 
-        Before CA2 the facial ones are a list, one tensor a block.
+        In v2 the facial tokens are a list for CA2, one tensor per block.
         """
         batch, time = frames.shape[:2]
         mean, std = (torch.tensor(channels, device=frames.device) for channels in (PIXEL_MEAN, PIXEL_STD))
@@ -118,7 +118,7 @@ class FaVChatForConditionalGeneration(MistralForCausalLM):
         return general, add_positions(facial)
 
     def visual_tokens(self, features, prompt_ids, prompt_mask):
-        """What the language model sees for each question [B*Q, N, D], and each stream's weight in it [B*Q, N, 2]."""
+        """Returns the visual tokens for each question [B*Q, N, D] and the streams' weights in them [B*Q, N, 2]."""
         general, facial = features
         prompt_mask, facial_mask = prompt_mask.bool(), None
         if isinstance(self.fusion, PromptGuidedFusion):
@@ -139,7 +139,7 @@ class FaVChatForConditionalGeneration(MistralForCausalLM):
         return getattr(self, f"{stream}_mlp")(tokens) if self.config.variant == "v2" else tokens
 
     def embed(self, input_ids, visual):
-        """Embedded sequences [B*Q, L, D]; the n-th negative id of a sequence is its n-th visual token."""
+        """Embeds sequences to [B*Q, L, D]; the n-th negative id of a sequence becomes its n-th visual token."""
         placeholder = input_ids < 0
         nth = (placeholder.cumsum(-1) - 1).clamp(0, visual.shape[1] - 1)
         placed = visual.gather(1, nth[..., None].expand(-1, -1, visual.shape[-1]))
@@ -147,15 +147,15 @@ class FaVChatForConditionalGeneration(MistralForCausalLM):
         return torch.where(placeholder[..., None], placed.to(words.dtype), words)
 
     def forward(self, input_ids=None, *, frames=None, prompt_ids=None, prompt_mask=None, inputs_embeds=None, **kwargs):
-        """As `MistralForCausalLM.forward`, and with `frames` about clips.
+        """Runs `MistralForCausalLM.forward`; `frames` add clips to the text.
 
         Args:
-            input_ids: [B*Q, L], negative where visual tokens stand.
+            input_ids: [B*Q, L], negative at the positions of visual tokens.
             frames: [B, T, H, W, 3] uint8, RGB.
             prompt_ids: [B*Q, P], the question for the Q-Formers, padded on the right.
             prompt_mask: [B*Q, P], True at word pieces.
-            inputs_embeds: instead of `input_ids`.
-            kwargs: Mistral's: attention_mask, labels, past_key_values, ...
+            inputs_embeds: embedded sequences instead of `input_ids`.
+            kwargs: Mistral's other arguments: attention_mask, labels, past_key_values, ...
         """
         if frames is not None:
             visual, _ = self.visual_tokens(self.encode(frames), prompt_ids, prompt_mask)
@@ -164,9 +164,9 @@ class FaVChatForConditionalGeneration(MistralForCausalLM):
 
     @torch.no_grad()
     def generate(self, inputs=None, *, frames=None, prompt_ids=None, prompt_mask=None, **kwargs):
-        """transformers' `generate`, and with `frames` about clips (see `forward`): the new tokens alone [B*Q, n].
+        """Runs transformers' `generate`; with `frames` (see `forward`) it returns only the new tokens [B*Q, n].
 
-        Sequences of different lengths are padded on the left, with an `attention_mask`.
+        Pad sequences of different lengths on the left, and pass an `attention_mask`.
         """
         if frames is None:
             return super().generate(inputs, **kwargs)
@@ -176,7 +176,7 @@ class FaVChatForConditionalGeneration(MistralForCausalLM):
 
     @property
     def prompts(self):
-        """The two tokenizers' work; read from the folder that the model came from, when first asked for."""
+        """The two tokenizers, read from the model's folder at the first use."""
         if "_prompts" not in self.__dict__:
             folder = self.config.name_or_path
             sizes = self.config.qformer
@@ -190,14 +190,14 @@ class FaVChatForConditionalGeneration(MistralForCausalLM):
         return self._prompts
 
     def answer(self, video, question, turns=(), max_new_tokens=64, **kwargs):
-        """The answer to a question about a video, as a text.
+        """Answers a question about a video, as a text.
 
         Args:
             video: path of a video file, its bytes, or an array of frames [T, H, W, 3] uint8, RGB.
-            question: what is asked.
-            turns: (question, answer) pairs that came before.
-            max_new_tokens: an answer ends here at the latest.
-            kwargs: transformers' for `generate`; greedy without any.
+            question: the question.
+            turns: earlier (question, answer) pairs.
+            max_new_tokens: longest answer in tokens.
+            kwargs: arguments of transformers' `generate`; decoding is greedy by default.
         """
         if not question.strip():
             raise ValueError("the question is empty: ask something")

@@ -1,6 +1,6 @@
-"""What reads the encoders' tokens, in PyTorch: granularity fusion (Eq. 2), the Q-Former and the mixtures (Eq. 3).
+"""Granularity fusion (Eq. 2), the Q-Former and the mixtures (Eq. 3) in PyTorch; all read the encoders' tokens.
 
-What v2 has in the place of fusion and mixture is in `guidance_favchat.py`.
+v2's replacements of fusion and mixture are in `guidance_favchat.py`.
 """
 
 import torch
@@ -11,9 +11,9 @@ from .encoders_favchat import attention, sinusoid_table
 
 
 class CrossAttentionStep(nn.Module):
-    """One line of Eq. 2, where facial features [B, L, D] query the fused ones so far [B, S, d], or half a CA2.
+    """One line of Eq. 2, or half a CA2: facial features [B, L, D] query the features fused so far [B, S, d].
 
-    With `residual` a pre-norm block that adds its projected query stream; without, the equation as printed.
+    With `residual` it is a pre-norm block that adds its projected query; without, it is the printed equation.
     """
 
     def __init__(self, query_width, width, heads, residual):
@@ -51,8 +51,10 @@ class GranularityFusion(nn.Module):
 
 
 def add_positions(tokens):
-    """[B, T, L, D] to [B, T*L, D]: adds a sinusoid of the frame's number to one half of the channels, one of the place
-    within the frame to the other."""
+    """Adds position encodings and joins the frames: [B, T, L, D] to [B, T*L, D].
+
+    One half of the channels encodes the frame's number, the other the position within the frame, both as sinusoids.
+    """
     _, frames, places, width = tokens.shape
     time = sinusoid_table(frames, width // 2)[:, None].expand(frames, places, -1)
     place = sinusoid_table(places, width - width // 2).expand(frames, places, -1)
@@ -73,7 +75,7 @@ class Residual(nn.Module):
 
 
 class QFormerAttention(nn.Module):
-    """Self-attention within each question's tokens, or cross-attention to `context`; without dropout of its weights."""
+    """Self-attention within each question's tokens, or cross-attention to `context`; attention has no dropout."""
 
     def __init__(self, width, context_width, heads, dropout):
         super().__init__()
@@ -93,7 +95,7 @@ class QFormerAttention(nn.Module):
 
 
 class QFormerLayer(nn.Module):
-    """Shared self-attention, cross-attention of the queries, one MLP for queries and one for the prompt."""
+    """One layer: shared self-attention, cross-attention of the queries, and separate MLPs for queries and prompt."""
 
     def __init__(self, sizes, visual_width, cross):
         super().__init__()
@@ -108,12 +110,14 @@ class QFormerLayer(nn.Module):
             self.output = Residual(mlp, width, dropout)
 
     def forward(self, tokens, count, visual, mask, visual_mask):
-        """`tokens` [B*Q, N+P, D] are `count` = N queries and the prompt; `visual` what they read: tokens [B, S, E] of
-        their clips, or [B*Q, S, E] of their own."""
+        """Maps `tokens` [B*Q, N+P, D], `count` = N queries followed by the prompt, to the same shape.
+
+        `visual` are the tokens that the queries read: [B, S, E] of each clip, or [B*Q, S, E] of each question.
+        """
         tokens = self.attention(tokens, tokens, mask)
         queries, text = tokens[:, :count], tokens[:, count:]
         if hasattr(self, "crossattention"):
-            # All questions of a clip read it in one attention, so that its keys and values exist once.
+            # All questions of a clip share one attention, so that its keys and values exist once.
             folded = queries.reshape(len(visual), -1, queries.shape[-1])
             queries = self.crossattention(folded, visual, visual_mask).view_as(queries)
         queries = self.output_query(F.gelu(self.intermediate_query["dense"](queries)), queries)
@@ -123,7 +127,7 @@ class QFormerLayer(nn.Module):
 
 
 class QFormer(nn.Module):
-    """BLIP-2's BERT as VideoChat2 runs it; its learned queries belong to the caller."""
+    """BLIP-2's BERT as in VideoChat2; the caller holds the learned queries."""
 
     def __init__(self, sizes, visual_width):
         super().__init__()
@@ -140,7 +144,7 @@ class QFormer(nn.Module):
         self.prompt = sizes["prompt"]
 
     def embed_prompt(self, prompt_ids):
-        """Word plus position embeddings of prompts [B*Q, P], normed: what enters the first layer, without dropout."""
+        """Returns the normed word plus position embeddings of prompts [B*Q, P], before dropout and the first layer."""
         embeddings, places = self.bert["embeddings"], torch.arange(prompt_ids.shape[1], device=prompt_ids.device)
         words = embeddings["word_embeddings"](prompt_ids) + embeddings["position_embeddings"](places)
         return embeddings["LayerNorm"](words)
@@ -149,14 +153,14 @@ class QFormer(nn.Module):
         """Reads clips with Q questions each.
 
         Args:
-            queries: [N, D], the learned ones.
+            queries: [N, D], the learned queries.
             visual: [B, S, E] tokens of each clip, or [B*Q, S, E] of each question.
             prompt_ids: [B*Q, P] word pieces of each question, padded on the right.
             prompt_mask: [B*Q, P], True at word pieces.
-            visual_mask: [B*Q, S], True at the tokens of each question that are read.
+            visual_mask: [B*Q, S], True at the tokens that each question reads.
 
         Returns:
-            [B*Q, N, D], what the queries have become.
+            [B*Q, N, D], the queries' outputs.
         """
         count, questions = len(queries), len(prompt_ids)
         tokens, mask = self.bert["embeddings"]["LayerNorm"](queries).expand(questions, -1, -1), None
@@ -172,7 +176,7 @@ class QFormer(nn.Module):
 
 
 class GatedMixture(nn.Module):
-    """Eq. 3: each visual token is a weighted sum of two experts, one a stream; the gate that weighs them sees both."""
+    """Eq. 3: each visual token is a weighted sum of two experts, one per stream; the gate sees both streams."""
 
     def __init__(self, width, hidden):
         super().__init__()
@@ -183,7 +187,7 @@ class GatedMixture(nn.Module):
             self.add_module(f"{stream}_out", nn.Linear(hidden, width))
 
     def forward(self, general, facial):
-        """[..., N, D] of each stream to the mixed tokens and the two streams' weights [..., N, 2]."""
+        """Mixes the streams [..., N, D]; returns the mixed tokens and the streams' weights [..., N, 2]."""
         general_normed, facial_normed = self.general_norm(general), self.facial_norm(facial)
         gate = F.gelu(self.gate_in(torch.cat([general_normed, facial_normed], dim=-1)), approximate="tanh")
         weights = self.gate_out(gate).float().softmax(-1)
@@ -194,7 +198,7 @@ class GatedMixture(nn.Module):
 
 
 class ScalarMixture(nn.Module):
-    """Ablation `no_moe` of either variant: a plain sum of the two streams, weighed by two learned scalars."""
+    """Ablation `no_moe` of either variant: a sum of the two streams, weighted by two learned scalars."""
 
     def __init__(self):
         super().__init__()

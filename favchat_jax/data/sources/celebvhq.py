@@ -1,8 +1,8 @@
-"""CelebV-HQ (Zhu et al., 2022) with summaries and question-answer pairs, read from a folder of one's own.
+"""CelebV-HQ (Zhu et al., 2022) with summaries and question-answer pairs, read from the user's folder.
 
-The folder holds `celebvhq_info.json` (the data set's annotation file), the clips, and `qa.jsonl` with one line a clip:
-`{"clip": id, "video": path in the folder, "summary": ..., "qa": [{"q": ..., "a": ...}, ...]}`. Clips without a line are
-looked for at `clips/<id>.mp4`, and their text is made from their labels.
+The folder holds `celebvhq_info.json` (the data set's annotation file), the clips, and `qa.jsonl` with one line per
+clip: `{"clip": id, "video": path in the folder, "summary": ..., "qa": [{"q": ..., "a": ...}, ...]}`. A clip without a
+line is read from `clips/<id>.mp4`, and its text is made from its labels.
 """
 
 import hashlib
@@ -20,17 +20,17 @@ from favchat_jax.errors import UserError
 
 INFO = "celebvhq_info.json"
 TEXT = "qa.jsonl"
-HELDOUT_SHARE = 0.05  # of the source videos
+HELDOUT_SHARE = 0.05  # share of the source videos
 
 
 class CelebVHQ(RecordBuilder, skip_registration=True):
-    """CelebV-HQ clips; a source video is whole in train or whole in heldout, chosen by a hash of its name."""
+    """CelebV-HQ clips. All clips of a source video are in train or all are in heldout, by a hash of its name."""
 
     name = "celebvhq"
 
     def __init__(self, *, root: str | None, config: str | None = None, **options):
         if not root:
-            raise UserError(f"celebvhq: no folder given; set data.root to the folder that holds {INFO}")
+            raise UserError(f"celebvhq needs a folder: set data.root to the folder that holds {INFO}")
         self._root = Path(root).expanduser()
         info, text = self._root / INFO, self._root / TEXT
         annotation, lines = _read(info), _read(text) if text.exists() else ""
@@ -41,18 +41,18 @@ class CelebVHQ(RecordBuilder, skip_registration=True):
         super().__init__(config=config, **options)
 
     def digest(self) -> str:
-        """Hash of the two annotation files."""
+        """Returns a hash of the two annotation files."""
         return self._digest
 
     def counts(self) -> dict[str, int]:
-        """Clips of each split.
+        """Returns the number of clips of each split.
 
         Raises:
           UserError: a clip of the annotation file is missing.
         """
         for clip in self._clips:
             if not self._video(clip).is_file():
-                raise UserError(f"{self._video(clip)}: no such clip; add it, or take {clip} out of {INFO}")
+                raise UserError(f"{self._video(clip)} does not exist: add the clip, or remove {clip} from {INFO}")
         return {side: list(self._sides.values()).count(side) for side in ("train", "heldout")}
 
     def records(self, split: str) -> Iterator[Record]:
@@ -73,14 +73,14 @@ def _read(path: Path) -> str:
 
 
 def place(source: str) -> float:
-    """A number from 0 to 1 that a source video's name alone decides; those under the share held out are held out."""
+    """Hashes a source video's name to a number from 0 to 1; numbers below `HELDOUT_SHARE` are held out."""
     return int.from_bytes(hashlib.sha256(source.encode()).digest()[:8], "big") / 2**64
 
 
 def splits(sources: dict[str, str]) -> dict[str, str]:
-    """Clip id -> split, equal for all clips of one source video; train is never empty while there are clips."""
+    """Maps clip id to split, equal for all clips of a source video; train is not empty unless there are no clips."""
 
-    kept = max(sources.values(), key=place, default="")  # the last to be held out, whatever its place
+    kept = max(sources.values(), key=place, default="")  # this source always stays in train
     return {
         clip: "heldout" if source != kept and place(source) < HELDOUT_SHARE else "train"
         for clip, source in sources.items()
@@ -88,36 +88,36 @@ def splits(sources: dict[str, str]) -> dict[str, str]:
 
 
 def read_info(text: str, path: Path) -> dict[str, dict]:
-    """Clip id -> {"source": video id, "attributes": uint8 [83]} of an annotation file.
+    """Reads an annotation file: clip id -> {"source": video id, "attributes": uint8 [83]}.
 
     Raises:
-      UserError: not JSON, or a clip whose labels do not fit the vocabulary.
+      UserError: the file is not JSON, or a clip's labels do not fit the vocabulary.
     """
     return {clip: read_entry(clip, entry, path) for clip, entry in read_annotation(text, path).items()}
 
 
 def read_annotation(text: str, path: Path) -> dict[str, dict]:
-    """Clip id -> its entry in an annotation file, as it was published; only `read_entry` checks it.
+    """Reads an annotation file: clip id -> its published entry, which `read_entry` checks.
 
     Raises:
-      UserError: not CelebV-HQ's annotation file.
+      UserError: the file is not CelebV-HQ's annotation file.
     """
     try:
         published = json.loads(text)
         clips, mappings = dict(published["clips"].items()), dict((published.get("meta_info") or {}).items())
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise UserError(f"{path}: not CelebV-HQ's annotation file (JSON with 'clips'); download it again") from None
+        raise UserError(f"{path} is not CelebV-HQ's annotation file (JSON with 'clips'): download it again") from None
     if not clips:
-        raise UserError(f"{path}: 'clips' is empty; download it again")
+        raise UserError(f"{path}: 'clips' is empty: download it again")
     for name, ours in (("appearance_mapping", vocabulary.APPEARANCE), ("action_mapping", vocabulary.ACTION)):
         theirs = mappings.get(name, ours)
         if not isinstance(theirs, list | tuple) or tuple(str(label).lower() for label in theirs) != ours:
-            raise UserError(f"{path}: {name} is not CelebV-HQ's; put its labels in the published order")
+            raise UserError(f"{path}: {name} is not CelebV-HQ's: put its labels in the published order")
     return clips
 
 
 def read_entry(clip: str, entry: dict, path: Path) -> dict:
-    """{"source": video id, "attributes": uint8 [83]} of a clip's entry.
+    """Reads a clip's entry: {"source": video id, "attributes": uint8 [83]}.
 
     Raises:
       UserError: its labels do not fit the vocabulary.
@@ -133,20 +133,20 @@ def read_entry(clip: str, entry: dict, path: Path) -> dict:
         ("appearance", "action"), parts, (vocabulary.APPEARANCE, vocabulary.ACTION), strict=True
     ):
         if part.shape != (len(known),) or not np.isin(part, (0, 1)).all():
-            raise UserError(f"{path}: clip {clip}: {name} must be {len(known)} labels 0 or 1; mend or drop the clip")
+            raise UserError(f"{path}: clip {clip}: {name} must be {len(known)} labels 0 or 1: fix or remove the clip")
     try:
         shown = emotions(emotion)
     except TypeError:  # neither text nor a list
         raise UserError(f"{path}: clip {clip}: emotion must be a name or a list of names, not {emotion!r}") from None
     if not shown <= set(vocabulary.EMOTION):
         unknown = ", ".join(sorted(shown - set(vocabulary.EMOTION)))
-        raise UserError(f"{path}: clip {clip}: emotion '{unknown}' is none of {', '.join(vocabulary.EMOTION)}")
+        raise UserError(f"{path}: clip {clip}: emotion '{unknown}' is not one of {', '.join(vocabulary.EMOTION)}")
     feelings = [name in shown for name in vocabulary.EMOTION]
     return {"source": source, "attributes": np.concatenate([*parts, feelings]).astype(np.uint8)}
 
 
 def emotions(published: dict | str | list) -> set[str]:
-    """All emotions of a clip: one for the whole of it, or a list of `{"emotion", "start_sec", "end_sec"}`."""
+    """Returns all emotions of a clip: one for the entire clip, or a list of `{"emotion", "start_sec", "end_sec"}`."""
     if isinstance(published, dict):
         published = published.get("labels", published.get("emotion", []))
     if isinstance(published, str):
@@ -155,10 +155,10 @@ def emotions(published: dict | str | list) -> set[str]:
 
 
 def read_text(text: str, path: Path) -> dict[str, dict]:
-    """Clip id -> its line of `qa.jsonl`, checked.
+    """Reads and checks `qa.jsonl`: clip id -> its line.
 
     Raises:
-      UserError: a line that is not JSON or lacks a field.
+      UserError: a line is not JSON or lacks a field.
     """
     lines = {}
     for number, line in enumerate(text.splitlines(), start=1):
@@ -170,12 +170,14 @@ def read_text(text: str, path: Path) -> dict[str, dict]:
             row["summary"] + row.get("video", "")
             lines[row["clip"]] = row
         except (ValueError, KeyError, TypeError, AttributeError):
-            raise UserError(f"{path}, line {number}: needs clip, summary and qa, a list of q and a; mend it") from None
+            raise UserError(
+                f"{path}, line {number} must have clip, summary and qa, a list of q and a: fix it"
+            ) from None
     return lines
 
 
 def read_record(video: Path, clip: str, entry: dict, line: dict | None) -> Record:
-    """One clip with its text; without a line of `qa.jsonl` the text comes from the labels."""
+    """Reads one clip with its text; without a line of `qa.jsonl` the text is made from the labels."""
     targets = label_text(entry["attributes"])
     if line and line["qa"]:
         summary = line["summary"]
@@ -195,7 +197,7 @@ def read_record(video: Path, clip: str, entry: dict, line: dict | None) -> Recor
 
 
 def label_text(attributes: UInt8[np.ndarray, " 83"]) -> dict[str, str]:
-    """Labels as words, a string for each group: the target strings of the facial reward."""
+    """Converts labels to words, one string per group: the target strings of the facial reward."""
     bounds = np.cumsum([0, len(vocabulary.APPEARANCE), len(vocabulary.ACTION), len(vocabulary.EMOTION)])
     groups = zip(("attributes", "action", "emotion"), bounds[:-1], bounds[1:], strict=True)
     return {
@@ -205,7 +207,7 @@ def label_text(attributes: UInt8[np.ndarray, " 83"]) -> dict[str, str]:
 
 
 def template(targets: dict[str, str]) -> tuple[str, tuple[Question, ...]]:
-    """A plain summary and questions for a clip that nobody has described."""
+    """Makes a plain summary and questions for a clip without texts."""
     wording = (
         ("attributes", "What does the person look like?", "appearance"),
         ("action", "What does the person do?", "motion"),

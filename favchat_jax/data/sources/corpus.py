@@ -1,13 +1,13 @@
 """The corpus that `tools.build_dataset` made, packed by Apache Beam.
 
-Every clip is stored once; clips are parted so that what each stage reads is a union of parts:
+Every clip is stored once. Clips are divided into parts, and each stage reads a union of parts:
 
-    stage1, stage2   all training clips: summaries, and all questions
-    stage3           those of CelebV-HQ
-    rl, coldstart    those of CelebV-HQ of which attributes, emotion and action are all known
-    heldout          clips of source videos, or of persons, that no other split holds
+    stage1, stage2   all training clips, with summaries and all questions
+    stage3           training clips of CelebV-HQ
+    rl, coldstart    training clips of CelebV-HQ with known attributes, emotion and action
+    heldout          clips of source videos, or of persons, that are in no other split
 
-The folder holds `records.jsonl`, one line a clip: `{"id", "video": path in the folder, "sha256", "part", "group",
+The folder holds `records.jsonl`, one line per clip: `{"id", "video": path in the folder, "sha256", "part", "group",
 "labels", "summary", "questions", "reasoning"}`.
 """
 
@@ -41,7 +41,7 @@ class Corpus(RecordBuilder, skip_registration=True):
 
     def __init__(self, *, root: str | None, config: str | None = None, beam_options: tuple[str, ...] = (), **options):
         if not root:
-            raise UserError("corpus: no folder given; set data.root to the folder that tools.build_dataset has filled")
+            raise UserError("corpus needs a folder: set data.root to the folder that tools.build_dataset has filled")
         self._root = Path(root).expanduser().resolve()
         self._beam_options = list(beam_options)
         path = self._root / RECORDS
@@ -57,25 +57,25 @@ class Corpus(RecordBuilder, skip_registration=True):
         super().__init__(config=config, **options)
 
     def digest(self) -> str:
-        """Hash of the records, which name the content of every clip."""
+        """Returns a hash of the records, which contain a hash of every clip."""
         return self._digest
 
     def counts(self) -> dict[str, int]:
-        """Clips of each part.
+        """Returns the number of clips of each part.
 
         Raises:
-            UserError: a clip is missing, or there is none to train on.
+            UserError: a clip is missing, or there are no training clips.
         """
         for row in self._rows:
             if not (self._root / row["video"]).is_file():
                 raise UserError(f"{self._root / row['video']} is missing: run clip again")
         counts = {part: sum(row["part"] == part for row in self._rows) for part in PARTS}
         if not any(counts[part] for part in PARTS[:3]):
-            raise UserError(f"{self._root / RECORDS} holds no training clips: annotate some, or hold fewer out")
+            raise UserError(f"{self._root / RECORDS} holds no training clips: annotate more, or hold out fewer")
         return counts
 
     def download_config(self) -> tfds.download.DownloadConfig:
-        """Beam's options."""
+        """Returns TFDS's settings with the Beam options."""
         from apache_beam.options.pipeline_options import PipelineOptions
 
         return tfds.download.DownloadConfig(beam_options=PipelineOptions(self._beam_options))
@@ -99,15 +99,15 @@ def _example(row: dict, root: str) -> tuple[str, dict]:
 
 
 def read_record(root: str, row: dict) -> Record:
-    """The record of a line of `records.jsonl`.
+    """Reads the record of a line of `records.jsonl`.
 
     Raises:
-        UserError: the clip is not the one that the line was written for.
+        UserError: the clip has changed since the line was written.
     """
     video = Path(root, row["video"])
     clip = video.read_bytes()
     if hashlib.sha256(clip).hexdigest() != row["sha256"]:
-        raise UserError(f"{video} has changed since clip wrote it: run clip and pack again")
+        raise UserError(f"{video} has changed since the clip step wrote it: run clip and pack again")
     attributes = label_vector(row["labels"])
     return Record(
         id=row["id"],
@@ -123,5 +123,5 @@ def read_record(root: str, row: dict) -> Record:
 
 
 def label_vector(labels: list[str]) -> np.ndarray:
-    """uint8 [83], 1 for each of `labels`."""
+    """Returns uint8 [83] with 1 for each of `labels`."""
     return np.isin(vocabulary.VOCABULARY, labels).astype(np.uint8)

@@ -1,7 +1,7 @@
-"""The benchmarks, one module each, found by the name that a config of `configs/eval` gives.
+"""The benchmarks, one module each, looked up by the name in a config of `configs/eval`.
 
-A module has `run(config, session) -> Result` and may have `table(result) -> str`, its figures for a terminal. To add a
-benchmark, write its module and give it a line here.
+A module has `run(config, session) -> Result` and may have `table(result) -> str`, which formats its figures for a
+terminal. To add a benchmark, write its module and add a line here.
 """
 
 import importlib
@@ -9,17 +9,25 @@ from types import ModuleType
 
 from favchat_jax.errors import UserError
 
+# Name -> the module, imported when the benchmark is asked for, and its title in reports.
 BENCHMARKS = {
-    **{
-        name: f"favchat_jax.evaluation.benchmarks.{name}"
-        for name in ("dfec", "dfew", "emer", "held_out_qa", "mafw", "youtube_faces")
-    },
-    "rendered": "favchat_jax.embedded.benchmark",
+    "dfec": ("favchat_jax.evaluation.benchmarks.dfec", "DFEC, expressions described (Table 1)"),
+    "dfew": ("favchat_jax.evaluation.benchmarks.dfew", "DFEW, emotions (Table 3)"),
+    "mafw": ("favchat_jax.evaluation.benchmarks.mafw", "MAFW, emotions (Table 3)"),
+    "emer": ("favchat_jax.evaluation.benchmarks.emer", "EMER, emotions explained (Table 4)"),
+    "youtube_faces": ("favchat_jax.evaluation.benchmarks.youtube_faces", "YouTube Faces, the same person (Table 5)"),
+    "held_out_qa": ("favchat_jax.evaluation.benchmarks.held_out_qa", "Held-out questions of v2"),
+    "rendered": ("favchat_jax.embedded.benchmark", "Rendered faces, held-out"),
 }
 
 
 def benchmark_of(name: str) -> ModuleType:
-    """The module of a benchmark; raises UserError for an unknown name."""
+    """Imports the module of a benchmark; raises UserError for an unknown name."""
     if name not in BENCHMARKS:
         raise UserError(f"benchmark {name!r} is unknown: choose one of {', '.join(BENCHMARKS)}")
-    return importlib.import_module(BENCHMARKS[name])
+    return importlib.import_module(BENCHMARKS[name][0])
+
+
+def title_of(name: str) -> str:
+    """The title of a benchmark in reports; the name itself of one that is not known here."""
+    return BENCHMARKS[name][1] if name in BENCHMARKS else name

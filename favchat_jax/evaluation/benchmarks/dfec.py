@@ -1,9 +1,9 @@
 """DFEC (Zhao et al., 2025): descriptions of dynamic facial expressions (Table 1).
 
     ROOT/test.json    a list of {"id": "0", "video": "DFEW/videos/2961.mp4", "caption": "..."}
-    ROOT/DFEW/videos/2961.mp4 ...    the clips that it names, from the data sets that they come from
+    ROOT/DFEW/videos/2961.mp4 ...    the clips that it names, copied from their original data sets
 
-CIDEr and ROUGE-L need nothing else; correctness, detail, context, temporal (0 to 5) and AutoDQ need a judge.
+CIDEr and ROUGE-L need only the captions; correctness, detail, context, temporal (0 to 5) and AutoDQ need a judge.
 """
 
 import collections
@@ -14,7 +14,7 @@ from typing import Any
 
 from favchat_jax.errors import UserError
 from favchat_jax.evaluation import published
-from favchat_jax.evaluation.captions import all_figures, captions_result, note_score, unjudged_note
+from favchat_jax.evaluation.captions import captions_result, note_score, sample, unjudged_note
 from favchat_jax.evaluation.config import EvaluationConfig
 from favchat_jax.evaluation.footage import Footage
 from favchat_jax.evaluation.judge import Judge, Question
@@ -30,7 +30,7 @@ ASPECTS = ("correctness", "detail", "context", "temporal")
 
 
 def run(config: EvaluationConfig, session: Session) -> Result:
-    """Describes each clip and scores the descriptions."""
+    """Asks the model to describe each clip, and scores the descriptions."""
     root = root_of(config, LAYOUT, SOURCE)
     path = first_of(root, ["test.json"], "its captions", SOURCE)
     listed = _read(path)[: config.limit or None]
@@ -38,28 +38,16 @@ def run(config: EvaluationConfig, session: Session) -> Result:
     asks = [Ask(id, (Footage(id, clip),), (((config.question, None),),)) for id, clip in there]
     said = session.ask(asks, config.max_new_tokens, "describing")
     samples = [
-        {
-            "id": row["id"],
-            "clip": row["id"],
-            "question": config.question,
-            "expected": row["caption"],
-            "answer": said[row["id"]][0],
-            "predicted": None,
-            "correct": None,
-        }
+        sample(row["id"], row["id"], config.question, row["caption"], said[row["id"]][0])
         for row in listed
         if row["id"] in said
     ]
-    figures, notes = all_figures(session, samples, {name: name for name in ASPECTS}, config.seed)
-    if session.judge is not None:
-        events, unjudged = _event_figures(session.judge, samples, config.seed)
-        figures, notes = {**figures, **events}, notes + unjudged
     return captions_result(
         config,
         session,
         samples,
-        figures,
-        notes,
+        {name: name for name in ASPECTS},
+        lambda judge: _event_figures(judge, samples, config.seed),
         data=described("DFEC", root, [path], [clip for _, clip in there], len(listed)),
         published=published.rows(published.DFEC, *ASPECTS, "cider", "rouge_l", "autodq"),
     )
@@ -69,20 +57,20 @@ def _read(path: Path) -> list[dict[str, str]]:
     try:
         listed = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise UserError(f"{path} is damaged ({error}): copy it again") from None
+        raise UserError(f"{path} is not valid JSON ({error}): copy it again") from None
     if not isinstance(listed, list) or not listed:
-        raise UserError(f"{path} should hold a list of captions; copy it again")
+        raise UserError(f"{path} is not a list of captions: copy it again")
     for number, row in enumerate(listed):
         if not isinstance(row, dict) or not all(isinstance(row.get(key), str) for key in ("id", "video", "caption")):
-            raise UserError(f"{path}, entry {number}: id, video and caption should be there as text; copy it again")
-    twice = [id for id, count in collections.Counter(row["id"] for row in listed).items() if count > 1]
-    if twice:
-        raise UserError(f"{path}: id {twice[0]!r} is there twice; copy it again")
+            raise UserError(f"{path}, entry {number}: id, video and caption must be text: copy the file again")
+    repeated = [id for id, count in collections.Counter(row["id"] for row in listed).items() if count > 1]
+    if repeated:
+        raise UserError(f"{path}: id {repeated[0]!r} occurs twice: copy the file again")
     return listed
 
 
 def _event_figures(judge: Judge, samples: Sequence[dict[str, Any]], seed: int) -> tuple[dict[str, Figure], list[str]]:
-    """AutoDQ: events of both texts, and which of each follow from the other text."""
+    """Computes AutoDQ: the judge lists the events of both texts and says which follow from the other text."""
     texts = {(row["id"], side): row[side] for row in samples for side in ("expected", "answer")}
     found = _events(judge, texts)
     other = {"expected": "answer", "answer": "expected"}
@@ -97,16 +85,16 @@ def _event_figures(judge: Judge, samples: Sequence[dict[str, Any]], seed: int) -
         if events and not isinstance(events, Unanswered)
     ]
     verdicts = judge.ask(asked, "judging events")
-    told, true = [], []
+    recalled, supported = [], []  # events of the reference in the answer, and of the answer in the reference
     for row in samples:
         sides = [_verdicts(found[row["id"], side], verdicts.get(f"{row['id']} {side}")) for side in other]
         if any(isinstance(side, Unanswered) for side in sides):
             note_score(row, "autodq", next(side for side in sides if isinstance(side, Unanswered)))
             continue
         row["events"] = {side: _paired(found[row["id"], side], kept) for side, kept in zip(other, sides, strict=True)}
-        told.append(sides[0])
-        true.append(sides[1])
-    return event_figures(told, true, seed), unjudged_note("autodq", len(samples) - len(told))
+        recalled.append(sides[0])
+        supported.append(sides[1])
+    return event_figures(recalled, supported, seed), unjudged_note("autodq", len(samples) - len(recalled))
 
 
 def _events(judge: Judge, texts: Mapping[tuple[str, str], str]) -> dict[tuple[str, str], list[str] | Unanswered]:

@@ -1,9 +1,9 @@
 """DFEW (Jiang et al., 2020): 7 emotions of 11,697 single-labelled film clips, five folds (Table 3).
 
     ROOT/EmoLabel_DataSplit/test(single-labeled)/set_1.csv ... set_5.csv    or    ROOT/label/single_testset_1.csv ...
-    ROOT/Clip/original/1.mp4    or any other of `CLIPS`
+    ROOT/Clip/original/1.mp4    or another pattern of `CLIPS`
 
-A fold's file begins with `video_name,label`; labels are 1 to 7 in the order of `CLASSES`.
+The first line of a fold's file is `video_name,label`; labels are 1 to 7 in the order of `CLASSES`.
 """
 
 from pathlib import Path
@@ -28,7 +28,7 @@ CLASSES = {
     "fear": "fear",
 }
 FOLDS = ("EmoLabel_DataSplit/test(single-labeled)/set_{fold}.csv", "label/single_testset_{fold}.csv")
-# The first that is there: whole clips, then faces as cropped by the authors, as videos or as folders of frames.
+# The first that exists is read: uncropped clips, then the authors' cropped faces, as videos or folders of frames.
 CLIPS = (
     "Clip/original/{number}.mp4",
     "Clip/clip_224x224/{number:05d}.mp4",
@@ -41,7 +41,7 @@ CLIPS = (
 
 
 def run(config: EvaluationConfig, session: Session) -> Result:
-    """Classifies the test clips of the folds that `folds` names."""
+    """Classifies the test clips of the folds that `config.folds` names."""
     root = root_of(config, LAYOUT, SOURCE)
     files = {
         fold: first_of(root, [name.format(fold=fold) for name in FOLDS], f"fold {fold}", SOURCE)
@@ -60,8 +60,11 @@ def _read(root: Path, path: Path) -> list[Listed]:
     for row in read_table(path, ("video_name", "label")):
         name, label = row["video_name"].strip(), row["label"].strip()
         if not name.isdigit():
-            raise UserError(f"{path}, line {row['line']}: video_name {name!r} is no number; copy the file again")
+            raise UserError(f"{path}, line {row['line']}: video_name {name!r} is not a number: copy the file again")
         if not label.isdigit() or not 1 <= int(label) <= len(CLASSES):
-            raise UserError(f"{path}, line {row['line']}: label {label!r} is not one of 1 to {len(CLASSES)}")
+            raise UserError(
+                f"{path}, line {row['line']}: label {label!r} is not a number from 1 to {len(CLASSES)}: "
+                "copy the file again"
+            )
         listed.append(Listed(name, find_clip(root, CLIPS, number=int(name)), list(CLASSES)[int(label) - 1]))
     return listed

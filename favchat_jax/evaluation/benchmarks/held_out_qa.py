@@ -1,10 +1,10 @@
-"""The later version's test: questions about clips of one's own, scored from 0 to 10 by a judge.
+"""The test of the paper's later version: questions about your own clips, scored from 0 to 10 by a judge.
 
-    ROOT/qa.jsonl    one line a clip: {"clip": ID, "video": "clips/ID.mp4", "qa": [{"q": ..., "a": ...}], ...}
+    ROOT/qa.jsonl    one line per clip: {"clip": ID, "video": "clips/ID.mp4", "qa": [{"q": ..., "a": ...}], ...}
     ROOT/clips/ID.mp4
 
-The layout is that of clips to train on (`data.root` of celebvhq). The authors' 2,000 samples are not published; of more
-questions than `limit`, that many are drawn by the seed.
+The layout is that of clips for training (`data.root` of celebvhq). The authors' 2,000 samples are not published. With
+more than `limit` questions, `limit` of them are drawn by the seed.
 """
 
 import json
@@ -15,7 +15,7 @@ import numpy as np
 
 from favchat_jax.errors import UserError
 from favchat_jax.evaluation import published
-from favchat_jax.evaluation.captions import all_figures, captions_result
+from favchat_jax.evaluation.captions import captions_result, sample
 from favchat_jax.evaluation.config import EvaluationConfig
 from favchat_jax.evaluation.footage import Footage
 from favchat_jax.evaluation.layout import described, first_of, root_of
@@ -23,12 +23,12 @@ from favchat_jax.evaluation.respondents import Ask
 from favchat_jax.evaluation.result import Result
 from favchat_jax.evaluation.session import Session, present
 
-SOURCE = "write one line a clip: clip, video, and qa, a list of q and a"
+SOURCE = "write one line per clip with clip, video, and qa, a list of q and a"
 LAYOUT = "qa.jsonl and clips/"
 
 
 def run(config: EvaluationConfig, session: Session) -> Result:
-    """Answers the questions and scores the answers."""
+    """Asks the model the questions and scores its answers."""
     root = root_of(config, LAYOUT, SOURCE)
     path = first_of(root, ["qa.jsonl"], "its questions", SOURCE)
     clips = _drawn(_read(path), config.limit, config.seed)
@@ -39,19 +39,15 @@ def run(config: EvaluationConfig, session: Session) -> Result:
     for (name, _), parts in zip(there, asks, strict=True):
         answers = [answer for ask in parts for answer in said.get(ask.id, [None] * len(ask.conversations))]
         pairs = zip(clips[name]["qa"], answers, strict=True)
-        samples += [_row(name, number, *both) for number, both in enumerate(pairs) if both[1] is not None]
-    figures, notes = all_figures(session, samples, {"score": "qa"}, config.seed)
-    return captions_result(
-        config,
-        session,
-        samples,
-        figures,
-        notes,
-        data=described(
-            "held-out questions", root, [path], [video for _, video in there], sum(len(c["qa"]) for c in clips.values())
-        ),
-        published=published.rows(published.HELD_OUT_QA, "score"),
-    )
+        samples += [
+            sample(f"{name} {number}", name, pair["q"], pair["a"], answer)
+            for number, (pair, answer) in enumerate(pairs)
+            if answer is not None
+        ]
+    listed = sum(len(clip["qa"]) for clip in clips.values())
+    data = described("held-out questions", root, [path], [video for _, video in there], listed)
+    rows = published.rows(published.HELD_OUT_QA, "score")
+    return captions_result(config, session, samples, {"score": "qa"}, data=data, published=rows)
 
 
 def _read(path: Path) -> dict[str, dict[str, Any]]:
@@ -73,7 +69,7 @@ def _read(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def _drawn(clips: dict[str, dict[str, Any]], limit: int, seed: int) -> dict[str, dict[str, Any]]:
-    """At most `limit` of all questions, drawn without replacement; 0 keeps all."""
+    """Draws at most `limit` of all questions without replacement; 0 keeps all."""
     places = [(name, i) for name, clip in clips.items() for i in range(len(clip["qa"]))]
     if limit and limit < len(places):
         kept = np.random.default_rng(seed).choice(len(places), limit, replace=False)
@@ -87,21 +83,9 @@ def _drawn(clips: dict[str, dict[str, Any]], limit: int, seed: int) -> dict[str,
 
 
 def _ask(name: str, video: Path, pairs: list[dict[str, str]], most: int) -> list[Ask]:
-    """A clip's questions in asks of at most `most`, which share the clip's encoding."""
+    """Groups a clip's questions into asks of at most `most`; the questions of an ask share the clip's encoding."""
     parts = [pairs[start : start + most] for start in range(0, len(pairs), most)]
     return [
         Ask(f"{name} {number}" if number else name, (Footage(name, video),), tuple(((q["q"], None),) for q in part))
         for number, part in enumerate(parts)
     ]
-
-
-def _row(name: str, number: int, pair: dict[str, str], answer: str) -> dict[str, Any]:
-    return {
-        "id": f"{name} {number}",
-        "clip": name,
-        "question": pair["q"],
-        "expected": pair["a"],
-        "answer": answer,
-        "predicted": None,
-        "correct": None,
-    }

@@ -1,6 +1,6 @@
 """MAFW (Liu et al., 2022): 11 emotions of 9,172 single-labelled clips, five folds (Table 3).
 
-ROOT/Train & Test Set/single/no_caption/set_1/test.txt ... set_5/test.txt    lines as: 00001.mp4 anger
+ROOT/Train & Test Set/single/no_caption/set_1/test.txt ... set_5/test.txt    lines such as: 00001.mp4 anger
 ROOT/data/clips/00001.mp4    or    ROOT/data/frames/00001/
 """
 
@@ -26,7 +26,7 @@ CLIPS = ("data/clips/{name}.mp4", "data/frames/{name}")
 
 
 def run(config: EvaluationConfig, session: Session) -> Result:
-    """Classifies the test clips of the folds that `folds` names."""
+    """Classifies the test clips of the folds that `config.folds` names."""
     root = root_of(config, LAYOUT, SOURCE)
     files = {fold: first_of(root, [FOLD.format(fold=fold)], f"fold {fold}", SOURCE) for fold in config.folds}
     folds = {f"fold {fold}": _read(root, path) for fold, path in files.items()}
@@ -44,9 +44,14 @@ def _read(root: Path, path: Path) -> list[Listed]:
         if not fields:
             continue
         if len(fields) != 2 or not fields[0].endswith(".mp4"):
-            raise UserError(f"{path}, line {number}: expected a clip and its label, as '00001.mp4 anger', not {line!r}")
+            raise UserError(
+                f"{path}, line {number}: expected a clip and its label such as '00001.mp4 anger', not {line!r}: "
+                "copy the file again"
+            )
         name, label = Path(fields[0]).stem, fields[1]
         if label not in CLASSES:
-            raise UserError(f"{path}, line {number}: label {label!r} is not one of {', '.join(CLASSES)}")
+            raise UserError(
+                f"{path}, line {number}: label {label!r} is not one of {', '.join(CLASSES)}: copy the file again"
+            )
         listed.append(Listed(name, find_clip(root, CLIPS, name=name), label))
     return listed

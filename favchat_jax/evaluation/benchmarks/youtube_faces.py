@@ -1,15 +1,15 @@
 """YouTube Faces (Wolf et al., 2011): do two clips show the same person (Table 5)?
 
-    ROOT/frame_images_DB/Aaron_Eckhart/0/0.555.jpg ...    or aligned_images_DB/, whose frames show the face alone
-    ROOT/splits.txt    with `pairs=splits`: lines as: 1, 1, Sadie_Frost/1, Sadie_Frost/5, 1
+    ROOT/frame_images_DB/Aaron_Eckhart/0/0.555.jpg ...    or aligned_images_DB/, whose frames show only the face
+    ROOT/splits.txt    for `pairs=splits`; lines such as: 1, 1, Sadie_Frost/1, Sadie_Frost/5, 1
 
-`pairs=segments` is the paper's test as far as it says: two segments of 36 frames of each of 1,595 people, 3,190 in all.
-How it pairs them it does not say. Here each person's two segments make a pair, from two videos where there are two,
-else the beginning and the end of one; and each person's first makes one with the second of another, drawn by the seed.
-`pairs=splits` is the data set's own test: 5,000 pairs in ten parts, whole videos.
+`pairs=segments` is the paper's test: two segments of 36 frames for each of 1,595 people, 3,190 in all. The paper does
+not say how it pairs them. Here each person's two segments form a pair. They come from two videos, or from the beginning
+and the end of an only video. Each person's first segment also forms a pair with another person's second, drawn by the
+seed. `pairs=splits` is the data set's own test: 5,000 pairs of complete videos in ten parts.
 
-Both clips' frames are given in time order as one video. The ROC curve is drawn from the log-probability of "yes" over
-"no" with `method=likelihood`, else from the answers alone.
+The model sees both clips' frames in time order as one video. With `method=likelihood` the ROC curve is drawn from the
+log-probability of "yes" minus that of "no", otherwise from the answers.
 """
 
 from collections.abc import Sequence
@@ -37,7 +37,7 @@ ANSWERS = ("Yes", "No")
 
 @dataclass(frozen=True)
 class Pair:
-    """Two clips, None where one is not there, and whether they show the same person."""
+    """Two clips and whether they show the same person; a missing clip is None."""
 
     id: str
     clips: tuple[Footage | None, Footage | None]
@@ -46,9 +46,9 @@ class Pair:
 
 
 def run(config: EvaluationConfig, session: Session) -> Result:
-    """Asks about each pair."""
+    """Asks the model about each pair, and scores its answers."""
     if config.method not in ("direct", "likelihood"):
-        raise UserError(f"method={config.method} is unknown: choose direct or likelihood")
+        raise UserError(f"method={config.method} is not for pairs: choose direct or likelihood")
     root = root_of(config, LAYOUT, SOURCE)
     images = first_of(root, [config.data.images], "its frames", SOURCE)
     annotations = [] if config.pairs == "segments" else [first_of(root, ["splits.txt"], "its pairs", SOURCE)]
@@ -120,9 +120,7 @@ def _present(pairs: Sequence[Pair], session: Session, images: Path) -> list[Pair
         if None in pair.clips:
             session.leave_out(pair.id, f"one of its clips is not in {images}")
     if not there:
-        raise UserError(
-            f"{images} holds not one of the {len(pairs)} pairs: copy the data set's frames there ({SOURCE})"
-        )
+        raise UserError(f"{images} holds none of the {len(pairs)} pairs: copy the data set's frames there ({SOURCE})")
     return there
 
 
@@ -131,21 +129,24 @@ def _folders(pairs: Sequence[Pair]) -> list[Path]:
 
 
 def _read(path: Path, images: Path) -> list[Pair]:
-    """The pairs of splits.txt; a first line of titles is passed over."""
+    """Reads the pairs of splits.txt; a header line is skipped."""
     pairs = []
     for number, line in enumerate(path.read_text().splitlines(), 1):
         fields = [field.strip() for field in line.split(",")]
         if not line.strip() or (number == 1 and not fields[0].isdigit()):
             continue
         if len(fields) != 5 or fields[4] not in ("0", "1"):
-            raise UserError(f"{path}, line {number}: expected part, number, two clips and 0 or 1, not {line.strip()!r}")
+            raise UserError(
+                f"{path}, line {number}: expected part, number, two clips and 0 or 1, not {line.strip()!r}: "
+                "copy the file again"
+            )
         part, _, one, other, same = fields
-        clips = tuple(_whole(images / name, name) for name in (one, other))
+        clips = tuple(_full_clip(images / name, name) for name in (one, other))
         pairs.append(Pair(f"{one} {other}", clips, same == "1", f"split {part}"))
     return pairs
 
 
-def _whole(folder: Path, name: str) -> Footage | None:
+def _full_clip(folder: Path, name: str) -> Footage | None:
     return Footage(name, folder) if folder.is_dir() else None
 
 
@@ -157,10 +158,10 @@ def _segments(images: Path, length: int, seed: int) -> list[Pair]:
             people[person.name] = _two_segments(videos, length)
     if len(people) < 2:
         raise UserError(
-            f"{images} holds {len(people)} people, and pairs need two: copy the data set's frames there ({SOURCE})"
+            f"{images} holds {len(people)} people, but pairs need two: copy the data set's frames there ({SOURCE})"
         )
     names = list(people)
-    order = np.random.default_rng(seed).permutation(len(names))  # a cycle through all, so that nobody meets himself
+    order = np.random.default_rng(seed).permutation(len(names))  # a cycle: no one is paired with themselves
     others = {names[a]: names[b] for a, b in zip(order, np.roll(order, -1), strict=True)}
     same = [Pair(f"{name} {name}", people[name], True, "same") for name in names]
     different = [Pair(f"{a} {b}", (people[a][0], people[b][1]), False, "different") for a, b in others.items()]

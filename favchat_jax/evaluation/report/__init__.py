@@ -1,7 +1,7 @@
-"""One page about any number of results: what `favchat_jax.evaluate`, `tools.ablate` and others wrote as JSON.
+"""Builds one report page from any number of results that `favchat_jax.evaluate`, `tools.ablate` and others wrote.
 
-The page is a single HTML file that loads nothing and runs no script; the same tables and examples are beside it as
-Markdown and JSON. Results of one benchmark by several models stand in one section, side by side as in Table 2.
+The page is a single HTML file that loads nothing and runs no script; Markdown and JSON files hold the same tables and
+examples. Results of several models on one benchmark share a section, side by side as in Table 2.
 """
 
 import json
@@ -25,10 +25,10 @@ TABLES = {
 
 
 def read(paths: Iterable[str | Path]) -> list[dict[str, Any]]:
-    """The results in JSON files.
+    """Reads results from JSON files.
 
     Raises:
-        UserError: a file is missing, no JSON, or no result of one of our commands.
+        UserError: a file is missing, not JSON, or not a result of this package's commands.
     """
     return [_read(Path(path)) for path in paths]
 
@@ -39,23 +39,23 @@ def _read(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise UserError(f"{path} does not exist: name JSON files that favchat_jax.evaluate wrote") from None
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read as JSON ({one_line(error)}): write it again") from None
+        raise UserError(f"{path} cannot be read as JSON ({one_line(error)}): create it again") from None
     known = isinstance(result, dict) and (result.get("table") in TABLES or "benchmark" in result)
     if not known:
-        raise UserError(f"{path} is no result: name what favchat_jax.evaluate or another command's --json wrote")
+        raise UserError(f"{path} is not a result: name a file written by favchat_jax.evaluate or a tool's --json")
     lacking = sections.NEEDED[result.get("table", "benchmark")] - result.keys()
     if lacking:
-        raise UserError(f"{path} lacks {', '.join(sorted(lacking))}: write it again with this version")
+        raise UserError(f"{path} lacks {', '.join(sorted(lacking))}: create it again with this version")
     return result
 
 
 def build(results: Sequence[Mapping[str, Any]], frames: Frames | None = None, examples: int = 9) -> dict[str, Any]:
-    """The page as plain data: title and sections.
+    """Builds the page as plain data: title and sections.
 
     Args:
-        results: of `read`.
-        frames: gives frames of a sample's clip, or None; by default they come from the data sets.
-        examples: how many samples are shown in each list.
+        results: results from `read`.
+        frames: returns frames of a sample's clip, or None; by default frames are read from the data sets.
+        examples: most samples in each list.
     """
     frames = frames or Clips()
     benchmarks: dict[str, list[Mapping[str, Any]]] = {}
@@ -70,16 +70,16 @@ def build(results: Sequence[Mapping[str, Any]], frames: Frames | None = None, ex
 
 
 def _section(make: Callable[..., dict[str, Any]], name: str, *arguments: Any) -> dict[str, Any]:
-    """A section; raises UserError where a result is not what its kind has, since files may come from anywhere."""
+    """Makes a section; raises UserError for a malformed result, since files may come from anywhere."""
     try:
         return make(*arguments)
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         reason = f"{type(error).__name__}: {error}"
-        raise UserError(f"a result of {name} is damaged ({reason}): write it again with this version") from error
+        raise UserError(f"a result of {name} is damaged ({reason}): create it again with this version") from error
 
 
 def to_html(page: Mapping[str, Any]) -> str:
-    """The page as HTML; every text is escaped."""
+    """Formats the page as HTML; every text is escaped."""
     loader = jinja2.PackageLoader("favchat_jax.evaluation", "report")
     environment = jinja2.Environment(
         loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
@@ -88,7 +88,7 @@ def to_html(page: Mapping[str, Any]) -> str:
 
 
 def to_markdown(page: Mapping[str, Any]) -> str:
-    """The page's tables, confusion matrices and examples as Markdown."""
+    """Formats the page's tables, confusion matrices and examples as Markdown."""
     lines = [f"# {_plain(page['title'])}", ""]
     for section in page["sections"]:
         lines += [f"## {_plain(section['title'])}", ""]
@@ -120,7 +120,7 @@ def to_markdown(page: Mapping[str, Any]) -> str:
 
 
 def to_json(page: Mapping[str, Any]) -> str:
-    """The page's content as JSON, without its pictures."""
+    """Formats the page's content as JSON, without its pictures."""
 
     def without_pictures(part: Any) -> Any:
         if isinstance(part, Mapping):
@@ -148,6 +148,6 @@ def _said(answer: Mapping[str, Any]) -> str:
 
 
 def _plain(text: str) -> str:
-    """One line of text that Markdown and HTML leave as it is."""
+    """Escapes a text to one line that Markdown and HTML show unchanged."""
     text = " ".join(str(text).split()).replace("&", "&amp;").replace("<", "&lt;")
     return "".join(f"\\{character}" if character in "\\`*_[]#" else character for character in text)

@@ -1,6 +1,6 @@
-"""Line and strip charts as SVG that a page can hold: text and lines take the page's colours, in light and in dark.
+"""Line and strip charts as inline SVG in the page's colours, light and dark.
 
-Every label is escaped. Colours are the classes `s0` to `s7`, which the page's style sheet defines.
+Every label is escaped. Colours are the classes `s0` to `s7` of the page's style sheet.
 """
 
 import math
@@ -22,13 +22,13 @@ def lines(
     marked: float | None = None,
     dots: bool = True,
 ) -> Markup:
-    """A line a series.
+    """Draws a line chart with one line per series.
 
     Args:
         series: name -> x and y of its points.
-        x_label, y_label: of the axes.
+        x_label, y_label: labels of the axes.
         bands: name of a series -> lower and upper ends of its points' intervals.
-        marked: an x at which a dashed line stands.
+        marked: x of a dashed vertical line.
         dots: whether points are marked.
     """
     bands = bands or {}
@@ -58,7 +58,7 @@ def lines(
 
 
 def strips(groups: Mapping[str, Sequence[float]], x_label: str) -> Markup:
-    """Each group's values between 0 and 1 as dots along a line, its mean as a bar."""
+    """Draws each group's values, between 0 and 1, as dots along a line, and its mean as a bar."""
     axis = _Axis([0, 1], 120, WIDTH - RIGHT)
     height = 46 * len(groups) + BOTTOM
     parts = [_ticks(axis, height)]
@@ -66,7 +66,7 @@ def strips(groups: Mapping[str, Sequence[float]], x_label: str) -> Markup:
         middle = 24 + 46 * number
         parts.append(Markup('<text class="label" x="112" y="{}" text-anchor="end">{}</text>').format(middle + 4, name))
         for i, value in enumerate(values):
-            shift = 9 * math.sin(2.4 * i)  # dots beside each other instead of on top; the golden angle never repeats
+            shift = 9 * math.sin(2.4 * i)  # spreads overlapping dots; the golden angle never repeats
             parts.append(
                 Markup(f'<circle class="speck s{number}" cx="{axis(value)}" cy="{middle + shift:.1f}" r="2"/>')
             )
@@ -80,7 +80,7 @@ def strips(groups: Mapping[str, Sequence[float]], x_label: str) -> Markup:
 
 
 class _Axis:
-    """From values to pixels, with round ticks around the values."""
+    """Maps values to pixels, with round ticks that enclose the values."""
 
     def __init__(self, values: Sequence[float], begin: float, end: float):
         low, high = min(values), max(values)

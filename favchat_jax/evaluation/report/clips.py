@@ -1,4 +1,4 @@
-"""Frames of evaluated clips for the report, where the data set is still in its place."""
+"""Reads frames of evaluated clips for the report, if the data set is still in its folder."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -20,7 +20,7 @@ log = logging.getLogger("favchat_jax")
 
 
 class Clips:
-    """Gives frames of any result's samples. Each data set is listed once, by its own benchmark."""
+    """Returns frames of any result's samples. Each data set is listed once, by its own benchmark."""
 
     def __init__(self):
         self._listed: dict[str, dict[str, tuple[Footage, ...]]] = {}
@@ -33,12 +33,12 @@ class Clips:
         try:
             return clips and beside_each_other(clips, max(STRIP, len(clips)), SIDE)
         except VideoError as error:
-            log.warning("no frames of %s: %s", sample["id"], error)
+            log.warning("frames of %s are not shown: %s", sample["id"], error)
             return None
 
 
 class _Listing(Session):
-    """A session that notes which clips a benchmark asks about, and ends it there."""
+    """A session that records which clips a benchmark asks about, and then stops it."""
 
     def __init__(self):
         super().__init__(None, batch=1)
@@ -51,18 +51,18 @@ class _Listing(Session):
     likelihoods = ask
 
     def leave_out(self, id: str, reason: str) -> None:
-        """Said when it was evaluated."""
+        """Does nothing: the evaluation reported the missing sample."""
 
 
 class _Done(Exception):
-    """The clips are known."""
+    """Stops a benchmark once its clips are known."""
 
 
 def _listed(result: Mapping[str, Any]) -> dict[str, tuple[Footage, ...]]:
-    """The clips of a result's benchmark by the ids of its asks; none where they cannot be had, which is told."""
+    """Returns the clips of a result's benchmark by the ids of its asks; warns and returns none if they are missing."""
     name = result["benchmark"]
     if name not in BENCHMARKS:
-        log.warning("%s is no benchmark of this version: its clips are not shown", name)
+        log.warning("%s is not a benchmark of this version: its clips are not shown", name)
         return {}
     listing = _Listing()
     try:

@@ -1,4 +1,4 @@
-"""Which samples a report shows, with the answers of all models side by side and a strip of the clip's frames."""
+"""Chooses the samples that a report shows, with all models' answers side by side and a strip of the clip's frames."""
 
 import base64
 from collections import deque
@@ -11,21 +11,21 @@ from jaxtyping import UInt8
 
 from favchat_jax.evaluation.metrics import normalise
 
-STRIP = 4  # frames of a clip that are shown
-SIDE = 132  # pixels of each
-QUALITY = 82  # of the JPEG
+STRIP = 4  # frames shown of a clip
+SIDE = 132  # side of a frame in pixels
+QUALITY = 82  # JPEG quality
 
 Sample = Mapping[str, Any]
 Frames = Callable[[Mapping[str, Any], Sample], UInt8[np.ndarray, "T H W 3"] | None]
 
 
 def shown(results: Sequence[Mapping[str, Any]], frames: Frames, count: int) -> list[dict[str, Any]]:
-    """Lists of examples of one benchmark: where the models differ, what went wrong, and what went well.
+    """Makes the lists of examples of one benchmark: differing answers, failures, lowest scores and other examples.
 
     Args:
-        results: one a model.
-        frames: gives frames of the clip of a result's sample, or None where there is none to be had.
-        count: the most a list holds.
+        results: one result per model.
+        frames: returns frames of a sample's clip, or None if the clip is missing.
+        count: most samples in a list.
     """
     by_model = [{sample["id"]: sample for sample in result["samples"]} for result in results]
     common = [identity for identity in by_model[0] if all(identity in samples for samples in by_model)]
@@ -55,7 +55,7 @@ def shown(results: Sequence[Mapping[str, Any]], frames: Frames, count: int) -> l
 
 
 def _in_turn(names: Sequence[str], kind: Callable[[str], str], count: int) -> list[str]:
-    """The first `count` names, one of each kind after the other."""
+    """Returns the first `count` names, taking one of each kind in turn."""
     queues: dict[str, deque[str]] = {}
     for name in names:
         queues.setdefault(kind(name), deque()).append(name)
@@ -105,7 +105,7 @@ def _text(value: Any) -> str:
 
 
 def strip(frames: UInt8[np.ndarray, "T H W 3"]) -> str:
-    """Frames beside each other as one JPEG in a data URI."""
+    """Joins frames side by side into one JPEG in a data URI."""
     row = np.concatenate(list(frames), axis=1)
     _, encoded = cv2.imencode(".jpg", row[:, :, ::-1], [cv2.IMWRITE_JPEG_QUALITY, QUALITY])
     return "data:image/jpeg;base64," + base64.b64encode(encoded).decode()

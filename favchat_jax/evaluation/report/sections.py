@@ -1,6 +1,6 @@
-"""A section of the report for each kind of result, as plain data that the page lays out.
+"""Makes a section of the report for each kind of result, as plain data that the page lays out.
 
-Every section has the fields of `EMPTY`; cells of tables are what `_figure` gives, or None.
+Every section has the fields of `EMPTY`; table cells come from `_figure`, or are None.
 """
 
 import collections
@@ -8,10 +8,11 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from favchat_jax.evaluation.benchmarks import title_of
 from favchat_jax.evaluation.report import charts
 from favchat_jax.evaluation.report.examples import Frames, shown
 
-# Fields that a file of each kind must have.
+# Required fields of a file of each kind.
 NEEDED = {
     "benchmark": {"benchmark", "model", "n", "complete", "figures", "groups", "samples", "provenance"},
     "ablations": {"variant", "seeds", "steps", "rows", "order", "published_order"},
@@ -20,25 +21,15 @@ NEEDED = {
 }
 EMPTY = {"lead": "", "warnings": [], "tables": [], "bars": None, "charts": [], "confusions": [], "examples": []}
 EMPTY |= {"notes": [], "details": []}
-DRAWN = ("all", "motion", "direction", "emotion", "detail")  # kinds of question in the chart of frame lengths
-
-TITLES = {
-    "dfec": "DFEC, expressions described (Table 1)",
-    "dfew": "DFEW, emotions (Table 3)",
-    "mafw": "MAFW, emotions (Table 3)",
-    "emer": "EMER, emotions explained (Table 4)",
-    "youtube_faces": "YouTube Faces, the same person (Table 5)",
-    "held_out_qa": "Held-out questions of v2",
-    "rendered": "Rendered faces, held-out",
-}
+DRAWN = ("all", "motion", "direction", "emotion", "detail")  # kinds of question in the frame-length chart
 
 
 def of_benchmark(name: str, results: Sequence[Mapping[str, Any]], frames: Frames, examples: int) -> dict[str, Any]:
-    """Figures of all models with the published ones, by group, curves, confusions, answers, and where it is from."""
+    """Makes a benchmark's section: figures beside published ones, groups, curves, confusions, answers, provenance."""
     results = _named(results)
     return {
         **EMPTY,
-        "title": TITLES.get(name, name),
+        "title": title_of(name),
         "lead": f"{max(result['n'] for result in results)} samples.",
         "warnings": [_warning(result) for result in results if not result["complete"]],
         "tables": [_figures_table(results)],
@@ -52,7 +43,7 @@ def of_benchmark(name: str, results: Sequence[Mapping[str, Any]], frames: Frames
 
 
 def _named(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The results with short names for their models, each name once: a server's model without the server."""
+    """Gives the results' models short, unique names; the name of a server's model omits the server."""
     counted: collections.Counter[str] = collections.Counter()
     named = []
     for result in results:
@@ -64,11 +55,11 @@ def _named(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 def _warning(result: Mapping[str, Any]) -> str:
     missing = result.get("missing") or []
-    what = "some figures are missing"
+    reason = "some figures are missing"
     if missing:
         named = ", ".join(str(sample["id"]) for sample in missing[:3]) + (", ..." if len(missing) > 3 else "")
-        what = f"{len(missing)} listed samples without a result ({named})"
-    return f"{result['model']} is incomplete: {what}. Its figures are of {result['n']} samples."
+        reason = f"{len(missing)} listed samples have no result ({named})"
+    return f"{result['model']} is incomplete: {reason}. Its figures cover {result['n']} samples."
 
 
 def _figures_table(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -91,7 +82,7 @@ def _figures_table(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _figure(found: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """A figure as it is printed: shares in percent, scores as they are."""
+    """Formats a figure: shares in percent, scores unscaled."""
     if found is None or found["value"] is None:
         return None
     scale, digits = found["scale"], 2 if found["scale"] == 100 else 3
@@ -110,7 +101,7 @@ def _published(value: float | None) -> dict[str, Any] | None:
 
 
 def _bars(results: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-    """The first share among the groups' figures, a bar a model; None where groups have no shares."""
+    """Draws the first share among the groups' figures, one bar per model; None if no group has a share."""
     groups = list(dict.fromkeys(name for result in results for name in result["groups"]))
     figures = {name: f for r in results for part in r["groups"].values() for name, f in part["figures"].items()}
     shares = [name for name, figure in figures.items() if figure["scale"] == 100]
@@ -125,7 +116,7 @@ def _bars(results: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
 
 
 def _bar(series: int, found: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """Lengths in percent of the bar, and of the line over it that is the interval."""
+    """Returns the lengths in percent of a bar and of its interval's line."""
     if found is None or found["value"] is None:
         return None
     low, high = found["low"], found["high"]
@@ -134,7 +125,7 @@ def _bar(series: int, found: Mapping[str, Any] | None) -> dict[str, Any] | None:
 
 
 def _curves(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """A chart for each name of a curve, with a line a model."""
+    """Draws a chart for each kind of curve, with one line per model."""
     drawn: dict[str, dict[str, Any]] = {}
     for result in results:
         for title, curve in (result.get("curves") or {}).items():
@@ -165,7 +156,7 @@ def _confusion(result: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _details(result: Mapping[str, Any]) -> list[dict[str, str]]:
-    parts = [("Where it is from", result["provenance"])]
+    parts = [("Provenance", result["provenance"])]
     if result.get("judge"):
         parts.insert(0, ("The judge", result["judge"]))
     if result.get("missing"):
@@ -177,7 +168,7 @@ def _details(result: Mapping[str, Any]) -> list[dict[str, str]]:
 
 
 def of_ablations(result: Mapping[str, Any]) -> dict[str, Any]:
-    """Table 6 in miniature: accuracy, what each part is worth, the paper's figures; then by kind of question."""
+    """Makes Table 6's section: accuracy, each part's contribution, the paper's figures; then by kind of question."""
     seeds, rows = len(result["seeds"]), result["rows"]
     main = []
     for row in rows:
@@ -199,7 +190,7 @@ def of_ablations(result: Mapping[str, Any]) -> dict[str, Any]:
         **EMPTY,
         "title": f"Table 6 in miniature ({result['variant']})",
         "lead": f"Embedded data, {seeds} seed{'s' * (seeds > 1)}, equal steps: {steps}. Intervals are over questions "
-        "(whole clips drawn) unless said otherwise.",
+        "(bootstrap over clips) unless stated otherwise.",
         "tables": [
             {"title": "", "head": head, "rows": main},
             {"title": "Accuracy by kind of question", "head": ["kind", *names.values()], "rows": kinds},
@@ -209,14 +200,14 @@ def of_ablations(result: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _over_seeds(figure: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """The interval over seeds alone."""
+    """Formats the interval over seeds only."""
     if figure is None or figure["seeds_low"] is None:
         return None
     return {**_figure({**figure, "low": figure["seeds_low"], "high": figure["seeds_high"]}), "value": ""}
 
 
 def of_frame_lengths(result: Mapping[str, Any]) -> dict[str, Any]:
-    """Accuracy over the number of frames, beside the published scores."""
+    """Makes the section on accuracy over the number of frames, beside the published scores."""
     rows, published = result["rows"], dict(result["published"])
     lengths, printed_lengths = [row["frames"] for row in rows], published.pop("frames")
     kinds = {kind: [row["figures"][kind] for row in rows] for kind in rows[0]["figures"]}
@@ -238,7 +229,7 @@ def of_frame_lengths(result: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def of_adapter_weights(result: Mapping[str, Any]) -> dict[str, Any]:
-    """How much the facial stream weighs on clips with a face and without one."""
+    """Makes the section on the facial stream's weight for clips with and without a face."""
     groups = result["groups"]
     rows = [
         _row(name, [_printed(x, 3) for x in (group["mean"], group["std"], *group["published"])], tag=f"n {group['n']}")
@@ -249,10 +240,10 @@ def of_adapter_weights(result: Mapping[str, Any]) -> dict[str, Any]:
     return {
         **EMPTY,
         "title": "Weight of the facial stream",
-        "lead": f"{result['checkpoint']}, asked: {result['question']} One half is even.",
+        "lead": f"{result['checkpoint']}, asked: {result['question']} A weight of 0.5 is an even mixture.",
         "tables": [{"title": "", "head": head, "rows": rows}],
         "charts": [{"title": "Each held-out clip", "svg": drawn}],
-        "notes": [f"Cohen's d between the two: {result['cohens_d']:.2f}."],
+        "notes": [f"Cohen's d between the two groups: {result['cohens_d']:.2f}."],
     }
 
 

@@ -1,6 +1,6 @@
 """Rematerialisation by name: what a layer keeps for its backward pass, which computes the rest again.
 
-It saves memory and costs time: a third more in a step of the base preset on two cores (docs/performance.md).
+It saves memory and costs time: a third more in a step of the base preset on two cores (docs/results.md).
 """
 
 from collections.abc import Callable

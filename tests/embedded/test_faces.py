@@ -1,4 +1,4 @@
-"""The rendered clips: what is drawn is what is told, and a face detector takes the faces for faces."""
+"""The rendered clips: pictures agree with labels and texts, and a face detector finds the faces."""
 
 import io
 from collections import Counter, defaultdict
@@ -52,7 +52,7 @@ def test_splits_seeds_and_indices_differ_in_clip_and_source(records):
 
 
 @pytest.mark.parametrize("split", SPLITS)
-def test_no_answer_holds_more_than_half_of_its_kind(split):
+def test_no_answer_makes_up_more_than_half_of_its_kind(split):
     for kind, answers in answers_by_kind(split).items():
         assert max(answers.values()) / answers.total() <= 0.505, (kind, answers)
 
@@ -85,8 +85,8 @@ def test_answers_summaries_and_attributes_agree_with_the_labels(records):
         assert ("wearing_hat" in on) == (classes["hat"] == "yes") == ("a hat" in record.summary)
         assert ("wearing_earrings" in on) == (classes["earring"] != "none") == ("earring" in record.summary)
         for mark in ("mole", "scar"):
-            told = f"a {mark} on the {classes[mark]} cheek" in record.summary
-            assert told == (classes[mark] != "none")
+            described = f"a {mark} on the {classes[mark]} cheek" in record.summary
+            assert described == (classes[mark] != "none")
         text, hair, length = record.summary.lower(), classes["hair"], classes["hair_length"]
         assert f"{length} {hair} hair" in text or f"the hair is {length} and {hair}" in text
         assert f"{classes['eyes']} eyes" in text or f"the eyes are {classes['eyes']}" in text
@@ -96,7 +96,7 @@ def test_answers_summaries_and_attributes_agree_with_the_labels(records):
 
 
 @pytest.mark.parametrize("label", ["mole", "scar", "earring"])
-def test_fine_detail_is_on_its_side_and_a_few_pixels_wide_at_64(label):
+def test_fine_details_are_on_their_side_and_a_few_pixels_wide_at_64(label):
     for index in range(12):
         classes, _ = sample_classes(0, "train", 6 * index, np.random.default_rng(index))
         classes |= {"motion": "close_eyes"}
@@ -104,7 +104,7 @@ def test_fine_detail_is_on_its_side_and_a_few_pixels_wide_at_64(label):
         for side in ("none", "left", "right"):
             rng = np.random.default_rng(index)
             look = rendered_faces.sample_look(classes | {label: side}, rng)
-            frame = rendered_faces.features.draw_face(look, sample_motion(classes, rng, frames=1))[0]
+            frame = rendered_faces.face_parts.draw_face(look, sample_motion(classes, rng, frames=1))[0]
             drawn[side] = cv2.resize(frame, (64, 64), interpolation=cv2.INTER_AREA).astype(int)
         for side in ("left", "right"):
             changed = np.abs(drawn[side] - drawn["none"]).max(-1) > 40
@@ -124,14 +124,14 @@ def test_haar_finds_the_face_in_95_percent_of_frames_without_hat_or_strong_turn(
             continue
         look = rendered_faces.sample_look(classes, rng)
         motion = sample_motion(classes, rng)
-        for frame, yaw in list(zip(rendered_faces.features.draw_face(look, motion), motion.yaw, strict=True))[1::4]:
+        for frame, yaw in list(zip(rendered_faces.face_parts.draw_face(look, motion), motion.yaw, strict=True))[1::4]:
             if abs(yaw) < 0.45:
                 gray = cv2.resize(cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY), (360, 360), interpolation=cv2.INTER_CUBIC)
                 found.append(len(detector.detectMultiScale(gray, 1.1, 3, minSize=(72, 72))) > 0)
     assert len(found) > 120 and np.mean(found) >= 0.95
 
 
-def test_actions_move_what_they_name():
+def test_each_action_moves_its_part_of_the_head():
     spread = {}
     for motion in LABELS["motion"]:
         moved = sample_motion({"motion": motion, "emotion": "neutral"}, np.random.default_rng(0))
@@ -143,7 +143,7 @@ def test_actions_move_what_they_name():
         assert all(spread[other][part] < 0.15 for other in spread if other not in (motion, "turn", "shake_head"))
     assert spread["talk"]["mouth_open"] > 0.7
     turned = sample_motion({"motion": "turn", "emotion": "neutral"}, np.random.default_rng(1)).yaw
-    assert abs(turned[-1]) > 0.6 and abs(turned[-1] - turned[-4]) < 0.1  # and stays turned
+    assert abs(turned[-1]) > 0.6 and abs(turned[-1] - turned[-4]) < 0.1  # the head stays turned
 
 
 def test_the_contact_sheet_shows_16_clips():
@@ -157,9 +157,7 @@ def test_the_contact_sheet_shows_16_clips():
         (builder.draw_general_clips, rendered_faces.render_shapes, "general clips", rendered_faces.GENERAL_LABELS, 16),
     ],
 )
-def test_what_is_drawn_for_pretraining_is_the_same_for_any_number_of_workers(
-    draw, render, name, labels, frames, monkeypatch
-):
+def test_pretraining_pictures_are_the_same_for_any_number_of_workers(draw, render, name, labels, frames, monkeypatch):
     monkeypatch.setattr(builder.os, "cpu_count", lambda: 1)
     drawn, classes = draw(6, seed=3, size=32)
     monkeypatch.setattr(builder.os, "cpu_count", lambda: 2)

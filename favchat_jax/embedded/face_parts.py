@@ -1,7 +1,7 @@
-"""The parts of a rendered face, from the hair behind the head to the earring in front, each in head units.
+"""Draws the parts of a face, from the hair behind the head to the earring in front. Lengths are in head units.
 
-Bold on purpose: an expression must be readable in a head that is 45 pixels high. The soft shading of the skin (eye
-sockets, cheeks, bridge of the nose) and the dark brows are what face detectors look for.
+Features are bold on purpose: an expression must be readable in a head that is 45 pixels high. Face detectors look for
+the soft shading of the skin (eye sockets, cheeks, bridge of the nose) and the dark brows.
 """
 
 from dataclasses import dataclass
@@ -30,17 +30,17 @@ DARK = (25, 18, 14)
 
 @dataclass(frozen=True)
 class Expression:
-    """How a face differs from a straight one, in head units."""
+    """The differences of an expression from a face with straight brows and mouth, in head units."""
 
     inner: float = 0.0  # inner end of the brow, positive is lower
     outer: float = 0.0  # outer end of the brow
     arch: float = 0.0  # middle of the brow, positive is higher
-    lids: float = 0.9  # how far the eyes are open
-    slant: float = 0.0  # of the eyes, positive with the outer corner lower
-    width: float = 0.34  # of half the mouth
+    lids: float = 0.9  # opening of the eyes
+    slant: float = 0.0  # slant of the eyes, positive with the outer corner lower
+    width: float = 0.34  # half the width of the mouth
     corners: float = 0.0  # positive lifts the corners of the mouth
-    upper: float = 0.0  # how far the mouth is open above its middle line
-    lower: float = 0.0
+    upper: float = 0.0  # opening of the mouth above its middle line
+    lower: float = 0.0  # the same below
     teeth: str = "none"  # none, top, both
 
 
@@ -54,7 +54,7 @@ EXPRESSIONS = {
 
 
 def draw_face(look: Look, motion: Motion) -> UInt8[np.ndarray, "T h w 3"]:
-    """Draws one face clip: RGB frames of `rendered_drawing.SIZE` pixels a side."""
+    """Draws one face clip: RGB frames of `drawing.SIZE` pixels a side."""
     head = Head(look, motion)
     expression = EXPRESSIONS[motion.emotion]
     _body(head)
@@ -78,7 +78,7 @@ def draw_face(look: Look, motion: Motion) -> UInt8[np.ndarray, "T h w 3"]:
 
 
 def _silhouette(look: Look, grow: float = 1.0) -> Float[np.ndarray, "P 2"]:
-    """The head's outline from the front, clockwise from the crown: round above, narrowing to the chin below."""
+    """Returns the head's outline from the front, clockwise from the crown; it narrows to the chin."""
     angle = np.linspace(0, 2 * np.pi, 48, endpoint=False)
     x, y = np.sin(angle), -np.cos(angle)
     narrow = np.where(y > 0, 1 - (1 - look.jaw) * y**2, 1)
@@ -86,14 +86,14 @@ def _silhouette(look: Look, grow: float = 1.0) -> Float[np.ndarray, "P 2"]:
 
 
 def _crown(look: Look, grow: float, below: float) -> Float[np.ndarray, "P 2"]:
-    """The part of the silhouette above y = `below`, from the left over the crown to the right."""
+    """Returns the part of the silhouette above y = `below`, from left over the crown to right."""
     points = _silhouette(look, grow)
     points = points[points[:, 1] < below]
     return points[np.argsort(np.arctan2(points[:, 0], -points[:, 1]))]
 
 
 def _skin(look: Look) -> UInt8[np.ndarray, "H W 3"]:
-    """The face's skin with its soft light and shadow, from the front; painted small and enlarged."""
+    """Paints the face's skin from the front with soft light and shadow; painted small, then enlarged."""
     side, unit = CANVAS // 4, TEXTURE_UNIT / 4
     y, x = np.mgrid[0:side, 0:side] / unit - side / unit / 2
 
@@ -114,7 +114,7 @@ def _skin(look: Look) -> UInt8[np.ndarray, "H W 3"]:
 
 
 def _body(head: Head) -> None:
-    """What lies behind the face: hair at the back, neck, clothes, ears."""
+    """Draws everything behind the face: back hair, neck, clothes, ears."""
     look = head.look
     if look.long_hair:
         right = [[0.5, -1.38], [1.05, -1.0], [1.24, -0.4], [1.3, 0.4], [1.36, 1.1], [1.2, 1.75]]
@@ -182,7 +182,9 @@ def _nose(head: Head) -> None:
 
 def _beard(head: Head) -> None:
     look, m = head.look, head.look.mouth_height
-    color = mix(shade(look.hair, 0.7), (40, 28, 22), 0.6)  # darker than the hair, as a blonde goatee on tan skin needs
+    color = mix(
+        shade(look.hair, 0.7), (40, 28, 22), 0.6
+    )  # darker than the hair, so that a blonde goatee shows on tan skin
     if look.beard == "goatee":
         right = [[0.4, m + 0.06], [0.36, m + 0.34], [0.2, 1.2]]
         chin = [*([-x, y] for x, y in right), *reversed(right), [0.2, m + 0.22], [-0.2, m + 0.22]]
@@ -210,7 +212,7 @@ def _mouth(head: Head, expression: Expression) -> None:
         return np.concatenate([np.stack([x, top], -1), np.stack([x, bottom], -1)[:, ::-1]], 1)
 
     head.face(band(middle - up - lip, middle + down + 1.2 * lip), look.lips)
-    gap = np.maximum(up + down, 0.045)  # closed lips still part in a dark line
+    gap = np.maximum(up + down, 0.045)  # closed lips still show a dark line
     head.face(band(middle - up, middle - up + gap), (62, 14, 18))
     if expression.teeth == "both":
         head.face(band(middle - 0.8 * up, middle - 0.8 * up + np.minimum(0.16 * arc, gap)), (245, 242, 232))
@@ -220,7 +222,7 @@ def _mouth(head: Head, expression: Expression) -> None:
 
 
 def _marks(head: Head) -> None:
-    """The fine detail: a mole is a dark dot, a scar a slanted line; each 1-3 pixels wide at 64 x 64."""
+    """Draws the fine details: a mole is a dark dot, a scar a slanted line; each is 1-3 pixels wide at 64 x 64."""
     look = head.look
     if look.mole != "none":
         x, y = look.mole_at
@@ -240,7 +242,7 @@ HAIRLINES = (
 
 
 def _hair(head: Head) -> None:
-    """The hair over the forehead, with its gloss, and the locks beside a face with long hair."""
+    """Draws the hair over the forehead with its gloss, and the locks beside a face with long hair."""
     look = head.look
     hairline = surface(smooth(HAIRLINES[look.fringe], closed=False))
     head.fill(np.concatenate([head.outline(_crown(look, 1.13, 0.12)), head.place(hairline)], 1), look.hair)
@@ -286,6 +288,6 @@ def _earring(head: Head) -> None:
     for radius, color in (
         (0.085, (30, 22, 20)),
         (0.062, look.earring_color),
-    ):  # the dark rim sets it off from fair hair
+    ):  # the dark rim separates the earring from fair hair
         drop = ellipse(side * 1.09, 0.4, radius, radius * 1.15)
         head.fill(head.place(flat(drop, -0.05)), color, side * head.motion.yaw < 0.35)

@@ -1,4 +1,4 @@
-"""The embedded benchmark: its figures from hand-made answers, and which answer belongs to which question."""
+"""The embedded benchmark scores hand-made answers correctly and assigns each answer to its question."""
 
 import numpy as np
 import pytest
@@ -25,7 +25,7 @@ ANSWERS = [
 ]
 
 
-def test_the_score_of_six_answers_is_what_one_counts_by_hand():
+def test_the_score_of_six_answers_matches_the_count_by_hand():
     result = rendered.score(ANSWERS)
     assert result["n"] == 6
     assert result["accuracy"] == pytest.approx(4 / 6)
@@ -36,11 +36,11 @@ def test_the_score_of_six_answers_is_what_one_counts_by_hand():
     found = result["figures"]["accuracy"]
     assert found["value"] == pytest.approx(4 / 6) and found["low"] < 4 / 6 < found["high"] and found["scale"] == 100
     assert result["groups"]["mole"]["figures"]["accuracy"]["value"] == 0.5
-    # Commonest answers right: two of four about hair and one of two about moles.
+    # The most frequent answer is right for two of four questions about hair and one of two about moles.
     assert result["majority_baseline"] == pytest.approx(3 / 6)
 
 
-def test_every_answer_is_kept_with_whether_it_was_right():
+def test_every_answer_is_kept_with_its_correctness():
     kept = rendered.score(ANSWERS)["samples"]
     assert [row.pop("correct") for row in kept] == [True, False, False, True, True, True]
     assert [row.pop("predicted") for row in kept][:2] == ["black", "yes"]
@@ -53,7 +53,7 @@ def record(number, questions):
 
 
 class Repeating:
-    """A sampler whose answer repeats the question and the clip's first byte; it notes the shapes it is asked for."""
+    """A sampler that answers with the clip's first byte and the question, and records the shapes of its batches."""
 
     frames, image_size = 2, 8
 
@@ -79,7 +79,7 @@ def config():
 
 @pytest.fixture
 def five_records(monkeypatch):
-    """Clips of 4, 2, 3, 4 and 1 questions, whose frames all hold the clip's one byte."""
+    """Clips with 4, 2, 3, 4 and 1 questions; all pixels of a clip have the value of its only byte."""
     records = [record(number, questions) for number, questions in enumerate((4, 2, 3, 4, 1))]
 
     class Clip:
@@ -112,12 +112,12 @@ def test_the_limit_counts_clips(config, five_records):
     assert {row["clip"] for row in answers} == {"clip 0", "clip 1", "clip 2"}
 
 
-def test_clips_without_questions_are_passed_over(config, five_records):
+def test_clips_without_questions_are_skipped(config, five_records):
     five_records.insert(1, record(9, questions=0))
     assert rendered.run(config, Session.of(Repeating(), config))["n"] == 14
 
 
-def test_a_split_without_questions_is_named(config, five_records):
+def test_a_split_without_questions_is_refused(config, five_records):
     five_records.clear()
-    with pytest.raises(UserError, match="split heldout of rendered_faces holds no questions"):
+    with pytest.raises(UserError, match="split heldout of rendered_faces has no questions"):
         rendered.run(config, Session.of(Repeating(), config))
