@@ -51,7 +51,7 @@ def test_a_scanned_language_model_with_adapters_computes_and_learns_on_a_quantis
     frozen = {path: leaf for path, leaf in weights.items() if path not in adapters}
     stored = store(dict(frozen), storage)
     plain = {
-        path: dequantized(leaf, stored[f"{path}_scale"]) if f"{path}_scale" in stored else leaf
+        path: jnp.asarray(dequantized(leaf, stored[f"{path}_scale"])) if f"{path}_scale" in stored else leaf
         for path, leaf in stored.items()
         if not path.endswith("_scale")
     }
@@ -64,7 +64,7 @@ def test_a_scanned_language_model_with_adapters_computes_and_learns_on_a_quantis
 
         return jax.jit(jax.value_and_grad(of))(adapters)
 
-    ours, expected = loss(model.clone(storage=storage), stored), loss(model, {path: jnp.asarray(leaf) for path, leaf in plain.items()})
+    ours, expected = loss(model.clone(storage=storage), stored), loss(model, plain)
     np.testing.assert_allclose(ours[0], expected[0], rtol=1e-4)
     for path, gradient in ours[1].items():
         np.testing.assert_allclose(gradient, expected[1][path], rtol=1e-3, atol=1e-3 * np.abs(gradient).max())
