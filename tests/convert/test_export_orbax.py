@@ -6,12 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from favchat_jax.chat import ask
+import favchat_jax
 from favchat_jax.checkpoints.run import load_run
 from favchat_jax.convert.pytorch.modeling_favchat import FaVChatForConditionalGeneration
 from favchat_jax.data.sources import open_dataset
 from favchat_jax.errors import UserError
-from favchat_jax.generation.sampler import Sampler, Sampling
 from tests.conftest import DATA, check_refusals, damage, fill, same_weights, start_module
 from tests.data.tokenizers_for_tests import bert
 from tools import export_pytorch
@@ -47,8 +46,8 @@ def test_the_export_has_the_runs_config_and_its_weights_bit_for_bit(folder, trai
 
 def test_chat_gives_the_same_answer_with_the_export_as_with_the_run(folder, trained, small_world, tmp_path):
     (tmp_path / "clip.mp4").write_bytes(open_dataset(DATA, small_world.packed, "heldout")[0].clip)
-    run = Sampler.of(load_run(trained.folder / "stage3"))
-    expected = ask(run, str(tmp_path / "clip.mp4"), QUESTION, Sampling(max_new_tokens=12))
+    run = favchat_jax.load(trained.folder / "stage3")
+    expected = run.answer(tmp_path / "clip.mp4", QUESTION, max_new_tokens=12)
     flags = (f"--checkpoint={folder}", f"--video={tmp_path}/clip.mp4", f"--question={QUESTION}", "--max_new_tokens=12")
     chat = start_module("favchat_jax.chat", *flags, cwd=tmp_path)
     stdout, stderr = chat.communicate(timeout=200)

@@ -15,7 +15,7 @@ import torch
 from safetensors import safe_open
 from transformers import MistralForCausalLM
 
-from favchat_jax.chat import ask
+import favchat_jax
 from favchat_jax.checkpoints import mistral_folder as mistral
 from favchat_jax.checkpoints.run import load_run
 from favchat_jax.checkpoints.table import Table, read
@@ -25,7 +25,7 @@ from favchat_jax.convert.mistral import write_copy
 from favchat_jax.convert.pytorch.modeling_favchat import FaVChatForConditionalGeneration
 from favchat_jax.data.sources import open_dataset
 from favchat_jax.errors import UserError
-from favchat_jax.generation.sampler import Sampler, Sampling
+from favchat_jax.generation.sampler import Sampling
 from tests.conftest import DATA, check_refusals, fill, same_weights
 from tools import export_orbax
 from tools.export_pytorch import export
@@ -68,14 +68,14 @@ def clips(small_world) -> list:
 
 
 @pytest.fixture(scope="module")
-def sampler(trained) -> Sampler:
-    return Sampler.of(load_run(trained.folder / "stage3"))
+def run(trained) -> favchat_jax.Model:
+    return favchat_jax.load(trained.folder / "stage3")
 
 
-def ours(sampler, clip, folder, question=QUESTION, tokens=12) -> str:
+def ours(run, clip, folder, question=QUESTION, tokens=12) -> str:
     """Returns the run's own answer about a clip."""
     (folder / "clip.mp4").write_bytes(clip)
-    return ask(sampler, str(folder / "clip.mp4"), question, Sampling(max_new_tokens=tokens))
+    return run.answer(folder / "clip.mp4", question, max_new_tokens=tokens)
 
 
 def alone(folder: Path, place: Path) -> str:
@@ -98,23 +98,25 @@ def read_back(table: Table, file: Path, weights: dict[str, np.ndarray], dtype: s
     return read(table, open_tensors(file).items(), shapes, file, jnp.dtype(dtype))
 
 
-def test_a_process_without_jax_loads_the_moved_folder_and_answers_like_the_run(folder, sampler, clips, tmp_path):
+def test_a_process_without_jax_loads_the_moved_folder_and_answers_like_the_run(folder, run, clips, tmp_path):
     moved = shutil.copytree(folder, tmp_path / "elsewhere")
-    expected = ours(sampler, clips[0].clip, tmp_path)
+    expected = ours(run, clips[0].clip, tmp_path)
     assert alone(moved, tmp_path) == expected
 
 
-def test_the_exported_model_answers_every_question_like_the_run(model, sampler, clips, tmp_path):
+def test_the_exported_model_answers_every_question_like_the_run(model, run, clips, tmp_path):
     pairs = [(clip, question.question) for clip in clips for question in clip.questions]
     assert len(pairs) > 8
     for clip, question in pairs:
-        assert model.answer(clip.clip, question, max_new_tokens=12) == ours(sampler, clip.clip, tmp_path, question)
+        assert model.answer(clip.clip, question, max_new_tokens=12) == ours(run, clip.clip, tmp_path, question)
 
 
-def test_an_earlier_turn_is_part_of_the_conversation(model, sampler, clips):
+def test_an_earlier_turn_is_part_of_the_conversation(model, run, clips):
     frames = torch.randint(0, 256, (model.config.frames, 32, 32, 3), dtype=torch.uint8)
     turns = [("What color is the hair?", "black")]
-    expected = sampler.answer(sampler.encode(frames[None].numpy()), [[[*turns, (QUESTION, None)]]], Sampling(12))
+    expected = run.sampler.answer(
+        run.sampler.encode(frames[None].numpy()), [[[*turns, (QUESTION, None)]]], Sampling(12)
+    )
     assert model.answer(frames, QUESTION, turns, max_new_tokens=12) == expected[0][0]
     with pytest.raises(ValueError, match="the question is empty"):
         model.answer(frames, " ")

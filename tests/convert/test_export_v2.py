@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from favchat_jax.chat import ask
+import favchat_jax
 from favchat_jax.checkpoints import mistral_folder as mistral
 from favchat_jax.checkpoints.initial import initial_weights
 from favchat_jax.checkpoints.run import assemble, load_run, weight_shapes
@@ -18,7 +18,6 @@ from favchat_jax.convert import favchat
 from favchat_jax.convert.pytorch.modeling_favchat import FaVChatForConditionalGeneration
 from favchat_jax.data.sources import open_dataset
 from favchat_jax.errors import UserError
-from favchat_jax.generation.sampler import Sampler, Sampling
 from favchat_jax.stages import group_of
 from tests.conftest import DATA, same_weights
 from tests.convert.test_export_pytorch import QUESTION, alone, read_back
@@ -62,12 +61,12 @@ def changed(folder: Path, into: Path, **fields) -> Path:
 
 def test_processes_with_and_without_jax_answer_like_the_run(exported, tmp_path):
     moved = shutil.copytree(exported.folder, tmp_path / "elsewhere")
-    sampler, model = Sampler.of(load_run(exported.run)), FaVChatForConditionalGeneration.from_pretrained(moved)
+    run, model = favchat_jax.load(exported.run), FaVChatForConditionalGeneration.from_pretrained(moved)
     answers = {}
     for clip in exported.clips:
         (tmp_path / "clip.mp4").write_bytes(clip)
         for question in (QUESTION, "Which color is the hair of the person?"):
-            answers[clip, question] = ask(sampler, str(tmp_path / "clip.mp4"), question, Sampling(12))
+            answers[clip, question] = run.answer(clip, question, max_new_tokens=12)
             assert model.answer(clip, question, max_new_tokens=12) == answers[clip, question]
     asked = {question: [answers[clip, question] for clip in exported.clips] for _, question in answers}
     assert any(len(set(said)) > 1 for said in asked.values()), "the clip shows in the answer"
