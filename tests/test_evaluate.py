@@ -140,7 +140,7 @@ def test_a_server_has_no_likelihoods(dfew):
 def test_a_second_judge_without_a_first_is_refused(dfew):
     config = config_of(dfew)
     assert judge_of(config) is None
-    with pytest.raises(UserError, match="second_judge.model is set without judge.model"):
+    with pytest.raises(UserError, match="second_judge.model is set but judge.model is not"):
         config.updated({"second_judge.model": "m"})
 
 
