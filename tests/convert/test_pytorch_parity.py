@@ -16,7 +16,7 @@ from einops import rearrange
 from flax.traverse_util import unflatten_dict
 
 from configs import stage2
-from favchat_jax.config import ABLATIONS, VARIANTS
+from favchat_jax.config import ABLATIONS, VARIANTS, Config
 from favchat_jax.convert.pytorch.inputs_favchat import Prompts
 from favchat_jax.convert.torch_model import for_torch, torch_favchat
 from favchat_jax.generation.sampler import Sampler, Sampling
@@ -176,7 +176,8 @@ def wide(variant: str = "v1", share: int = 1, mlp: int = 14336):
     model.lora.dropout = 0.0
     llm = {"hidden_size": 4096, "intermediate_size": mlp, "num_attention_heads": 32, "num_key_value_heads": 8}
     llm = {name: size // share for name, size in llm.items()}
-    return config, MistralConfig.from_json({**MISTRAL_7B, **llm, "num_hidden_layers": 2, "vocab_size": 600})
+    llm = MistralConfig.from_json({**MISTRAL_7B, **llm, "num_hidden_layers": 2, "vocab_size": 600})
+    return Config.from_ml_collections(config), llm
 
 
 # At full width the gradient takes 9 GiB and minutes. So the usual tests use half of every width. The slow tests use the
