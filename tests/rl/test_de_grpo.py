@@ -170,7 +170,7 @@ def test_a_reward_that_fails_late_loses_no_iteration(good, whole, config_of, tmp
         return original(group)
 
     monkeypatch.setitem(globals(), "favour_short_words", fails_late)
-    with pytest.raises(UserError, match="raised ValueError: out of words"):
+    with pytest.raises(UserError, match="raised ValueError: out$"):
         train(config_of(checkpoint_every=100), workdir)
     monkeypatch.undo()
     assert [line["step"] for line in read_lines(workdir / "metrics.jsonl")] == [1, 2]
