@@ -137,7 +137,7 @@ class Model:
         return answers
 
     def stream(self, video: Video, question: str, *, history: Turns = (), **sampling: Unpack[Options]) -> Iterator[str]:
-        """Yields the answer to one question piece by piece as it is written; arguments and errors as of `answer`."""
+        """Yields the answer to one question piece by piece; takes the arguments of `answer` and raises its errors."""
         turns = _asked(history, question)
         yield from self.sampler.stream(self.encode(video).features, turns, Sampling(**sampling))
 

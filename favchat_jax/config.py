@@ -135,7 +135,7 @@ class DataConfig(Section):
     """The clips and how a batch is made of them."""
 
     name: str  # a data set of `data/sources`, or NAME/SIZE
-    root: str = ""  # folder of the data set as it is published; empty for one that needs none
+    root: str = ""  # folder of the published data set; empty if the data set needs no folder
     packed: str  # folder of the packed (ArrayRecord) data sets
     # One frame of each of `frames` equal parts of a clip, at random or the middle one.
     sampling: Literal["rand", "middle"] = "rand"
@@ -185,14 +185,14 @@ class InitConfig(Section):
 
     umt: str = ""  # weights folder
     facexformer: str = ""  # weights folder
-    qformer: str = ""  # a weights folder, or a run of which both Q-Formers are taken
+    qformer: str = ""  # a weights folder, or a workdir whose two Q-Formers are used
     videochat2: str = ""  # weights folder in place of `umt` and `qformer`, with its projection and LoRA
     from_run: str = ""  # workdir of the stage before
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshConfig(Section):
-    """Devices along each axis of the mesh (`sharding.py`); one of them may be -1, all that the others leave."""
+    """Devices along each axis of the mesh (`sharding.py`); one of them may be -1: all remaining devices."""
 
     data: AxisSize = 1
     fsdp: AxisSize = -1
@@ -345,7 +345,7 @@ class Config(Section):
         """
         fields = config.to_dict()
         stage, init = stages.STAGES.get(fields.get("stage")), fields.get("init", {})
-        if init.get("from_run") is None:  # not named: where the stage before lies by default
+        if init.get("from_run") is None:  # not set: the default workdir of the stage before
             preset, variant, ablation = (str(fields.get(name)) for name in ("preset", "variant", "ablation"))
             before = stage and stage.before
             init["from_run"] = str(stages.default_workdir(preset, variant, ablation, before)) if before else ""

@@ -1,4 +1,4 @@
-"""Files and folders that appear whole: each is written beside its place and renamed into it.
+"""Files and folders that appear complete: each is written under a draft name beside its place, then renamed.
 
 The draft of `runs/a.json` is `runs/.a.json.draft-favchat`. A place has one draft name, so the next writer finds what a
 killed run left and writes over it. A lock on the draft keeps two writers of one place apart.
@@ -28,7 +28,7 @@ FREE_SPACE = "free disk space, then run the same command again"
 
 
 def replace_file(path: str | Path, content: bytes | str, sync: bool = True) -> None:
-    """Writes a file whole or not at all; see `draft_file`."""
+    """Writes a file completely or not at all; see `draft_file`."""
     with draft_file(path, sync) as draft:
         draft.write_bytes(content.encode() if isinstance(content, str) else content)
 

@@ -47,8 +47,8 @@ class Completion:
     """The reply to a call.
 
     Attributes:
-        text: "" where there is none.
-        problem: why the text is missing or not whole; "" where it is whole.
+        text: "" if it is missing.
+        problem: why the text is missing or incomplete; "" if it is complete.
         is_chat: False where the body is not a chat completion.
         tokens: asked and answered, as the server counts them; None where it does not.
         seconds: that the server took, waits and retries left out.
@@ -71,7 +71,7 @@ class ChatModel:
         timeout: seconds to wait for a byte.
         retries: further tries of a call without an answer.
         label: names the server in messages, in place of its address.
-        calls_per_minute: no more calls are begun, retries included.
+        calls_per_minute: most calls started per minute, retries included.
         stop: once it is set, no further call is begun.
 
     Raises:
@@ -105,7 +105,7 @@ class ChatModel:
             self._client = self._openai.OpenAI(
                 base_url=url, api_key=self._key or "none", timeout=timeout, max_retries=0
             )
-        except Exception:  # httpx's own, of which the client exports none
+        except Exception:  # httpx's exceptions, which the client does not export
             raise UserError(f"{self._label} must be an address, which its host or its port is not") from None
 
     def complete(self, messages: list[dict[str, Any]], call: str = "", **options: Any) -> Completion:

@@ -92,7 +92,7 @@ class Section:
 
 
 def _read(name: str, value: Any, kind: Any, ignore_unknown: bool) -> Any:
-    """A field's value as its section holds it; messages about what lies in it begin with the field's name."""
+    """A field's value as its section holds it; messages about its content begin with the field's name."""
     kind = _required(kind)
     try:
         if isinstance(kind, type) and issubclass(kind, Section) and isinstance(value, Mapping):

@@ -86,7 +86,7 @@ def train(config: Config, workdir: Path, mesh: Mesh, profile: int = 0) -> Outcom
         config: of the stage.
         workdir: holds all that the run leaves.
         mesh: devices that share the work.
-        profile: steps of which a trace is written to `workdir/profile`.
+        profile: number of steps that are traced to `workdir/profile`.
 
     Raises:
         UserError: the workdir belongs to another config, a source of weights or data is missing, the disk is full.

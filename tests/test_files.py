@@ -1,4 +1,4 @@
-"""Files and folders appear whole, whatever ends their writer."""
+"""Files and folders appear complete, whatever ends their writer."""
 
 import errno
 import os

@@ -134,7 +134,7 @@ def test_no_files_import_each_other_in_a_circle(package, arrows):
 
 
 def find_circle(arrows: dict[str, set[str]]) -> list[str]:
-    """The names of a circle, its first name again at the end; [] where there is none."""
+    """The names of a circle, its first name again at the end; [] if there is no circle."""
     done: set[str] = set()
 
     def walk(name: str, path: list[str]) -> list[str]:

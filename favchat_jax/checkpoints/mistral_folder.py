@@ -105,7 +105,7 @@ def each_weight(folder: str | Path, dtype=np.float32) -> Iterator[tuple[str, np.
 
 
 def read_weights(folder: str | Path, dtype=np.float32) -> dict:
-    """All weights of the folder as `Mistral`'s tree; arguments and errors as `each_weight`."""
+    """Reads all weights of the folder as `Mistral`'s tree. Arguments and errors are those of `each_weight`."""
     return unflatten_dict(dict(each_weight(folder, dtype)), sep="/")
 
 

@@ -87,7 +87,7 @@ def load_run(workdir: str | Path) -> Run:
     """The newest checkpoint of a workdir, or an exported folder, with everything that answering needs.
 
     Raises:
-        UserError: not a workdir, no whole checkpoint, weights are missing, or the language model's folder has changed
+        UserError: not a workdir, no intact checkpoint, weights are missing, or the language model's folder has changed
             since.
     """
     config = run_config(workdir)

@@ -107,7 +107,7 @@ class Checkpoints:
                 self._manager.wait_until_finished()
 
     def restore(self, like: TrainState) -> tuple[TrainState, dict[str, Any] | None] | None:
-        """The newest whole checkpoint: (state with the shapes and shards of `like`, iterator state).
+        """Restores the newest intact checkpoint: (state with the shapes and shards of `like`, iterator state).
 
         A damaged checkpoint is logged and moved to WORKDIR/damaged, and the one before it is taken.
 
@@ -135,7 +135,7 @@ class Checkpoints:
         return self._newest(read, move_damaged=True)
 
     def load_trainable(self) -> dict[str, jax.Array]:
-        """The trainable weights of the newest whole checkpoint; the folder is not changed.
+        """Reads the trainable weights of the newest intact checkpoint; the folder is not changed.
 
         Raises:
             UserError: there is no checkpoint, or all are damaged.
@@ -195,7 +195,7 @@ def load_run_weights(workdir: str | Path, needed: Iterable[str] = ()) -> dict[st
     """All weights of a run but the language model's base: frozen ones, and the trained ones of its newest step.
 
     Raises:
-        UserError: there is no whole checkpoint, or one of the paths `needed` is missing, the language model's aside.
+        UserError: there is no intact checkpoint, or one of the paths `needed` is missing, the language model's aside.
     """
     workdir = Path(workdir)
     weights = frozen_weights(workdir)

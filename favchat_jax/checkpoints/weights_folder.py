@@ -60,7 +60,7 @@ def check_leaves(tree: Any, leaves: Mapping[str, dict]) -> None:
 
 
 def save_weights(folder: str | Path, weights: Weights, config: Mapping[str, Any]) -> None:
-    """Writes a weights folder whole or not at all. Every process of a run has to call it; the first one writes."""
+    """Writes a weights folder completely or not at all. Every process of a run has to call it; the first one writes."""
     tree = unflatten_dict({path: whole(leaf) for path, leaf in weights.items()}, sep="/")
     if jax.process_index():
         return

@@ -16,8 +16,8 @@ from favchat_jax.config import Config
 from favchat_jax.errors import UserError, one_line
 from favchat_jax.files import replace_file
 
-# Fields that change where and how a run is computed, not its result: a run may go on with others. Dropout then draws
-# other numbers.
+# Fields that change where and how a run is computed, not its result. A run may resume with other values; dropout then
+# draws other numbers.
 FREE = ("mesh", "model.remat", "accumulate", "loss_chunk", "data.keep_features")
 
 
@@ -53,7 +53,7 @@ def stored_config(workdir: str | Path) -> Config:
 
 
 def claim(workdir: Path, config: Config) -> None:
-    """Makes a new workdir, or checks that the run in it may go on.
+    """Makes a new workdir, or checks that the run in it may resume.
 
     Raises:
         UserError: the workdir cannot be written, or has steps of a run of another config or language model.

@@ -44,7 +44,8 @@ def from_summary(summary: str, targets: dict[str, str], rng: np.random.Generator
 def answer_of(response: str) -> str:
     """The answer in a response: the last `<answer>` up to `</answer>`, or to the end where the response was cut off.
 
-    The last, since a thought may quote an answer that it then gives up. Without a tag it is the whole response.
+    The last tag counts, since a thought may quote an answer and then reject it. Without a tag, the entire response is
+    the answer.
     """
     last = re.split(r"<answer>", response, flags=re.IGNORECASE)[-1]
     return re.split(r"</answer>", last, flags=re.IGNORECASE)[0].strip()

@@ -14,7 +14,7 @@ from favchat_jax.section import Count, CountOrZero, NotNegative, Positive, Secti
 class BenchmarkData(Section):
     """Where a benchmark's clips are stored."""
 
-    root: str = ""  # folder of the published data set; empty for a benchmark that needs none
+    root: str = ""  # folder of the published data set; empty if the benchmark needs no folder
     name: str | None = None  # name of a data set of `data/sources`
     packed: str | None = None  # folder of packed data sets
     split: str | None = None  # split of the data set

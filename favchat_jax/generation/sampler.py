@@ -69,7 +69,7 @@ class Sampler:
 
     @classmethod
     def of(cls, run: Any) -> "Sampler":
-        """The sampler of a loaded run (`training.assembly.load_run`)."""
+        """The sampler of a loaded run (`checkpoints.run.load_run`)."""
         return cls(run.config, run.weights, run.tokenizer, run.prompt_tokenizer)
 
     def load(self, weights: dict[str, Array]) -> None:

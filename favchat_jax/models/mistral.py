@@ -242,7 +242,7 @@ class Mistral(nn.Module):
         Args:
             embeddings: embedded tokens, visual ones included.
             positions: position of each token; 0, 1, ... by default.
-            valid: False at padding, which nothing reads. Padding on the right needs none: causality hides it.
+            valid: False at padding, which nothing reads. Padding on the right needs no mask: causality hides it.
             deterministic: no dropout.
         """
         if positions is None:

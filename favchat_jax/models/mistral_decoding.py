@@ -5,7 +5,7 @@ kernel as first operand. Compared with the training form,
 
 - layers lie apart, since slicing stacked weights would copy each layer once a token;
 - adapters are merged into the kernels;
-- kernels that share an input are one (`qkv_proj`, `gate_up_proj`), and each kernel lies as [out, in];
+- kernels that share an input are one (`qkv_proj`, `gate_up_proj`), and each kernel is stored as [out, in];
 - keys and values of earlier tokens are in a cache of static length.
 
 `decoding_form` makes the weights of one form from those of the other.
@@ -120,13 +120,13 @@ class DecodingMistral(nn.Module):
         return self.lm_head(hidden)
 
     def __call__(self, embeddings: Float[Array, "R L D"], deterministic: bool = True) -> Float[Array, "R L D"]:
-        """Final hidden states of whole sequences; without adapters there is no dropout."""
+        """Returns the final hidden states of complete sequences; without adapters there is no dropout."""
         return self._run(embeddings, [None] * len(self.layers))[0]
 
     def extend(
         self, embeddings: Float[Array, "R L D"], cache: list[LayerCache], positions: Int[Array, "R L"] | None = None
     ) -> tuple[Float[Array, "R L D"], list[LayerCache]]:
-        """Final hidden states of sequences that go on, and the cache with these tokens in it.
+        """Extends sequences: returns their final hidden states, and the cache with these tokens in it.
 
         Args:
             embeddings: one token of each sequence, or the several with which all of them begin.
@@ -189,7 +189,7 @@ def joined(*linears: Mapping[str, Array]) -> dict[str, Array]:
 def _write(cache: Float[Array, "R K ..."], new: Float[Array, "R K ..."], first: Int[Array, " R"], axis: int):
     """Writes each row's new entries into its slots, which are along a head's `axis`, from first[row] on.
 
-    Head by head: on a CPU, XLA would do the write of a whole row a second time for what reads it, into a copy.
+    Head by head: for a write of an entire row, XLA on a CPU would write a second copy for the reader.
     """
     rows, heads = cache.shape[:2]
     flat, new = (x.reshape(rows * heads, *x.shape[2:]) for x in (cache, new.astype(cache.dtype)))

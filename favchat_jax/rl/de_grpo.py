@@ -127,7 +127,7 @@ def train(config: Config, workdir: Path, mesh: Mesh) -> Outcome:
 
         # Loop
         steps = config.steps
-        cut_lines(workdir / "heldout.jsonl", step or -1)  # a run from the start measures everything anew
+        cut_lines(workdir / "heldout.jsonl", step or -1)  # a run from the start repeats all measurements
         with (
             Metrics(workdir, step, config.log_every) as metrics,
             termination("this iteration is finished and saved, and the same command goes on") as stop,

@@ -1,4 +1,4 @@
-"""The state and frozen weights that a run goes on from: of its newest checkpoint, or of what its stage starts from."""
+"""The state and frozen weights that a run starts or resumes from: its newest checkpoint, or the stage's sources."""
 
 import itertools
 import logging

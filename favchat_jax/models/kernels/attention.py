@@ -82,7 +82,7 @@ def attention_to_cache(
 ) -> Float[Array, "R 1 A C"]:
     """One token of each sequence reads the slots of its cache at which `mask` is True.
 
-    The cache lies as the two products read it, group by group, so that nothing is transposed for a token.
+    The cache has the layout in which the two products read it, so that nothing is transposed for a token.
     """
     with jax.named_scope(SCOPE):
         rows, heads = keys.shape[:2]

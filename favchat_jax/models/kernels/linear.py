@@ -48,7 +48,7 @@ def transposed_product(x: Float[Array, "... D"], kernel: Float[Array, "F D"]) ->
 
 
 class TransposedLinear(nn.Module):
-    """A bias-free linear layer whose kernel lies as [out, in], for decoding."""
+    """A bias-free linear layer for decoding, whose kernel is stored as [out, in]."""
 
     features: int
     dtype: DTypeLike = jnp.float32

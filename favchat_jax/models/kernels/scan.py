@@ -5,8 +5,8 @@ The plain form of both functions is
     for layer in layers:
         carry = step(layer, carry)
 
-They differ in how weights lie, which checkpoints fix: `scan_stacked` runs layers whose weights are stacked along a
-first axis (UMT, Mistral), `scan_layers` layers that lie apart (Swin, Q-Former).
+They differ in the layout of the weights, which checkpoints fix. `scan_stacked` runs layers whose weights are stacked
+along a first axis (UMT, Mistral). `scan_layers` runs layers with separate weights (Swin, Q-Former).
 A scan gains no speed in a step; it makes compiling stage 1 for an A800 twice as fast (docs/results.md).
 """
 
@@ -122,7 +122,7 @@ def _form(layer: nn.Module) -> nn.Module:
 
 
 def _alike(layers: Sequence[nn.Module], period: int) -> int:
-    """How many of the layers are whole periods with the fields of the first."""
+    """Counts the layers at the start that form complete periods with the fields of the first."""
     forms = [_form(layer) for layer in layers]
     end = period
     while end + period <= len(forms) and forms[end : end + period] == forms[:period]:

@@ -10,7 +10,7 @@ LOWEST = -1e30  # the score of a hidden key
 def attention(query, key, value, *, bias=None, mask=None, causal=False, window=None):
     """As `attention.plain`.
 
-    Products have four dimensions; those of grouped heads would have five, which XLA lays out anew.
+    Products have four dimensions; those of grouped heads would have five, for which XLA changes the layout.
     """
     mask = visible(query.shape[1], mask, causal, window)
     key, value = (jnp.repeat(x, query.shape[2] // x.shape[2], axis=2) for x in (key, value))
