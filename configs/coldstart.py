@@ -9,14 +9,13 @@ from configs import common
 def get_config(argument: str = ""):
     config = common.get_config("coldstart", argument)
     config.optimizer.learning_rate = 2e-5  # stage 3's; the paper mentions this fine-tuning without details
-    config.batch = 4
     config.epochs = 1.0
     if config.preset == "tiny":
         config.steps = 500
-        config.batch = 16
-        # The embedded language model has never seen the letters of the tags, so LoRA has to learn them. With Muon, LoRA
+        # LoRA has to learn the letters of the tags, which the embedded language model has never seen. Under Muon, LoRA
         # trains by Adam at a tenth of the rate, which takes too long. AdamW at the full rate first lowers accuracy on
         # the clips; 500 steps restore it.
-        config.optimizer.update({"name": "adamw", "learning_rate": 1e-2})
-        config.data.questions = 1
+        config.optimizer.name = "adamw"
+        config.optimizer.learning_rate = 1e-2
+        config.data.questions = 1  # a clip has one response
     return config

@@ -1,4 +1,4 @@
-"""The settings that all stages share, with presets from a laptop's size to the paper's. Read it top to bottom.
+"""Defines the settings that all stages share, with presets from a laptop's size to the paper's.
 
 The command line names a config file, with arguments after a colon, and can override any field:
 
@@ -50,7 +50,7 @@ def get_config(stage: str, argument: str = "") -> ConfigDict:
     # Length of the run: `steps`, or `epochs` over the data if steps is 0.
     config.steps = 0
     config.epochs = 3.0  # VideoChat2's
-    config.batch = 4  # clips
+    config.batch = 4  # clips, in all stages that do not set another number
     config.accumulate = 1  # parts that a batch is split into, to save memory
     # Devices along each axis of the mesh (favchat_jax/sharding.py); -1 takes all remaining devices.
     config.mesh = ConfigDict({"data": 1, "fsdp": -1, "tensor": 1})

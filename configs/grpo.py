@@ -11,10 +11,13 @@ from configs import common
 
 def get_config(argument: str = ""):
     config = common.get_config("grpo", argument)
-    # From the paper: AdamW, 1e-6 with a cosine, weight decay 0.01, clipping at 5.
-    config.optimizer.update({"learning_rate": 1e-6, "weight_decay": 0.01, "clip_norm": 5.0, "warmup": 0.03})
+    # The paper's: AdamW with a cosine, its rate, weight decay and clipping.
+    config.optimizer.learning_rate = 1e-6
+    config.optimizer.weight_decay = 0.01
+    config.optimizer.clip_norm = 5.0
+    config.optimizer.warmup = 0.03  # a choice
     config.optimizer.floor = 0.0
-    config.batch = 1  # samples an iteration
+    config.batch = 1  # samples per iteration
     config.steps = 10_000  # iterations
     config.checkpoint_every = 100
     config.rl = ConfigDict(
@@ -23,7 +26,7 @@ def get_config(argument: str = ""):
             "beta": 0.04,  # weight of the KL penalty
             "clip": 0.2,  # a choice: the usual value
             "updates": 1,  # per batch of responses
-            "max_new_tokens": 768,
+            "max_new_tokens": 768,  # of a response
             "temperature": 1.0,
             "top_p": 1.0,
             # Import path and weight of each reward; you can add your own.
@@ -33,13 +36,13 @@ def get_config(argument: str = ""):
             },
             "shuffled_frames": False,  # also respond to shuffled frames, which the temporal reward needs
             "data_efficient": True,  # False: plain GRPO over shuffled epochs
-            "utility": "scale_free",  # or published
+            "utility": "scale_free",  # or published, the paper's formula
             "pool": {
                 "smoothing": 0.8,
                 "tau_remove": 0.2,
                 "tau_keep": 0.8,
                 "discovery": 2,  # a choice: visits before a sample is judged
-                "rest": 5,  # a choice: iterations for which a sample that cools down rests
+                "rest": 5,  # a choice: iterations for which a cooling sample rests
                 "published_baseline": 0.0,  # baseline of the published utility, whose value head no loss trains
             },
             "split": "train",
@@ -50,9 +53,12 @@ def get_config(argument: str = ""):
         }
     )
     if config.preset == "tiny":
-        config.optimizer.update({"name": "adamw", "learning_rate": 2e-4})
+        config.optimizer.name = "adamw"
+        config.optimizer.learning_rate = 2e-4
         config.batch = 8
         config.steps = 100
         config.checkpoint_every = 25
-        config.rl.update({"max_new_tokens": 72, "samples": 400, "measure_every": 5})
+        config.rl.max_new_tokens = 72
+        config.rl.samples = 400
+        config.rl.measure_every = 5
     return config

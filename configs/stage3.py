@@ -9,7 +9,8 @@ from configs import common
 
 def get_config(argument: str = ""):
     config = common.get_config("stage3", argument)
-    config.batch, config.optimizer.learning_rate = 4, 2e-5
+    config.optimizer.learning_rate = 2e-5  # the paper's
     if config.preset == "tiny":
-        config.steps, config.batch, config.optimizer.learning_rate = 30, 16, 1e-3
+        config.steps = 30
+        config.optimizer.learning_rate = 1e-3
     return config

@@ -1,6 +1,6 @@
-"""A chat model behind an OpenAI-compatible server: retried with growing pauses, its key shown nowhere.
+"""Sends requests to a chat model on an OpenAI-compatible server, with retries; no message or file shows the key.
 
-The guests that ask such servers (corpus, evaluation) share it; the core does not use it.
+The rooms that call such servers (corpus, evaluation) share it; the core does not use it.
 """
 
 import base64
@@ -20,26 +20,27 @@ from favchat_jax.errors import UserError
 
 log = logging.getLogger("favchat_jax")
 
-LARGEST_REPLY = 1 << 20  # bytes; what is asked for is a few thousand
-FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0  # seconds between two tries, doubled each time; more where the server asks
-RETRIED = (408, 409, 425, 429)  # and all from 500
+LARGEST_REPLY = 1 << 20  # bytes; a usual reply has a few thousand
+FIRST_PAUSE = 1.0  # seconds before the first retry; each further pause is twice as long
+LONGEST_PAUSE = 60.0  # seconds; a server may request a longer pause
+RETRIED = (408, 409, 425, 429)  # HTTP statuses that are retried, in addition to all from 500 on
 LONGEST_REASON = 200  # characters of an error's message
-CUT = {
+INCOMPLETE = {  # finish reason -> problem
     "length": "the text was cut off: it is too long",
     "content_filter": "the endpoint's filter withheld the text",
 }
 
 
 class NoAnswer(Exception):
-    """A call that got no answer in spite of all retries; nothing was paid."""
+    """Raised for a call that got no answer after all retries; it costs nothing."""
 
 
 class Refused(NoAnswer):
-    """A request that the server does not take; it may take others."""
+    """Raised for a request that the server rejects; it may accept others."""
 
 
 class Stopped(Exception):
-    """The run is being stopped: no further call is begun."""
+    """Raised for a call that does not start because the run is being stopped."""
 
 
 @dataclass(frozen=True)
@@ -47,11 +48,11 @@ class Completion:
     """The reply to a call.
 
     Attributes:
-        text: "" if it is missing.
+        text: the text; "" if it is missing.
         problem: why the text is missing or incomplete; "" if it is complete.
-        is_chat: False where the body is not a chat completion.
-        tokens: asked and answered, as the server counts them; None where it does not.
-        seconds: that the server took, waits and retries left out.
+        is_chat: whether the body is a chat completion.
+        tokens: the server's counts of prompt tokens and completion tokens; None without valid counts.
+        seconds: time of the request, without pauses and retries.
     """
 
     text: str
@@ -62,20 +63,20 @@ class Completion:
 
 
 class ChatModel:
-    """One model of a server; threads may share it.
+    """A model on a server; threads may share it.
 
     Args:
-        url: of the server, /v1 included as a rule.
-        name: of the model.
-        key_variable: the environment variable that holds the key; own servers mostly need none.
+        url: address of the server, which usually ends in /v1.
+        name: name of the model on the server.
+        key_variable: environment variable that holds the key; many local servers need none.
         timeout: seconds to wait for a byte.
-        retries: further tries of a call without an answer.
-        label: names the server in messages, in place of its address.
-        calls_per_minute: most calls started per minute, retries included.
-        stop: once it is set, no further call is begun.
+        retries: retries of a call without an answer.
+        label: name of the server in messages, by default its address.
+        calls_per_minute: most calls started per minute, including retries.
+        stop: once it is set, no further call starts.
 
     Raises:
-        UserError: the address or the key cannot be right, or the client library is not installed.
+        UserError: the address or the key is malformed, or the client library is not installed.
     """
 
     def __init__(
@@ -98,27 +99,29 @@ class ChatModel:
         if not url.startswith(("http://", "https://")):
             raise UserError(f"{self._label} must be the http:// or https:// address of a server, /v1 included")
         if not self._key.isascii() or not self._key.isprintable() or " " in self._key:
-            raise UserError(f"{key_variable} holds a character that no key has: set it again")
+            raise UserError(f"{key_variable} holds a character that cannot be part of a key: set it again")
         self._openai = _library()
         try:
-            # Retries are made here, where a stop and the pace are known.
+            # `complete` does the retries, since it respects a stop and the rate limit.
             self._client = self._openai.OpenAI(
                 base_url=url, api_key=self._key or "none", timeout=timeout, max_retries=0
             )
         except Exception:  # httpx's exceptions, which the client does not export
-            raise UserError(f"{self._label} must be an address, which its host or its port is not") from None
+            raise UserError(f"{self._label} must be an address: correct its host or its port") from None
 
     def complete(self, messages: list[dict[str, Any]], call: str = "", **options: Any) -> Completion:
-        """The reply to `messages`.
+        """Returns the model's reply to a conversation.
 
         Args:
-            messages: of the conversation.
-            call: names the call, so that a gateway charges once for one whose reply was lost on the way.
-            options: of the request, such as `max_tokens`.
+            messages: messages of the conversation.
+            call: idempotency key, so that a gateway charges only once for a call whose reply was lost.
+            options: options of the request, such as `max_tokens`.
 
         Raises:
-            NoAnswer, Refused, Stopped: see there.
-            UserError: the server refuses the key, the model or the account, so that no call can succeed.
+            NoAnswer: the call got no answer after all retries.
+            Refused: the server rejects this request.
+            Stopped: the run is being stopped.
+            UserError: the server refuses the key, the model or the account, so no call can succeed.
         """
         openai = self._openai
         for retry in range(self._retries + 1):
@@ -127,23 +130,23 @@ class ChatModel:
                 return self._send(messages, call, options)
             except openai.APIStatusError as error:
                 self._check_access(error)
-                said = self._shown(error).removeprefix(f"Error code: {error.status_code} - ")
-                reason, asked = f"HTTP {error.status_code}: {said}", _retry_after(error)
+                message = self._shown(error).removeprefix(f"Error code: {error.status_code} - ")
+                reason, requested = f"HTTP {error.status_code}: {message}", _retry_after(error)
                 if error.status_code < 500 and error.status_code not in RETRIED:
                     raise Refused(reason) from None
             except openai.APITimeoutError:
-                reason, asked = f"no byte within {self._timeout:g} s", 0.0
+                reason, requested = f"no byte within {self._timeout:g} s", 0.0
             except (openai.APIConnectionError, OSError) as error:
-                reason, asked = f"no connection: {self._shown(error.__cause__ or error)}", 0.0
+                reason, requested = f"no connection: {self._shown(error.__cause__ or error)}", 0.0
             if retry < self._retries:
-                pause = max(asked, random.uniform(0.5, 1) * min(LONGEST_PAUSE, FIRST_PAUSE * 2**retry))
-                log.info("%s; again in %.1f s", reason, pause)
+                pause = max(requested, random.uniform(0.5, 1) * min(LONGEST_PAUSE, FIRST_PAUSE * 2**retry))
+                log.info("%s; next try in %.1f s", reason, pause)
                 if self._stop.wait(pause):
                     raise Stopped
         raise NoAnswer(reason)
 
     def _send(self, messages: list[dict[str, Any]], call: str, options: dict[str, Any]) -> Completion:
-        """One request. A reply that arrives is paid for, so a broken one is a reply with a problem."""
+        """Sends one request. A malformed reply is returned with its problem, since it has been charged."""
         started = time.monotonic()
         body = bytearray()
         request = {"model": self._name, "messages": messages, **options}
@@ -157,12 +160,12 @@ class ChatModel:
                         break
         except self._openai.OpenAIError:
             raise
-        except Exception as error:  # httpx's own, which the client lets through while it reads a body
+        except Exception as error:  # httpx's exceptions, which the client does not convert while it reads a body
             raise ConnectionError from error
         return _read(bytes(body), time.monotonic() - started)
 
     def _check_access(self, error: Any) -> None:
-        """Raises UserError where no call can succeed; the server's own words may repeat the key and are left out."""
+        """Raises UserError if no call can succeed. It omits the server's own message, which may repeat the key."""
         status = f"(HTTP {error.status_code})"
         if error.status_code in (401, 403):
             raise UserError(
@@ -175,18 +178,18 @@ class ChatModel:
             ) from None
         if error.code == "insufficient_quota":
             raise UserError(
-                f"the account of {self._key_variable} has no credit left: top it up, and the same command goes on"
+                f"the account of {self._key_variable} has no credit left: top it up, then run the same command again"
             ) from None
 
     def _shown(self, error: BaseException) -> str:
-        """An error's message on one short line, without the key."""
+        """Returns an error's message on one short line, without the key."""
         words = getattr(error, "message", None) or str(error) or type(error).__name__
         words = words.replace(self._key, "(key)") if self._key else words
         return " ".join(words.split())[:LONGEST_REASON]
 
 
 def picture(jpeg: bytes, **options: str) -> dict[str, Any]:
-    """The part of a message that shows a JPEG file; `options` such as detail="low"."""
+    """Returns the part of a message that shows a JPEG file, with options such as detail="low"."""
     url = f"data:image/jpeg;base64,{base64.b64encode(jpeg).decode()}"
     return {"type": "image_url", "image_url": {"url": url, **options}}
 
@@ -207,28 +210,29 @@ def _read(body: bytes, seconds: float) -> Completion:
         choice = published["choices"][0]
         text = choice["message"].get("content") or choice["message"].get("refusal") or ""
         reason = str(choice.get("finish_reason"))
-        text.encode()  # half of a surrogate pair is no text
+        text.encode()  # fails for a lone surrogate
     except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError):
         return Completion("", "the reply is not a chat completion", False, None, seconds)
-    return Completion(text, CUT.get(reason, ""), True, _counted(published.get("usage")), seconds)
+    return Completion(text, INCOMPLETE.get(reason, ""), True, _token_counts(published.get("usage")), seconds)
 
 
-def _counted(usage: object) -> tuple[int, int] | None:
-    """Tokens asked and answered, where the server counts them and the counts can be true."""
-    counts = [usage.get(name) if isinstance(usage, dict) else None for name in ("prompt_tokens", "completion_tokens")]
-    return tuple(counts) if all(isinstance(n, int) and 0 <= n < 2**31 for n in counts) else None
+def _token_counts(usage: object) -> tuple[int, int] | None:
+    """Returns the server's counts of prompt tokens and completion tokens, or None if a count is missing or invalid."""
+    counts = usage if isinstance(usage, dict) else {}
+    found = [n for name in ("prompt_tokens", "completion_tokens") if isinstance(n := counts.get(name), int)]
+    return (found[0], found[1]) if len(found) == 2 and all(0 <= n < 2**31 for n in found) else None
 
 
 def _retry_after(error: Any) -> float:
-    """Seconds that the server asks for; 0 where it gives a date, which hardly any does, or no number above 0."""
+    """Returns the pause in seconds that the server requests, at most 600; 0 for a date or an invalid number."""
     with contextlib.suppress(ValueError):
-        asked = float(error.response.headers.get("retry-after", 0))
-        return min(asked, 600.0) if asked > 0 else 0.0
+        seconds = float(error.response.headers.get("retry-after", 0))
+        return min(seconds, 600.0) if seconds > 0 else 0.0
     return 0.0
 
 
 class _Pace:
-    """Lets one call through after the other, no faster than so many a minute."""
+    """Spaces calls evenly, so that no more than a given number start per minute."""
 
     def __init__(self, calls_per_minute: float, stop: threading.Event):
         self._gap, self._stop = 60 / calls_per_minute, stop
@@ -236,6 +240,7 @@ class _Pace:
         self._lock = threading.Lock()
 
     def wait(self) -> None:
+        """Waits for the next free place; raises Stopped once the stop is set."""
         with self._lock:
             now = time.monotonic()
             mine = max(now, self._next)

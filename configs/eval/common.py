@@ -1,4 +1,4 @@
-"""The settings that all benchmarks share."""
+"""Defines the settings that all benchmarks share."""
 
 from ml_collections import ConfigDict
 

@@ -1,4 +1,4 @@
-"""Writing of exported folders: an export replaces only earlier exports, and a copied part has all its files."""
+"""Writes exported folders: an export replaces only earlier exports, and a copied part has all its files."""
 
 import contextlib
 import shutil

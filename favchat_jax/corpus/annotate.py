@@ -1,8 +1,8 @@
-"""The texts of a corpus: features, a summary and question-answer pairs for every kept clip (paper, section 3.2).
+"""The `annotate` command writes features, a summary and question-answer pairs for every kept clip (paper, section 3.2).
 
-Writes `annotations.jsonl`, sorted by id, and `unannotated.jsonl` with the reason for each clip that has no text. Both
-follow from the kept clips, the replies in `calls.sqlite` and the reviews, and from nothing else: however often a run
-was killed, the bytes are the same.
+It writes `annotations.jsonl`, sorted by id, and `unannotated.jsonl` with the reason for each clip without a text. Both
+files depend only on the kept clips, the replies in `calls.sqlite` and the reviews. A run that was killed and resumed
+writes the same bytes as a run without interruption.
 """
 
 import contextlib
@@ -36,12 +36,12 @@ from favchat_jax.signals import termination
 
 log = logging.getLogger("favchat_jax")
 
-DUPLICATE_ROUNDS = 3  # how often a summary that another clip has already is written anew
-READ = 1 << 20
+DUPLICATE_ROUNDS = 3  # most times that a summary equal to another clip's is rewritten
+READ = 1 << 20  # bytes of a file that are read at a time
 
 
 class Writer(Protocol):
-    """What writes the text of a clip: an endpoint's answers, or templates."""
+    """Writes the text of a clip: from an endpoint's answers, or from templates."""
 
     def write(self, clip: Clip, refused: Sequence[str] = ()) -> Annotation:
         """See `describe.Describer.write`."""
@@ -49,68 +49,71 @@ class Writer(Protocol):
 
 @dataclass
 class Texts:
-    """What became of the clips: an annotation each, or the reason why there is none."""
+    """Holds an annotation for each clip, or the reason why it has none, by the clip's id."""
 
     annotations: dict[str, Annotation] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)
-    unanswered: int = 0  # clips that the same command may still annotate
+    unanswered: int = 0  # clips without an answer, which a repeated command may still annotate
 
 
 def annotate(out: Path, backend: str, limits: Limits, attempts: int, dry_run: bool) -> None:
-    """Writes the texts of all kept clips of the corpus folder `out`, or says what that would cost.
+    """Writes the texts of all kept clips of the corpus folder `out`, or with `dry_run` prints an estimate of the cost.
 
     Raises:
-      UserError: bad input, or an endpoint that refuses the key, the model or the account.
-      RunError: some clips got no answer, or the limit of what may be spent is reached; what is paid for is kept.
+      UserError: the input is invalid, or the endpoint refuses the key, the model or the account.
+      RunError: some clips got no answer, or the spending limit is reached. All paid replies are kept.
     """
     clips, reviews = read_kept(out), Reviews(out)
     if backend == "template":
         if dry_run:
-            raise UserError("--backend=template calls nobody: --dry_run is for --backend=openai")
+            raise UserError("--dry_run needs --backend=openai: --backend=template costs nothing, so leave it out")
         texts = write_texts(clips, TemplateWriter(), reviews, 1, threading.Event())
     else:
         with contextlib.closing(Calls(out)) as calls:
             if dry_run:
                 print(forecast(_readable(clips, reviews), calls, model_of_environment(), attempts, limits))
                 return
-            with termination("calls under way are awaited and kept") as stop:
+            with termination("calls in progress are finished and kept") as stop:
                 try:
                     endpoint = Endpoint(calls, limits, stop)
                     writer = Describer(endpoint, model_of_environment(), attempts)
                     texts = write_texts(clips, writer, reviews, limits.concurrency, stop)
                 except Stopped:
-                    log.info("stopped: what is paid for is kept, and the same command goes on")
+                    log.info("stopped: all paid replies are kept, and the same command resumes")
                     return
-                log.info("$%.2f paid in all", endpoint.spent)
+                log.info("$%.2f paid so far", endpoint.spent)
     save(out, texts, len(clips))
 
 
 def save(out: Path, texts: Texts, clips: int) -> None:
-    """Writes both files and says what is in them."""
+    """Writes annotations.jsonl and unannotated.jsonl, and logs their counts.
+
+    Raises:
+      RunError: some clips got no answer.
+    """
     reasons = sorted(texts.reasons.items())
-    without = (json.dumps({"id": name, "reason": why}, ensure_ascii=False) for name, why in reasons)
+    without = (json.dumps({"id": name, "reason": reason}, ensure_ascii=False) for name, reason in reasons)
     replace_file(out / UNANNOTATED, "".join(f"{line}\n" for line in without))
-    replace_file(
-        out / ANNOTATIONS, "".join(f"{texts.annotations[name].line()}\n" for name in sorted(texts.annotations))
-    )
+    lines = (texts.annotations[name].line() for name in sorted(texts.annotations))
+    replace_file(out / ANNOTATIONS, "".join(f"{line}\n" for line in lines))
     doubtful = sum(bool(annotation.problems) for annotation in texts.annotations.values())
-    told = (
+    counts = (
         f"{len(texts.annotations)} of {clips} clips have texts, {doubtful} of them with problems for review; "
-        f"the {len(reasons)} without are in {out / UNANNOTATED} with their reasons"
+        f"{out / UNANNOTATED} lists the {len(reasons)} clips without a text and the reasons"
     )
     if texts.unanswered:
-        raise RunError(f"{told}; {texts.unanswered} got no answer, and the same command tries them again")
-    log.info("%s", told)
+        raise RunError(f"{counts}; {texts.unanswered} got no answer, and the same command tries them again")
+    log.info("%s", counts)
 
 
 def write_texts(
     clips: Sequence[Kept], writer: Writer, reviews: Reviews, concurrency: int, stop: threading.Event
 ) -> Texts:
-    """Every clip's text. A summary that an earlier clip has too is written anew, but for templates'.
+    """Writes every clip's text. A summary equal to an earlier clip's is rewritten, unless a template wrote it.
 
     Raises:
       Stopped: `stop` was set.
-      UserError, RunError: what ends a run. Calls under way are awaited and kept before.
+      UserError, RunError: no further call can succeed. Calls in progress are finished and kept first.
     """
     texts, pending = Texts(), list(clips)
     refused = {clip.id: reviews.refused(clip.id) for clip in clips}
@@ -144,15 +147,16 @@ def _write_all(
         futures = {pool.submit(write, kept): kept.id for kept in clips}
         try:
             for future in tqdm(as_completed(futures), total=len(futures), unit=" clips", mininterval=1, disable=None):
-                _note(texts, futures[future], future)
+                _record(texts, futures[future], future)
         except BaseException:
-            stop.set()  # no further call is begun; those under way are paid for and awaited
+            stop.set()  # no further call starts; those in progress will be charged, so they are finished
             pool.shutdown(cancel_futures=True)
             raise
 
 
-def _note(texts: Texts, name: str, future: Future) -> None:
-    texts.annotations.pop(name, None)  # of an earlier round
+def _record(texts: Texts, name: str, future: Future) -> None:
+    """Records the outcome of one clip in `texts`."""
+    texts.annotations.pop(name, None)  # from an earlier round
     try:
         texts.annotations[name] = future.result()
     except Unannotated as error:
@@ -161,16 +165,15 @@ def _note(texts: Texts, name: str, future: Future) -> None:
         texts.reasons[name] = f"no answer: {error}"
         texts.unanswered += 1
     except OutOfBudget:
-        texts.reasons[name] = "the limit of what may be spent was reached: raise --spend_limit"
+        texts.reasons[name] = "the spending limit is reached: raise --spend_limit"
         texts.unanswered += 1
 
 
 def _duplicates(texts: Texts) -> dict[str, str]:
-    """Clip -> the clip before it that has the same summary."""
+    """Returns clip -> the first clip with the same summary; template texts are not compared."""
     first: dict[str, str] = {}
     repeated = {}
-    for name in sorted(texts.annotations):
-        annotation = texts.annotations[name]
+    for name, annotation in sorted(texts.annotations.items()):
         if annotation.backend != "template":
             found = first.setdefault(" ".join(annotation.summary.lower().split()), name)
             if found != name:
@@ -179,7 +182,7 @@ def _duplicates(texts: Texts) -> dict[str, str]:
 
 
 def read_clip(kept: Kept) -> Clip:
-    """A clip with its labels and its content's hash; raises Unannotated where either cannot be read."""
+    """Reads a clip's labels and the hash of its content; raises Unannotated if either cannot be read."""
     digest = hashlib.sha256()
     try:
         labels = kept.labels()
@@ -194,36 +197,37 @@ def read_clip(kept: Kept) -> Clip:
 
 
 def _readable(clips: Sequence[Kept], reviews: Reviews) -> Iterator[tuple[Clip, Sequence[str]]]:
+    """Yields every clip that can be read, with its refused summaries."""
     for kept in tqdm(clips, unit=" clips", mininterval=1, disable=None):
         with contextlib.suppress(Unannotated):
             yield read_clip(kept), reviews.refused(kept.id)
 
 
 def define_flags() -> None:
-    """The options of `annotate`."""
+    """Defines the options of `annotate`."""
     known = Limits()
-    flags.DEFINE_enum("backend", "openai", ["openai", "template"], "Who writes: an endpoint, or templates from labels")
-    flags.DEFINE_bool("dry_run", False, "Print what is left to ask and what it costs, and ask nothing")
-    flags.DEFINE_integer("attempts", 3, "Answers that a step may take until the checks pass", lower_bound=1)
-    flags.DEFINE_integer("concurrency", known.concurrency, "Calls at a time", lower_bound=1, upper_bound=256)
-    flags.DEFINE_float("calls_per_minute", known.calls_per_minute, "Rate limit, retries included", lower_bound=0.1)
+    flags.DEFINE_enum("backend", "openai", ["openai", "template"], "Source of the texts: an endpoint, or templates")
+    flags.DEFINE_bool("dry_run", False, "Print the number of calls left and their cost, and make none")
+    flags.DEFINE_integer("attempts", 3, "Most answers per step until one passes the checks", lower_bound=1)
+    flags.DEFINE_integer("concurrency", known.concurrency, "Simultaneous calls", lower_bound=1, upper_bound=256)
+    flags.DEFINE_float("calls_per_minute", known.calls_per_minute, "Rate limit, including retries", lower_bound=0.1)
     flags.DEFINE_float("spend_limit", known.spend, "Dollars for all runs on this folder; 0: no limit", lower_bound=0)
-    flags.DEFINE_float("input_price", known.input_price, "Dollars for a million input tokens", lower_bound=0)
-    flags.DEFINE_float("output_price", known.output_price, "Dollars for a million output tokens", lower_bound=0)
-    flags.DEFINE_integer("retries", known.retries, "Further tries of a call without an answer", lower_bound=0)
+    flags.DEFINE_float("input_price", known.input_price, "Dollars per million input tokens", lower_bound=0)
+    flags.DEFINE_float("output_price", known.output_price, "Dollars per million output tokens", lower_bound=0)
+    flags.DEFINE_integer("retries", known.retries, "Retries of a call without an answer", lower_bound=0)
     flags.DEFINE_float("timeout", known.timeout, "Seconds to wait for a byte of an answer", lower_bound=0.1)
 
 
 def run(out: Path) -> None:
-    """Annotates as the flags say."""
+    """Annotates according to the flags."""
     given = flags.FLAGS
     limits = Limits(
-        given.concurrency,
-        given.calls_per_minute,
-        given.spend_limit,
-        given.input_price,
-        given.output_price,
-        given.retries,
-        given.timeout,
+        concurrency=given.concurrency,
+        calls_per_minute=given.calls_per_minute,
+        spend=given.spend_limit,
+        input_price=given.input_price,
+        output_price=given.output_price,
+        retries=given.retries,
+        timeout=given.timeout,
     )
     annotate(out, given.backend, limits, given.attempts, given.dry_run)

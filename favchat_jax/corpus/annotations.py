@@ -1,4 +1,4 @@
-"""The generated text of the corpus, one object per clip: `annotate` writes it, `review` judges it, `pack` reads it."""
+"""Defines a clip's generated text, one JSON object: `annotate` writes it, `review` judges it, `pack` reads it."""
 
 import dataclasses
 import hashlib
@@ -16,7 +16,7 @@ UNANNOTATED = "unannotated.jsonl"
 
 @dataclass(frozen=True)
 class Annotation:
-    """Features, summary and questions of one clip.
+    """Holds the features, the summary and the questions of one clip.
 
     `key` is a hash of the clip's bytes, its labels and everything else that shapes the text. `attempts` counts the
     answers that were needed. `problems` lists what the automatic checks found in the last answer. A text with problems

@@ -1,4 +1,4 @@
-"""A cache of all paid answers in one SQLite file, looked up by a hash of the request.
+"""Caches all paid answers in one SQLite file, by a hash of the request.
 
 SQLite ensures that an answer is on disk before the next call starts, even if the process is killed.
 """
@@ -20,7 +20,7 @@ TABLE = """CREATE TABLE IF NOT EXISTS calls (
 
 @dataclass(frozen=True)
 class Reply:
-    """The reply to one call: its text, or the problem that prevented one. The endpoint counted the tokens."""
+    """Holds the reply to one call: its text, or the problem that prevented one. The endpoint counts the tokens."""
 
     text: str
     problem: str
@@ -40,7 +40,7 @@ class Total:
 
 
 class Calls:
-    """The replies of one corpus folder; threads may share it, processes may not.
+    """Stores the replies of one corpus folder; threads may share it, processes may not.
 
     Raises:
       UserError: the file is in use or not a database of calls, or the disk is full.

@@ -1,4 +1,4 @@
-"""Automatic checks of an endpoint's answers. Each problem is a short sentence, sent back with the next attempt."""
+"""Checks an endpoint's answers. Each problem is a short sentence, which is sent back with the next attempt."""
 
 import functools
 import json

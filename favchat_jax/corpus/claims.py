@@ -88,11 +88,11 @@ def says(text: str, words: str) -> set[bool]:
 def _things(text: str, appearance: Iterable[str]) -> list[str]:
     found = []
     for label, words in THINGS.items():
-        said, holds = says(text, words), label in appearance
+        asserted, holds = says(text, words), label in appearance
         excused = holds or any(other in appearance for other in ALSO.get(label, ()))
-        if True in said and not excused:
+        if True in asserted and not excused:
             found.append(f"it says {_plain(label)}, and the labels deny it")
-        if said == {False} and holds:
+        if asserted == {False} and holds:
             found.append(f"it denies {_plain(label)}, and the labels say so")
     if "no_beard" in appearance and True in says(text, BEARD) and not set(BEARDS) & set(appearance):
         found.append("it says beard, and the labels say no beard")

@@ -27,7 +27,7 @@ VIDEOS = "kept"  # the folder of clips
 
 @dataclass(frozen=True)
 class Settings:
-    """The settings for choosing and cutting clips.
+    """Holds the settings for choosing and cutting clips.
 
     Attributes:
         detector, model: see `faces.make_detector`.
@@ -55,7 +55,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Sighting:
-    """What the detector saw: the times of all frames in seconds, and the boxes in each sampled frame."""
+    """Holds the times of all frames in seconds, and the boxes of faces in each sampled frame."""
 
     times: list[float | None]
     boxes: list[np.ndarray]

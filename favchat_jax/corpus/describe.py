@@ -26,7 +26,7 @@ Parsed = TypeVar("Parsed")
 
 @dataclass(frozen=True)
 class Clip:
-    """A kept clip to annotate, its labels, and a hash of its file's bytes."""
+    """Holds a kept clip to annotate, its labels, and a hash of its file's bytes."""
 
     id: str
     path: Path
@@ -90,7 +90,7 @@ class Describer:
 
 @dataclass
 class _Work:
-    """The calls for one clip."""
+    """Makes the calls for one clip and counts its answers."""
 
     describer: Describer
     clip: Clip

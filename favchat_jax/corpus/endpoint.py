@@ -1,6 +1,6 @@
-"""An OpenAI-compatible endpoint, asked within limits and never twice for the same.
+"""Calls an OpenAI-compatible endpoint within limits; a call with a stored reply is never repeated.
 
-OPENAI_BASE_URL, OPENAI_API_KEY and OPENAI_MODEL name it, and nothing of them but the model is written anywhere.
+OPENAI_BASE_URL, OPENAI_API_KEY and OPENAI_MODEL name the endpoint. Only the model's name is written to any file.
 """
 
 import contextlib
@@ -14,44 +14,48 @@ from favchat_jax.corpus.calls import Calls, Reply
 from favchat_jax.errors import RunError, UserError
 from favchat_jax.openai_client import ChatModel, NoAnswer, Stopped, picture
 
-FAILURES_IN_ROW = 10  # calls without an answer, all their retries included, after which the endpoint is given up
-IMAGE_TOKENS = 85  # what GPT-4o counts for an image of `detail: low`
+FAILURES_IN_ROW = 10  # consecutive calls without an answer, each with all its retries, that end a run
+IMAGE_TOKENS = 85  # GPT-4o's count for an image with `detail: low`
 PARAMETERS = {"max_tokens": 1200}  # every compatible server knows this name; a good answer has at most 600
 
 
 class OutOfBudget(Exception):
-    """One more call could cost more than the limit."""
+    """Raised for a call that could exceed the spending limit."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a run may use; prices are dollars for a million tokens."""
+    """Holds the limits of a run, and the prices in dollars per million tokens."""
 
-    concurrency: int = 8
-    calls_per_minute: float = 500.0
-    spend: float = 10.0  # dollars, of all runs on one corpus folder together; 0 is no limit
+    concurrency: int = 8  # simultaneous calls
+    calls_per_minute: float = 500.0  # including retries
+    spend: float = 10.0  # dollars for all runs on one corpus folder; 0 is no limit
     input_price: float = 2.5  # GPT-4o's
-    output_price: float = 10.0
-    retries: int = 5
-    timeout: float = 120.0  # seconds without a byte
+    output_price: float = 10.0  # GPT-4o's
+    retries: int = 5  # of a call without an answer
+    timeout: float = 120.0  # seconds to wait for a byte of an answer
 
     def dollars(self, input_tokens: float, output_tokens: float) -> float:
-        """Price of so many tokens."""
+        """Returns the price of a number of tokens."""
         return (input_tokens * self.input_price + output_tokens * self.output_price) / 1e6
 
 
 class Endpoint:
-    """The endpoint of the environment.
+    """Calls the endpoint that the environment names; threads may share it.
 
-    `ask` may be called from several threads. What it raises as UserError or RunError ends the run: every further call
-    would fail in the same way.
+    Args:
+        calls: stored replies.
+        limits: limits of the run.
+        stop: once it is set, no further call starts.
+
+    Raises:
+        UserError: a variable of the environment is missing or invalid.
     """
 
     def __init__(self, calls: Calls, limits: Limits, stop: threading.Event):
         self._calls, self._limits, self._stop = calls, limits, stop
-        self._budget = _Budget(
-            limits, sum(limits.dollars(t.input_tokens, t.output_tokens) for t in calls.totals().values())
-        )
+        spent = sum(limits.dollars(total.input_tokens, total.output_tokens) for total in calls.totals().values())
+        self._budget = _Budget(limits, spent)
         self._failures = 0
         self._asking: dict[str, threading.Lock] = {}
         _variable("OPENAI_API_KEY")
@@ -68,18 +72,27 @@ class Endpoint:
 
     @property
     def spent(self) -> float:
-        """Dollars of all runs on this folder together."""
+        """Returns the dollars paid by all runs on this folder."""
         return self._budget.spent
 
     def ask(self, step: str, key: str, system: str, text: str, images: Callable[[], Sequence[bytes]]) -> Reply:
-        """The reply to a call, from the file of calls where it was made before; `images` gives JPEG files.
+        """Returns the reply to a call, from the stored replies if the call was made before.
+
+        Args:
+          step: name of the step, for the statistics.
+          key: hash of the request.
+          system: system prompt.
+          text: text of the request.
+          images: returns the request's JPEG files; it is called only for a new request.
 
         Raises:
-          NoAnswer, Stopped, OutOfBudget: see there.
-          UserError: the endpoint refuses the key, the model or the account.
+          NoAnswer: this call got no answer.
+          Stopped: the run is being stopped.
+          OutOfBudget: the call could exceed the spending limit.
+          UserError: the endpoint refuses the key, the model or the account, so no further call can succeed.
           RunError: the endpoint has not answered several calls in a row.
         """
-        # Clips of equal content ask for the same: the second waits for the first's answer.
+        # Two clips of equal content make the same request; the second waits for the reply to the first.
         with self._asking.setdefault(key, threading.Lock()):
             reply = self._calls.find(key)
             if reply is None:
@@ -106,7 +119,7 @@ class Endpoint:
             if self._failures >= FAILURES_IN_ROW:
                 raise RunError(
                     f"the endpoint has left {FAILURES_IN_ROW} calls in a row without an answer, the last for this "
-                    f"reason: {error}; what is paid for is kept, and the same command goes on"
+                    f"reason: {error}; all paid replies are kept, and the same command resumes"
                 ) from None
             raise
         self._failures = 0
@@ -115,7 +128,7 @@ class Endpoint:
 
 
 def model_of_environment() -> str:
-    """The model that OPENAI_MODEL names."""
+    """Returns the name of the model, from OPENAI_MODEL."""
     return _variable("OPENAI_MODEL")
 
 
@@ -135,7 +148,7 @@ def _messages(system: str, text: str, pictures: Sequence[bytes]) -> list[dict]:
 
 
 class _Budget:
-    """What is spent and what the calls that are under way may cost at most."""
+    """Tracks the dollars spent and the most that calls in progress may cost."""
 
     def __init__(self, limits: Limits, spent: float):
         self.spent, self._limit, self._reserved = spent, limits.spend or math.inf, 0.0
@@ -143,6 +156,7 @@ class _Budget:
 
     @contextlib.contextmanager
     def reserved(self, dollars: float) -> Iterator[None]:
+        """Reserves the most that a call may cost while it is in progress; raises OutOfBudget at the limit."""
         with self._lock:
             if self.spent + self._reserved + dollars > self._limit:
                 raise OutOfBudget

@@ -35,7 +35,7 @@ class _Known:
 
 @dataclass
 class Work:
-    """An amount of work in clips, calls and tokens."""
+    """Holds an amount of work in clips, calls and tokens."""
 
     clips: int = 0
     calls: float = 0.0

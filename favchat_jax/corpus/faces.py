@@ -45,7 +45,7 @@ def make_detector(name: str, model: str, smallest: float) -> Detector:
 
 
 class Haar:
-    """OpenCV's Haar cascades on grey pictures whose shorter side has 360 pixels."""
+    """Detects faces by OpenCV's Haar cascades on grey pictures whose shorter side has 360 pixels."""
 
     SIDE = 360
     LONGEST = 4 * SIDE  # pixels; at SIDE a banner would take minutes a frame
@@ -84,7 +84,7 @@ class Haar:
 
 
 class Scrfd:
-    """InsightFace's SCRFD (Guo et al., 2021) from its ONNX file, on one thread.
+    """Detects faces by InsightFace's SCRFD (Guo et al., 2021) from its ONNX file, on one thread.
 
     The picture is fitted into the upper left of a square. At strides 8, 16 and 32, each cell has two anchors. Each
     anchor has a score and the distances to the four sides of its box, in strides.

@@ -29,7 +29,7 @@ Box = tuple[float, float, float, float]  # top, bottom, left, right as shares of
 
 @dataclass(frozen=True)
 class Facts:
-    """Properties of a video: seconds, frames a second, frames, pixels, the codec's name and bytes."""
+    """Holds the properties of a video: seconds, frames per second, frames, pixels, the codec's name and bytes."""
 
     duration: float
     fps: float

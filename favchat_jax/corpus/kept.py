@@ -13,7 +13,7 @@ GROUPS = {"appearance": vocabulary.APPEARANCE, "action": vocabulary.ACTION, "emo
 
 @dataclass(frozen=True)
 class Kept:
-    """A kept clip: its file, and its attributes as stored in the table."""
+    """Holds a kept clip: its file, and its attributes as stored in the table."""
 
     id: str
     path: Path
@@ -33,7 +33,7 @@ class Kept:
             entries = [entry.get("emotion") if isinstance(entry, dict) else entry for entry in published.get(group, ())]
             unknown = [entry for entry in entries if entry not in known]
             if unknown:
-                raise UserError(f"{unknown[0]!r} is no {group} of CelebV-HQ: correct the source and run scan again")
+                raise UserError(f"{unknown[0]!r} is not a label of CelebV-HQ's {group}: correct it and run scan again")
             labels[group] = tuple(dict.fromkeys(entries))
         return labels
 

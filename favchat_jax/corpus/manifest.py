@@ -111,7 +111,7 @@ def _check_rows(path: Path, name: str, rows: list[dict[str, Any]]) -> None:
     for row in rows:
         clip = row["id"]
         if not clip or not is_safe_id(clip):
-            raise UserError(f"{path}: id {clip!r} is no file name of letters, digits, '.', '_' and '-': change it")
+            raise UserError(f"{path}: id {clip!r} is not a file name of letters, digits, '.', '_' and '-': change it")
         if clip in seen:
             raise UserError(f"{path}: id {clip} occurs twice: remove one of the two rows")
         seen.add(clip)

@@ -52,7 +52,7 @@ class Refused(Exception):
 
 
 class Desk:
-    """The data behind the page: clips with their texts, and the verdicts so far."""
+    """Provides the data behind the page: clips with their texts, and the verdicts so far."""
 
     def __init__(self, out: Path):
         annotations = read_annotations(out)
@@ -265,7 +265,7 @@ class Handler(BaseHTTPRequestHandler):
 
 
 class Server(ThreadingHTTPServer):
-    """The server of one corpus folder's review page, for browsers on this machine. Port 0 picks a free one."""
+    """Serves one corpus folder's review page to browsers on this machine. Port 0 picks a free one."""
 
     daemon_threads = True
 

@@ -22,7 +22,7 @@ VERDICTS = ("accept", "edit", "reject", "regenerate")
 
 @dataclass(frozen=True)
 class Review:
-    """A verdict on the text of a clip. `summary` and `questions` are that text, or its replacement for `edit`."""
+    """Holds a verdict on a clip's text. `summary` and `questions` are that text, or its replacement for `edit`."""
 
     id: str
     reviewer: str
@@ -34,7 +34,7 @@ class Review:
 
 
 class Reviews:
-    """The verdicts of one corpus folder; threads may share it.
+    """Stores the verdicts of one corpus folder; threads may share it.
 
     Raises:
       UserError: a line is not a review.
@@ -107,7 +107,7 @@ def final_text(annotation: Annotation, verdicts: Mapping[str, Review]) -> tuple[
 
 @dataclass(frozen=True)
 class Agreement:
-    """Two reviewers' agreement on the clips that both judged: the share of equal verdicts, and Cohen's kappa."""
+    """Holds two reviewers' agreement on clips that both judged: share of equal verdicts, and Cohen's kappa."""
 
     first: str
     second: str

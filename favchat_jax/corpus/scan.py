@@ -40,8 +40,7 @@ def scan(sources: Sequence[str], out: Path, beam_options: Sequence[str] = ()) ->
     """Writes the manifest of all videos of `sources` and returns its rows.
 
     Raises:
-        UserError: a source is no folder, cannot be listed or has a video of the same name as another, or the disk is
-            full.
+        UserError: a source is not a folder or cannot be listed, two videos have the same name, or the disk is full.
     """
     videos = {}
     for given in sources:

@@ -92,7 +92,7 @@ def parse_source(given: str) -> tuple[str, Path]:
         layout, folder = "", given
     root = Path(folder).expanduser().absolute()  # the next step may run in another folder, or on another machine
     if not root.is_dir():
-        raise UserError(f"--source={given}: {root} is no folder; name one, or LAYOUT:FOLDER ({', '.join(SOURCES)})")
+        raise UserError(f"--source={given}: {root} is not a folder; name one, or LAYOUT:FOLDER ({', '.join(SOURCES)})")
     return layout, root
 
 

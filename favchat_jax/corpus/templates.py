@@ -108,7 +108,7 @@ class TemplateWriter:
 
 
 class _Words:
-    """The texts about one clip's labels, in words that the clip determines."""
+    """Writes the texts about one clip's labels, in words that the clip determines."""
 
     def __init__(self, clip: Clip, variant: int):
         labels: Labels = clip.labels

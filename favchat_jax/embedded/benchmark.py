@@ -1,4 +1,4 @@
-"""The embedded benchmark: short questions about held-out rendered clips, scored by normalised exact match.
+"""Runs the embedded benchmark: short questions about held-out rendered clips, scored by normalised exact match.
 
 Its result also has "accuracy", "majority_baseline" (always giving a kind's most frequent answer) and "by_kind".
 """
@@ -30,8 +30,8 @@ def run(config: EvaluationConfig, session: Session) -> Result:
         raise UserError(f"split {config.data.split} of {config.data.name} has no questions: set another data.split")
     if config.limit:
         records = records[: config.limit]
-    said = session.ask([_ask(record) for record in records], config.max_new_tokens)
-    rows = [row for record in records if record.id in said for row in _rows(record, said[record.id])]
+    answers = session.ask([_ask(record) for record in records], config.max_new_tokens)
+    rows = [row for record in records if record.id in answers for row in _rows(record, answers[record.id])]
     result = score(rows, config.seed)
     result["missing"], result["complete"] = session.missing, not session.missing
     result["data"] = {"name": config.data.name, "split": config.data.split, "root": folder, "listed": len(records)}

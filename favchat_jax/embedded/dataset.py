@@ -1,4 +1,4 @@
-"""The embedded data set: rendered talking heads and general clips, drawn on all cores."""
+"""Builds the embedded data set of rendered talking heads and general clips, drawn on all cores."""
 
 import multiprocessing
 import os
@@ -22,7 +22,7 @@ from favchat_jax.signals import end_with_parent
 
 @dataclass(eq=False)
 class Size(tfds.core.BuilderConfig):
-    """The number of clips of each split, and the seed of all clips."""
+    """Holds the number of clips of each split, and the seed of all clips."""
 
     train: int = 0
     heldout: int = 0
@@ -30,7 +30,7 @@ class Size(tfds.core.BuilderConfig):
 
 
 class RenderedFaces(RecordBuilder, skip_registration=True):
-    """Procedurally drawn face clips in CelebV-HQ's vocabulary; one clip in six is a general one without a face."""
+    """The data set of drawn face clips in CelebV-HQ's vocabulary; one clip in six is a general one without a face."""
 
     name = "rendered_faces"
     VERSION = tfds.core.Version("1.5.0")  # increased whenever clips are drawn or stored differently

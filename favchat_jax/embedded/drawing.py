@@ -22,7 +22,7 @@ Color = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class Look:
-    """The constant properties of a face clip: the person, the scene and the camera. Colours are RGB."""
+    """Holds the constant properties of a face clip: the person, the scene and the camera. Colours are RGB."""
 
     hair: Color
     long_hair: bool
@@ -57,7 +57,7 @@ class Look:
 
 @dataclass(frozen=True)
 class Motion:
-    """The changing properties of a face clip of T frames. Angles in radians: yaw > 0 turns right, pitch > 0 nods."""
+    """Holds the changing properties of a face clip of T frames, in radians: yaw > 0 turns right, pitch > 0 nods."""
 
     yaw: Float[np.ndarray, " T"]
     pitch: Float[np.ndarray, " T"]
@@ -74,7 +74,7 @@ class Motion:
 
 @dataclass(frozen=True)
 class Shapes:
-    """A general clip: equal shapes that move in one direction. Lengths are shares of the frame."""
+    """Describes a general clip: equal shapes that move in one direction. Lengths are shares of the frame."""
 
     shape: str  # circle, square, triangle, star
     color: Color

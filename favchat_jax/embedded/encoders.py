@@ -1,10 +1,11 @@
-"""The encoders' stand-ins, pretrained on what they are to see.
+"""Builds and pretrains small stand-ins for the two published encoders, for the embedded preset.
 
-- General encoder: names what a clip shows and how it moves, from all frames at once.
-- Facial encoder: names the attributes of single frames, about eight times cheaper than clips.
+- The general encoder, in place of UMT-L, learns to name the content and the motion of a clip from all its frames.
+- The facial encoder, in place of FaceXFormer, learns to name the attributes of single frames, which are about eight
+  times cheaper than clips.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import flax.linen as nn
@@ -31,45 +32,44 @@ from favchat_jax.models.umt import UMT, VISION_LAYERNORM_EPSILON
 
 
 class FrameClassifier(nn.Module):
-    """The facial encoder under one linear head a label, over the coarsest map's average."""
+    """The facial encoder with one linear head per label on the average of its coarsest map."""
 
     encoder: FaceXFormerEncoder
     classes: dict[str, int]
 
     @nn.compact
     def __call__(self, frames: Float[Array, "B H W 3"]) -> dict[str, Float[Array, "B C"]]:
-        """Scores of each label's classes."""
+        """Returns the scores of each label's classes."""
         deepest = nn.LayerNorm(name="norm")(self.encoder(frames)[-1]).mean(axis=(1, 2))
         return {label: Linear(count, name=label)(deepest) for label, count in self.classes.items()}
 
 
 class ClipClassifier(nn.Module):
-    """The general encoder under one linear head a label, over the clip's average token."""
+    """The general encoder with one linear head per label on the clip's average token."""
 
     encoder: UMT
     classes: dict[str, int]
 
     @nn.compact
     def __call__(self, frames: Float[Array, "B T H W 3"]) -> dict[str, Float[Array, "B C"]]:
-        """Scores of each label's classes."""
-        tokens = nn.LayerNorm(VISION_LAYERNORM_EPSILON, use_fast_variance=False, name="vision_layernorm")(
-            self.encoder(frames)[0]
-        )
-        average = tokens.mean(axis=1)
+        """Returns the scores of each label's classes."""
+        norm = nn.LayerNorm(VISION_LAYERNORM_EPSILON, use_fast_variance=False, name="vision_layernorm")
+        average = norm(self.encoder(frames)[0]).mean(axis=1)
         return {label: Linear(count, name=label)(average) for label, count in self.classes.items()}
 
 
 Frames = Callable[[], UInt8[np.ndarray, "N T H W 3"]]
+Classes = dict[str, Int[np.ndarray, " B"]]  # label -> the class of each item, -1 if unknown
 
 
 def make_facial_encoder(config: Config, records: Sequence[Record], frames: Frames, folder: Path) -> None:
-    """Writes the weights folder of a facial encoder that names attributes of single frames.
+    """Pretrains the facial encoder on single frames and writes its weights folder.
 
     Args:
-        config: a stage's config; `model.facexformer` and `pretrain` count.
+        config: a stage's config; reads `seed`, `model` and `pretrain`.
         records: the training clips.
-        frames: decodes all of them.
-        folder: where to write.
+        frames: decodes the frames of all training clips.
+        folder: the folder to write.
     """
     pretrain = Pretrain.of(config)
     labels = (*rendered_faces.APPEARANCE, *rendered_faces.DETAILS, "emotion")
@@ -78,8 +78,8 @@ def make_facial_encoder(config: Config, records: Sequence[Record], frames: Frame
     stills, still_classes = draw_stills(pretrain.stills, config.seed, config.model.image_size)
     rng = np.random.default_rng(config.seed + 1)
 
-    def batches(size: int = 128):
-        """A quarter from clips, as they look after compression; the rest stills, each of another person."""
+    def batches(size: int = 128) -> Iterator[tuple]:
+        """Yields one quarter frames of clips, with their compression, and three quarters stills of other people."""
         while True:
             clip, still = rng.choice(faces, size // 4), rng.integers(len(stills), size=size - size // 4)
             pixels = np.concatenate([clips[clip, rng.integers(FRAMES, size=len(clip))], stills[still, 0]])
@@ -87,15 +87,16 @@ def make_facial_encoder(config: Config, records: Sequence[Record], frames: Frame
             yield mirror_half(pixels, classes, rng)
 
     model = FrameClassifier(FaceXFormerEncoder(**vars(config.model.facexformer)), _counts(labels))
-    # Small things, which a token has to say loudly.
+    # Details cover few pixels, so they need a larger weight to show in a token.
     importance = dict.fromkeys(rendered_faces.DETAILS, 2.5) | {"beard": 1.5}
-    how = {"rate": pretrain.learning_rate, "seed": config.seed, "importance": importance}
-    weights = fit_classifier(model, batches(), pretrain.facial_steps, name="facial encoder", **how)
+    weights = fit_classifier(
+        model, batches(), pretrain.facial_steps, pretrain.learning_rate, config.seed, "facial encoder", importance
+    )
     save_weights(folder, flatten_dict({"facexformer": weights["encoder"]}, sep="/"), {"kind": "facexformer"})
 
 
 def make_general_encoder(config: Config, records: Sequence[Record], frames: Frames, folder: Path) -> None:
-    """Writes the weights folder of a general encoder that names content and motion of clips; arguments as above."""
+    """Pretrains the general encoder on clips and writes its weights folder; arguments as in `make_facial_encoder`."""
     pretrain = Pretrain.of(config)
     labels = ("motion", *rendered_faces.GENERAL_LABELS, "emotion", "hat")
     faces = np.flatnonzero([record.has_face for record in records])
@@ -104,32 +105,31 @@ def make_general_encoder(config: Config, records: Sequence[Record], frames: Fram
     unknown = np.full(len(general), -1, np.int32)
     rng = np.random.default_rng(config.seed + 2)
 
-    def batches(size: int = 32):
-        """One half faces, the other drawn general clips, of which a data set has few."""
+    def batches(size: int = 32) -> Iterator[tuple]:
+        """Yields one half clips of faces and one half drawn general clips, which the data set has few of."""
         while True:
             face, other = rng.choice(faces, size // 2), rng.integers(len(general), size=size // 2)
             times = np.stack([frame_indices(FRAMES, config.model.frames, "rand", rng) for _ in range(size)])
-            pixels = np.concatenate(
-                [clips[face[:, None], times[: len(face)]], general[other[:, None], times[len(face) :]]]
-            )
+            face_times, other_times = times[: len(face)], times[len(face) :]
+            pixels = np.concatenate([clips[face[:, None], face_times], general[other[:, None], other_times]])
             classes = {
                 k: np.concatenate([clip_classes[k][face], general_classes.get(k, unknown)[other]]) for k in labels
             }
             yield mirror_half(pixels, classes, rng)
 
     model = ClipClassifier(UMT(**vars(config.model.umt)), _counts(labels))
-    # What moves and whither is what only this stream can see, and what takes longest to learn.
-    importance = {"motion": 2.0, "direction": 2.0}
-    how = {"rate": pretrain.learning_rate, "seed": config.seed, "importance": importance}
-    weights = fit_classifier(model, batches(), pretrain.general_steps, name="general encoder", **how)
+    importance = {"motion": 2.0, "direction": 2.0}  # only this stream sees motion, which takes longest to learn
+    weights = fit_classifier(
+        model, batches(), pretrain.general_steps, pretrain.learning_rate, config.seed, "general encoder", importance
+    )
     tree = {"umt": weights["encoder"], "vision_layernorm": weights["vision_layernorm"]}
     save_weights(folder, flatten_dict(tree, sep="/"), {"kind": "umt"})
 
 
 def mirror_half(
-    pixels: UInt8[np.ndarray, "B *T H W 3"], classes: dict[str, Int[np.ndarray, " B"]], rng: np.random.Generator
-) -> tuple:
-    """Mirrors one half of a batch, its lefts and rights with it."""
+    pixels: UInt8[np.ndarray, "B *T H W 3"], classes: Classes, rng: np.random.Generator
+) -> tuple[UInt8[np.ndarray, "B *T H W 3"], Classes]:
+    """Mirrors a random half of a batch, and swaps left and right in its classes."""
     chosen = rng.random(len(pixels)) < 0.5
     pixels = pixels.copy()
     pixels[chosen] = pixels[chosen][..., ::-1, :]
@@ -137,16 +137,37 @@ def mirror_half(
     mirrored = {}
     for label, wanted in classes.items():
         names = rendered_faces.LABELS[label]
-        swapped = np.array([*(names.index(other.get(name, name)) for name in names), -1])  # -1, unknown, stays so
+        swapped = np.array([*(names.index(other.get(name, name)) for name in names), -1])  # the last maps -1 to itself
         mirrored[label] = np.where(chosen, swapped[wanted], wanted)
     return pixels, mirrored
 
 
 def fit_classifier(
-    model, batches, steps: int, *, rate: float, seed: int, name: str, importance: dict[str, float]
+    model: FrameClassifier | ClipClassifier,
+    batches: Iterator[tuple],
+    steps: int,
+    rate: float,
+    seed: int,
+    name: str,
+    importance: Mapping[str, float],
 ) -> dict:
-    """Trains the encoder under heads that stay as they were drawn, so that what the labels need must become most of
-    what a token holds; heads that learn would make do with faint traces, which a fresh Q-Former takes long to find."""
+    """Trains a classifier's encoder and norm; the linear heads keep their initial weights.
+
+    With frozen heads, the labels have to fill most of each token. Heads that learn would make do with faint traces,
+    which a fresh Q-Former takes long to find.
+
+    Args:
+        model: the classifier.
+        batches: yields (pixels, classes), where a class of -1 is ignored.
+        steps: number of batches.
+        rate: Muon's peak learning rate.
+        seed: seed of the initial weights.
+        name: name of the encoder in the progress bar.
+        importance: weight of a label's loss; 1 for labels without an entry.
+
+    Returns:
+        The weights of the encoder, the norm and the heads.
+    """
 
     def loss(weights, pixels, classes):
         scores = model.apply({"params": {**weights, **heads}}, normalise(pixels))
@@ -163,10 +184,10 @@ def fit_classifier(
     return fit(loss, drawn, batches, steps, rate, name) | heads
 
 
-def _classes(records: Sequence[Record], labels: Sequence[str]) -> dict[str, Int[np.ndarray, " N"]]:
-    """Class of each clip for each label, -1 where a clip has none."""
+def _classes(records: Sequence[Record], labels: Sequence[str]) -> Classes:
     return {label: np.array([record.labels[label] for record in records], np.int32) for label in labels}
 
 
 def _counts(labels: Sequence[str]) -> dict[str, int]:
+    """Returns the number of classes of each label."""
     return {label: len(rendered_faces.LABELS[label]) for label in labels}

@@ -1,14 +1,14 @@
 """Draws the parts of a face, from the hair behind the head to the earring in front. Lengths are in head units.
 
-Features are bold on purpose: an expression must be readable in a head that is 45 pixels high. Face detectors look for
-the soft shading of the skin (eye sockets, cheeks, bridge of the nose) and the dark brows.
+Features are bold, since an expression must be readable in a head that is 45 pixels high. Face detectors respond to dark
+brows and to soft shading of the skin at the eye sockets, the cheeks and the bridge of the nose.
 """
 
 from dataclasses import dataclass
 
 import cv2
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import Bool, Float, UInt8
 
 from favchat_jax.embedded.drawing import (
     CANVAS,
@@ -30,26 +30,30 @@ DARK = (25, 18, 14)
 
 @dataclass(frozen=True)
 class Expression:
-    """The differences of an expression from a face with straight brows and mouth, in head units."""
+    """Describes how an expression differs from a face with straight brows and mouth, in head units."""
 
-    inner: float = 0.0  # inner end of the brow, positive is lower
-    outer: float = 0.0  # outer end of the brow
-    arch: float = 0.0  # middle of the brow, positive is higher
-    lids: float = 0.9  # opening of the eyes
-    slant: float = 0.0  # slant of the eyes, positive with the outer corner lower
+    inner: float = 0.0  # shift of the brow's inner end; positive is lower
+    outer: float = 0.0  # shift of the brow's outer end; positive is lower
+    arch: float = 0.0  # shift of the brow's middle; positive is higher
+    lids: float = 0.9  # opening of the eyes, as a share of open ones
+    slant: float = 0.0  # slant of the eyes; positive lowers the outer corner
     width: float = 0.34  # half the width of the mouth
-    corners: float = 0.0  # positive lifts the corners of the mouth
+    corners: float = 0.0  # curve of the mouth; positive lifts its corners
     upper: float = 0.0  # opening of the mouth above its middle line
-    lower: float = 0.0  # the same below
+    lower: float = 0.0  # opening of the mouth below its middle line
     teeth: str = "none"  # none, top, both
 
 
 EXPRESSIONS = {
     "neutral": Expression(arch=0.03),
-    "happy": Expression(-0.04, 0.0, 0.08, 0.75, 0.0, 0.48, 0.23, -0.02, 0.27, "top"),
-    "sadness": Expression(-0.17, 0.12, 0.0, 0.62, 0.05, 0.36, -0.2),
-    "surprise": Expression(-0.14, -0.1, 0.12, 1.2, 0.0, 0.2, 0.0, 0.15, 0.18),
-    "anger": Expression(0.15, -0.12, 0.0, 0.66, -0.04, 0.42, -0.1, 0.09, 0.1, "both"),
+    "happy": Expression(
+        inner=-0.04, arch=0.08, lids=0.75, width=0.48, corners=0.23, upper=-0.02, lower=0.27, teeth="top"
+    ),
+    "sadness": Expression(inner=-0.17, outer=0.12, lids=0.62, slant=0.05, width=0.36, corners=-0.2),
+    "surprise": Expression(inner=-0.14, outer=-0.1, arch=0.12, lids=1.2, width=0.2, upper=0.15, lower=0.18),
+    "anger": Expression(
+        inner=0.15, outer=-0.12, lids=0.66, slant=-0.04, width=0.42, corners=-0.1, upper=0.09, lower=0.1, teeth="both"
+    ),
 }
 
 
@@ -93,7 +97,7 @@ def _crown(look: Look, grow: float, below: float) -> Float[np.ndarray, "P 2"]:
 
 
 def _skin(look: Look) -> UInt8[np.ndarray, "H W 3"]:
-    """Paints the face's skin from the front with soft light and shadow; painted small, then enlarged."""
+    """Paints the skin of the face from the front with soft light and shadow, in a small picture that is enlarged."""
     side, unit = CANVAS // 4, TEXTURE_UNIT / 4
     y, x = np.mgrid[0:side, 0:side] / unit - side / unit / 2
 
@@ -130,15 +134,14 @@ def _body(head: Head) -> None:
         _ear(head, side, None)
 
 
-def _ear(head: Head, side: int, visible) -> None:
-    for points, light in (
-        (ellipse(side * 1.04, 0.08, 0.14, 0.26), 0.86),
-        (ellipse(side * 1.06, 0.06, 0.07, 0.15), 0.66),
-    ):
+def _ear(head: Head, side: int, visible: Bool[np.ndarray, " T"] | None) -> None:
+    outer, inner = ellipse(side * 1.04, 0.08, 0.14, 0.26), ellipse(side * 1.06, 0.06, 0.07, 0.15)
+    for points, light in ((outer, 0.86), (inner, 0.66)):
         head.fill(head.place(flat(points, -0.05)), shade(head.look.skin, light), visible)
 
 
 def _eye(head: Head, side: int, expression: Expression) -> None:
+    """Draws an open eye with its iris and highlight, or only the lashes of a closed one."""
     look, motion = head.look, head.motion
     x, y, rx = side * look.eye_distance, -0.12, 0.23
     height = 0.14 * look.eye_size * expression.lids * motion.eyes_open[:, None]
@@ -153,10 +156,10 @@ def _eye(head: Head, side: int, expression: Expression) -> None:
     rim = np.array([x, y]) + (white - [x, y]) * [1.15, 1.5]
     head.face(rim, mix(shade(look.skin, 0.45), lash, 0.4), ~closed)
     head.face(white, mix((232, 230, 228), look.skin, 0.35), ~closed)
-    for radius, color in ((0.14, shade(look.eyes, 0.4)), (0.115, look.eyes), (0.05, (12, 10, 12))):
+    for radius, color in ((0.14, shade(look.eyes, 0.4)), (0.115, look.eyes), (0.05, (12, 10, 12))):  # rim, iris, pupil
         disc = np.broadcast_to(ellipse(x, y, radius, radius, 14), (len(height), 14, 2)).copy()
         reach = height * np.sqrt(1 - 0.98 * np.clip((disc[..., 0] - x) / rx, -1, 1) ** 2)
-        disc[..., 1] = np.clip(disc[..., 1], y - reach, y + 0.8 * reach)  # the lids cover the rest
+        disc[..., 1] = np.clip(disc[..., 1], y - reach, y + 0.8 * reach)  # clipped by the lids
         head.face(disc, color, ~closed)
     head.face(ellipse(x + 0.04, y - 0.04, 0.025, 0.025, 8), (255, 255, 255), motion.eyes_open * expression.lids > 0.5)
     head.line(upper, lash, 0.045, visible=~closed)
@@ -182,21 +185,19 @@ def _nose(head: Head) -> None:
 
 def _beard(head: Head) -> None:
     look, m = head.look, head.look.mouth_height
-    color = mix(
-        shade(look.hair, 0.7), (40, 28, 22), 0.6
-    )  # darker than the hair, so that a blonde goatee shows on tan skin
+    color = mix(shade(look.hair, 0.7), (40, 28, 22), 0.6)  # darker than the hair: a blonde goatee shows on tan skin
     if look.beard == "goatee":
         right = [[0.4, m + 0.06], [0.36, m + 0.34], [0.2, 1.2]]
         chin = [*([-x, y] for x, y in right), *reversed(right), [0.2, m + 0.22], [-0.2, m + 0.22]]
         head.face(np.array(chin), color)
     if look.beard == "mustache":
-        right = np.array(
-            [[0, m - 0.22], [0.22, m - 0.23], [0.42, m - 0.1], [0.5, m + 0.02], [0.3, m - 0.03], [0, m - 0.08]]
-        )
+        upper = [[0, m - 0.22], [0.22, m - 0.23], [0.42, m - 0.1], [0.5, m + 0.02]]
+        right = np.array([*upper, [0.3, m - 0.03], [0, m - 0.08]])
         head.face(np.concatenate([right, right[::-1] * [-1, 1]]), color)
 
 
 def _mouth(head: Head, expression: Expression) -> None:
+    """Draws the lips, the dark gap between them, and the teeth that the expression shows."""
     look = head.look
     opening = head.motion.mouth_open[:, None]
     u = np.linspace(-1, 1, 13)
@@ -222,7 +223,7 @@ def _mouth(head: Head, expression: Expression) -> None:
 
 
 def _marks(head: Head) -> None:
-    """Draws the fine details: a mole is a dark dot, a scar a slanted line; each is 1-3 pixels wide at 64 x 64."""
+    """Draws the mole as a dark dot and the scar as a slanted line, each 1-3 pixels wide in a picture of 64 x 64."""
     look = head.look
     if look.mole != "none":
         x, y = look.mole_at
@@ -233,6 +234,7 @@ def _marks(head: Head) -> None:
         head.line(np.array([[side * (x + 0.1), y - 0.14], [side * (x - 0.08), y + 0.14]]), color, 0.055)
 
 
+# The hairline of each `Look.fringe`, from right to left.
 HAIRLINES = (
     [[0.93, -0.05], [0.86, -0.5], [0.6, -0.74], [0, -0.76], [-0.6, -0.74], [-0.86, -0.5], [-0.93, -0.05]],
     [[0.93, -0.05], [0.9, -0.5], [0.5, -0.72], [-0.2, -0.86], [-0.4, -1.0], [-0.86, -0.6], [-0.93, -0.05]],
@@ -242,7 +244,7 @@ HAIRLINES = (
 
 
 def _hair(head: Head) -> None:
-    """Draws the hair over the forehead with its gloss, and the locks beside a face with long hair."""
+    """Draws the hair over the forehead and its gloss, and the locks beside the face if the hair is long."""
     look = head.look
     hairline = surface(smooth(HAIRLINES[look.fringe], closed=False))
     head.fill(np.concatenate([head.outline(_crown(look, 1.13, 0.12)), head.place(hairline)], 1), look.hair)
@@ -255,6 +257,7 @@ def _hair(head: Head) -> None:
 
 
 def _rim(look: Look, side: int) -> Float[np.ndarray, "P 2"]:
+    """Returns the rim of one lens of the glasses."""
     x = side * (look.eye_distance + 0.01)
     if look.glasses_round:
         return ellipse(x, -0.12, 0.3, 0.25, 20)
@@ -285,9 +288,7 @@ def _earring(head: Head) -> None:
     if look.earring == "none":
         return
     side = SIDES[look.earring]
-    for radius, color in (
-        (0.085, (30, 22, 20)),
-        (0.062, look.earring_color),
-    ):  # the dark rim separates the earring from fair hair
+    rim = (0.085, (30, 22, 20))  # separates the earring from fair hair
+    for radius, color in (rim, (0.062, look.earring_color)):
         drop = ellipse(side * 1.09, 0.4, radius, radius * 1.15)
         head.fill(head.place(flat(drop, -0.05)), color, side * head.motion.yaw < 0.35)

@@ -1,11 +1,11 @@
-"""The embedded data set's clips: their people, actions and questions are a function of (seed, split, index).
+"""Draws and describes the clips of the embedded data set; (seed, split, index) determines a clip and its questions.
 
 They replace CelebV-HQ in the demo and the tests, with the same 83 labels, summaries and question-answer pairs (paper,
 section 3.2). Faces fill the frame and have bold features, so that a model can read them in 8 frames of 64 x 64 pixels.
 Moles, earrings and scars are 1-3 of those pixels wide, too small for the general encoder's patches.
 
-Answers are balanced by construction. Clips with the same kind of question take its classes in turn, in shuffled blocks.
-So a constant answer never scores above one half. Left and right are the viewer's.
+Answers are balanced: clips with the same kind of question take its classes in turn, in shuffled blocks. Therefore, a
+constant answer never scores above one half. Left and right are the viewer's.
 
     python -m favchat_jax.embedded.faces --contact_sheet=docs/figures/rendered_faces.png
 """
@@ -71,11 +71,7 @@ QUESTIONS = {
     "eyes": ("What color are the eyes?", "What is the eye color of this person?", "Which eye color do you see?"),
     "skin": ("Is the skin pale, tan or dark?", "What is the skin tone?", "Which skin tone does the person have?"),
     "mole": ("Which cheek has a mole?", "On which cheek is the mole?", "Is there a mole on the left or right cheek?"),
-    "earring": (
-        "Which ear has an earring?",
-        "In which ear is the earring?",
-        "Is an earring in the left or right ear?",
-    ),
+    "earring": ("Which ear has an earring?", "In which ear is the earring?", "Is an earring in the left or right ear?"),
     "scar": ("Which cheek has a scar?", "On which cheek is the scar?", "Is there a scar on the left or right cheek?"),
     "emotion": ("What emotion does the person show?", "How does the person feel?", "Which emotion is on the face?"),
     "motion": ("What is the person doing?", "What does the person do?", "Which action do you see?"),
@@ -83,6 +79,14 @@ QUESTIONS = {
     "color": ("What color is the shape?", "Which color does the shape have?", "What is the color of the object?"),
     "direction": ("Which way does it move?", "In which direction does the shape move?", "Where is the object going?"),
 }
+
+
+# Colours in RGB, from which each clip's colours are drawn.
+HAIR = {"black": (30, 26, 30), "blonde": (222, 182, 84), "gray": (146, 148, 156), "brown": (116, 64, 28)}
+EYES = {"blue": (40, 104, 220), "green": (34, 140, 60), "brown": (104, 56, 22)}
+SKIN = {"pale": (250, 226, 212), "tan": (222, 170, 126), "dark": (170, 118, 84)}
+HATS = ((180, 40, 50), (40, 80, 170), (40, 130, 80), (110, 60, 140), (60, 60, 70))
+SHAPE_COLORS = {"red": (214, 44, 48), "green": (48, 166, 72), "blue": (48, 84, 214), "yellow": (240, 210, 50)}
 
 
 def render(seed: int, split: str, index: int) -> Record:
@@ -104,7 +108,7 @@ def render(seed: int, split: str, index: int) -> Record:
         targets=_targets(classes) if has_face else _general_targets(classes),
         source=name,  # every clip shows another person
         has_face=has_face,
-        labels={label: LABELS[label].index(classes[label]) if label in classes else -1 for label in LABELS},
+        labels=dict.fromkeys(LABELS, -1) | _indices(classes),  # -1: absent, such as the shape of a face
     )
 
 
@@ -114,10 +118,10 @@ def render_still(seed: int, split: str, index: int) -> tuple[UInt8[np.ndarray, "
     It pretrains the facial encoder, and is four times cheaper than a clip.
     """
     rng = generator(seed, split, "still", index)
-    classes = {label: LABELS[label][rng.integers(len(LABELS[label]))] for label in FACE_LABELS}
+    classes = _random_classes(FACE_LABELS, rng)
     look, motion = sample_look(classes, rng), sample_motion(classes, rng)
     frames = face_parts.draw_face(look, motion.at(int(rng.integers(drawing.FRAMES))))
-    return frames, {label: LABELS[label].index(value) for label, value in classes.items()}
+    return frames, _indices(classes)
 
 
 def render_shapes(seed: int, split: str, index: int) -> tuple[UInt8[np.ndarray, "T h w 3"], dict[str, int]]:
@@ -126,9 +130,8 @@ def render_shapes(seed: int, split: str, index: int) -> tuple[UInt8[np.ndarray, 
     It pretrains the general encoder.
     """
     rng = generator(seed, split, "shapes", index)
-    classes = {label: LABELS[label][rng.integers(len(LABELS[label]))] for label in GENERAL_LABELS}
-    frames = drawing.draw_shapes(sample_shapes(classes, rng))
-    return frames, {label: LABELS[label].index(value) for label, value in classes.items()}
+    classes = _random_classes(GENERAL_LABELS, rng)
+    return drawing.draw_shapes(sample_shapes(classes, rng)), _indices(classes)
 
 
 def sample_classes(
@@ -139,9 +142,17 @@ def sample_classes(
     if place == GENERAL_EVERY - 1:
         return {label: _balanced(seed, split, label, ordinal) for label in GENERAL_LABELS}, GENERAL_LABELS[:3]
     asked = _plan(index - ordinal)
-    classes = {label: LABELS[label][rng.integers(len(LABELS[label]))] for label in FACE_LABELS}
-    classes |= {label: _balanced(seed, split, label, turn) for label, turn in asked.items()}
-    return classes, tuple(asked)
+    balanced = {label: _balanced(seed, split, label, turn) for label, turn in asked.items()}
+    return _random_classes(FACE_LABELS, rng) | balanced, tuple(asked)
+
+
+def _random_classes(labels: tuple[str, ...], rng: np.random.Generator) -> dict[str, str]:
+    return {label: LABELS[label][rng.integers(len(LABELS[label]))] for label in labels}
+
+
+def _indices(classes: dict[str, str]) -> dict[str, int]:
+    """Returns the index of each label's class in LABELS."""
+    return {label: LABELS[label].index(value) for label, value in classes.items()}
 
 
 def generator(seed: int, split: str, purpose: str, number: int) -> np.random.Generator:
@@ -150,13 +161,13 @@ def generator(seed: int, split: str, purpose: str, number: int) -> np.random.Gen
 
 
 def _balanced(seed: int, split: str, label: str, turn: int) -> str:
-    """Returns the class of the `turn`-th clip that asks about `label`: every shuffled block holds all classes."""
+    """Returns the class of the `turn`-th clip that asks about `label`; every shuffled block holds all classes."""
     block, place = divmod(turn, len(LABELS[label]))
     return LABELS[label][generator(seed, split, label, block).permutation(len(LABELS[label]))[place]]
 
 
 def _plan(ordinal: int) -> dict[str, int]:
-    """Chooses the kinds of question of a face clip: two of appearance, one of detail, and emotion or motion, in turn.
+    """Chooses the questions of a face clip in turn: two on appearance, one on a detail, and one on emotion or motion.
 
     Returns label -> number of earlier clips that ask about it.
     """
@@ -177,21 +188,16 @@ def sample_look(classes: dict[str, str], rng: np.random.Generator) -> drawing.Lo
     def pick(*colors):
         return colors[rng.integers(len(colors))]
 
-    hair = {"black": (30, 26, 30), "blonde": (222, 182, 84), "gray": (146, 148, 156), "brown": (116, 64, 28)}
-    eyes = {"blue": (40, 104, 220), "green": (34, 140, 60), "brown": (104, 56, 22)}
-    skin = {"pale": (250, 226, 212), "tan": (222, 170, 126), "dark": (170, 118, 84)}[classes["skin"]]
-    skin = near(rng, skin, 4)
+    skin = near(rng, SKIN[classes["skin"]], 4)
     return drawing.Look(
-        hair=near(rng, hair[classes["hair"]], 6),
+        hair=near(rng, HAIR[classes["hair"]], 6),
         long_hair=classes["hair_length"] == "long",
         fringe=int(rng.integers(4)),
         skin=skin,
-        eyes=near(rng, eyes[classes["eyes"]], 6),
+        eyes=near(rng, EYES[classes["eyes"]], 6),
         glasses=pick((16, 16, 20), (120, 20, 30), (24, 40, 120)) if classes["glasses"] == "yes" else None,
         glasses_round=bool(rng.integers(2)),
-        hat=near(rng, pick((180, 40, 50), (40, 80, 170), (40, 130, 80), (110, 60, 140), (60, 60, 70)), 10)
-        if classes["hat"] == "yes"
-        else None,
+        hat=near(rng, pick(*HATS), 10) if classes["hat"] == "yes" else None,
         hat_brim=bool(rng.integers(2)),
         beard=classes["beard"],
         mole=classes["mole"],
@@ -229,7 +235,7 @@ def _background(rng: np.random.Generator) -> UInt8[np.ndarray, "H W 3"]:
 
 
 def sample_motion(classes: dict[str, str], rng: np.random.Generator, frames: int = drawing.FRAMES) -> drawing.Motion:
-    """Draws the movement of head, eyes and mouth: a small drift of the pose and the large motion of `classes`."""
+    """Draws the motion of head, eyes and mouth: the large motion of `classes` and a small drift of the pose."""
     t = np.arange(frames) / frames
     cycles, phase = rng.uniform(1.8, 2.3), rng.uniform(0, 2 * np.pi)
     wave = np.sin(2 * np.pi * cycles * t + phase)
@@ -258,7 +264,6 @@ def sample_motion(classes: dict[str, str], rng: np.random.Generator, frames: int
 def sample_shapes(classes: dict[str, str], rng: np.random.Generator) -> drawing.Shapes:
     """Draws a general scene that shows `classes` before a dull background."""
     count = LABELS["count"].index(classes["count"]) + 1
-    colors = {"red": (214, 44, 48), "green": (48, 166, 72), "blue": (48, 84, 214), "yellow": (240, 210, 50)}
     way = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}[classes["direction"]]
     across = 0.5 + (0.36 if count == 2 else 0.3) * (np.arange(count) - (count - 1) / 2) + rng.uniform(-0.04, 0.04)
     along = 0.5 + rng.uniform(-0.06, 0.06, count)
@@ -266,7 +271,7 @@ def sample_shapes(classes: dict[str, str], rng: np.random.Generator) -> drawing.
     backdrop = (0.3 * backdrop + 0.3 * backdrop.mean(-1, keepdims=True) + rng.uniform(0, 80)).astype(np.uint8)
     return drawing.Shapes(
         shape=classes["shape"],
-        color=near(rng, colors[classes["color"]], 8),
+        color=near(rng, SHAPE_COLORS[classes["color"]], 8),
         middle=np.stack([along, across] if way[0] else [across, along], -1),
         step=tuple(w * rng.uniform(0.03, 0.036) for w in way),
         radius=(0.2, 0.17, 0.14)[count - 1] * rng.uniform(1, 1.15),
@@ -298,11 +303,11 @@ def _attributes(classes: dict[str, str]) -> UInt8[np.ndarray, " 83"]:
         "wearing_earrings": classes["earring"] != "none",
         "smile": classes["emotion"] == "happy",
     }
-    names |= {name for name, there in present.items() if there}
+    names |= {name for name, is_present in present.items() if is_present}
     return np.array([name in names for name in vocabulary.VOCABULARY], np.uint8)
 
 
-def _list(parts: list[str]) -> str:
+def _enumerated(parts: list[str]) -> str:
     return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
 
 
@@ -314,7 +319,7 @@ def _summary(classes: dict[str, str], rng: np.random.Generator) -> str:
     wears = ["glasses"] * (classes["glasses"] == "yes") + ["a hat"] * (classes["hat"] == "yes")
     wears += [f"an earring in the {classes['earring']} ear"] * (classes["earring"] != "none")
     sentences = []
-    # One wording is "blue eyes", the other "the eyes are blue"; the latter is followed only by properties of the look.
+    # One wording is "The person has blue eyes", the other "The eyes are blue".
     if rng.integers(2):
         has += [f"{eyes} eyes", f"{skin} skin", "no beard" if beard == "none" else f"a {beard}"]
         rng.shuffle(has)
@@ -323,8 +328,8 @@ def _summary(classes: dict[str, str], rng: np.random.Generator) -> str:
         looks = [f"the hair is {length} and {hair}", f"the eyes are {eyes}", f"the skin is {skin}"]
         looks.append("there is no beard" if beard == "none" else f"the beard is a {beard}")
         rng.shuffle(looks)
-        sentences.append(f"{_list(looks).capitalize()}.")
-    clauses = [f"{verb} {_list(things)}" for verb, things in (("has", has), ("wears", wears)) if things]
+        sentences.append(f"{_enumerated(looks).capitalize()}.")
+    clauses = [f"{verb} {_enumerated(things)}" for verb, things in (("has", has), ("wears", wears)) if things]
     if clauses:
         sentences.append(f"The person {' and '.join(clauses)}.")
     does = (
@@ -350,23 +355,18 @@ def _targets(classes: dict[str, str]) -> dict[str, str]:
     }
 
 
-def _things(classes: dict[str, str]) -> str:
+def _shapes_named(classes: dict[str, str]) -> str:
     return f"{classes['count']} {classes['color']} {classes['shape']}{'s' * (classes['count'] != 'one')}"
 
 
 def _general_summary(classes: dict[str, str], rng: np.random.Generator) -> str:
     verb = ("move", "go")[rng.integers(2)] if classes["count"] != "one" else ("moves", "goes")[rng.integers(2)]
     where = {"left": "to the left", "right": "to the right"}.get(classes["direction"], classes["direction"])
-    return f"{_things(classes).capitalize()} {verb} {where}. No person is there."
+    return f"{_shapes_named(classes).capitalize()} {verb} {where}. No person is there."
 
 
 def _general_targets(classes: dict[str, str]) -> dict[str, str]:
-    return {"attributes": _things(classes), "emotion": "none", "action": f"move {classes['direction']}"}
-
-
-def attribute_labels(record: Record) -> dict[str, int]:
-    """Returns the class index of each of `LABELS` for a rendered record; -1 for absent labels (a face has no shape)."""
-    return {label: record.labels.get(label, -1) for label in LABELS}
+    return {"attributes": _shapes_named(classes), "emotion": "none", "action": f"move {classes['direction']}"}
 
 
 def encode(frames: UInt8[np.ndarray, "T H W 3"], crf: int = 18) -> bytes:

@@ -1,4 +1,4 @@
-"""Training of all parts: Muon over a stream of batches."""
+"""Pretrains the embedded preset's stand-ins for published parts, by Muon over a stream of batches."""
 
 import functools
 from collections.abc import Callable, Iterator
@@ -16,13 +16,20 @@ from favchat_jax.training.step import compiler_options
 def fit(
     loss: Callable[..., Float[Array, ""]], weights: dict, batches: Iterator[tuple], steps: int, rate: float, name: str
 ) -> dict:
-    """Trains `weights` with Muon over `steps` batches, with warm-up and cosine decay.
+    """Trains weights with Muon, a warm-up and a cosine decay, and returns them.
 
-    A batch holds the arguments of `loss` after the weights.
+    Args:
+        loss: returns the loss of the weights on a batch: loss(weights, *batch).
+        weights: the initial weights; their memory is reused.
+        batches: yields at least `steps` batches.
+        steps: number of updates.
+        rate: peak learning rate.
+        name: name of the part in the progress bar.
     """
-    adam = {"b1": 0.9, "b2": 0.999, "weight_decay": 0.02, "encoder_rate": 1.0}
-    shape = {"warmup": 0.1, "floor": 0.05, "clip_norm": 1.0}
-    settings = OptimizerConfig(name="muon", learning_rate=rate, **adam, **shape)
+    adam = {"b1": 0.9, "b2": 0.999, "weight_decay": 0.02}
+    settings = OptimizerConfig(
+        name="muon", learning_rate=rate, encoder_rate=1.0, clip_norm=1.0, warmup=0.1, floor=0.05, **adam
+    )
     optimizer = make_optimizer(settings, steps)
 
     @functools.partial(jax.jit, donate_argnums=(0, 1), compiler_options=compiler_options())

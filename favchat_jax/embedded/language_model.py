@@ -1,6 +1,7 @@
-"""The language model's stand-in: reads facts in the places where visual tokens will stand, and answers questions.
+"""Builds and pretrains a small stand-in for Mistral-7B, for the embedded preset.
 
-A tokenizer trained on the corpus and a small Mistral, in a Hugging Face folder.
+It is a Hugging Face folder with a small Mistral and a tokenizer trained on the data's texts. The model learns to answer
+questions about facts: in place of each visual token, it reads the word embeddings of one fact.
 """
 
 import functools
@@ -11,7 +12,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int
+from jaxtyping import Array, Bool, Float, Int
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -29,46 +30,35 @@ from favchat_jax.models.mistral import Mistral
 from favchat_jax.training.step import chunked_cross_entropy, next_token_targets
 
 DESCRIBED = 0.2  # share of the texts that ask for a description
-QUESTIONS = 6  # in each of the others
-NOISE = 0.5  # in a told fact, as a share of its size
+QUESTIONS = 6  # questions in each of the other texts
+NOISE = 0.5  # standard deviation of a fact's noise, as a share of the fact's root mean square
 
 
-def make_language_model(config: Config, records: Sequence[Record], frames: Callable, folder: Path) -> None:
-    """Writes a Hugging Face folder of a small Mistral that answers questions about facts told in words.
+def make_language_model(config: Config, records: Sequence[Record], frames: Callable | None, folder: Path) -> None:
+    """Pretrains a small Mistral on questions about facts and writes its Hugging Face folder.
 
     Args:
-        config: a stage's config; `pretrain` counts, and how many visual tokens there will be.
-        records: the training clips; their text alone is read.
-        frames: of no use here; the encoders need it.
-        folder: where to write.
+        config: a stage's config; reads `seed`, `pretrain`, `data.buckets` and the number of visual tokens.
+        records: the training clips, of which only the texts are read.
+        frames: unused; the encoders' makers take the same arguments.
+        folder: the folder to write.
     """
     del frames
     pretrain, rng = Pretrain.of(config), np.random.default_rng(config.seed)
-    told = [text for r in records for text in (r.summary, *r.targets.values(), *_spoken(r))]
-    write_sizes(folder, pretrain.llm, told)
+    corpus = [
+        text
+        for r in records
+        for text in (r.summary, *r.targets.values(), *(f"{q.question} {q.answer}" for q in r.questions))
+    ]
+    write_sizes(folder, pretrain.llm, corpus)
     tokenizer = load_tokenizer(folder)
     model = Mistral(mistral_folder.read_config(folder))
     visual_tokens = config.model.qformer.queries + config.model.qformer.extra_queries
-    texts = _texts(Conversation(tokenizer, visual_tokens), tokenizer, records, config.data.buckets[-1], rng)
+    batches = _batches(Conversation(tokenizer, visual_tokens), tokenizer, records, config.data.buckets[-1], rng)
 
-    def embed(mdl: Mistral, tokens, slot, fading, seed):
-        """Word embeddings, and in the n-th place of the slot the average of its n-th fact's words.
-
-        Names that may are fainter by a random share: a fresh visual token shows something before it says what that is,
-        and where both only together tell an answer, neither gets a gradient before the other is there. And there is
-        noise: a visual token will hold more than one fact's words too.
-        """
-        named, noise = jax.random.split(jax.random.key(seed))
-        share = jax.random.uniform(named, (*slot.shape[:2], 1))
-        weight = (slot >= 0) * jnp.where(fading, share, 1.0)
-        facts = jnp.einsum("bnw,bnwd->bnd", weight, mdl.embed(slot)) / jnp.sum(slot >= 0, axis=2, keepdims=True)
-        size = jnp.sqrt(jnp.mean(facts**2, axis=-1, keepdims=True))
-        facts += NOISE * size * jax.random.normal(noise, facts.shape)
-        return favchat.place_visual_tokens(mdl.embed(tokens), tokens, facts)
-
-    def loss(weights, tokens: Int[Array, "B L"], counted, slot: Int[Array, "B N W"], fading, seed):
+    def loss(weights, tokens: Int[Array, "B L"], counted: Bool[Array, "B L"], *facts: Array):
         params = {"params": weights}
-        hidden = model.apply(params, tokens, slot, fading, seed, method=lambda m, *x: m(embed(m, *x)))
+        hidden = model.apply(params, tokens, *facts, method=lambda m, *x: m(_embed(m, *x)))
         targets, counted = next_token_targets(tokens, counted)
         total, _ = chunked_cross_entropy(
             lambda h: model.apply(params, h, method="logits"), hidden, targets, counted, 4096
@@ -76,21 +66,42 @@ def make_language_model(config: Config, records: Sequence[Record], frames: Calla
         return total / jnp.sum(counted)
 
     weights = model.init(jax.random.key(config.seed), jnp.zeros((1, 1), jnp.int32), method="read")["params"]
-    weights = fit(loss, weights, texts, pretrain.llm_steps, pretrain.learning_rate, "language model")
+    weights = fit(loss, weights, batches, pretrain.llm_steps, pretrain.learning_rate, "language model")
     mistral_folder.write_weights(folder, jax.device_get(weights))
 
 
-def _spoken(record: Record) -> Iterator[str]:
-    return (f"{q.question} {q.answer}" for q in record.questions)
+def _embed(
+    model: Mistral, tokens: Int[Array, "B L"], words: Int[Array, "B N W"], is_name: Bool[Array, "B N W"], seed: Array
+) -> Float[Array, "B L D"]:
+    """Embeds texts with their facts: visual token n is the mean word embedding of fact n, with noise.
+
+    Attribute names are down-weighted by a random factor. A fresh visual token shows a value before it shows the value's
+    attribute. If only both together gave the answer, neither would get a gradient before the other is learned. The
+    noise imitates the other facts that a visual token will also hold.
+
+    Args:
+        model: the bound language model.
+        tokens: texts with placeholders for visual tokens.
+        words: token ids of each of N facts, padded with -1.
+        is_name: whether a word belongs to a fact's attribute name.
+        seed: seed of the factors and of the noise.
+    """
+    for_names, for_noise = jax.random.split(jax.random.key(seed))
+    share = jax.random.uniform(for_names, (*words.shape[:2], 1))
+    weight = (words >= 0) * jnp.where(is_name, share, 1.0)
+    facts = jnp.einsum("bnw,bnwd->bnd", weight, model.embed(words)) / jnp.sum(words >= 0, axis=2, keepdims=True)
+    size = jnp.sqrt(jnp.mean(facts**2, axis=-1, keepdims=True))
+    facts += NOISE * size * jax.random.normal(for_noise, facts.shape)
+    return favchat.place_visual_tokens(model.embed(tokens), tokens, facts)
 
 
 def write_sizes(folder: Path, sizes: LanguageModelSizes, texts: Sequence[str]) -> None:
-    """Writes what a Hugging Face folder holds beside its weights: config.json of these sizes, and a tokenizer.
+    """Writes the files of a Hugging Face folder except its weights: config.json and a trained tokenizer.
 
     Args:
-        folder: where to write.
-        sizes: of the model.
-        texts: what the tokenizer learns its pieces from.
+        folder: the folder to write.
+        sizes: sizes of the model, for config.json.
+        texts: the texts that the tokenizer is trained on.
     """
     _train_tokenizer(texts, sizes.vocabulary).save_pretrained(folder)
     tokenizer = load_tokenizer(folder)
@@ -122,7 +133,7 @@ def write_sizes(folder: Path, sizes: LanguageModelSizes, texts: Sequence[str]) -
 
 
 def _train_tokenizer(texts: Sequence[str], vocabulary: int) -> PreTrainedTokenizerFast:
-    """Byte-pair encoding over the corpus' text, with Mistral's special tokens."""
+    """Trains byte-pair encoding on the texts, with Mistral's special tokens."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -146,50 +157,57 @@ def _train_tokenizer(texts: Sequence[str], vocabulary: int) -> PreTrainedTokeniz
     )
 
 
-def _texts(
+def _batches(
     conversation: Conversation,
-    tokenizer,
+    tokenizer: PreTrainedTokenizerFast,
     records: Sequence[Record],
     length: int,
     rng: np.random.Generator,
     batch: int = 16,
 ) -> Iterator[tuple]:
-    """Endless batches (tokens, counted, slot, fading, seed) of conversations about clips that are told in words.
+    """Yields endless batches of random texts: (tokens, counted, words, is_name, seed), see `_embed`.
 
-    Questions, or a request to describe; answers are counted. A place of the slot holds the words of one fact, ids
-    padded with -1, as a visual token stands for one thing seen; facts come in random order, so that any place may hold
-    any of them. `fading` marks words that may be fainter; the seed is of all else that is drawn for the batch.
+    `counted` marks the answers, whose tokens the loss counts. Texts of more than `length` tokens are left out.
     """
     pool = [text for record in records for text in texts_about(record, conversation, tokenizer, rng)]
     pool = [text for text in pool if len(text[0]) <= length]
     length = max(len(text[0]) for text in pool)
-    widest = max(len(faint) + len(clear) for *_, slot in pool for faint, clear in slot)
+    widest = max(len(name) + len(value) for *_, facts in pool for name, value in facts)
     while True:
         tokens = np.zeros((batch, length), np.int32)
         counted = np.zeros((batch, length), bool)
-        slots = np.full((batch, conversation.visual_tokens, widest), -1, np.int32)
-        fading = np.zeros(slots.shape, bool)
+        words = np.full((batch, conversation.visual_tokens, widest), -1, np.int32)
+        is_name = np.zeros(words.shape, bool)
         for row, i in enumerate(rng.integers(len(pool), size=batch)):
-            tokens[row, : len(pool[i][0])], counted[row, : len(pool[i][1])], slot = pool[i]
-            for n, (faint, clear) in enumerate(slot):
-                slots[row, n, : len(faint) + len(clear)] = [*faint, *clear]
-                fading[row, n, : len(faint)] = True
-        yield tokens, counted, slots, fading, rng.integers(2**31)
+            text, answers, facts = pool[i]
+            tokens[row, : len(text)] = text
+            counted[row, : len(answers)] = answers
+            for n, (name, value) in enumerate(facts):
+                words[row, n, : len(name) + len(value)] = [*name, *value]
+                is_name[row, n, : len(name)] = True
+        yield tokens, counted, words, is_name, rng.integers(2**31)
 
 
 def texts_about(
-    record: Record, conversation: Conversation, tokenizer, rng: np.random.Generator, count: int = 6
+    record: Record,
+    conversation: Conversation,
+    tokenizer: PreTrainedTokenizerFast,
+    rng: np.random.Generator,
+    count: int = 6,
 ) -> Iterator[tuple]:
-    """(tokens, counted, slot) of `count` texts about one clip; a place has words that may be fainter, and the others.
+    """Yields `count` texts about one clip, each with a fact for every visual token.
 
-    Names may, but those of details: whether a "left cheek" is a mole's or a scar's is told by nothing else.
+    A text is (tokens, loss mask, facts), and a fact is (token ids of the attribute's name, token ids of its value). The
+    facts come in random order, so that any visual token may hold any fact. A detail has its name within its value,
+    since the name is never down-weighted: nothing else tells a mole's "left cheek" from a scar's.
     """
     labels = {name: rendered_faces.LABELS[name][value] for name, value in record.labels.items() if value >= 0}
-    words = functools.partial(tokenizer.encode, add_special_tokens=False)
+    encode = functools.partial(tokenizer.encode, add_special_tokens=False)
     facts = []
     for label, value in labels.items():
-        name, told = words(f" {label.replace('_', ' ')}"), words(f" {rendered_faces.answer(label, value)}")
-        facts.append(([], name + told) if label in rendered_faces.DETAILS else (name, told))
+        name_ids = encode(f" {label.replace('_', ' ')}")
+        value_ids = encode(f" {rendered_faces.answer(label, value)}")
+        facts.append(([], name_ids + value_ids) if label in rendered_faces.DETAILS else (name_ids, value_ids))
     askable = [name for name in labels if name in rendered_faces.QUESTIONS]
     for describe in rng.random(count) < DESCRIBED:
         if describe:
@@ -200,6 +218,6 @@ def texts_about(
                 for name in rng.permutation(askable)[:QUESTIONS]
             ]
         text = conversation.encode(turns, FRAMES, 10_000)
-        # Every fact at least once, some again where there are more places.
+        # Every fact appears at least once; some appear again if there are more visual tokens than facts.
         order = rng.permutation(np.resize(rng.permutation(len(facts)), conversation.visual_tokens))
         yield text.tokens, text.loss_mask, [facts[i] for i in order]

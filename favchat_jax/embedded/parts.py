@@ -1,4 +1,4 @@
-"""The embedded preset's pretrained parts: small stand-ins for Mistral-7B, UMT-L and FaceXFormer, made in minutes.
+"""Makes the embedded preset's pretrained parts: small stand-ins for Mistral-7B, UMT-L and FaceXFormer, in minutes.
 
 Each part is written to the same kind of folder as the published part that it replaces, and loaded by the same code: the
 language model is a Hugging Face folder, the encoders are weights folders. Without pretrained parts, a run of minutes

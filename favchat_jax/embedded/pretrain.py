@@ -1,4 +1,4 @@
-"""The section `pretrain` of a config: sizes and training of the embedded preset's stand-ins for published parts."""
+"""Defines the section `pretrain` of a config: sizes and training of the stand-ins for published parts."""
 
 from dataclasses import dataclass
 from typing import Self
@@ -10,7 +10,7 @@ from favchat_jax.section import Count, Positive, Section
 
 @dataclass(frozen=True, kw_only=True)
 class LanguageModelSizes(Section):
-    """Sizes of a small Mistral."""
+    """Holds the sizes of a small Mistral."""
 
     width: Count  # channels of a token
     layers: Count
@@ -22,7 +22,7 @@ class LanguageModelSizes(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class Pretrain(Section):
-    """The stand-ins' sizes and training."""
+    """Holds the sizes and the training settings of the stand-ins."""
 
     llm: LanguageModelSizes  # sizes of the language model
     llm_steps: Count  # batches of 16 texts

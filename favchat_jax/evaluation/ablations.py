@@ -1,4 +1,4 @@
-"""Table 6: how much each part of the model contributes, from results of several seeds on the same questions.
+"""Computes Table 6, the contribution of each part of the model, from results of several seeds on the same questions.
 
 Every figure has two intervals. The interval over questions says what other held-out clips would give: a bootstrap of
 the seeds' average that draws entire clips, since questions about one clip are not independent. The interval over seeds

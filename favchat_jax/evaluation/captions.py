@@ -1,4 +1,4 @@
-"""Scoring of free-text answers against references, by words and by a judge; shared by DFEC, EMER and held_out_qa."""
+"""Scores free-text answers against references by words and by a judge, for DFEC, EMER and held_out_qa."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -77,8 +77,8 @@ def judged_figures(
     figures, notes = {}, []
     for name, rubric in rubrics.items():
         questions = [Question(row["id"], rubric, _fields(row)) for row in samples]
-        said = judge.scores(questions, f"judging {name}")
-        scored = [(row, said[row["id"]]) for row in samples]
+        scores = judge.scores(questions, f"judging {name}")
+        scored = [(row, scores[row["id"]]) for row in samples]
         for row, score in scored:
             note_score(row, name, score)
         known = [(row["clip"], score) for row, score in scored if not isinstance(score, Unanswered)]

@@ -1,4 +1,4 @@
-"""Emotion classification (Table 3) by three methods: describe and infer, answer directly, or score the class names.
+"""Classifies emotions (Table 3) by three methods: describe and infer, answer directly, or score the class names.
 
 UAR and WAR are averaged over folds. Answers without a class count as errors; the last column of the confusion matrix
 lists them.
@@ -94,18 +94,18 @@ def _answer(
             id: _after(direct[id], config.describe, text) if text else direct[id]
             for id, (text,) in descriptions.items()
         }
-    said = session.ask(list(direct.values()), config.max_new_tokens, "classifying")
+    answers = session.ask(list(direct.values()), config.max_new_tokens, "classifying")
     extra = {id: {"description": text} for id, (text,) in descriptions.items()}
-    return {id: {"question": question, "answer": answer, **extra.get(id, {})} for id, (answer,) in said.items()}
+    return {id: {"question": question, "answer": answer, **extra.get(id, {})} for id, (answer,) in answers.items()}
 
 
 def _after(ask: Ask, question: str, answer: str) -> Ask:
     return Ask(ask.id, ask.clips, tuple(((question, answer), *turns) for turns in ask.conversations))
 
 
-def _row(clip: Listed, fold: str, said: Mapping[str, Any], classes: Mapping[str, str]) -> dict[str, Any]:
-    predicted = said["answer"] if "likelihood" in said else decide(said["answer"], emotion_names(classes))
-    row = {"id": clip.id, "fold": fold, "expected": clip.label, **said}
+def _row(clip: Listed, fold: str, reply: Mapping[str, Any], classes: Mapping[str, str]) -> dict[str, Any]:
+    predicted = reply["answer"] if "likelihood" in reply else decide(reply["answer"], emotion_names(classes))
+    row = {"id": clip.id, "fold": fold, "expected": clip.label, **reply}
     return {**row, "predicted": predicted, "correct": predicted == clip.label}
 
 

@@ -1,4 +1,4 @@
-"""The typed config of an evaluation: every field with its unit and range. Files in `configs/eval` give the values."""
+"""Defines the typed config of an evaluation, every field with its unit and range; `configs/eval` has the values."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ from favchat_jax.section import Count, CountOrZero, NotNegative, Positive, Secti
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BenchmarkData(Section):
-    """Where a benchmark's clips are stored."""
+    """Names the place of a benchmark's clips."""
 
     root: str = ""  # folder of the published data set; empty if the benchmark needs no folder
     name: str | None = None  # name of a data set of `data/sources`
@@ -23,7 +23,7 @@ class BenchmarkData(Section):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ClientConfig(Section):
-    """How requests to an OpenAI-compatible server are made."""
+    """Holds the settings of requests to an OpenAI-compatible server."""
 
     parallel: Count  # simultaneous requests
     timeout: Positive  # timeout of a request in seconds
@@ -33,7 +33,7 @@ class ClientConfig(Section):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ServerConfig(ClientConfig):
-    """The server whose model is evaluated."""
+    """Holds the settings of the server whose model is evaluated."""
 
     frames: Count  # frames sent per clip
     size: Count  # side of a frame in pixels
@@ -41,7 +41,7 @@ class ServerConfig(ClientConfig):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class JudgeConfig(ClientConfig):
-    """A language model that scores answers; an empty `model` means no judge."""
+    """Holds the settings of a language model that scores answers; an empty `model` means no judge."""
 
     url: str  # URL of its server
     model: str  # the model's name on the server
@@ -54,7 +54,7 @@ class JudgeConfig(ClientConfig):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvaluationConfig(Section):
-    """The config of a benchmark. Fields that default to None apply to some benchmarks only."""
+    """Holds the config of a benchmark. Fields that default to None apply to some benchmarks only."""
 
     benchmark: str  # name of a module in `evaluation/benchmarks`
     seed: CountOrZero  # seed of the intervals and of random draws

@@ -64,7 +64,7 @@ def pictures(folder: Path) -> list[Path]:
     return sorted(paths, key=lambda path: ([int(n) for n in re.findall(r"\d+", path.stem)], path.name))
 
 
-def beside_each_other(clips: Sequence[Footage], frames: int, size: int) -> UInt8[np.ndarray, "T size size 3"]:
+def joined_frames(clips: Sequence[Footage], frames: int, size: int) -> UInt8[np.ndarray, "T size size 3"]:
     """Returns `frames` frames in all, shared equally among the clips, one clip after the other."""
     shares = [len(part) for part in np.array_split(np.arange(frames), len(clips))]
     if min(shares) == 0:

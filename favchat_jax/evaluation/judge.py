@@ -1,8 +1,8 @@
-"""A language model as judge, behind an OpenAI-compatible server: temperature 0, validated JSON, every reply kept.
+"""Scores answers with a language model as judge, on an OpenAI-compatible server at temperature 0.
 
-A reply that is not the JSON that was asked for is asked for again, with what was wrong; a judge that still refuses
-leaves the sample without a judgement, and the figures incomplete. The prompts are our own wording of what the papers
-describe; `PROMPT_VERSION` stands in each result and changes with any of them.
+Replies must be JSON of a given form, and are cached in a file. An invalid reply is requested again with the reason. If
+no reply is valid, the sample has no judgement and the figures are incomplete. The prompts follow the papers'
+descriptions in our own wording. Each result records `PROMPT_VERSION`, which changes whenever a prompt changes.
 """
 
 import dataclasses
@@ -26,22 +26,23 @@ from favchat_jax.evaluation.respondents import Unanswered, chat_model, complete
 log = logging.getLogger("favchat_jax")
 
 PROMPT_VERSION = "1"
-CHARACTERS_A_TOKEN = 4  # of English text, for the estimate of the cost
+CHARACTERS_PER_TOKEN = 4  # of English text, for the estimate of the cost
+REPLY_TOKENS = 20  # of a score and its braces, for the estimate of the cost
 Check = Callable[[Any], Any]
 
 
 class Malformed(Exception):
-    """A reply that is not what was asked for."""
+    """Raised for a reply of another form than requested."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Rubric:
-    """One kind of judgement.
+    """A kind of judgement.
 
     Attributes:
-        task: what the judge is told; fields in braces are filled in.
-        form: an example of the JSON to reply with.
-        check: returns what the parsed JSON says, or raises Malformed with what is wrong.
+        task: instruction for the judge, with fields in braces.
+        form: example of the JSON to reply with.
+        check: returns the judgement in a parsed reply; raises Malformed with the reason if it has another form.
     """
 
     task: str
@@ -51,13 +52,13 @@ class Rubric:
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-    """One judgement to be made.
+    """A question to the judge.
 
     Attributes:
-        id: of the judgement.
-        rubric: one of `RUBRICS`.
-        fields: what its task speaks of.
-        count: how many verdicts there must be, where it is known.
+        id: id of the judgement.
+        rubric: name of one of `RUBRICS`.
+        fields: values for the fields of the rubric's task.
+        count: required number of verdicts; None for any.
     """
 
     id: str
@@ -91,9 +92,11 @@ def _verdicts(reply: Any) -> list[bool]:
     return [verdict == "entailment" for verdict in verdicts]
 
 
-def _aspect(what: str) -> Rubric:
+def _aspect(criterion: str) -> Rubric:
+    """Returns the rubric that scores a description by one criterion from 0 to 5."""
     task = (
-        f"Judge a description of a video of a face by a reference description of the same video. Judge {what} alone.\n"
+        "Judge a description of a video of a face by a reference description of the same video. "
+        f"Judge {criterion} alone.\n"
         "Reference: {reference}\nDescription: {answer}\n"
         "Give a score from 0 (nothing right) to 5 (as good as the reference)."
     )
@@ -101,12 +104,12 @@ def _aspect(what: str) -> Rubric:
 
 
 RUBRICS = {
-    # VideoChatGPT's aspects, as DFEC uses them.
+    # VideoChatGPT's four aspects, used by DFEC.
     "correctness": _aspect("whether what it says is correct"),
     "detail": _aspect("how much of the reference's detail it gives, and how precisely"),
     "context": _aspect("whether it understands the situation and the meaning of what is seen"),
     "temporal": _aspect("whether it tells the order and the course of what happens as the reference does"),
-    # AutoDQ's two steps.
+    # The two steps of AutoDQ.
     "events": Rubric(
         "List the events in this description of a video: each action, movement or change of expression, and each trait "
         "of a person, as a short sentence of its own that can be checked by itself.\nDescription: {text}",
@@ -119,7 +122,7 @@ RUBRICS = {
         '{{"verdicts": ["entailment", "neutral"]}}',
         _verdicts,
     ),
-    # EMER's two overlaps.
+    # The two overlaps of EMER.
     "clues": Rubric(
         "Two texts explain what a person in a video feels. Sum up the clues to the person's emotion that each gives, "
         "and score how far those of the answer overlap with those of the reference.\n"
@@ -134,7 +137,7 @@ RUBRICS = {
         '{{"score": 6}}',
         _score(0, 10),
     ),
-    # The later version's test.
+    # The test of the paper's later version.
     "qa": Rubric(
         "Score an answer to a question about a video of a face by the right answer.\nQuestion: {question}\n"
         "Right answer: {reference}\nAnswer: {answer}\n"
@@ -146,12 +149,11 @@ RUBRICS = {
 
 
 class Judge:
-    """A judge and what it said so far.
+    """A judge with its cached replies and its token counts.
 
     Args:
-        config: section `judge`: url, model, cache (file that keeps replies), parallel, attempts, timeout, retries,
-            key_variable, json_mode, price_in and price_out (of a million tokens).
-        second: another judge, that scores the same answers to see how far the two agree.
+        config: section `judge` of an evaluation's config.
+        second: another judge that scores the same answers, to measure the agreement of the two.
     """
 
     def __init__(self, config: JudgeConfig, second: "Judge | None" = None):
@@ -162,11 +164,11 @@ class Judge:
         self._tokens = {"in": 0, "out": 0}
 
     def ask(self, questions: Sequence[Question], step: str = "judging") -> dict[str, Any]:
-        """The judgement of each question by its id; Unanswered in the place of those that the judge did not give.
+        """Returns the judgement of each question by its id, or Unanswered with the reason if the judge gave none.
 
         Raises:
-            RunError: the judge cannot be reached; what it said so far is kept.
-            UserError: it refuses the key or does not know the model.
+            RunError: the judge cannot be reached; all its replies are kept.
+            UserError: the judge refuses the key or does not know the model.
         """
         self._estimate(questions, step)
         with ThreadPoolExecutor(self._config.parallel) as pool:
@@ -175,16 +177,16 @@ class Judge:
             return {question.id: reply for question, reply in zip(questions, bar, strict=True)}
 
     def scores(self, questions: Sequence[Question], step: str = "judging") -> dict[str, float | Unanswered]:
-        """The scores of questions whose rubric gives one; the second judge's, where there is one, for the agreement."""
-        said = self.ask(questions, step)
+        """Returns the score of each question by its id. A second judge, if any, scores the same questions."""
+        scores = self.ask(questions, step)
         if self._second is not None:
             others = self._second.ask(questions, f"{step} again")
-            both = [(said[question.id], others[question.id]) for question in questions]
+            both = [(scores[question.id], others[question.id]) for question in questions]
             self._pairs += [pair for pair in both if not any(isinstance(score, Unanswered) for score in pair)]
-        return said
+        return scores
 
     def summary(self) -> dict[str, Any]:
-        """Who judged, by which prompts, and what it took: what goes into the result."""
+        """Returns the result's entry on the judge: model, prompts, tokens, cost, and agreement with a second judge."""
         summary = {
             "model": self._config.model,
             "url": self._config.url,
@@ -203,22 +205,23 @@ class Judge:
         for _ in range(self._config.attempts):
             try:
                 text = self._reply(messages)
-                said = rubric.check(_json_in(text))
-                if question.count is not None and len(said) != question.count:
-                    raise Malformed(f"{len(said)} verdicts are there, not {question.count}")
-                return said
+                judgement = rubric.check(_json_in(text))
+                if question.count is not None and len(judgement) != question.count:
+                    raise Malformed(f"{len(judgement)} verdicts are there, not {question.count}")
+                return judgement
             except Unanswered as error:
                 return error
             except Malformed as error:
-                wrong = str(error)
+                reason = str(error)
             messages = [
                 *messages,
                 {"role": "assistant", "content": text or "(nothing)"},
-                {"role": "user", "content": f"That will not do: {wrong}. Reply with JSON alone, as asked."},
+                {"role": "user", "content": f"That will not do: {reason}. Reply with JSON alone, as asked."},
             ]
-        return Unanswered(f"the judge gave no judgement ({wrong}): {text[:100]!r}")
+        return Unanswered(f"the judge gave no judgement ({reason}): {text[:100]!r}")
 
     def _reply(self, messages: list[dict[str, Any]]) -> str:
+        """Returns the reply to a conversation, from the cache if it is there, and counts its tokens."""
         key = hashlib.sha256(json.dumps([self._config.url, self._config.model, messages]).encode()).hexdigest()
         known = self._cache.get(key)
         if known is None:
@@ -233,11 +236,11 @@ class Judge:
         return known["text"]
 
     def _estimate(self, questions: Sequence[Question], step: str) -> None:
-        prompts = sum(len(_prompt(question)) for question in questions) // CHARACTERS_A_TOKEN
-        replies = 20 * len(questions)  # a score and its braces
-        cost = self._cost(prompts, replies)
-        said = "" if cost is None else f", about {cost:.2f} in the currency of its prices"
-        log.info("%s: %d questions to %s, about %d tokens%s", step, len(questions), self._config.model, prompts, said)
+        """Logs the number of questions, their tokens and the expected cost."""
+        tokens = sum(len(_prompt(question)) for question in questions) // CHARACTERS_PER_TOKEN
+        cost = self._cost(tokens, REPLY_TOKENS * len(questions))
+        price = "" if cost is None else f", about {cost:.2f} in the currency of its prices"
+        log.info("%s: %d questions to %s, about %d tokens%s", step, len(questions), self._config.model, tokens, price)
 
     def _cost(self, tokens_in: int, tokens_out: int) -> float | None:
         prices = self._config.price_in, self._config.price_out
@@ -245,7 +248,7 @@ class Judge:
 
 
 class _Cache:
-    """Replies by the hash of what was asked, one JSON object a line."""
+    """Keeps replies by a hash of the request in a file, one JSON object per line."""
 
     def __init__(self, path: Path):
         self._path, self.lock = path, threading.Lock()
@@ -255,7 +258,7 @@ class _Cache:
             try:
                 entry = json.loads(line)
                 self._known[entry["key"]] = entry["reply"]
-            except (ValueError, KeyError):  # a line that was being written when a process ended
+            except (ValueError, KeyError):  # a process ended while it wrote this line
                 continue
 
     def get(self, key: str) -> dict[str, Any] | None:
@@ -268,7 +271,7 @@ class _Cache:
 
 
 def agreement(one: Sequence[float], other: Sequence[float]) -> dict[str, float | int | None]:
-    """How far two judges' scores of the same answers agree: correlation, quadratic kappa, mean distance."""
+    """Returns the agreement of two judges: correlation, quadratic kappa and mean distance, or None if undefined."""
     one, other = np.asarray(one, float), np.asarray(other, float)
     varies = len(one) > 1 and one.std() > 0 and other.std() > 0
     return {
@@ -285,7 +288,7 @@ def _prompt(question: Question) -> str:
 
 
 def _json_in(text: str) -> Any:
-    """The JSON object in a reply, which may stand in a fence or among words."""
+    """Returns the JSON object in a reply, even inside a Markdown fence or between words."""
     found = re.search(r"\{.*\}", text, re.S)
     if found is None:
         raise Malformed("there is no JSON in the reply")

@@ -1,7 +1,8 @@
-"""From free text to classes: which emotions an answer names, with synonyms and negation, and whether it says yes.
+"""Reads a class from a free-text answer: the emotion that it names, or whether it says that two faces are the same.
 
-An answer decides for a class where it names one alone. "Not happy" names none, "not happy but sad" sadness. Where it
-names several, a phrase that announces the decision ("the answer is", "mainly") settles it; else it decides for none.
+Synonyms count as names, and negated names do not: "not happy" names no emotion, "not happy but sad" names sadness. An
+answer with one emotion has that class. An answer with several has the class after a phrase such as "the answer is" or
+"mainly", and no class without such a phrase.
 """
 
 import re
@@ -10,7 +11,7 @@ from collections.abc import Mapping, Sequence
 
 from favchat_jax.data.reasoning import answer_of
 
-# Words and phrases for each emotion. Signs of one (smiles, tears) are not its names.
+# Words and phrases that name each emotion. Signs of an emotion, such as smiles and tears, do not count.
 SYNONYMS: dict[str, tuple[str, ...]] = {
     "happiness": (
         *("happy", "happily", "happiness", "happier", "joy", "joyful", "joyous", "glad", "cheerful", "delighted"),
@@ -49,7 +50,7 @@ NEGATIONS = (
     *("not", "no", "never", "without", "neither", "nor", "cannot", "hardly", "barely", "isn't", "doesn't", "don't"),
     *("aren't", "wasn't", "didn't", "rather than", "instead of", "lack of", "free of", "absence of", "lacks"),
 )
-# A negation reaches to the end of its clause: to a stop, or to a word that turns the sentence.
+# A negation reaches to the end of its clause: a punctuation mark or a conjunction.
 CLAUSE_ENDS = r"[.,;:!?\n()]|\b(?:but|and|however|although|though|yet)\b"
 DECISIONS = (
     *("answer is", "answer:", "emotion is", "emotion:", "label is", "label:", "mainly", "primarily", "mostly"),
@@ -62,63 +63,52 @@ DIFFERENT = (
 )
 
 
-def named(text: str, names: Mapping[str, Sequence[str]]) -> list[str]:
-    """The classes that a text names and does not deny, in the order of their first mention.
+def decide(text: str, names: Mapping[str, Sequence[str]]) -> str | None:
+    """Returns the class of an answer, or None if it names no class, or several without a decision.
 
     Args:
-        text: an answer.
-        names: words and phrases of each class.
+        text: the answer.
+        names: class -> words and phrases that name it.
     """
-    return list(dict.fromkeys(label for _, label, denied in _mentions(_plain(text), names) if not denied))
-
-
-def decide(text: str, names: Mapping[str, Sequence[str]]) -> str | None:
-    """The one class that an answer decides for, or None where it names none, or several without deciding."""
     text = _plain(answer_of(text))
-    mentions = [(place, label) for place, label, denied in _mentions(text, names) if not denied]
-    labels = list(dict.fromkeys(label for _, label in mentions))
-    if len(labels) < 2:
-        return labels[0] if labels else None
-    announced = max((text.rfind(phrase) for phrase in DECISIONS), default=-1)
-    after = list(dict.fromkeys(label for place, label in mentions if 0 <= announced <= place))
-    return after[0] if len(after) == 1 else None
+    mentions = [(place, label) for place, label, negated in _mentions(text, names) if not negated]
+    labels = {label for _, label in mentions}
+    if len(labels) > 1:
+        decision = max(text.rfind(phrase) for phrase in DECISIONS)
+        labels = {label for place, label in mentions if 0 <= decision <= place}
+    return labels.pop() if len(labels) == 1 else None
 
 
 def emotion_names(classes: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
-    """Words for each class of a data set; `classes` gives the emotion of `SYNONYMS` that each class means."""
+    """Returns the words for each class of a data set; `classes` maps a class to its emotion in `SYNONYMS`."""
     return {label: (label, *SYNONYMS[emotion]) for label, emotion in classes.items()}
 
 
 def says_same(text: str) -> bool | None:
-    """Whether an answer holds two faces for the same person's; None where it does not say."""
+    """Returns whether an answer says that two faces are the same person's, or None if it does not decide."""
     text = _plain(answer_of(text))
     first = re.match(r"\W*(yes|no|true|false|same|different)\b", text)
     if first:
         return first.group(1) in ("yes", "true", "same")
-    said = {label == "same" for label, denied in _verdicts(text) if not denied}
-    said |= {label != "same" for label, denied in _verdicts(text) if denied}
-    return said.pop() if len(said) == 1 else None
-
-
-def _verdicts(text: str) -> list[tuple[str, bool]]:
-    found = _mentions(text, {"same": SAME, "different": DIFFERENT})
-    return [(label, denied) for _, label, denied in found]
+    mentions = _mentions(text, {"same": SAME, "different": DIFFERENT})
+    verdicts = {(label == "same") != negated for _, label, negated in mentions}
+    return verdicts.pop() if len(verdicts) == 1 else None
 
 
 def _plain(text: str) -> str:
-    """Lower case, compatible characters made one, typographic apostrophes straight, blanks single."""
+    """Normalises a text: NFKC, lower case, straight apostrophes, single blanks."""
     return " ".join(unicodedata.normalize("NFKC", text).casefold().replace("’", "'").split())
 
 
 def _mentions(text: str, names: Mapping[str, Sequence[str]]) -> list[tuple[int, str, bool]]:
-    """Place, class and whether it is denied, of each name in a text; of overlapping names the longest counts."""
+    """Returns (place, class, is negated) of each name in a text; of overlapping names, the longest counts."""
     pairs = {_plain(name): label for label, group in names.items() for name in group}
     longest_first = sorted(pairs, key=len, reverse=True)
     pattern = r"\b(?:" + "|".join(map(re.escape, longest_first)) + r")\b"
-    return [(m.start(), pairs[m.group()], _denied(text, m.start())) for m in re.finditer(pattern, text)]
+    return [(m.start(), pairs[m.group()], _negated(text, m.start())) for m in re.finditer(pattern, text)]
 
 
-def _denied(text: str, place: int) -> bool:
+def _negated(text: str, place: int) -> bool:
     before = text[:place].replace("not only", "").replace("no doubt", "")
     clause = re.split(CLAUSE_ENDS, before)[-1]
     return re.search(r"\b(?:" + "|".join(NEGATIONS) + r")\b", clause) is not None

@@ -1,4 +1,4 @@
-"""Metrics, each a pure function of answers. Figures over many samples have 95 % bootstrap intervals."""
+"""Computes metrics of answers, each by a pure function. Figures over many samples have 95 % bootstrap intervals."""
 
 import collections
 import re
@@ -51,20 +51,20 @@ def cohens_d(one: Sequence[float], other: Sequence[float]) -> float:
 
 def confusion(expected: Sequence[int], predicted: Sequence[int | None], classes: int) -> Int[np.ndarray, "K K+1"]:
     """Counts how often each class (row) was predicted as each (column); the last column counts missing predictions."""
-    said = [classes if label is None else label for label in predicted]
-    if not said:
+    columns = [classes if label is None else label for label in predicted]
+    if not columns:
         return np.zeros((classes, classes + 1), int)
-    return confusion_matrix(expected, said, labels=range(classes + 1))[:classes]
+    return confusion_matrix(expected, columns, labels=range(classes + 1))[:classes]
 
 
 def war(counts: Int[np.ndarray, "*D K K+1"]) -> Float[np.ndarray, "*D"]:
-    """Weighted average recall: the share of correct samples."""
+    """Returns the weighted average recall: the share of correct samples."""
     with np.errstate(invalid="ignore"):
         return np.trace(counts, axis1=-2, axis2=-1) / counts.sum((-2, -1))
 
 
 def uar(counts: Int[np.ndarray, "*D K K+1"]) -> Float[np.ndarray, "*D"]:
-    """Unweighted average recall: the mean recall of the classes that have samples."""
+    """Returns the unweighted average recall: the mean recall of the classes that have samples."""
     of_class = counts.sum(-1)
     hits = np.diagonal(counts, axis1=-2, axis2=-1)
     with np.errstate(invalid="ignore"):
@@ -139,7 +139,7 @@ def words(text: str) -> list[str]:
 
 
 def rouge_l(answer: Sequence[str], references: Sequence[Sequence[str]], beta: float = 1.2) -> float:
-    """ROUGE-L of a tokenised answer (Lin, 2004): the F measure of the longest common subsequence.
+    """Returns ROUGE-L of a tokenised answer (Lin, 2004): the F measure of the longest common subsequence.
 
     As in pycocoevalcap, precision and recall are each the best over the references.
     """
@@ -164,7 +164,7 @@ def _longest_common_subsequence(one: Sequence[str], other: Sequence[str]) -> int
 def cider(
     answers: Sequence[Sequence[str]], references: Sequence[Sequence[Sequence[str]]], sigma: float = 6.0
 ) -> list[float]:
-    """CIDEr-D of each tokenised answer (Vedantam et al., 2015), as in pycocoevalcap; their mean is the corpus's score.
+    """Returns CIDEr-D of each tokenised answer (Vedantam et al., 2015), as in pycocoevalcap; the mean is the corpus's.
 
     The score is 10 times the mean cosine between tf-idf vectors, over n-gram orders 1 to 4 and references. Counts are
     clipped to the reference's, and cosines are damped by the difference in length. The idf weights come from the
@@ -180,13 +180,16 @@ def cider(
             orders[len(ngram) - 1][ngram] = count * (total - np.log(max(1.0, documents[ngram])))
         return orders
 
+    def length(ngrams: collections.Counter) -> int:
+        """Returns the number of bigrams, by which pycocoevalcap measures length."""
+        return sum(count for ngram, count in ngrams.items() if len(ngram) == 2)
+
     scores = []
     for answer, group in zip(answers, counted, strict=True):
-        said = _ngrams(answer)
-        ours, cosines = vectors(said), []
+        candidate = _ngrams(answer)
+        ours, cosines = vectors(candidate), []
         for reference in group:
-            # pycocoevalcap measures length in bigrams.
-            delta = sum(c for g, c in said.items() if len(g) == 2) - sum(c for g, c in reference.items() if len(g) == 2)
+            delta = length(candidate) - length(reference)
             damping = np.exp(-(delta**2) / (2 * sigma**2))
             cosines.append(damping * np.mean([_cosine(*pair) for pair in zip(ours, vectors(reference), strict=True)]))
         scores.append(10 * float(np.mean(cosines)))
@@ -206,7 +209,7 @@ def _cosine(ours: dict[tuple[str, ...], float], theirs: dict[tuple[str, ...], fl
 def event_figures(
     recalled: Sequence[Sequence[bool]], supported: Sequence[Sequence[bool]], seed: int
 ) -> dict[str, Figure]:
-    """AutoDQ (Tarsier, Wang et al., 2024) from verdicts on events, one list per sample.
+    """Returns AutoDQ (Tarsier, Wang et al., 2024) from verdicts on events, one list per sample.
 
     Args:
         recalled: whether each event of the reference follows from the answer; their share is the sample's recall.
@@ -231,7 +234,7 @@ def event_figures(
 
 
 def auc(same: Bool[np.ndarray, "*D n"], scores: Float[np.ndarray, "*D n"]) -> Float[np.ndarray, "*D"]:
-    """Area under the ROC curve: how often a pair of the same person scores higher than a pair of two people."""
+    """Returns the area under the ROC curve: how often a pair of one person scores higher than a pair of two people."""
     ranks = rankdata(scores, axis=-1)
     yes = same.sum(-1)
     with np.errstate(divide="ignore", invalid="ignore"):

@@ -1,4 +1,4 @@
-"""Who is evaluated: FaVChat from a checkpoint, or any model behind an OpenAI-compatible server."""
+"""Adapts the models that can be evaluated: FaVChat from a checkpoint, or any model on an OpenAI-compatible server."""
 
 import re
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from jaxtyping import UInt8
 
 from favchat_jax.errors import RunError, UserError
 from favchat_jax.evaluation.config import ClientConfig, ServerConfig
-from favchat_jax.evaluation.footage import Footage, beside_each_other
+from favchat_jax.evaluation.footage import Footage, joined_frames
 from favchat_jax.generation.sampler import Sampler, Sampling, Turn
 from favchat_jax.openai_client import ChatModel, Completion, NoAnswer, Refused, picture
 
@@ -21,12 +21,12 @@ MODEL_FORM = re.compile(r"openai:(?P<url>https?://[^#\s]+)#(?P<name>\S+)")
 
 @dataclass(frozen=True)
 class Ask:
-    """What is asked about one clip, or about several seen one after the other.
+    """A sample's questions about one clip, or about several clips shown one after the other.
 
     Attributes:
-        id: of the sample.
-        clips: what is seen.
-        conversations: each a list of turns whose last answer is None.
+        id: id of the sample.
+        clips: the clips.
+        conversations: independent conversations; each is a list of turns, the last without an answer (None).
     """
 
     id: str
@@ -35,32 +35,36 @@ class Ask:
 
 
 class Unanswered(Exception):
-    """One question that a model did not answer, while others may be."""
+    """Raised or returned for a sample that a model did not answer; it may answer others."""
 
 
 class Respondent(Protocol):
-    """What evaluations need of a model. `identity` names it and says what else is known of it."""
+    """The interface of an evaluated model. `identity` has its "name" and further facts for the result."""
 
     identity: dict[str, Any]
 
     def prepare(self, ask: Ask) -> Any:
-        """The frames of an ask as the model wants them; raises VideoError. Called from several threads."""
+        """Returns an ask's frames in the model's format; several threads may call it.
 
-    def answer(self, asks: Sequence[Ask], frames: Sequence[Any], max_new_tokens: int) -> list[list[str] | Unanswered]:
-        """Answers to each ask's conversations."""
+        Raises:
+            VideoError: a clip cannot be decoded.
+        """
+
+    def answer(self, asks: Sequence[Ask], frames: Sequence[Any], max_new_tokens: int) -> Sequence[list[str] | Unanswered]:
+        """Returns the answers to each ask's conversations."""
 
     def likelihoods(self, asks: Sequence[Ask], frames: Sequence[Any], answers: Sequence[str]) -> list[list[float]]:
-        """Log-probability of each of some answers to each ask's only conversation."""
+        """Returns the log-probabilities of the given answers to each ask's only conversation."""
 
 
 class FaVChat:
-    """A checkpoint. Batches are filled up, so that all have one shape and nothing compiles twice.
+    """FaVChat from a checkpoint. Batches are padded to one shape, so that nothing compiles twice.
 
     Args:
         sampler: the model.
         batch: clips that are answered together.
-        questions: conversations of an ask, at most.
-        identity: name of the checkpoint and what is known of it.
+        questions: most conversations of an ask.
+        identity: name of the checkpoint and further facts.
     """
 
     def __init__(self, sampler: Sampler, batch: int, questions: int = 1, identity: dict[str, Any] | None = None):
@@ -68,72 +72,69 @@ class FaVChat:
         self.identity = identity or {"name": "a model in memory"}
 
     def prepare(self, ask: Ask) -> UInt8[np.ndarray, "T H W 3"]:
-        """The ask's frames, those of several clips in equal parts."""
-        return beside_each_other(ask.clips, self._sampler.frames, self._sampler.image_size)
+        """Returns the ask's frames; several clips have equal shares."""
+        return joined_frames(ask.clips, self._sampler.frames, self._sampler.image_size)
 
     def answer(self, asks: Sequence[Ask], frames: Sequence[np.ndarray], max_new_tokens: int) -> list[list[str]]:
-        """Greedy answers."""
-        conversations = [self._filled(ask) for ask in self._full(asks)]
-        features = self._sampler.encode(np.stack(self._full(frames)))
+        """Returns greedy answers."""
+        conversations = [_padded(ask.conversations, self._questions) for ask in _padded(asks, self._batch)]
+        features = self._sampler.encode(np.stack(_padded(frames, self._batch)))
         texts = self._sampler.answer(features, conversations, Sampling(max_new_tokens=max_new_tokens))
-        return [said[: len(ask.conversations)] for ask, said in zip(asks, texts, strict=False)]
+        return [answers[: len(ask.conversations)] for ask, answers in zip(asks, texts, strict=False)]
 
     def likelihoods(
         self, asks: Sequence[Ask], frames: Sequence[np.ndarray], answers: Sequence[str]
     ) -> list[list[float]]:
-        """Log-probabilities of whole answers, their ends included."""
-        features = self._sampler.encode(np.stack(self._full(frames)))
-        turns = [ask.conversations[0] for ask in self._full(asks)]
+        """Returns the log-probabilities of the answers with their end tokens."""
+        features = self._sampler.encode(np.stack(_padded(frames, self._batch)))
+        turns = [ask.conversations[0] for ask in _padded(asks, self._batch)]
         return self._sampler.log_likelihoods(features, turns, answers).tolist()[: len(asks)]
-
-    def _full(self, items: Sequence[Any]) -> list[Any]:
-        return [*items, *[items[0]] * (self._batch - len(items))]
-
-    def _filled(self, ask: Ask) -> list[tuple[Turn, ...]]:
-        return [*ask.conversations, *[ask.conversations[0]] * (self._questions - len(ask.conversations))]
 
 
 class OpenAIServer:
-    """A model behind an OpenAI-compatible server, which is sent frames as pictures, in their order.
+    """A model on an OpenAI-compatible server, which receives the frames as pictures in order.
 
     Args:
         model: openai:URL#NAME.
-        config: section `server`: frames, size (pixels a side), timeout (seconds), retries, parallel, key_variable.
+        config: section `server` of an evaluation's config.
 
     Raises:
-        UserError: `model` has another form, or the client is not installed.
+        UserError: `model` has another form, or the client library is not installed.
     """
 
     def __init__(self, model: str, config: ServerConfig):
         found = MODEL_FORM.fullmatch(model)
         if found is None:
             raise UserError(
-                f"--model={model} is not of the form openai:URL#NAME, as openai:http://localhost:8000/v1#NAME"
+                f"--model={model} is not of the form openai:URL#NAME: write for example "
+                "openai:http://localhost:8000/v1#NAME"
             )
         self._config, self._url = config, found["url"]
         self._model = chat_model(self._url, found["name"], config)
         self.identity = {"name": model, "frames": config.frames, "size": config.size}
 
     def prepare(self, ask: Ask) -> list[dict[str, Any]]:
-        """The ask's frames as parts of a message."""
-        return [picture(_jpeg(frame)) for frame in beside_each_other(ask.clips, self._config.frames, self._config.size)]
+        """Returns the ask's frames as parts of a message."""
+        frames = joined_frames(ask.clips, self._config.frames, self._config.size)
+        return [picture(_jpeg(frame)) for frame in frames]
 
     def answer(
         self, asks: Sequence[Ask], frames: Sequence[list[dict[str, Any]]], max_new_tokens: int
     ) -> list[list[str] | Unanswered]:
-        """Answers at temperature 0; a request that the server refuses leaves its ask without."""
+        """Returns answers at temperature 0, or Unanswered for an ask that the server refuses."""
+
+        def answer_one(ask: Ask, pictures: list[dict[str, Any]]) -> list[str] | Unanswered:
+            try:
+                return [self._complete(turns, pictures, max_new_tokens) for turns in ask.conversations]
+            except Unanswered as error:
+                return error
+
         with ThreadPoolExecutor(self._config.parallel) as pool:
-            return list(pool.map(lambda ask, seen: self._answer(ask, seen, max_new_tokens), asks, frames))
+            return list(pool.map(answer_one, asks, frames))
 
     def likelihoods(self, asks, frames, answers):
-        """Not what a chat server tells."""
+        """Raises UserError, since chat servers do not report likelihoods."""
         raise UserError(f"{self.identity['name']} gives no likelihoods: choose --config.method=describe or direct")
-
-    def _answer(self, ask: Ask, frames: list[dict[str, Any]], max_new_tokens: int) -> list[str] | Unanswered:
-        try:
-            return [self._complete(turns, frames, max_new_tokens) for turns in ask.conversations]
-        except Unanswered as error:
-            return error
 
     def _complete(self, turns: Sequence[Turn], frames: list[dict[str, Any]], max_new_tokens: int) -> str:
         messages = []
@@ -147,18 +148,23 @@ class OpenAIServer:
         return complete(self._model, self._url, messages, max_tokens=max_new_tokens).text.strip()
 
 
+def _padded(items: Sequence[Any], length: int) -> list[Any]:
+    """Returns the items, padded with the first one."""
+    return [*items, *[items[0]] * (length - len(items))]
+
+
 def chat_model(url: str, name: str, config: ClientConfig) -> ChatModel:
-    """A model as a config's section describes its server; raises UserError where the server cannot be asked."""
+    """Returns a model on a server with the config's settings; raises UserError for a malformed address or key."""
     return ChatModel(url, name, config.key_variable, timeout=config.timeout, retries=config.retries)
 
 
 def complete(model: ChatModel, url: str, messages: list[dict[str, Any]], **options: Any) -> Completion:
-    """One chat completion at temperature 0.
+    """Returns one chat completion at temperature 0.
 
     Raises:
-        Unanswered: the server refuses this request or replies with something else.
-        UserError: it knows no such model or key.
-        RunError: it cannot be reached, or fails, however often it is tried.
+        Unanswered: the server refuses this request, or its reply is not a chat completion.
+        UserError: the server refuses the key or does not know the model.
+        RunError: the server cannot be reached or fails after all retries.
     """
     try:
         reply = model.complete(messages, temperature=0, **options)
@@ -166,7 +172,7 @@ def complete(model: ChatModel, url: str, messages: list[dict[str, Any]], **optio
         raise Unanswered(f"the server refused the request: {error}") from None
     except NoAnswer as error:
         raise RunError(
-            f"{url} does not answer ({error}): what was answered so far is kept, run the same command again"
+            f"{url} does not answer ({error}): all answers so far are kept, run the same command again"
         ) from None
     if not reply.is_chat:
         raise Unanswered(reply.problem)

@@ -1,4 +1,4 @@
-"""The format of every evaluation's result, as a dictionary and as the JSON file that `--out` names.
+"""Defines the format of every evaluation's result, as a dictionary and as the JSON file that `--out` names.
 
     benchmark     name of the module in evaluation/benchmarks
     model         the evaluated model: a checkpoint's folder, or openai:URL#NAME

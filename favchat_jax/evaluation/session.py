@@ -1,4 +1,4 @@
-"""One evaluation: asks its model in batches and keeps the answers on disk, so that it can be interrupted at any time.
+"""Runs one evaluation: asks the model in batches and keeps the answers on disk, so that it can be stopped at any time.
 
 Batches are cut from the complete list of samples, and an unfinished batch is answered again as one batch. The reason is
 that numbers on a device depend slightly on the rest of the batch, and a resumed evaluation must give the same result.
@@ -32,7 +32,7 @@ DESCRIBE = "Describe the person in the video in detail."
 
 
 class Journal:
-    """The answers so far, kept in a file beside the result, one JSON object per line.
+    """Keeps the answers so far in a file beside the result, one JSON object per line.
 
     Args:
         path: the file; None keeps answers in memory only.
@@ -65,7 +65,7 @@ class Journal:
 
 
 class Session:
-    """The model, journal and judge that a benchmark works with.
+    """Holds the model, the journal and the judge that a benchmark works with.
 
     Args:
         respondent: the evaluated model.
@@ -209,9 +209,9 @@ def _prepared(respondent: Respondent, asks: Sequence[Ask], batches: Sequence[sli
 def _answered(asks: Sequence[Ask], prepared: Sequence[Any], work) -> list[list | str]:
     """Returns the answers to a batch; for an ask without an answer, the reason as a text."""
     good = [i for i, frames in enumerate(prepared) if not isinstance(frames, VideoError)]
-    said = work([asks[i] for i in good], [prepared[i] for i in good]) if good else []
+    replies = work([asks[i] for i in good], [prepared[i] for i in good]) if good else []
     values: list[Any] = [str(frames) if isinstance(frames, VideoError) else None for frames in prepared]
-    for i, answers in zip(good, said, strict=True):
+    for i, answers in zip(good, replies, strict=True):
         values[i] = str(answers) if isinstance(answers, Unanswered) else answers
     return values
 

@@ -1,4 +1,4 @@
-"""The accelerators for which runs can be planned, and their devices as a compiler sees them.
+"""Lists the accelerators for which runs can be planned, and describes their devices to a compiler.
 
 Peak rates are the manufacturers' figures for dense bfloat16 products with float32 sums.
 """
@@ -18,7 +18,7 @@ USABLE = 0.9  # share of a device's memory; the rest goes to the runtime, its ke
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """A group of devices of one kind.
+    """Describes a group of devices of one kind.
 
     Attributes:
         platform: cuda or tpu.
@@ -46,7 +46,7 @@ class Target:
 
     @property
     def usable(self) -> int:
-        """Bytes of a device that a step may use."""
+        """Returns the bytes of a device that a step may use."""
         return int(USABLE * self.memory)
 
 

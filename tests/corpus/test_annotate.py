@@ -222,7 +222,7 @@ def test_a_text_that_a_reviewer_wants_rewritten_is_rewritten_differently(start, 
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"attributes": '{"emotion": ["glad"]}'}, "'glad' is no emotion of CelebV-HQ"),
+        ({"attributes": '{"emotion": ["glad"]}'}, "'glad' is not a label of CelebV-HQ's emotion"),
         ({"path": "kept/gone.mp4"}, "gone.mp4 cannot be read"),
         ({"path": "kept/empty.mp4"}, "the clip cannot be read"),
         ({"path": "kept/text.mp4"}, "the clip cannot be read"),

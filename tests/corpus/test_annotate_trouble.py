@@ -72,7 +72,7 @@ def test_a_dead_endpoint_ends_the_run(start, tmp_path):
     out = fill(tmp_path / "out", 1)
     write_table(out, KEPT, [{**row("clip000"), "id": f"clip{n:03d}"} for n in range(30)])
     server = start(lambda *_: Answer(status=502, raw=b""))
-    with pytest.raises(RunError, match="10 calls in a row without an answer.*HTTP 502.*same command goes on"):
+    with pytest.raises(RunError, match="10 calls in a row without an answer.*HTTP 502.*same command resumes"):
         run(out, dataclasses.replace(LIMITS, retries=0))
     assert endpoint.FAILURES_IN_ROW <= len(server.asked) <= endpoint.FAILURES_IN_ROW + LIMITS.concurrency
 

@@ -290,7 +290,7 @@ def edited(out, change):
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        (lambda rows: rows[0].update(id="../up"), "no file name"),
+        (lambda rows: rows[0].update(id="../up"), "is not a file name"),
         (lambda rows: rows[0].update(id=rows[1]["id"]), "occurs twice"),
         (lambda rows: rows[0].update(status="fine"), "status 'fine'"),
         (lambda rows: rows[0].update(path=None), "has no path"),

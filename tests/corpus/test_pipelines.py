@@ -172,7 +172,7 @@ def test_a_disk_that_fills_up_during_packing_leaves_the_older_corpus(raw, small_
         ([], "needed: one of scan"),
         (["scan", "--out=x"], "--source=FOLDER"),
         (["clip"], "--out=DIR"),
-        (["clip", "--out=nowhere"], "is no folder"),
+        (["clip", "--out=nowhere"], "is not a folder"),
         (["clip", "--out=.", "--min_share=2"], "min_share"),
         (["pack", "--out=configs"], "kept.parquet is missing"),
         (["pcak", "--out=."], "needed: one of|unexpected argument"),

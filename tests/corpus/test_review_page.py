@@ -198,7 +198,7 @@ def test_a_folder_without_texts_is_refused_with_the_command_to_run(tmp_path):
 
 def test_a_clip_with_invalid_labels_is_shown_with_the_reason(out):
     write_table(out, KEPT, [row("clip000", attributes='{"action": ["fly"]}')])
-    assert "'fly' is no action" in Desk(out).clip("clip000", "ada")["problems"][0]
+    assert "'fly' is not a label of CelebV-HQ's action" in Desk(out).clip("clip000", "ada")["problems"][0]
 
 
 def test_the_command_prints_its_address_and_finally_the_agreement(out):

@@ -162,7 +162,7 @@ def test_a_layout_can_be_named(tmp_path):
 @pytest.mark.parametrize(
     ("given", "named"),
     [
-        ("nowhere", "is no folder"),
+        ("nowhere", "is not a folder"),
         ("hmdb51:{root}", "has the layout hmdb51"),
         ("celebvhq:{root}", "celebvhq_info.json"),
     ],

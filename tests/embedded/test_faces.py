@@ -71,7 +71,7 @@ def test_every_clip_is_16_frames_of_128_pixels(records):
 def test_answers_summaries_and_attributes_agree_with_the_labels(records):
     assert {record.has_face for record in records} == {True, False}
     for record in records:
-        classes = {name: LABELS[name][c] for name, c in rendered_faces.attribute_labels(record).items() if c >= 0}
+        classes = {name: LABELS[name][c] for name, c in record.labels.items() if c >= 0}
         for question in record.questions:
             asked = [label for label, wordings in rendered_faces.QUESTIONS.items() if question.question in wordings]
             assert question.answer == answer(asked[0], classes[asked[0]])

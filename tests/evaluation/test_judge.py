@@ -104,7 +104,7 @@ def test_a_judge_that_goes_offline_midway_ends_the_run_and_its_replies_are_kept(
     with serve(lambda body: '{"score": 5}') as server:
         Judge(config(server.url, tmp_path)).scores(QA[:3])
     section = config(server.url, tmp_path)
-    with pytest.raises(RunError, match="does not answer .*: what was answered so far is kept, run the same command"):
+    with pytest.raises(RunError, match="does not answer .*: all answers so far are kept, run the same command"):
         Judge(section).scores(QA)
     assert Judge(section).scores(QA[:3]) == {"0": 5.0, "1": 5.0, "2": 5.0}
 

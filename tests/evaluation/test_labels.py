@@ -1,10 +1,11 @@
-"""Which emotions free text names, and whether it says that two faces are one person's."""
+"""Reading classes from free text: emotions, and whether two faces are the same person's."""
 
 import pytest
 
+from favchat_jax.evaluation import labels
 from favchat_jax.evaluation.benchmarks.dfew import CLASSES as DFEW
 from favchat_jax.evaluation.benchmarks.mafw import CLASSES as MAFW
-from favchat_jax.evaluation.labels import SYNONYMS, decide, emotion_names, named, says_same
+from favchat_jax.evaluation.labels import SYNONYMS, decide, emotion_names, says_same
 
 SEVEN, ELEVEN = emotion_names(DFEW), emotion_names(MAFW)
 
@@ -26,12 +27,12 @@ SEVEN, ELEVEN = emotion_names(DFEW), emotion_names(MAFW)
         ("He’s terrified", "fear"),
     ],
 )
-def test_an_answer_that_names_one_emotion_decides_for_it(text, label):
+def test_an_answer_that_names_one_emotion_has_its_class(text, label):
     assert decide(text, SEVEN) == label
 
 
 SEVERAL = {
-    # What is denied is not named.
+    # A negated emotion does not count.
     "not happy but sad": "sad",
     "The man isn't angry, he is surprised.": "surprise",
     "She doesn't look very happy. She looks sad.": "sad",
@@ -41,7 +42,7 @@ SEVERAL = {
     "not only happy": "happy",
     "no doubt happy": "happy",
     "The person is not happy and seems angry": "angry",
-    # Of several, the one that is announced as the answer counts.
+    # Of several emotions, the one after a decision counts.
     "She smiles as if happy at first, later she cries. The answer is sad.": "sad",
     "Happy? Angry? Emotion: fear": "fear",
     "Between sadness and anger, most likely anger": "angry",
@@ -51,27 +52,28 @@ SEVERAL = {
 
 
 @pytest.mark.parametrize(("text", "label"), SEVERAL.items())
-def test_of_several_emotions_the_one_that_is_not_denied_or_is_announced_counts(text, label):
+def test_of_several_emotions_the_one_that_is_not_negated_or_follows_a_decision_counts(text, label):
     assert decide(text, SEVEN) == label
 
 
 @pytest.mark.parametrize(
     "text", ["", "   ", "I cannot tell.", "not happy", "the", "madam", "赤い", "a sadistic man", "1"]
 )
-def test_an_answer_without_an_emotion_decides_for_none(text):
+def test_an_answer_without_an_emotion_has_no_class(text):
     assert decide(text, SEVEN) is None
 
 
 @pytest.mark.parametrize(
     "text", ["happy and sad", "anger, fear", "happy, sad, neutral, angry, surprise, disgust, fear"]
 )
-def test_an_answer_with_several_emotions_decides_for_none(text):
+def test_an_answer_with_several_emotions_and_no_decision_has_no_class(text):
     assert decide(text, SEVEN) is None
 
 
-def test_all_emotions_are_named_in_their_order_once_each():
-    text = "First surprised, then happy, then amazed again, never angry."
-    assert named(text, SEVEN) == ["surprise", "happy"]
+def test_all_mentioned_emotions_are_found_in_order_and_negated_ones_are_marked():
+    text = "first surprised, then happy, then amazed again, never angry."
+    found = [(label, negated) for _, label, negated in labels._mentions(text, SEVEN)]
+    assert found == [("surprise", False), ("happy", False), ("surprise", False), ("angry", True)]
 
 
 def test_eleven_classes_tell_worry_from_fear_and_helplessness_from_sadness():
@@ -86,7 +88,7 @@ def test_eleven_classes_tell_worry_from_fear_and_helplessness_from_sadness():
 
 
 @pytest.mark.parametrize("classes", [DFEW, MAFW])
-def test_each_class_decides_for_itself_by_its_name(classes):
+def test_each_class_is_recognised_by_its_name(classes):
     names = emotion_names(classes)
     assert {label: decide(label, names) for label in classes} == {label: label for label in classes}
 
@@ -113,5 +115,5 @@ def test_no_word_stands_for_two_emotions():
         ("It could be the same person or different people", None),
     ],
 )
-def test_whether_an_answer_holds_two_faces_for_one_persons(text, same):
+def test_whether_an_answer_says_that_two_faces_are_the_same_persons(text, same):
     assert says_same(text) is same

@@ -1,4 +1,4 @@
-"""The benchmarks, one module each, looked up by the name in a config of `configs/eval`.
+"""Lists the benchmarks, one module each, by the names that `configs/eval` uses.
 
 A module has `run(config, session) -> Result` and may have `table(result) -> str`, which formats its figures for a
 terminal. To add a benchmark, write its module and add a line here.
@@ -9,7 +9,7 @@ from types import ModuleType
 
 from favchat_jax.errors import UserError
 
-# Name -> the module, imported when the benchmark is asked for, and its title in reports.
+# Name -> the module, which is imported on demand, and its title in reports.
 BENCHMARKS = {
     "dfec": ("favchat_jax.evaluation.benchmarks.dfec", "DFEC, expressions described (Table 1)"),
     "dfew": ("favchat_jax.evaluation.benchmarks.dfew", "DFEW, emotions (Table 3)"),
@@ -29,5 +29,5 @@ def benchmark_of(name: str) -> ModuleType:
 
 
 def title_of(name: str) -> str:
-    """The title of a benchmark in reports; the name itself of one that is not known here."""
+    """Returns the title of a benchmark in reports, or its name if the benchmark is unknown."""
     return BENCHMARKS[name][1] if name in BENCHMARKS else name

@@ -1,4 +1,4 @@
-"""DFEC (Zhao et al., 2025): descriptions of dynamic facial expressions (Table 1).
+"""Evaluates DFEC (Zhao et al., 2025): descriptions of dynamic facial expressions (Table 1).
 
     ROOT/test.json    a list of {"id": "0", "video": "DFEW/videos/2961.mp4", "caption": "..."}
     ROOT/DFEW/videos/2961.mp4 ...    the clips that it names, copied from their original data sets
@@ -36,11 +36,11 @@ def run(config: EvaluationConfig, session: Session) -> Result:
     listed = _read(path)[: config.limit or None]
     there = present([(row["id"], root / row["video"]) for row in listed], session, root)
     asks = [Ask(id, (Footage(id, clip),), (((config.question, None),),)) for id, clip in there]
-    said = session.ask(asks, config.max_new_tokens, "describing")
+    answers = session.ask(asks, config.max_new_tokens, "describing")
     samples = [
-        sample(row["id"], row["id"], config.question, row["caption"], said[row["id"]][0])
+        sample(row["id"], row["id"], config.question, row["caption"], answers[row["id"]][0])
         for row in listed
-        if row["id"] in said
+        if row["id"] in answers
     ]
     return captions_result(
         config,

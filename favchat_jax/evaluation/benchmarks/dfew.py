@@ -1,4 +1,4 @@
-"""DFEW (Jiang et al., 2020): 7 emotions of 11,697 single-labelled film clips, five folds (Table 3).
+"""Evaluates DFEW (Jiang et al., 2020): 7 emotions of 11,697 single-labelled film clips, five folds (Table 3).
 
     ROOT/EmoLabel_DataSplit/test(single-labeled)/set_1.csv ... set_5.csv    or    ROOT/label/single_testset_1.csv ...
     ROOT/Clip/original/1.mp4    or another pattern of `CLIPS`

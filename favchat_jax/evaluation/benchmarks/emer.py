@@ -1,4 +1,4 @@
-"""EMER (Lian et al., 2023): explanations of a person's emotion (Table 4), scored from 0 to 10 by a judge.
+"""Evaluates EMER (Lian et al., 2023): explanations of a person's emotion (Table 4), scored from 0 to 10 by a judge.
 
     ROOT/gt-eng.csv    names,emotions,subtitles,reasons    or    ROOT/final-EMER-reason.csv    name,chinese,english
     ROOT/video/sample_00000648.avi ...    or .mp4: clips of MER2023
@@ -34,8 +34,8 @@ def run(config: EvaluationConfig, session: Session) -> Result:
     reasons = dict(list(reasons.items())[: config.limit or None])
     there = present([(name, find_clip(root, CLIPS, name=name)) for name in reasons], session, root)
     asks = [Ask(name, (Footage(name, clip),), (((config.question, None),),)) for name, clip in there]
-    said = session.ask(asks, config.max_new_tokens, "explaining")
-    samples = [sample(name, name, config.question, reasons[name], answer) for name, (answer,) in said.items()]
+    answers = session.ask(asks, config.max_new_tokens, "explaining")
+    samples = [sample(name, name, config.question, reasons[name], answer) for name, (answer,) in answers.items()]
     rubrics = {"clue_overlap": "clues", "label_overlap": "emotions"}
     data = described("EMER", root, [path], [clip for _, clip in there], len(reasons))
     rows = published.rows(published.EMER, *rubrics)

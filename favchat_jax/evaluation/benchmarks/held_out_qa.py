@@ -1,4 +1,4 @@
-"""The test of the paper's later version: questions about your own clips, scored from 0 to 10 by a judge.
+"""Runs the test of the paper's later version: questions about your own clips, scored from 0 to 10 by a judge.
 
     ROOT/qa.jsonl    one line per clip: {"clip": ID, "video": "clips/ID.mp4", "qa": [{"q": ..., "a": ...}], ...}
     ROOT/clips/ID.mp4
@@ -34,10 +34,10 @@ def run(config: EvaluationConfig, session: Session) -> Result:
     clips = _drawn(_read(path), config.limit, config.seed)
     there = present([(name, root / clip["video"]) for name, clip in clips.items()], session, root)
     asks = [_ask(name, video, clips[name]["qa"], config.questions) for name, video in there]
-    said = session.ask([ask for parts in asks for ask in parts], config.max_new_tokens)
+    replies = session.ask([ask for parts in asks for ask in parts], config.max_new_tokens)
     samples = []
     for (name, _), parts in zip(there, asks, strict=True):
-        answers = [answer for ask in parts for answer in said.get(ask.id, [None] * len(ask.conversations))]
+        answers = [answer for ask in parts for answer in replies.get(ask.id, [None] * len(ask.conversations))]
         pairs = zip(clips[name]["qa"], answers, strict=True)
         samples += [
             sample(f"{name} {number}", name, pair["q"], pair["a"], answer)

@@ -1,4 +1,4 @@
-"""MAFW (Liu et al., 2022): 11 emotions of 9,172 single-labelled clips, five folds (Table 3).
+"""Evaluates MAFW (Liu et al., 2022): 11 emotions of 9,172 single-labelled clips, five folds (Table 3).
 
 ROOT/Train & Test Set/single/no_caption/set_1/test.txt ... set_5/test.txt    lines such as: 00001.mp4 anger
 ROOT/data/clips/00001.mp4    or    ROOT/data/frames/00001/

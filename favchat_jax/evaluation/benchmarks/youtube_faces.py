@@ -1,4 +1,4 @@
-"""YouTube Faces (Wolf et al., 2011): do two clips show the same person (Table 5)?
+"""Evaluates YouTube Faces (Wolf et al., 2011): do two clips show the same person (Table 5)?
 
     ROOT/frame_images_DB/Aaron_Eckhart/0/0.555.jpg ...    or aligned_images_DB/, whose frames show only the face
     ROOT/splits.txt    for `pairs=splits`; lines such as: 1, 1, Sadie_Frost/1, Sadie_Frost/5, 1
@@ -78,15 +78,15 @@ def _samples(config: EvaluationConfig, session: Session, pairs: Sequence[Pair]) 
     asks = [Ask(pair.id, pair.clips, (((config.question, None),),)) for pair in pairs]
     if config.method == "likelihood":
         weights = session.likelihoods(asks, ANSWERS)
-        said = {id: ("", yes > no, yes - no) for id, (yes, no) in weights.items()}
+        outcomes = {id: ("", yes > no, yes - no) for id, (yes, no) in weights.items()}
     else:
         answers = {id: answer for id, (answer,) in session.ask(asks, config.max_new_tokens).items()}
         verdicts = {id: says_same(answer) for id, answer in answers.items()}
-        said = {id: (answers[id], same, {True: 1.0, False: 0.0, None: 0.5}[same]) for id, same in verdicts.items()}
+        outcomes = {id: (answers[id], same, {True: 1.0, False: 0.0, None: 0.5}[same]) for id, same in verdicts.items()}
     rows = []
     for pair in pairs:
-        if pair.id in said:
-            answer, same, score = said[pair.id]
+        if pair.id in outcomes:
+            answer, same, score = outcomes[pair.id]
             rows.append(
                 {
                     "id": pair.id,

@@ -104,7 +104,7 @@ def to_markdown(page: Mapping[str, Any]) -> str:
             lines += [f"### Confusion matrix, {_plain(confusion['model'])}", ""]
             lines += [*_table(["expected", *confusion["columns"]], rows), ""]
         for shown in section["examples"]:
-            models = [said["model"] for said in shown["cards"][0]["answers"]]
+            models = [answer["model"] for answer in shown["cards"][0]["answers"]]
             rows = [
                 [card["id"], card["question"], card["expected"], *(_said(answer) for answer in card["answers"])]
                 for card in shown["cards"]

@@ -1,4 +1,4 @@
-"""Line and strip charts as inline SVG in the page's colours, light and dark.
+"""Draws line and strip charts as inline SVG in the page's colours, light and dark.
 
 Every label is escaped. Colours are the classes `s0` to `s7` of the page's style sheet.
 """

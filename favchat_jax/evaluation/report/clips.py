@@ -11,7 +11,7 @@ from favchat_jax.data.video import VideoError
 from favchat_jax.errors import UserError
 from favchat_jax.evaluation.benchmarks import BENCHMARKS, benchmark_of
 from favchat_jax.evaluation.config import EvaluationConfig
-from favchat_jax.evaluation.footage import Footage, beside_each_other
+from favchat_jax.evaluation.footage import Footage, joined_frames
 from favchat_jax.evaluation.report.examples import SIDE, STRIP, Sample
 from favchat_jax.evaluation.respondents import Ask
 from favchat_jax.evaluation.session import Session
@@ -31,7 +31,7 @@ class Clips:
             self._listed[name] = _listed(result)
         clips = self._listed[name].get(sample.get("clip", sample["id"]))
         try:
-            return clips and beside_each_other(clips, max(STRIP, len(clips)), SIDE)
+            return clips and joined_frames(clips, max(STRIP, len(clips)), SIDE)
         except VideoError as error:
             log.warning("frames of %s are not shown: %s", sample["id"], error)
             return None

@@ -45,12 +45,12 @@ def shown(results: Sequence[Mapping[str, Any]], frames: Frames, count: int) -> l
 
     lists = []
     if len(results) > 1:
-        differing = cards(lambda said: len({(s["correct"], s["answer"]) for s in said}) > 1)
+        differing = cards(lambda samples: len({(s["correct"], s["answer"]) for s in samples}) > 1)
         lists.append(("Side by side", "Samples that the models answered differently, each kind in turn.", differing))
-    failures = cards(lambda said: any(sample["correct"] is False for sample in said))
+    failures = cards(lambda samples: any(sample["correct"] is False for sample in samples))
     lists.append(("Failures", "Wrong answers, each kind of question in turn.", failures))
-    lists.append(("Lowest scores", "", cards(lambda said: all(_numbers(sample) for sample in said), score)))
-    lists.append(("Examples", "", cards(lambda said: all(sample["correct"] is not False for sample in said))))
+    lists.append(("Lowest scores", "", cards(lambda samples: all(_numbers(sample) for sample in samples), score)))
+    lists.append(("Examples", "", cards(lambda samples: all(sample["correct"] is not False for sample in samples))))
     return [{"title": title, "lead": lead, "cards": found} for title, lead, found in lists if found]
 
 
@@ -67,8 +67,8 @@ def _in_turn(names: Sequence[str], kind: Callable[[str], str], count: int) -> li
     return [name for name, _ in zip(draw(), range(count), strict=False)]
 
 
-def _card(results: Sequence[Mapping[str, Any]], said: Sequence[Sample], frames: Frames) -> dict[str, Any]:
-    first = said[0]
+def _card(results: Sequence[Mapping[str, Any]], samples: Sequence[Sample], frames: Frames) -> dict[str, Any]:
+    first = samples[0]
     pictures = frames(results[0], first)
     return {
         "id": str(first["id"]),
@@ -76,7 +76,7 @@ def _card(results: Sequence[Mapping[str, Any]], said: Sequence[Sample], frames: 
         "question": _text(first["question"]),
         "expected": _text(first["expected"]),
         "frames": None if pictures is None else strip(pictures),
-        "answers": [_answer(result, sample) for result, sample in zip(results, said, strict=True)],
+        "answers": [_answer(result, sample) for result, sample in zip(results, samples, strict=True)],
     }
 
 
