@@ -29,7 +29,7 @@ def main() -> None:
         raise UserError("needed: --out=DIR, the corpus folder")
     out = Path(_OUT.value).expanduser()
     if named != "scan" and not out.is_dir():
-        raise UserError(f"--out={out} is no folder: name the one that scan made")
+        raise UserError(f"--out={out} is not a folder: name the one that scan made")
     command.run(out)
 
 
