@@ -102,7 +102,7 @@ def main() -> None:
     if _FIGURE.value:
         command_line.check_output("--figure", _FIGURE.value)
         if not _FIGURE.value.endswith(".png"):
-            raise UserError(f"--figure={_FIGURE.value} is no PNG: name a file that ends in .png")
+            raise UserError(f"--figure={_FIGURE.value} is not a PNG file: name one that ends in .png")
     kinds = read_runs(_RUNS.value)
     goal = float(np.mean([last_reward(lines) for lines in list(kinds.values())[-1].values()]))
     for kind, runs in kinds.items():

@@ -1,7 +1,7 @@
-"""What narrow storage costs a language model: python -m tools.quantization_error --llm=FOLDER [--json=F]
+"""Measures the error of a language model's narrow storage: python -m tools.quantization_error --llm=FOLDER [--json=F]
 
 Reads summaries of held-out rendered clips with a Mistral in float32, and with its kernels in bfloat16, int8 and int4.
-Prints how far the scores over the vocabulary are from those in float32, and how well the next token is told.
+Prints the error of the scores over the vocabulary relative to float32, and the loss of the next token.
 """
 
 import functools
@@ -29,7 +29,7 @@ STORED = {"bfloat16": "full", "int8": "int8", "int4": "int4"}
 
 
 def errors(folder: str) -> list[dict[str, Any]]:
-    """A row for each storage: bytes of the kernels, relative error of the scores, loss of the next token."""
+    """Returns a row for each storage: bytes of the kernels, relative error of the scores, loss of the next token."""
     tokenizer = load_tokenizer(folder)
     texts = [rendered_faces.render(0, "heldout", i).summary for i in range(CLIPS)]
     tokens = np.full((CLIPS, LENGTH), tokenizer.eos_token_id, np.int32)
@@ -44,9 +44,9 @@ def errors(folder: str) -> list[dict[str, Any]]:
     def read(weights, storage):
         params = {"params": unflatten_dict(weights, sep="/")["llm"]}
         scores = Mistral(config, storage=storage).apply(params, tokens, method="read")[:, :-1]
-        likely = jax.nn.log_softmax(scores)
-        told = jnp.take_along_axis(likely, tokens[:, 1:, None], axis=-1)[..., 0]
-        return scores, -jnp.sum(told * counted[:, 1:]) / jnp.sum(counted[:, 1:])
+        log_shares = jax.nn.log_softmax(scores)
+        next_token = jnp.take_along_axis(log_shares, tokens[:, 1:, None], axis=-1)[..., 0]
+        return scores, -jnp.sum(next_token * counted[:, 1:]) / jnp.sum(counted[:, 1:])
 
     exact, loss = read(weights, "full")
     rows = [
@@ -64,7 +64,7 @@ def errors(folder: str) -> list[dict[str, Any]]:
 
 
 def _kernel_bytes(weights: dict[str, jax.Array]) -> int:
-    """As they would lie packed: int4 has two to the byte."""
+    """Returns the bytes of the kernels in packed form, with two int4 values per byte."""
     kernels = [leaf for path, leaf in weights.items() if path.endswith(("kernel", "kernel_scale"))]
     return sum(leaf.size // 2 if leaf.dtype == jnp.int4 else leaf.nbytes for leaf in kernels)
 

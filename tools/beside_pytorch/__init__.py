@@ -1,1 +1,1 @@
-"""The two sides of tools.benchmark: the same work on the same weights, ours in one process and PyTorch's in another."""
+"""Runs the two sides of tools.benchmark, ours and PyTorch's, on the same weights and in separate processes."""

@@ -1,4 +1,4 @@
-"""The baseline for the loader: processes that decode the same clips and do nothing else."""
+"""Runs the baseline for the loader: processes that decode the same clips and do nothing else."""
 
 import multiprocessing
 import time
