@@ -1,7 +1,7 @@
-"""How much time each tuning of models/kernels saves: python -m tools.ablate_kernels [--only=A,B] [--json=F]
+"""Measures how much time each tuning of models/kernels saves: python -m tools.ablate_kernels [--only=A,B] [--json=F]
 
-Each tuning is replaced by its plain form in turn, in a process that alternates with one that has them all. A row is a
-training step (activations kept) or an answer of 64 tokens, as `tools.benchmark` measures them.
+Each tuning is replaced by its plain form in turn, in a process that alternates with one that has all tunings. A row is
+a training step (activations kept) or an answer of 64 tokens, as `tools.benchmark` measures them.
 """
 
 import dataclasses
@@ -30,12 +30,12 @@ SETTINGS = {"train": "kept", "decode": "merged"}
 
 @dataclasses.dataclass(frozen=True)
 class Tuning:
-    """A tuning and the plain form that stands in for it.
+    """A tuning and the plain form that replaces it.
 
     Attributes:
-        work: train or decode, whatever it speeds up.
-        plain: dotted name -> what takes its place.
-        compiles: it shortens compiling, not the work.
+        work: the work that it speeds up, train or decode.
+        plain: dotted name -> its replacement.
+        compiles: whether it shortens compiling instead of the work.
     """
 
     work: str
@@ -49,11 +49,6 @@ def _product(x, kernel):
 
 def _product_with_transposed(x, kernel):
     return x @ kernel.T
-
-
-def _row_by_row(cache, new, first, axis):
-    write = jax.vmap(lambda row, new, first: jax.lax.dynamic_update_slice_in_dim(row, new, first, axis + 1))
-    return write(cache, new.astype(cache.dtype), first)
 
 
 def _any_attention_to_cache(query, keys, values, mask):
@@ -74,11 +69,9 @@ def _products_apart(self, x):
 MODELS = "favchat_jax.models"
 TUNINGS = {
     "low_rank gradient": Tuning("train", {f"{MODELS}.lora.low_rank": low_rank.plain}),
-    "attention gradient": Tuning("train", {f"{MODELS}.kernels.xla_attention.attention": attention.plain}),
     "flattened products": Tuning(
         "train", {f"{MODELS}.kernels.linear.flat_product": _product, f"{MODELS}.lora.flat_product": _product}
     ),
-    "barriers": Tuning("train", {"jax.lax.optimization_barrier": lambda x: x}),
     "old code generator": Tuning("train", {"favchat_jax.training.step.compiler_options": lambda *_: None}),
     "scanned layers": Tuning("train", {f"{MODELS}.kernels.scan._alike": lambda *_: 0}, compiles=True),
     "transposed kernels": Tuning("decode", {f"{MODELS}.kernels.linear.transposed_product": _product_with_transposed}),
@@ -89,13 +82,12 @@ TUNINGS = {
             f"{MODELS}.kernels.linear.TransposedLinear.__call__": _products_apart,
         },
     ),
-    "cache written by heads": Tuning("decode", {f"{MODELS}.mistral_decoding._write": _row_by_row}),
     "cache read in place": Tuning("decode", {f"{MODELS}.mistral_decoding.attention_to_cache": _any_attention_to_cache}),
 }
 
 
 def runs(without: str, work: str, folder: str, preset: str) -> Runs:
-    """The runs of `work` in a process without one tuning; with all where `without` is empty."""
+    """Builds the runs of `work` in a process without one tuning, or with all of them if `without` is empty."""
     for name, plain in TUNINGS[without].plain.items() if without else ():
         owner, attribute = _find(name)
         setattr(owner, attribute, plain)
@@ -103,7 +95,7 @@ def runs(without: str, work: str, folder: str, preset: str) -> Runs:
 
 
 def _find(name: str) -> tuple[Any, str]:
-    """The module or class that holds a dotted name, and its last part."""
+    """Returns the module or class that holds a dotted name, and the name's last part."""
     parts = name.split(".")
     for end in range(len(parts) - 1, 0, -1):
         try:
@@ -118,7 +110,7 @@ def _find(name: str) -> tuple[Any, str]:
 
 
 def measure(name: str, folder: str, preset: str, rounds: int) -> dict[str, Any]:
-    """The row of one tuning.
+    """Measures the row of one tuning.
 
     Raises:
         RunError: the plain form computes other numbers.
@@ -168,7 +160,7 @@ def main() -> None:
 
 if __name__ == "__main__":
     _PRESET = flags.DEFINE_enum("preset", "base", PRESETS[:2], "Sizes of the model")
-    _ONLY = flags.DEFINE_list("only", [], "Tunings to measure; all where none is named")
+    _ONLY = flags.DEFINE_list("only", [], "Tunings to measure; all by default")
     _ROUNDS = flags.DEFINE_integer("rounds", 5, "Runs of each side that count", lower_bound=1)
     _JSON = flags.DEFINE_string("json", None, "File for the rows")
     command_line.start(main)

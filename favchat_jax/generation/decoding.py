@@ -1,6 +1,7 @@
-"""The compiled parts of an answer: a prompt is read once into a key/value cache, then tokens are drawn one by one."""
+"""Compiles the parts of an answer: a prompt is read once into a key/value cache, then tokens are drawn one by one."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -18,7 +19,15 @@ from favchat_jax.models.mistral_decoding import LayerCache, decoding_form, empty
 
 
 class Decoding(NamedTuple):
-    """R sequences in the middle of being written."""
+    """The state of R sequences that are being written.
+
+    Attributes:
+        token: the last token that was drawn.
+        position: its position.
+        done: whether the sequence has ended.
+        key: data of the random key of the next draws.
+        cache: keys and values of earlier tokens.
+    """
 
     token: Int[Array, " R"]
     position: Int[Array, " R"]
@@ -30,51 +39,56 @@ class Decoding(NamedTuple):
 def draw(
     logits: Float[Array, "R V"], key: Array, temperature: Float[Array, ""], top_p: Float[Array, ""]
 ) -> Int[Array, " R"]:
-    """One token a row: the likeliest at temperature 0, else at random among the nucleus of `top_p`."""
+    """Draws one token per row: the likeliest at temperature 0, else at random from the nucleus of `top_p`."""
 
     def nucleus(scores: Float[Array, "R V"]) -> Float[Array, "R V"]:
         ordered = jnp.sort(scores, axis=-1)[:, ::-1]
-        before = jnp.cumsum(jax.nn.softmax(ordered, axis=-1), axis=-1) - jax.nn.softmax(ordered, axis=-1)
-        first = jnp.arange(ordered.shape[-1]) == 0  # never left out, not even at top_p = 0
+        shares = jax.nn.softmax(ordered, axis=-1)
+        before = jnp.cumsum(shares, axis=-1) - shares
+        first = jnp.arange(ordered.shape[-1]) == 0  # always kept, even at top_p = 0
         floor = jnp.min(jnp.where((before < top_p) | first, ordered, jnp.inf), axis=-1, keepdims=True)
         return jnp.where(scores >= floor, scores, -jnp.inf)
 
-    def by_chance() -> Int[Array, " R"]:
+    def random_token() -> Int[Array, " R"]:
         scores = logits.astype(jnp.float32) / temperature
-        # Sorting the vocabulary takes longer than several layers, and most draws need none of it.
+        # Sorting the vocabulary takes longer than several layers, and most draws do not need it.
         scores = jax.lax.cond(top_p < 1, nucleus, lambda scores: scores, scores)
         return jax.random.categorical(key, scores).astype(jnp.int32)
 
-    return jax.lax.cond(temperature > 0, by_chance, lambda: jnp.argmax(logits, axis=-1).astype(jnp.int32))
+    return jax.lax.cond(temperature > 0, random_token, lambda: jnp.argmax(logits, axis=-1).astype(jnp.int32))
 
 
 class Decoder:
-    """What answers: the model in its decoding form and its compiled functions, each of which takes the weights first.
+    """The model in its decoding form with its compiled functions, each of which takes the weights first.
 
-    `encode` makes features of clips, `weigh` the streams' average weights, `compare` log-likelihoods of given answers;
-    `begin` reads prompts and draws the first token of each sequence, `advance` draws up to `count` more.
+    `encode` computes features of clips, `weigh` the streams' average weights, `compare` log-likelihoods of answers.
+    `begin` reads prompts and draws the first token of each sequence; `advance` draws up to `count` more.
 
     Args:
         config: the run's config.
-        llm: the language model's.
+        llm: sizes of the language model.
         eos: the token that ends an answer.
     """
 
     def __init__(self, config: Config, llm: MistralConfig, eos: int):
         self.model = favchat.build(config.model, llm, variant=config.variant, ablation=config.ablation, decoding=True)
         self._llm, self._eos, self._alpha = llm, eos, config.model.lora.alpha
+        self._apply: Callable[..., Any] = self.model.apply
         self._dtype = jnp.dtype(config.model.dtype)
-        self.encode = jax.jit(lambda params, frames: self.model.apply(params, frames, method="encode"))
-        self.weigh = jax.jit(lambda params, *x: self.model.apply(params, *x, method="visual_tokens")[1].mean(axis=2))
+        self.encode = jax.jit(lambda params, frames: self._apply(params, frames, method="encode"))
+        self.weigh = jax.jit(self._weigh)
         self.compare = jax.jit(self._compare)
         self.begin = jax.jit(self._begin, static_argnames=("room", "copies"))
         self.advance = jax.jit(self._advance, static_argnames="count", donate_argnums=1)
 
     def lay_out(self, weights: Mapping[str, Array]) -> dict[str, Any]:
-        """All weights of the model, flat and in training's form, as these functions take them."""
+        """Converts all weights of the model, flat and in the training form, to the tree that these functions take."""
         tree = unflatten_dict(dict(weights), sep="/")
         tree["llm"] = decoding_form(tree["llm"], self._alpha)
         return {"params": tree}
+
+    def _weigh(self, params, features: ClipFeatures, prompt: Int[Array, "B Q P"], prompt_mask: Bool[Array, "B Q P"]):
+        return self._apply(params, features, prompt, prompt_mask, method="visual_tokens")[1].mean(axis=2)
 
     def _compare(
         self,
@@ -86,29 +100,27 @@ class Decoder:
         places: Int[Array, "B Q S"],
         scored: Bool[Array, "B Q S"],
     ) -> Float[Array, "B Q"]:
-        """Log-probability of Q continuations of one conversation about each of B clips.
+        """Returns the log-probability of Q continuations of one conversation about each of B clips.
 
-        `places` says where each continuation's tokens stand in its sequence, `scored` which of those places are taken.
+        `places` are the positions of each continuation's tokens in its sequence; `scored` is False at their padding.
         """
-        hidden = self.model.apply(params, features, tokens, prompt, prompt_mask).hidden
+        hidden = self._apply(params, features, tokens, prompt, prompt_mask).hidden
         hidden = jnp.take_along_axis(hidden, places[..., None] - 1, axis=2)
         targets = jnp.take_along_axis(tokens, places, axis=2)
-        log_p, _ = target_log_probabilities(
-            lambda hidden: self.model.apply(params, hidden, method="logits"),
-            *(rearrange(x, "B Q S ... -> (B Q) S ...") for x in (hidden, targets)),
-            chunk=places.shape[-1],
-        )
+        hidden, targets = (rearrange(x, "B Q S ... -> (B Q) S ...") for x in (hidden, targets))
+        head = partial(self._apply, params, method="logits")
+        log_p, _ = target_log_probabilities(head, hidden, targets, chunk=places.shape[-1])
         return jnp.where(scored, log_p.reshape(scored.shape), 0.0).sum(-1)
 
     def _begin(self, params, features, arrays, key, temperature, top_p, *, room: int, copies: int) -> Decoding:
         """Reads each conversation once and begins `copies` answers to it."""
         clips, questions, length = arrays["tokens"].shape
         cache = empty_cache(self._llm, clips * questions, length + room, self._dtype)
-        asked = (arrays[name] for name in ("tokens", "prompt", "prompt_mask"))
-        output = self.model.apply(params, features, *asked, cache=cache)
+        inputs = (arrays[name] for name in ("tokens", "prompt", "prompt_mask"))
+        output = self._apply(params, features, *inputs, cache=cache)
         last = jnp.asarray(arrays["last"])
         final = jnp.take_along_axis(output.hidden.reshape(len(last), length, -1), last[:, None, None], axis=1)[:, 0]
-        logits = self.model.apply(params, final, method="logits")
+        logits = self._apply(params, final, method="logits")
         repeated = (logits, output.cache, last)
         logits, cache, last = jax.tree.map(lambda leaf: jnp.repeat(leaf, copies, axis=0), repeated)
         draw_key, key = jax.random.split(jax.random.wrap_key_data(key))
@@ -116,22 +128,21 @@ class Decoder:
         return Decoding(token, last + 1, token == self._eos, jax.random.key_data(key), cache)
 
     def _advance(self, params, state: Decoding, temperature, top_p, *, count: int):
-        """Up to `count` more tokens a sequence; ends early where all are done. Ended sequences repeat their end."""
-        eos = self._eos
+        """Draws up to `count` more tokens per sequence, until all are done; those that are done repeat their end."""
 
-        def go_on(carry):
+        def unfinished(carry):
             n, state, _ = carry
             return (n < count) & ~jnp.all(state.done)
 
         def one(carry):
             n, state, tokens = carry
-            logits, cache = self.model.apply(params, state.token, state.position, state.cache, method="decode")
+            logits, cache = self._apply(params, state.token, state.position, state.cache, method="decode")
             draw_key, key = jax.random.split(jax.random.wrap_key_data(state.key))
-            token = jnp.where(state.done, eos, draw(logits, draw_key, temperature, top_p))
-            done = state.done | (token == eos)
+            token = jnp.where(state.done, self._eos, draw(logits, draw_key, temperature, top_p))
+            done = state.done | (token == self._eos)
             tokens = jax.lax.dynamic_update_index_in_dim(tokens, token, n, axis=1)
             return n + 1, Decoding(token, state.position + 1, done, jax.random.key_data(key), cache), tokens
 
-        tokens = jnp.full((state.token.shape[0], count), eos, jnp.int32)
-        _, state, tokens = jax.lax.while_loop(go_on, one, (0, state, tokens))
+        tokens = jnp.full((state.token.shape[0], count), self._eos, jnp.int32)
+        _, state, tokens = jax.lax.while_loop(unfinished, one, (0, state, tokens))
         return state, tokens

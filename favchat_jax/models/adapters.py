@@ -1,7 +1,7 @@
-"""Mixture adapters: how general and fine-grained visual tokens become one sequence for the language model.
+"""Holds the mixture adapters, which combine general and fine-grained visual tokens for the language model.
 
 v1 is a gated mixture of experts (FaVChat v1, Section 4.1): E = MoE(w_1 E_g, w_2 E_{N+1})  (Eq. 3).
-v2 (high-level prompt-query learning) has one weight adapter a stream, which sees that stream and the question:
+v2 (high-level prompt-query learning) has one weight adapter per stream, which reads that stream and the question:
 E = W_g E_g + W_f E_f with (W_g, W_f) = softmax(adapter_g(E_g, p), adapter_f(E_f, p)).
 """
 
@@ -15,77 +15,76 @@ from jaxtyping import Array, Bool, Float
 from favchat_jax.models.kernels.linear import Linear
 
 
-class GatedMixture(nn.Module):
-    """Eq. 3: each visual token is a weighted sum of two experts, one a stream.
-
-    The gate sees both streams' tokens and weighs them token by token; since both Q-Formers read the question, the
-    weights follow it too. An expert is a pre-norm two-layer MLP around which its stream's tokens pass.
+class Adapter(nn.Module):
+    """Base class of the adapters, with the layers that they share.
 
     Attributes:
-        hidden: hidden width of the gate and of each expert.
-        dtype: dtype of the computation; the softmax over the two streams is float32.
+        hidden: hidden width of every MLP.
+        dtype: dtype of the computation; softmaxes are float32.
     """
 
     hidden: int
     dtype: DTypeLike = jnp.float32
+
+    def normed(self, name: str, tokens: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        """Applies the layer norm of this name."""
+        return nn.LayerNorm(dtype=self.dtype, use_fast_variance=False, name=name)(tokens)
+
+    def linear(self, name: str, width: int, tokens: Float[Array, "... D"]) -> Float[Array, "... F"]:
+        """Applies the linear layer of this name."""
+        return Linear(width, dtype=self.dtype, name=name)(tokens)
+
+    def zero_linear(self, name: str, width: int, tokens: Float[Array, "... D"]) -> Float[Array, "... F"]:
+        """Applies the linear layer of this name, whose kernel is zero at initialisation."""
+        return Linear(width, dtype=self.dtype, name=name, kernel_init=nn.initializers.zeros)(tokens)
+
+    def residual_mlp(
+        self, prefix: str, tokens: Float[Array, "... D"], normed: Float[Array, "... D"]
+    ) -> Float[Array, "... D"]:
+        """Adds a two-layer MLP of the normed tokens to the tokens; the identity at initialisation."""
+        inner = nn.gelu(self.linear(f"{prefix}in", self.hidden, normed))
+        return tokens + self.zero_linear(f"{prefix}out", tokens.shape[-1], inner)
+
+
+class GatedMixture(Adapter):
+    """Eq. 3: each visual token is a weighted sum of two experts, one per stream.
+
+    The gate reads both streams and computes two weights for each token. Since both Q-Formers read the question, the
+    weights depend on it too. An expert is a pre-norm residual MLP.
+    """
 
     @nn.compact
     def __call__(
         self, general: Float[Array, "... N D"], facial: Float[Array, "... N D"]
     ) -> tuple[Float[Array, "... N D"], Float[Array, "... N 2"]]:
-        """E, and the weights (w_1 of the general stream E_g, w_2 of the facial one E_{N+1}), which sum to 1."""
+        """Returns E, and the weights (w_1 of the general stream E_g, w_2 of the facial one E_{N+1}), which sum to 1."""
         chex.assert_equal_shape([general, facial])
-
-        def norm(name: str, tokens):
-            return nn.LayerNorm(dtype=self.dtype, use_fast_variance=False, name=f"{name}_norm")(tokens)
-
-        def linear(name: str, width: int, tokens, **start):
-            return Linear(width, dtype=self.dtype, name=name, **start)(tokens)
-
-        def expert(name: str, tokens, normed):
-            inner = nn.gelu(linear(f"{name}_in", self.hidden, normed))
-            # Zeros at initialisation, so that a fresh expert is the identity.
-            return tokens + linear(f"{name}_out", tokens.shape[-1], inner, kernel_init=nn.initializers.zeros)
-
-        normed_g, normed_f = norm("general", general), norm("facial", facial)
-        gate = nn.gelu(linear("gate_in", self.hidden, jnp.concatenate([normed_g, normed_f], axis=-1)))
-        gate = linear("gate_out", 2, gate, kernel_init=nn.initializers.zeros)
-        weights = jax.nn.softmax(gate.astype(jnp.float32), axis=-1)
+        normed_g, normed_f = self.normed("general_norm", general), self.normed("facial_norm", facial)
+        gate = nn.gelu(self.linear("gate_in", self.hidden, jnp.concatenate([normed_g, normed_f], axis=-1)))
+        weights = jax.nn.softmax(self.zero_linear("gate_out", 2, gate).astype(jnp.float32), axis=-1)
         w_1, w_2 = weights[..., :1].astype(self.dtype), weights[..., 1:].astype(self.dtype)
-        return w_1 * expert("general", general, normed_g) + w_2 * expert("facial", facial, normed_f), weights
+        expert_g = self.residual_mlp("general_", general, normed_g)
+        expert_f = self.residual_mlp("facial_", facial, normed_f)
+        return w_1 * expert_g + w_2 * expert_f, weights
 
 
-class TokenMLP(nn.Module):
+class TokenMLP(Adapter):
     """v2's MLP after a Q-Former's linear layer: pre-norm, two layers, with a residual.
 
     It is the identity at initialisation (a choice), so that a published Q-Former with its linear layer, both frozen in
     stage 1, keeps its output there.
-
-    Attributes:
-        hidden: width between the two layers.
-        dtype: dtype of the computation.
     """
-
-    hidden: int
-    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, tokens: Float[Array, "... N D"]) -> Float[Array, "... N D"]:
-        normed = nn.LayerNorm(dtype=self.dtype, use_fast_variance=False, name="norm")(tokens)
-        inner = nn.gelu(Linear(self.hidden, dtype=self.dtype, name="in")(normed))
-        out = Linear(tokens.shape[-1], dtype=self.dtype, name="out", kernel_init=nn.initializers.zeros)
-        return tokens + out(inner)
+        return self.residual_mlp("", tokens, self.normed("norm", tokens))
 
 
-class WeightAdapter(nn.Module):
-    """v2: one score of a stream for each question, from its visual tokens and the question's words.
+class WeightAdapter(Adapter):
+    """v2: scores one stream for each question, from the stream's visual tokens and the question's words.
 
-    The words' average is added to each token inside the MLP, and the tokens' average is scored. Fields as in
-    `TokenMLP`.
+    The words' average is added to each token inside the MLP, and the tokens' average is scored.
     """
-
-    hidden: int
-    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(
@@ -93,21 +92,16 @@ class WeightAdapter(nn.Module):
     ) -> Float[Array, "B Q"]:
         known = prompt_mask[..., None].astype(self.dtype)
         words = jnp.sum(prompt * known, axis=-2, keepdims=True) / jnp.maximum(jnp.sum(known, -2, keepdims=True), 1)
-        normed = nn.LayerNorm(dtype=self.dtype, use_fast_variance=False, name="norm")(tokens)
-        inner = Linear(self.hidden, dtype=self.dtype, name="tokens")(normed)
-        inner += Linear(self.hidden, dtype=self.dtype, name="words")(words)
-        score = Linear(1, dtype=self.dtype, name="score", kernel_init=nn.initializers.zeros)
-        return score(nn.gelu(inner).mean(axis=-2))[..., 0]
+        inner = self.linear("tokens", self.hidden, self.normed("norm", tokens))
+        inner += self.linear("words", self.hidden, words)
+        return self.zero_linear("score", 1, nn.gelu(inner).mean(axis=-2))[..., 0]
 
 
-class WeightAdapters(nn.Module):
-    """v2: the streams' sum, weighted by the softmax of two scores a question; fields as in `WeightAdapter`.
+class WeightAdapters(Adapter):
+    """v2: sums the streams, weighted by the softmax of their two scores for each question.
 
     Both weights are one half at initialisation.
     """
-
-    hidden: int
-    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(
@@ -117,11 +111,11 @@ class WeightAdapters(nn.Module):
         prompts: tuple[Float[Array, "B Q P E"], Float[Array, "B Q P E"]],
         prompt_mask: Bool[Array, "B Q P"],
     ) -> tuple[Float[Array, "B Q N D"], Float[Array, "B Q N 2"]]:
-        """E, and (W_g, W_f), which sum to 1, repeated for each token.
+        """Returns E, and (W_g, W_f), which sum to 1, repeated for each token.
 
         Args:
             general, facial: the streams' visual tokens.
-            prompts: the embedded words of each question, as the general and as the facial stream's Q-Former has them.
+            prompts: the embedded words of each question, from the general and from the facial stream's Q-Former.
             prompt_mask: True at words, False at padding.
         """
         chex.assert_equal_shape([general, facial])
@@ -140,9 +134,9 @@ class ScalarMixture(nn.Module):
 
     @nn.compact
     def __call__(
-        self, general: Float[Array, "... N D"], facial: Float[Array, "... N D"]
+        self, general: Float[Array, "... N D"], facial: Float[Array, "... N D"], *question: object
     ) -> tuple[Float[Array, "... N D"], Float[Array, "... N 2"]]:
-        """The mixed tokens and the two scalars, repeated for each token."""
+        """Returns the mixed tokens and the two scalars, repeated for each token; ignores the question."""
         weights = self.param("weights", nn.initializers.constant(0.5), (2,))
         mixed = weights[0].astype(general.dtype) * general + weights[1].astype(facial.dtype) * facial
         return mixed, jnp.broadcast_to(weights, (*general.shape[:-1], 2))

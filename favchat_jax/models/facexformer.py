@@ -1,4 +1,4 @@
-"""FaceXFormer's facial encoder: a Swin transformer with four taps, one a granularity (e_1..e_4 of FaVChat's Eq. 1).
+"""Holds FaceXFormer's facial encoder: a Swin transformer with four outputs (taps), e_1..e_4 of FaVChat's Eq. 1.
 
 Rebuilds the backbone of github: Kartik-3004/facexformer (network/models/facexformer.py), which is torchvision's
 `swin_b` without norm and head. Published names map one to one, with kernels transposed:
@@ -12,7 +12,7 @@ Rebuilds the backbone of github: Kartik-3004/facexformer (network/models/facexfo
 | `backbone.0.{2+2i}.norm`, `.reduction` | `merge_{i}/norm`, `/reduction` |
 | `linear_c.{i}.proj`, `linear_fuse` | `linear_c_{i}`, `linear_fuse` of `LinearFuse` |
 
-`backbone.1`, torchvision's final norm, never reaches a tap and does not exist here.
+`backbone.1`, torchvision's final norm, affects no tap and is left out.
 """
 
 from functools import lru_cache
@@ -34,9 +34,9 @@ from favchat_jax.sharding import by_clip
 
 @lru_cache(maxsize=64)
 def relative_position_index(window: tuple[int, int], table_window: int) -> Int[np.ndarray, "L L"]:
-    """Row of the bias table for each (query, key) of a window in raster order.
+    """Returns the row of the bias table for each (query, key) of a window in raster order.
 
-    The table has (2 * table_window - 1)^2 rows, one for each offset (query - key) of a full window, rows first.
+    The table has a row for each of (2 * table_window - 1)^2 offsets (query - key) in a full window, in raster order.
     """
     rows, columns = (axis.ravel() for axis in np.indices(window))
     row_offset = rows[:, None] - rows + table_window - 1
@@ -48,10 +48,10 @@ def relative_position_index(window: tuple[int, int], table_window: int) -> Int[n
 def shifted_window_mask(
     size: tuple[int, int], window: tuple[int, int], shift: tuple[int, int]
 ) -> Bool[np.ndarray, "windows L L"]:
-    """True where two tokens of one window of the rolled map also were neighbours before the roll.
+    """Returns True where two tokens of one window of the rolled map were neighbours before the roll, too.
 
-    The roll brings the map's first `shift` rows and columns behind its last ones; within the windows that hold
-    both, tokens from either side of such a seam do not see each other.
+    The roll moves the map's first `shift` rows and columns behind its last ones. In a window that holds both, tokens on
+    different sides of the seam do not attend to each other.
     """
     seam = [(np.arange(n) >= n - s).astype(int) for n, s in zip(size, shift, strict=True)]
     regions = 2 * seam[0][:, None] + seam[1][None, :]
@@ -63,12 +63,12 @@ class WindowAttention(nn.Module):
     """Self-attention within windows of the map, with a learned bias for each relative position.
 
     A map that does not divide into windows is padded with zeros after the norm, and the zeros take part, as in
-    torchvision. A map smaller than the window (which the paper's sizes never meet) is one window of its own size.
+    torchvision. A map smaller than the window, which never occurs at the paper's sizes, is one window of its own size.
 
     Attributes:
         heads: attention heads.
         window: side of a window in tokens.
-        shifted: roll the map by half a window first, so that windows straddle those of the block before.
+        shifted: whether the map is first rolled by half a window, so that windows overlap several of the last block.
     """
 
     heads: int
@@ -104,14 +104,14 @@ class WindowAttention(nn.Module):
         bias = jnp.moveaxis(table[relative_position_index(window, self.window)], -1, 0)[None]
         mask = None
         if any(shift):
-            mask = shifted_window_mask(padded, window, shift)
-            mask = jnp.tile(mask[:, None], (tokens.shape[0] // len(mask), 1, 1, 1))
+            seen = shifted_window_mask(padded, window, shift)
+            mask = jnp.tile(seen[:, None], (tokens.shape[0] // len(seen), 1, 1, 1))
         attended = attention(query, key, value, bias=bias.astype(self.dtype), mask=mask)
         return Linear(width, dtype=self.dtype, name="proj")(rearrange(attended, "b l h d -> b l (h d)"))
 
 
 class SwinBlock(nn.Module):
-    """Pre-norm block: window attention, then an MLP."""
+    """A pre-norm block: window attention, then an MLP."""
 
     heads: int
     window: int
@@ -129,7 +129,7 @@ class SwinBlock(nn.Module):
 
 
 class SwinStage(nn.Module):
-    """Blocks of one resolution; every second one shifts its windows."""
+    """The blocks of one resolution; every second block shifts its windows."""
 
     depth: int
     heads: int
@@ -152,7 +152,7 @@ class SwinStage(nn.Module):
 
 
 class PatchMerging(nn.Module):
-    """Halves the map: 2x2 neighbours side by side (down the column first), norm, linear to twice the width."""
+    """Halves the map: concatenates 2x2 neighbours (down the column first), norms them, projects to twice the width."""
 
     dtype: DTypeLike = jnp.float32
 
@@ -167,17 +167,17 @@ class PatchMerging(nn.Module):
 
 
 class FaceXFormerEncoder(nn.Module):
-    """The facial encoder, run on single frames.
+    """The facial encoder, which sees single frames.
 
     Attributes:
         width: channels of the first stage; each further stage doubles them.
         depths: blocks of each stage.
         heads: attention heads of each stage.
         window: side of an attention window in tokens.
-        mlp_ratio: hidden channels of a block's MLP over its width.
+        mlp_ratio: hidden channels of a block's MLP, divided by its width.
         patch: side of a patch in pixels.
-        dtype: compute dtype; weights are float32.
-        remat: what a block keeps for the backward pass (`remat.POLICIES`).
+        dtype: dtype of the computation; weights are float32.
+        remat: activations that a block keeps for the backward pass (`remat.POLICIES`).
     """
 
     width: int = 128
@@ -199,7 +199,7 @@ class FaceXFormerEncoder(nn.Module):
         """
         tokens = PatchEmbedding(self.width, self.patch, self.dtype, name="patch_embed")(frames.astype(self.dtype))
         tokens = nn.LayerNorm(1e-5, dtype=self.dtype, use_fast_variance=False, name="patch_norm")(tokens)
-        taps = []
+        taps: list[Array] = []
         for i, (depth, heads) in enumerate(zip(self.depths, self.heads, strict=True)):
             if taps:
                 tokens = PatchMerging(self.dtype, name=f"merge_{i - 1}")(tokens)
@@ -210,7 +210,7 @@ class FaceXFormerEncoder(nn.Module):
 
 
 class LinearFuse(nn.Module):
-    """FaceXFormer's own fusion of the taps: each projected, brought to the finest map, mixed by a 1x1 convolution.
+    """FaceXFormer's own fusion: each tap is projected and resized to the finest map, and a 1x1 convolution mixes all.
 
     Attributes:
         width: channels of each projection and of the result.
@@ -222,13 +222,13 @@ class LinearFuse(nn.Module):
     @nn.compact
     def __call__(self, taps: list[Float[Array, "R _h _w _D"]]) -> Float[Array, "R H W E"]:
         kernel = self.param("linear_fuse", nn.initializers.lecun_normal(), (len(taps) * self.width, self.width))
-        # The published order is project, resize, concatenate deepest first, convolve. A pointwise linear map commutes
-        # with interpolation, so each tap's share of the convolution is done on its own small map.
+        # Published order: project, resize, concatenate deepest first, convolve. A pointwise linear map commutes with
+        # interpolation, so each tap's share of the convolution runs on its own small map.
         shares = jnp.split(kernel.astype(self.dtype), len(taps))[::-1]
         height, width = taps[0].shape[1:3]
-        fused = 0
+        maps = []
         for i, (tap, share) in enumerate(zip(taps, shares, strict=True)):
             projected = Linear(self.width, dtype=self.dtype, name=f"linear_c_{i}")(tap.astype(self.dtype))
-            projected = flat_product(projected, share)
-            fused += jax.image.resize(projected, (tap.shape[0], height, width, self.width), "bilinear", antialias=False)
-        return fused
+            size = (tap.shape[0], height, width, self.width)
+            maps.append(jax.image.resize(flat_product(projected, share), size, "bilinear", antialias=False))
+        return sum(maps[1:], maps[0])

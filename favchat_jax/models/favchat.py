@@ -1,4 +1,4 @@
-"""FaVChat, the whole way from a clip and a question to the language model's hidden states (Section 4.1).
+"""Holds FaVChat from a clip and a question to the language model's hidden states (Section 4.1).
 
     frames --> UMT --------------------------> e_g --> general Q-Former --> linear --+
           |                                     |                                     +--> mixture --> Mistral
@@ -10,10 +10,10 @@ v2, prompt-guided at three levels (low: CA2, medium: Q-Formers, high: weight ada
           |                                                                        +--> weighted sum --> Mistral
           +--> FaceXFormer --> W_1..W_N --> CA2 --> facial Q-Former --> MLP -------+
 
-Encoders and v1's fusion run once a clip; everything that reads the question runs once a question.
+Encoders and v1's fusion run once per clip; all parts that read the question run once per question.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -37,19 +37,19 @@ PIXEL_STD = (0.229, 0.224, 0.225)
 
 
 class ClipFeatures(NamedTuple):
-    """All that later parts need of a clip, for any question.
+    """The features of clips, which serve any question.
 
     Attributes:
         general: e_g.
-        facial: tokens that the facial Q-Former reads; in v2, before CA2, each block's W_i.
+        facial: e*_{N+1} in v1, W_1 .. W_N in v2, with the positions of their tokens.
     """
 
     general: Float[Array, "B S D"]
-    facial: Float[Array, "B _S D"] | tuple[Float[Array, "B _S D"], ...]
+    facial: tuple[Float[Array, "B _S D"], ...]
 
 
 class Output(NamedTuple):
-    """Final hidden states of every sequence, how much each stream weighs in each visual token, and the filled cache."""
+    """Final hidden states of every sequence, weights of both streams in each visual token, and the filled cache."""
 
     hidden: Float[Array, "B Q L D"]
     stream_weights: Float[Array, " B #Q N 2"]
@@ -57,22 +57,23 @@ class Output(NamedTuple):
 
 
 class FaVChat(nn.Module):
-    """What both variants share: encoders, one Q-Former a stream, and the language model. Build one with `build`.
+    """Base class of both variants: the encoders, one Q-Former per stream, and the language model (see `build`).
 
-    A variant adds `encode`, which runs once a clip, and `visual_tokens`, which runs once a question.
+    A variant adds `encode`, which runs once per clip, and `visual_tokens`, which runs once per question.
 
     Attributes:
         umt: general encoder.
-        facexformer: facial encoder; None in `no_face`.
-        general_qformer, facial_qformer: one Q-Former a stream.
-        general_proj, facial_proj: one linear layer a stream, to the language model's width.
+        facexformer: facial encoder.
+        general_qformer, facial_qformer: one Q-Former per stream.
+        general_proj, facial_proj: one linear layer per stream, to the language model's width.
         llm: language model, in its training form or its decoding form.
-        ablation: part that is replaced (Table 6); the methods say by what.
+        ablation: replaced part (Table 6). In `no_face`, blocks of `umt` replace those of `facexformer`; in
+            `no_granularity`, FaceXFormer's own fusion replaces `fusion`; in `no_moe`, `adapter` is a `ScalarMixture`.
         dtype: dtype of the computation.
     """
 
     umt: UMT
-    facexformer: FaceXFormerEncoder | None
+    facexformer: FaceXFormerEncoder
     general_qformer: QFormer
     facial_qformer: QFormer
     general_proj: Linear
@@ -90,10 +91,7 @@ class FaVChat(nn.Module):
     def encoders(
         self, frames: UInt8[Array, "B T H W 3"]
     ) -> tuple[Float[Array, "B T S D"], list[Float[Array, "B T _H _W _D"]]]:
-        """e_g of the general encoder, and e_1 .. e_N of the facial encoder's blocks, fine to coarse (Eq. 1).
-
-        In `no_face`, blocks of the general encoder stand in for the facial encoder's.
-        """
+        """Returns e_g of the general encoder, and e_1 .. e_N of the facial encoder's blocks, fine to coarse (Eq. 1)."""
         batch, time, height = frames.shape[:3]
         x = normalise(frames).astype(self.dtype)
         e_g, blocks = self.umt(x)
@@ -105,12 +103,26 @@ class FaVChat(nn.Module):
         return e_g, [rearrange(e_i, "(B T) H W D -> B T H W D", B=batch) for e_i in maps]
 
     def facexformer_fusion(self, e: list[Float[Array, "B T _H _W _D"]]) -> Float[Array, "B T _S D"]:
-        """`no_granularity`: FaceXFormer's own fusion of its blocks, at the width of e_g."""
+        """Returns FaceXFormer's own fusion of its blocks, at the width of e_g (`no_granularity`)."""
         fused = self.fuse_proj(self.linear_fuse([rearrange(e_i, "B T H W D -> (B T) H W D") for e_i in e]))
         return rearrange(fused, "(B T) H W D -> B T (H W) D", B=e[0].shape[0])
 
+    def encode(self, frames: UInt8[Array, "B T H W 3"]) -> ClipFeatures:
+        """Computes the features of clips."""
+        raise NotImplementedError
+
+    def visual_tokens(
+        self,
+        features: ClipFeatures,
+        prompt: Int[Array, "B Q P"],
+        prompt_mask: Bool[Array, "B Q P"],
+        deterministic: bool = True,
+    ) -> tuple[Float[Array, "B Q N D"], Float[Array, "B Q N 2"]]:
+        """Returns E, and the weights of the general and the facial stream in each token."""
+        raise NotImplementedError
+
     def embed(self, tokens: Int[Array, "B Q L"], visual: Float[Array, " B #Q N D"]) -> Float[Array, "B Q L D"]:
-        """Embedded sequences; the n-th placeholder (a negative id) of a sequence is its n-th visual token."""
+        """Embeds sequences; the n-th placeholder (a negative id) of a sequence becomes its n-th visual token."""
         visual = jnp.broadcast_to(visual, (*tokens.shape[:2], *visual.shape[2:]))
         return place_visual_tokens(self.llm.embed(tokens), tokens, visual.astype(self.dtype))
 
@@ -124,12 +136,12 @@ class FaVChat(nn.Module):
         cache: list[LayerCache] | None = None,
         deterministic: bool = True,
     ) -> Output:
-        """Hidden states of Q right-padded sequences about each of B clips; `logits` turns them into scores.
+        """Returns the hidden states of Q right-padded sequences about each of B clips; `logits` makes scores of them.
 
         Args:
-            clips: frames, or what `encode` made of them.
+            clips: frames, or their features from `encode`.
             tokens: ids, with a placeholder for each visual token.
-            prompt: the questions as the Q-Formers read them, or one that all sequences of a clip answer.
+            prompt: the questions as the Q-Formers read them, or one question per clip for all its sequences.
             prompt_mask: True at word pieces.
             cache: empty, to be filled for decoding.
             deterministic: no dropout.
@@ -140,42 +152,42 @@ class FaVChat(nn.Module):
         if cache is None:
             hidden = self.llm(embeddings, deterministic=deterministic)
         else:
+            assert isinstance(self.llm, DecodingMistral), "only the decoding form fills a cache"
             hidden, cache = self.llm.extend(embeddings, cache)
         if self.is_initializing():
             self.llm.logits(hidden[:, :1])  # creates the output layer's weights
         return Output(rearrange(hidden, "(B Q) L D -> B Q L D", B=tokens.shape[0]), stream_weights, cache)
 
     def logits(self, hidden: Float[Array, "... D"], deterministic: bool = True) -> Float[Array, "... V"]:
-        """Scores over the vocabulary."""
+        """Returns scores over the vocabulary."""
         return self.llm.logits(hidden, deterministic)
 
     def decode(
         self, token: Int[Array, " R"], position: Int[Array, " R"], cache: list[LayerCache]
     ) -> tuple[Float[Array, "R V"], list[LayerCache]]:
-        """One more token a sequence, at its position: scores of the next, and the cache with this one in it."""
+        """Reads one more token per sequence, at its position; returns the next one's scores and the extended cache."""
+        assert isinstance(self.llm, DecodingMistral), "only the decoding form reads a cache"
         hidden, cache = self.llm.extend(self.llm.embed(token[:, None]), cache, position[:, None])
         return self.llm.logits(hidden[:, 0]), cache
 
 
 class FaVChatV1(FaVChat):
-    """Both streams meet in a gated mixture of experts.
+    """Variant 1, which combines both streams in a gated mixture of experts.
 
     Attributes:
-        fusion: Eq. 2; None in `no_granularity`.
-        adapter: Eq. 3; in `no_moe` a sum with two learned scalars.
+        fusion: Eq. 2.
+        adapter: Eq. 3.
     """
 
-    fusion: GranularityFusion | None
+    fusion: GranularityFusion
     adapter: GatedMixture | ScalarMixture
 
     def encode(self, frames: UInt8[Array, "B T H W 3"]) -> ClipFeatures:
-        """e_g, and e*_{N+1} with the positions of its tokens."""
+        """Returns e_g and e*_{N+1}."""
         e_g, e = self.encoders(frames)  # Eq. 1
-        if self.ablation == "no_granularity":
-            fused = self.facexformer_fusion(e)
-        else:
-            fused = self.fusion(e_g, [rearrange(e_i, "B T H W D -> B T (H W) D") for e_i in e])  # Eq. 2
-        return ClipFeatures(rearrange(e_g, "B T S D -> B (T S) D"), add_positions(fused))
+        granular = self.ablation != "no_granularity"
+        fused = self.fusion(e_g, tokens_of(e)) if granular else self.facexformer_fusion(e)  # Eq. 2
+        return ClipFeatures(rearrange(e_g, "B T S D -> B (T S) D"), (add_positions(fused),))
 
     def visual_tokens(
         self,
@@ -184,34 +196,32 @@ class FaVChatV1(FaVChat):
         prompt_mask: Bool[Array, "B Q P"],
         deterministic: bool = True,
     ) -> tuple[Float[Array, "B Q N D"], Float[Array, "B Q N 2"]]:
-        """E and (w_1, w_2), the weights of the general and the facial stream in each token."""
-        question = {"prompt": prompt, "prompt_mask": prompt_mask, "deterministic": deterministic}
-        E_g = self.general_proj(self.general_qformer(features.general, **question))
-        E_N1 = self.facial_proj(self.facial_qformer(features.facial, **question))
-        return self.adapter(E_g, E_N1)  # Eq. 3
+        """Returns E and (w_1, w_2), the weights of the general and the facial stream in each token."""
+        (e_fused,) = features.facial
+        E_g = self.general_qformer(features.general, prompt, prompt_mask, deterministic=deterministic)
+        E_N1 = self.facial_qformer(e_fused, prompt, prompt_mask, deterministic=deterministic)
+        return self.adapter(self.general_proj(E_g), self.facial_proj(E_N1))  # Eq. 3
 
 
 class FaVChatV2(FaVChat):
-    """The question guides the facial stream (CA2), both Q-Formers, and the weights of the streams.
+    """Variant 2, in which the question guides the facial stream (CA2), both Q-Formers, and the streams' weights.
 
     Attributes:
-        fusion: CA2; None in `no_granularity`.
-        general_mlp, facial_mlp: one MLP a stream, after its linear layer.
-        adapter: weight adapters; in `no_moe` a sum with two learned scalars.
+        fusion: CA2.
+        general_mlp, facial_mlp: one MLP per stream, after its linear layer.
+        adapter: weight adapters.
     """
 
-    fusion: PromptGuidedFusion | None
+    fusion: PromptGuidedFusion
     general_mlp: TokenMLP
     facial_mlp: TokenMLP
     adapter: WeightAdapters | ScalarMixture
 
     def encode(self, frames: UInt8[Array, "B T H W 3"]) -> ClipFeatures:
-        """e_g, and W_1 .. W_N with the positions of their tokens."""
+        """Returns e_g and W_1 .. W_N."""
         e_g, e = self.encoders(frames)
-        if self.ablation == "no_granularity":
-            facial = add_positions(self.facexformer_fusion(e))
-        else:
-            facial = self.fusion.read_blocks([rearrange(e_i, "B T H W D -> B T (H W) D") for e_i in e])
+        granular = self.ablation != "no_granularity"
+        facial = self.fusion.read_blocks(tokens_of(e)) if granular else (add_positions(self.facexformer_fusion(e)),)
         return ClipFeatures(rearrange(e_g, "B T S D -> B (T S) D"), facial)
 
     def visual_tokens(
@@ -221,29 +231,34 @@ class FaVChatV2(FaVChat):
         prompt_mask: Bool[Array, "B Q P"],
         deterministic: bool = True,
     ) -> tuple[Float[Array, "B Q N D"], Float[Array, "B Q N 2"]]:
-        """E and (W_g, W_f), the weights of the general and the facial stream for each question."""
-        question = {"prompt": prompt, "prompt_mask": prompt_mask, "deterministic": deterministic}
+        """Returns E and (W_g, W_f), the weights of the general and the facial stream for each question."""
         p_g, p_f = self.general_qformer.embed_prompt(prompt), self.facial_qformer.embed_prompt(prompt)
+        facial_mask = None
         if self.ablation == "no_granularity":
-            facial, facial_mask = features.facial, None
+            (facial,) = features.facial
         else:
-            facial, facial_mask = self.fusion(features.facial, p_f, prompt_mask), prompt_mask  # h_N, a token a word
-        E_g = self.general_mlp(self.general_proj(self.general_qformer(features.general, **question)))
-        E_f = self.facial_mlp(self.facial_proj(self.facial_qformer(facial, visual_mask=facial_mask, **question)))
-        if self.ablation == "no_moe":
-            return self.adapter(E_g, E_f)
-        return self.adapter(E_g, E_f, (p_g, p_f), prompt_mask)
+            facial, facial_mask = self.fusion(features.facial, p_f, prompt_mask), prompt_mask  # h_N, one token per word
+        E_g = self.general_qformer(features.general, prompt, prompt_mask, deterministic=deterministic)
+        E_f = self.facial_qformer(facial, prompt, prompt_mask, visual_mask=facial_mask, deterministic=deterministic)
+        return self.adapter(
+            self.general_mlp(self.general_proj(E_g)), self.facial_mlp(self.facial_proj(E_f)), (p_g, p_f), prompt_mask
+        )
+
+
+def tokens_of(e: list[Float[Array, "B T _H _W _D"]]) -> list[Float[Array, "B T _S _D"]]:
+    """Lays the rows and columns of each map in one sequence."""
+    return [rearrange(e_i, "B T H W D -> B T (H W) D") for e_i in e]
 
 
 def normalise(frames: UInt8[Array, "... H W 3"]) -> Float[Array, "... H W 3"]:
-    """Frames as both encoders were trained on them."""
+    """Normalises frames as both encoders were trained on them."""
     return (frames.astype(jnp.float32) / 255 - jnp.array(PIXEL_MEAN)) / jnp.array(PIXEL_STD)
 
 
 def place_visual_tokens(
     embeddings: Float[Array, "*B L D"], tokens: Int[Array, "*B L"], visual: Float[Array, "*B N D"]
 ) -> Float[Array, "*B L D"]:
-    """Embedded sequences with the n-th visual token in the place of each one's n-th placeholder (a negative id)."""
+    """Replaces the n-th placeholder (a negative id) of each embedded sequence with its n-th visual token."""
     placeholder = tokens < 0
     nth = jnp.clip(jnp.cumsum(placeholder, axis=-1) - 1, 0, visual.shape[-2] - 1)
     return jnp.where(placeholder[..., None], jnp.take_along_axis(visual, nth[..., None], axis=-2), embeddings)
@@ -259,7 +274,7 @@ def build(
     storage: str = "full",
     decoding: bool = False,
 ) -> FaVChat:
-    """The model that a config's `model` section describes.
+    """Builds the model that a config's `model` section describes.
 
     Args:
         model: the section.
@@ -268,20 +283,19 @@ def build(
         ablation: none, no_face, no_granularity or no_moe (Table 6); for v2 the last two are without CA2 and without
             weight adapters.
         lora_rank: of the language model's adapters; 0 in stage 1 and for decoding.
-        storage: how the language model's frozen kernels lie (`kernels/quantized.py`).
-        decoding: the language model is in its decoding form.
+        storage: width of the language model's frozen kernels (`kernels/quantized.py`).
+        decoding: whether the language model is in its decoding form.
     """
     dtype = jnp.dtype(model.dtype)
-    common = {"remat": model.remat, "dtype": dtype}
+    common: dict[str, Any] = {"remat": model.remat, "dtype": dtype}
     taps = tuple(model.no_face_taps) if ablation == "no_face" else ()
-    facexformer = FaceXFormerEncoder(**vars(model.facexformer), **common)
     adapters = LoRA(lora_rank, model.lora.alpha, model.lora.dropout, tuple(model.lora.targets))
     # Visual tokens start as large as word embeddings. At the size of a Q-Former's normed output they would drown what
     # the language model's layers add to them.
     word_scale = nn.initializers.variance_scaling(1 / llm.hidden_size, "fan_in", "normal")
-    shared = {
+    shared: dict[str, Any] = {
         "umt": UMT(**vars(model.umt), taps=taps, **common),
-        "facexformer": None if ablation == "no_face" else facexformer,
+        "facexformer": FaceXFormerEncoder(**vars(model.facexformer), **common),
         "general_qformer": QFormer(**vars(model.qformer), **common),
         "facial_qformer": QFormer(**vars(model.qformer), **common),
         "general_proj": Linear(llm.hidden_size, dtype=dtype, kernel_init=word_scale),
@@ -290,15 +304,14 @@ def build(
         "ablation": ablation,
         "dtype": dtype,
     }
-    hidden, width, fusion = model.adapter.hidden, model.umt.width, None
+    hidden, fusion = model.adapter.hidden, (model.umt.width, model.fusion.heads, model.fusion.residual, dtype)
     if variant == "v1":
-        if ablation != "no_granularity":
-            fusion = GranularityFusion(width, model.fusion.heads, model.fusion.residual, dtype)
-        adapter = ScalarMixture() if ablation == "no_moe" else GatedMixture(hidden, dtype)
-        return FaVChatV1(**shared, fusion=fusion, adapter=adapter)
-    if ablation != "no_granularity":
-        blocks = len(taps or facexformer.depths)
-        fusion = PromptGuidedFusion(blocks, width, model.fusion.heads, model.fusion.residual, dtype)
-    adapter = ScalarMixture() if ablation == "no_moe" else WeightAdapters(hidden, dtype)
-    mlps = {"general_mlp": TokenMLP(hidden, dtype), "facial_mlp": TokenMLP(hidden, dtype)}
-    return FaVChatV2(**shared, **mlps, fusion=fusion, adapter=adapter)
+        mixture = ScalarMixture() if ablation == "no_moe" else GatedMixture(hidden, dtype)
+        return FaVChatV1(**shared, fusion=GranularityFusion(*fusion), adapter=mixture)
+    return FaVChatV2(
+        **shared,
+        fusion=PromptGuidedFusion(*fusion, blocks=len(taps or model.facexformer.depths)),
+        general_mlp=TokenMLP(hidden, dtype),
+        facial_mlp=TokenMLP(hidden, dtype),
+        adapter=ScalarMixture() if ablation == "no_moe" else WeightAdapters(hidden, dtype),
+    )

@@ -1,4 +1,4 @@
-"""log p of given tokens, for the loss, for the policy that is reinforced and for the likelihoods of answers."""
+"""Computes log p of given tokens, for the loss, the reinforced policy and the likelihoods of answers."""
 
 from collections.abc import Callable
 
@@ -16,17 +16,17 @@ def target_log_probabilities(
     chunk: int,
     temperature: float = 1.0,
 ) -> tuple[Float[Array, "R L"], Bool[Array, "R L"]]:
-    """log p(target) at each position, and whether the target is the likeliest token there.
+    """Returns log p(target) at each position, and whether the target is the likeliest token there.
 
-    Scores over the vocabulary exist for one chunk only, in the backward pass too, so that no float32 [R, L, V] is ever
-    stored.
+    Scores over the vocabulary exist for one chunk at a time, in the backward pass too, so that no float32 [R, L, V] is
+    ever stored.
 
     Args:
-        head: hidden states [R, chunk, D] to scores [R, chunk, V].
+        head: turns hidden states [R, chunk, D] into scores [R, chunk, V].
         hidden: final hidden states.
-        targets: tokens that the positions predict; a target below 0, where a visual token follows, is scored as 0.
+        targets: tokens that the positions predict; a target below 0 (a visual token) is scored as token 0.
         chunk: positions whose scores exist at once.
-        temperature: by which scores are divided.
+        temperature: divides the scores.
     """
 
     @jax.checkpoint
@@ -39,7 +39,7 @@ def target_log_probabilities(
     if length <= chunk:
         return score((hidden, targets))
     pad = -length % chunk
-    pieces = (jnp.pad(x, [(0, 0), (0, pad)] + [(0, 0)] * (x.ndim - 2)) for x in (hidden, targets))
-    pieces = tuple(rearrange(x, "R (n C) ... -> n R C ...", C=chunk) for x in pieces)
+    padded = (jnp.pad(x, [(0, 0), (0, pad)] + [(0, 0)] * (x.ndim - 2)) for x in (hidden, targets))
+    pieces = tuple(rearrange(x, "R (n C) ... -> n R C ...", C=chunk) for x in padded)
     log_p, likeliest = (rearrange(x, "n R C -> R (n C)")[:, :length] for x in jax.lax.map(score, pieces))
     return log_p, likeliest

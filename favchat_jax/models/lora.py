@@ -1,4 +1,4 @@
-"""Low-rank adaptation of a linear layer, with PEFT's semantics: y = x W + (alpha / r) dropout(x) A B.
+"""Holds linear layers with low-rank adapters, as in PEFT: y = x W + (alpha / r) dropout(x) A B.
 
 A starts as a scaled uniform, B as zeros, so that a fresh adapter changes nothing.
 """
@@ -25,8 +25,8 @@ class LoRADense(nn.Module):
         alpha: the adapter's output is scaled by alpha / rank.
         dropout: share of the adapter's input that is dropped in training; the base path sees all of it.
         dtype: dtype of the computation; the adapter's weights stay float32.
-        storage: `full`, or int8 or int4 for a frozen kernel that `quantized.store` has narrowed. A kernel is always
-            drawn in full.
+        storage: `full`, or int8 or int4 for a frozen kernel that `quantized.store` has narrowed. Initialisation
+            always draws a full kernel.
     """
 
     features: int

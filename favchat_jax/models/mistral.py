@@ -1,7 +1,7 @@
-"""Mistral: the language model, every size read from a Hugging Face folder's `config.json`.
+"""Holds Mistral, the language model, whose sizes are read from a Hugging Face folder's `config.json`.
 
-Grouped-query attention with rotary positions, SwiGLU, RMSNorm, optional sliding window (Jiang et al. 2023), LoRA on any
-of its linear layers.
+It has grouped-query attention with rotary positions, SwiGLU, RMSNorm, an optional sliding window (Jiang et al. 2023),
+and LoRA on any of its linear layers.
 """
 
 import dataclasses
@@ -35,7 +35,7 @@ SIZES = (
 
 @dataclasses.dataclass(frozen=True)
 class LoRA:
-    """Where adapters sit and how large they are; `rank=0` means none. Names of targets are PEFT's."""
+    """The rank, scale, dropout and target layers of the adapters; `rank=0` means none. Targets have PEFT's names."""
 
     rank: int = 0
     alpha: float = 32.0
@@ -67,8 +67,8 @@ class MistralConfig:
         """Reads a Hugging Face configuration.
 
         Raises:
-            UserError: it is not Mistral's, or a field has a value that no Mistral has.
-            KeyError, TypeError, ZeroDivisionError: a field is missing or of another kind.
+            UserError: another model's configuration, or a field with a value that no Mistral has.
+            KeyError, TypeError, ZeroDivisionError: a field is missing or of the wrong type.
         """
         if config.get("model_type") != "mistral":
             raise UserError(f"model_type is {config.get('model_type')!r}: llm.path must name a Mistral folder")
@@ -97,11 +97,12 @@ class MistralConfig:
 
 
 def _is_number(value: object, kind: type | UnionType) -> bool:
-    return isinstance(value, kind) and not isinstance(value, bool) and 0 < value < float("inf")
+    positive = isinstance(value, int | float) and 0 < value < float("inf")
+    return positive and isinstance(value, kind) and not isinstance(value, bool)
 
 
 def rotate(x: Float[Array, "R L A C"], positions: Int[Array, "R L"], theta: float) -> Float[Array, "R L A C"]:
-    """Rotary positions: the pair (x_i, x_{i + C/2}) turns by position * theta^(-2i / C), computed in float32."""
+    """Rotates each pair (x_i, x_{i + C/2}) by position * theta^(-2i / C) (rotary positions), computed in float32."""
     frequencies = theta ** -(jnp.arange(0, x.shape[-1], 2, dtype=jnp.float32) / x.shape[-1])
     angles = positions[:, :, None, None].astype(jnp.float32) * frequencies
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
@@ -110,7 +111,7 @@ def rotate(x: Float[Array, "R L A C"], positions: Int[Array, "R L"], theta: floa
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * scale, the root mean square in float32."""
+    """The norm x / rms(x) * scale, with the root mean square in float32."""
 
     eps: float
     dtype: DTypeLike
@@ -124,22 +125,36 @@ class RMSNorm(nn.Module):
 
 
 class Part(nn.Module):
-    """What attention and MLP share: linear layers with adapters; fields as in `Mistral`."""
+    """Base class of the language model and its parts.
+
+    Attributes:
+        config: sizes, from the folder's `config.json`.
+        lora: adapters, whose weights are stored beside the kernels as `lora_a`, `lora_b`.
+        dtype: dtype of the computation.
+        storage: width of the frozen kernels: `full`, int8 or int4 (`quantized.store`).
+    """
 
     config: MistralConfig
-    lora: LoRA
-    dtype: DTypeLike
-    storage: str
+    lora: LoRA = LoRA()
+    dtype: DTypeLike = jnp.float32
+    storage: str = "full"
 
-    def linear(self, name: str, features: int, x: Float[Array, "R L D"], deterministic: bool) -> Float[Array, "R L E"]:
-        """`x` after the linear layer of this name."""
-        return adapted(name, features, self.lora, self.dtype, self.storage, name=name)(x, deterministic)
+    def linear(self, target: str, features: int) -> LoRADense:
+        """Builds the linear layer of this name, with an adapter where `lora` targets it."""
+        rank = self.lora.rank if target in self.lora.targets else 0
+        return LoRADense(features, rank, self.lora.alpha, self.lora.dropout, self.dtype, self.storage)
 
 
 class Attention(Part):
     """Causal grouped-query self-attention with rotary positions and an optional sliding window."""
 
-    @nn.compact
+    def setup(self):
+        config, width = self.config, self.config.head_dim
+        self.q_proj = self.linear("q_proj", config.num_attention_heads * width)
+        self.k_proj = self.linear("k_proj", config.num_key_value_heads * width)
+        self.v_proj = self.linear("v_proj", config.num_key_value_heads * width)
+        self.o_proj = self.linear("o_proj", config.hidden_size)
+
     def __call__(
         self,
         x: Float[Array, "R L D"],
@@ -147,36 +162,27 @@ class Attention(Part):
         mask: Bool[Array, "R 1 1 L"] | None,
         deterministic: bool,
     ) -> Float[Array, "R L D"]:
-        config, width = self.config, self.config.head_dim
-        heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
-        heads["v_proj"] = heads["k_proj"]
-        query, key, value = (
-            rearrange(self.linear(name, count * width, x, deterministic), "R L (A C) -> R L A C", C=width)
-            for name, count in heads.items()
-        )
-        query, key = rotate(query, positions, config.rope_theta), rotate(key, positions, config.rope_theta)
-        y = attention(query, key, value, mask=mask, causal=True, window=config.sliding_window)
-        return self.linear("o_proj", config.hidden_size, rearrange(y, "R L A C -> R L (A C)"), deterministic)
+        projected = (layer(x, deterministic) for layer in (self.q_proj, self.k_proj, self.v_proj))
+        query, key, value = (rearrange(y, "R L (A C) -> R L A C", C=self.config.head_dim) for y in projected)
+        query, key = (rotate(y, positions, self.config.rope_theta) for y in (query, key))
+        y = attention(query, key, value, mask=mask, causal=True, window=self.config.sliding_window)
+        return self.o_proj(rearrange(y, "R L A C -> R L (A C)"), deterministic)
 
 
 class MLP(Part):
     """SwiGLU: down(silu(gate(x)) * up(x))."""
 
-    @nn.compact
+    def setup(self):
+        self.gate_proj = self.linear("gate_proj", self.config.intermediate_size)
+        self.up_proj = self.linear("up_proj", self.config.intermediate_size)
+        self.down_proj = self.linear("down_proj", self.config.hidden_size)
+
     def __call__(self, x: Float[Array, "R L D"], deterministic: bool) -> Float[Array, "R L D"]:
-        width = self.config.intermediate_size
-        gate = self.linear("gate_proj", width, x, deterministic)
-        up = self.linear("up_proj", width, x, deterministic)
-        return self.linear("down_proj", self.config.hidden_size, nn.silu(gate) * up, deterministic)
+        return self.down_proj(nn.silu(self.gate_proj(x, deterministic)) * self.up_proj(x, deterministic), deterministic)
 
 
-class Block(nn.Module):
-    """One pre-norm layer: attention, then SwiGLU, each with a residual; fields as in `Mistral`."""
-
-    config: MistralConfig
-    lora: LoRA
-    dtype: DTypeLike
-    storage: str
+class Block(Part):
+    """One pre-norm layer: attention, then SwiGLU, each with a residual."""
 
     @nn.compact
     def __call__(
@@ -193,24 +199,16 @@ class Block(nn.Module):
         return by_clip(x + MLP(*fields, name="mlp")(normed, deterministic))
 
 
-class Mistral(nn.Module):
-    """The language model from embeddings to final hidden states; `logits` is apart so that a loss can go in chunks.
+class Mistral(Part):
+    """The language model from embeddings to final hidden states; `logits` is separate so that a loss can run in chunks.
 
-    Its layers' weights are stacked along a first axis. For decoding there is `mistral_decoding.DecodingMistral`.
+    Its layers' weights are stacked along a first axis. `mistral_decoding.DecodingMistral` is the form for decoding.
 
     Attributes:
-        config: sizes, from the folder's `config.json`.
-        lora: adapters; their weights sit beside the kernels as `lora_a`, `lora_b`.
-        dtype: dtype of the computation.
-        remat: what a layer keeps for the backward pass (`remat.POLICIES`).
-        storage: how the frozen kernels lie: `full`, int8 or int4 (`quantized.store`).
+        remat: activations that a layer keeps for the backward pass (`remat.POLICIES`).
     """
 
-    config: MistralConfig
-    lora: LoRA = LoRA()
-    dtype: DTypeLike = jnp.float32
     remat: str = ""
-    storage: str = "full"
 
     def setup(self):
         config = self.config
@@ -219,14 +217,14 @@ class Mistral(nn.Module):
         )
         self.layers = Block(config, self.lora, self.dtype, self.storage)
         self.norm = RMSNorm(config.rms_norm_eps, self.dtype)
-        self.lm_head = adapted("lm_head", config.vocab_size, self.lora, self.dtype, self.storage)
+        self.lm_head = self.linear("lm_head", config.vocab_size)
 
     def embed(self, tokens: Int[Array, "... L"]) -> Float[Array, "... L D"]:
-        """Word embeddings; ids outside the vocabulary read its nearest row and must be overwritten by the caller."""
+        """Returns word embeddings; those of ids outside the vocabulary are undefined, for the caller to replace."""
         return self.embed_tokens(jnp.clip(tokens, 0, self.config.vocab_size - 1)).astype(self.dtype)
 
     def logits(self, hidden: Float[Array, "... D"], deterministic: bool = True) -> Float[Array, "... V"]:
-        """Scores over the vocabulary."""
+        """Returns scores over the vocabulary."""
         return self.lm_head(hidden, deterministic)
 
     def __call__(
@@ -237,12 +235,12 @@ class Mistral(nn.Module):
         valid: Bool[Array, "R L"] | None = None,
         deterministic: bool = True,
     ) -> Float[Array, "R L D"]:
-        """Final hidden states.
+        """Returns the final hidden states.
 
         Args:
             embeddings: embedded tokens, visual ones included.
             positions: position of each token; 0, 1, ... by default.
-            valid: False at padding, which nothing reads. Padding on the right needs no mask: causality hides it.
+            valid: False at padding, which no token reads. Padding on the right needs no mask: causality hides it.
             deterministic: no dropout.
         """
         if positions is None:
@@ -257,13 +255,5 @@ class Mistral(nn.Module):
         return self.norm(x)
 
     def read(self, tokens: Int[Array, "R L"]) -> Float[Array, "R L V"]:
-        """Scores over the vocabulary of the token after each one of a text."""
+        """Returns scores over the vocabulary of the next token after each token of a text."""
         return self.logits(self(self.embed(tokens)))
-
-
-def adapted(
-    target: str, features: int, lora: LoRA, dtype: DTypeLike, storage: str, name: str | None = None
-) -> LoRADense:
-    """A linear layer, with an adapter where `lora` names it as a target."""
-    rank = lora.rank if target in lora.targets else 0
-    return LoRADense(features, rank, lora.alpha, lora.dropout, dtype, storage, name=name)

@@ -1,14 +1,14 @@
-"""Mistral in its decoding form: the equations of `mistral.Block`, laid out for one token at a time.
+"""Holds Mistral's decoding form: the equations of `mistral.Block`, with weights laid out for one token at a time.
 
-A token's time is that of reading all weights once. Fewer, larger products read them faster, and so do products with the
+A token takes as long as reading all weights once. Fewer, larger products read them faster, and so do products with the
 kernel as first operand. Compared with the training form,
 
-- layers lie apart, since slicing stacked weights would copy each layer once a token;
+- layers are not stacked, since slicing stacked weights would copy each layer once per token;
 - adapters are merged into the kernels;
-- kernels that share an input are one (`qkv_proj`, `gate_up_proj`), and each kernel is stored as [out, in];
+- kernels that share an input are concatenated (`qkv_proj`, `gate_up_proj`), and each is stored as [out, in];
 - keys and values of earlier tokens are in a cache of static length.
 
-`decoding_form` makes the weights of one form from those of the other.
+`decoding_form` converts the training form's weights.
 """
 
 from collections.abc import Mapping
@@ -30,9 +30,9 @@ from favchat_jax.sharding import by_clip
 
 
 class LayerCache(NamedTuple):
-    """Keys and values of one layer, slot s holding position s; S is static.
+    """Keys and values of one layer, with position s in slot s; S is static.
 
-    They lie as the products of one token read them: nothing is transposed for a token.
+    They are stored in the layout in which one token's products read them, so that nothing is transposed.
     """
 
     keys: Float[Array, "R K C S"]
@@ -41,22 +41,27 @@ class LayerCache(NamedTuple):
     def written(
         self, keys: Float[Array, "R L K C"], values: Float[Array, "R L K C"], first: Int[Array, " R"]
     ) -> "LayerCache":
-        """The cache with L tokens more in each row, from slot `first` on."""
+        """Returns the cache with L more tokens in each row, from slot `first` on."""
+
+        def write(cache: Array, new: Array, axis: int) -> Array:
+            update = partial(jax.lax.dynamic_update_slice_in_dim, axis=axis)
+            return jax.vmap(update)(cache, new.astype(cache.dtype), first)
+
         return LayerCache(
-            _write(self.keys, rearrange(keys, "R L K C -> R K C L"), first, axis=1),
-            _write(self.values, rearrange(values, "R L K C -> R K L C"), first, axis=0),
+            write(self.keys, rearrange(keys, "R L K C -> R K C L"), 2),
+            write(self.values, rearrange(values, "R L K C -> R K L C"), 1),
         )
 
 
 def empty_cache(config: MistralConfig, rows: int, length: int, dtype: DTypeLike = jnp.float32) -> list[LayerCache]:
-    """One zeroed cache a layer, for `rows` sequences of at most `length` tokens."""
+    """Returns one zeroed cache per layer, for `rows` sequences of at most `length` tokens."""
     keys = (rows, config.num_key_value_heads, config.head_dim, length)
     values = (rows, config.num_key_value_heads, length, config.head_dim)
     return [LayerCache(jnp.zeros(keys, dtype), jnp.zeros(values, dtype)) for _ in range(config.num_hidden_layers)]
 
 
 class DecodingBlock(nn.Module):
-    """One layer; fields as in `DecodingMistral`."""
+    """One layer; fields are those of `DecodingMistral`."""
 
     config: MistralConfig
     dtype: DTypeLike
@@ -82,7 +87,7 @@ class DecodingBlock(nn.Module):
         query, key = rotate(query, positions, config.rope_theta), rotate(key, positions, config.rope_theta)
         if cache is not None:
             cache = cache.written(key, value, positions[:, 0])
-        if cache is None or x.shape[1] > 1:
+        if cache is None or mask is None:  # a complete sequence, or its first tokens
             y = attention(query, key, value, causal=True, window=config.sliding_window)
         else:
             y = attention_to_cache(query, cache.keys, cache.values, mask)
@@ -94,7 +99,7 @@ class DecodingBlock(nn.Module):
 
 
 class DecodingMistral(nn.Module):
-    """The language model as `mistral.Mistral`, whose methods it has, with `extend` besides.
+    """The language model with the methods of `mistral.Mistral`, and `extend` for decoding.
 
     Attributes:
         config: sizes, from the folder's `config.json`.
@@ -112,11 +117,11 @@ class DecodingMistral(nn.Module):
         self.lm_head = TransposedLinear(config.vocab_size, self.dtype)
 
     def embed(self, tokens: Int[Array, "... L"]) -> Float[Array, "... L D"]:
-        """Word embeddings; ids outside the vocabulary read its nearest row and must be overwritten by the caller."""
+        """Returns word embeddings; those of ids outside the vocabulary are undefined, for the caller to replace."""
         return self.embed_tokens(jnp.clip(tokens, 0, self.config.vocab_size - 1)).astype(self.dtype)
 
     def logits(self, hidden: Float[Array, "... D"], deterministic: bool = True) -> Float[Array, "... V"]:
-        """Scores over the vocabulary; without adapters there is no dropout."""
+        """Returns scores over the vocabulary; without adapters there is no dropout."""
         return self.lm_head(hidden)
 
     def __call__(self, embeddings: Float[Array, "R L D"], deterministic: bool = True) -> Float[Array, "R L D"]:
@@ -126,12 +131,12 @@ class DecodingMistral(nn.Module):
     def extend(
         self, embeddings: Float[Array, "R L D"], cache: list[LayerCache], positions: Int[Array, "R L"] | None = None
     ) -> tuple[Float[Array, "R L D"], list[LayerCache]]:
-        """Extends sequences: returns their final hidden states, and the cache with these tokens in it.
+        """Extends sequences; returns their final hidden states, and the cache with these tokens in it.
 
         Args:
-            embeddings: one token of each sequence, or the several with which all of them begin.
-            cache: one a layer.
-            positions: of the tokens, which are also their slots; 0, 1, ... by default.
+            embeddings: one token of each sequence, or the first several tokens of all.
+            cache: one per layer.
+            positions: of the tokens, and their slots; 0, 1, ... by default.
         """
         return self._run(embeddings, cache, positions)
 
@@ -149,21 +154,20 @@ class DecodingMistral(nn.Module):
 
 
 def readable(position: Int[Array, " R"], slots: int, window: int | None) -> Bool[Array, "R S"]:
-    """True at the slots of a cache that a token at each row's position reads: its own, and those before it that are in
-    the window."""
+    """Returns True at the slots that a token at each row's position reads: its own, and earlier ones in the window."""
     distance = position[:, None] - jnp.arange(slots)
     return (distance >= 0) & (distance < (window or slots))
 
 
 def decoding_form(llm: Mapping[str, Any], alpha: float) -> dict[str, Any]:
-    """`DecodingMistral`'s weights from those of `Mistral`, with adapters or without.
+    """Converts `Mistral`'s weights, with or without adapters, to `DecodingMistral`'s.
 
-    Layers are made one after another, so that beside the given weights and the result no more than one of them is in
-    memory.
+    Layers are converted one after another, so that only one of them needs memory beside the given weights and the
+    result.
 
     Args:
         llm: `Mistral`'s tree.
-        alpha: the adapters'.
+        alpha: of the adapters.
     """
     tree = {name: llm[name] for name in ("embed_tokens", "norm")}
     tree["lm_head"] = joined(merge(llm["lm_head"], alpha))
@@ -182,16 +186,8 @@ def decoding_form(llm: Mapping[str, Any], alpha: float) -> dict[str, Any]:
 
 
 def joined(*linears: Mapping[str, Array]) -> dict[str, Array]:
-    """The weights of one `TransposedLinear` for several linear layers that share an input."""
-    return {"transposed": jnp.concatenate([linear["kernel"] for linear in linears], axis=-1).T}
+    """Joins linear layers that share an input into the weights of one `TransposedLinear`.
 
-
-def _write(cache: Float[Array, "R K ..."], new: Float[Array, "R K ..."], first: Int[Array, " R"], axis: int):
-    """Writes each row's new entries into its slots, which are along a head's `axis`, from first[row] on.
-
-    Head by head: for a write of an entire row, XLA on a CPU would write a second copy for the reader.
+    Saves 6 % of 8 answers of the base preset on a CPU.
     """
-    rows, heads = cache.shape[:2]
-    flat, new = (x.reshape(rows * heads, *x.shape[2:]) for x in (cache, new.astype(cache.dtype)))
-    update = jax.vmap(lambda row, entries, first: jax.lax.dynamic_update_slice_in_dim(row, entries, first, axis))
-    return update(flat, new, jnp.repeat(first, heads)).reshape(cache.shape)
+    return {"transposed": jnp.concatenate([linear["kernel"] for linear in linears], axis=-1).T}

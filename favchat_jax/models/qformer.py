@@ -1,9 +1,9 @@
-"""The Q-Former: learned queries that read a clip's visual tokens and, with a prompt, the question about it.
+"""Holds the Q-Former: learned queries that read a clip's visual tokens and, with a prompt, the question about it.
 
 Rebuilds BLIP-2's BERT as VideoChat2 runs it (github: OpenGVLab/Ask-Anything, video_chat2/models/blip2/Qformer.py).
-Queries and prompt share each layer's self-attention, in which everything sees everything but padding; every second
-layer's queries then read the visual tokens; queries and prompt have an MLP of their own. Published names map one to
-one, with kernels transposed:
+Queries and prompt share each layer's self-attention, in which all tokens but padding are read. In every second layer,
+the queries then read the visual tokens. Queries and prompt have separate MLPs. Published names map one to one, with
+kernels transposed:
 
 | published (`qformer.bert.` left out) | here |
 |---|---|
@@ -37,11 +37,12 @@ def _layer_norm(dtype: DTypeLike, name: str | None = None) -> nn.LayerNorm:
 
 
 class Residual(nn.Module):
-    """The end of a post-norm branch: linear, dropout, stochastic depth, addition and norm.
+    """Base class of a layer's branches, which end in linear, dropout, stochastic depth, addition and norm (post-norm).
 
     Attributes:
         dropout: rate on single channels.
-        drop_path: rate at which a question's whole branch is left out.
+        drop_path: rate at which the branch is left out, drawn for each question.
+        dtype: dtype of the computation.
     """
 
     dropout: float
@@ -51,6 +52,7 @@ class Residual(nn.Module):
     def finish(
         self, branch: Float[Array, "B Q L E"], trunk: Float[Array, "B Q L D"], deterministic: bool
     ) -> Float[Array, "B Q L D"]:
+        """Returns the norm of `trunk` plus the projected `branch`."""
         branch = Linear(trunk.shape[-1], dtype=self.dtype, name="output")(branch)
         branch = nn.Dropout(self.dropout)(branch, deterministic=deterministic)
         branch = nn.Dropout(self.drop_path, broadcast_dims=(2, 3))(branch, deterministic=deterministic)
@@ -76,7 +78,7 @@ class Attention(Residual):
     ) -> Float[Array, "B Q L D"]:
         batch, questions, _, width = tokens.shape
         context = tokens if visual is None else visual
-        # Questions that share what they read do so in one attention, so that its keys and values exist once.
+        # Questions that read the same tokens do so in one attention, so that its keys and values exist once.
         shared = context.shape[1] < questions
         fold = "B Q L (A C) -> B (Q L) A C" if shared else "B Q L (A C) -> (B Q) L A C"
         query, key, value = (
@@ -90,7 +92,11 @@ class Attention(Residual):
 
 
 class MLP(Residual):
-    """Two linear layers with the exact (erf) GELU between them."""
+    """Two linear layers with the exact (erf) GELU between them.
+
+    Attributes:
+        hidden: channels between the two layers.
+    """
 
     hidden: int = 3072
 
@@ -120,20 +126,20 @@ class Layer(nn.Module):
         visual_mask: Bool[Array, "B Q S"] | None,
         deterministic: bool,
     ) -> tuple[Float[Array, "B Q N D"], Float[Array, "B Q P D"] | None]:
-        rates = {"dropout": self.dropout, "drop_path": self.drop_path, "dtype": self.dtype}
+        branch = self.dropout, self.drop_path, self.dtype
         count = queries.shape[2]
         tokens = queries
         if text is not None:
-            # Barred from fusions: XLA's Triton code for GPUs cannot compile a norm of one half of a concatenation.
+            # The barrier prevents a fusion: XLA's Triton code for GPUs cannot compile a norm of half a concatenation.
             tokens = jax.lax.optimization_barrier(jnp.concatenate([queries, text], axis=2))
-        tokens = Attention(**rates, heads=self.heads, name="attention")(tokens, mask=mask, deterministic=deterministic)
+        tokens = Attention(*branch, self.heads, name="attention")(tokens, mask=mask, deterministic=deterministic)
         queries = tokens[:, :, :count]
         if self.cross:
-            cross = Attention(**rates, heads=self.heads, name="crossattention")
+            cross = Attention(*branch, self.heads, name="crossattention")
             queries = cross(queries, visual=visual, mask=visual_mask, deterministic=deterministic)
-        queries = MLP(**rates, hidden=self.mlp, name="mlp_query")(queries, deterministic=deterministic)
+        queries = MLP(*branch, self.mlp, name="mlp_query")(queries, deterministic=deterministic)
         if text is not None:
-            text = MLP(**rates, hidden=self.mlp, name="mlp")(tokens[:, :, count:], deterministic=deterministic)
+            text = MLP(*branch, self.mlp, name="mlp")(tokens[:, :, count:], deterministic=deterministic)
         return queries, text
 
 
@@ -150,11 +156,11 @@ class QFormer(nn.Module):
         vocabulary: word pieces of the prompt's tokenizer, `[DEC]` included.
         positions: longest prompt.
         cross_every: layers 0, cross_every, 2 * cross_every, ... read the visual tokens.
-        prompt: the text branch exists and the question is read.
+        prompt: whether the text branch exists and the question is read.
         dropout: rate on embeddings and on the output of attentions and MLPs.
-        drop_path: stochastic depth of the last layer; it rises linearly from 0 at the first.
-        dtype: compute dtype; weights are float32.
-        remat: what a layer keeps for the backward pass (`remat.POLICIES`).
+        drop_path: rate of the last layer's stochastic depth; it rises linearly from 0 at the first.
+        dtype: dtype of the computation; weights are float32.
+        remat: activations that a layer keeps for the backward pass (`remat.POLICIES`).
     """
 
     width: int = 768
@@ -187,20 +193,14 @@ class QFormer(nn.Module):
                 self.positions, self.width, dtype=self.dtype, embedding_init=_EMBEDDING_INIT
             )
         self.embeddings_dropout = nn.Dropout(self.dropout)
+        drop_paths = [self.drop_path * i / max(self.depth - 1, 1) for i in range(self.depth)]
         self.layer = [
-            Layer(
-                self.heads,
-                self.mlp,
-                i % self.cross_every == 0,
-                self.dropout,
-                self.drop_path * i / max(self.depth - 1, 1),
-                self.dtype,
-            )
-            for i in range(self.depth)
+            Layer(self.heads, self.mlp, i % self.cross_every == 0, self.dropout, drop_path, self.dtype)
+            for i, drop_path in enumerate(drop_paths)
         ]
 
     def embed_prompt(self, prompt: Int[Array, "B Q P"]) -> Float[Array, "B Q P D"]:
-        """Word plus position embeddings of prompts, normed: what enters the first layer (without dropout)."""
+        """Returns the normed sum of word and position embeddings, the input of the first layer (without dropout)."""
         length = prompt.shape[-1]
         if length > self.positions:
             raise ValueError(f"a prompt of {length} word pieces is longer than the {self.positions} positions")
@@ -215,25 +215,22 @@ class QFormer(nn.Module):
         visual_mask: Bool[Array, "B Q S"] | None = None,
         deterministic: bool = True,
     ) -> Float[Array, "B Q N D"]:
-        """Reads clips, with Q questions each.
+        """Returns the last layer's N = queries + extra_queries query tokens.
 
         Args:
             visual: visual tokens of each clip, or of each question about it.
-            prompt: word pieces of each question, padded on the right: positions count from the left. Where
-                `self.prompt` is False its words are not read and a clip's questions share their tokens. None: Q is 1
-                and nothing is read but the clip.
+            prompt: word pieces of each question, padded on the right. Where `self.prompt` is False, its words are not
+                read and a clip's questions share their tokens. Without a prompt, Q is 1 and only the clip is read.
             prompt_mask: True at word pieces, False at padding; required with a prompt.
-            visual_mask: True at visual tokens that are read; for those of each question only.
+            visual_mask: True at visual tokens that are read; only for visual tokens of each question.
             deterministic: no dropout; otherwise the random stream `dropout` is needed.
-
-        Returns:
-            The last layer's N = queries + extra_queries query tokens.
         """
         tokens = self.query_tokens
         if self.extra_queries:
             tokens = jnp.concatenate([tokens, self.extra_query_tokens])
         text, mask, questions = None, None, 1
         if self.prompt and prompt is not None:
+            assert prompt_mask is not None, "a prompt needs its mask"
             questions = prompt.shape[1]
             text = self.embeddings_dropout(self.embed_prompt(prompt), deterministic=deterministic)
             seen = jnp.ones((*prompt.shape[:2], len(tokens)), bool)

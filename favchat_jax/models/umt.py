@@ -1,9 +1,9 @@
-"""UMT-L/16, the general visual encoder of a clip: joint space-time attention over the patches of all its frames.
+"""Holds UMT-L/16, the general visual encoder: joint space-time attention over the patches of all frames of a clip.
 
-Rebuilds the visual part of VideoChat2 (github: OpenGVLab/Ask-Anything, video_chat2/models/blip2/vit.py), whose weights
-fit under these names: published `blocks.{i}.norm1.weight` is `blocks/norm1/scale[i]`, `blocks.{i}.attn.qkv.weight` is
+Rebuilds the visual part of VideoChat2 (github: OpenGVLab/Ask-Anything, video_chat2/models/blip2/vit.py). Its weights
+map to these names: published `blocks.{i}.norm1.weight` is `blocks/norm1/scale[i]`, `blocks.{i}.attn.qkv.weight` is
 `blocks/attn/qkv/kernel[i]` transposed, and so on. There is no class token and no final norm; the `vision_layernorm`
-that follows it in VideoChat2 (epsilon `VISION_LAYERNORM_EPSILON`) belongs to the caller.
+that follows in VideoChat2 (epsilon `VISION_LAYERNORM_EPSILON`) belongs to the caller.
 """
 
 from functools import lru_cache
@@ -24,20 +24,20 @@ VISION_LAYERNORM_EPSILON = 1e-12
 
 
 def sinusoid_table(positions: int, width: int) -> Float[np.ndarray, "S D"]:
-    """sin(p / 10000^(2i/width)) at even channels 2i, the cosine of the same angle at odd channels 2i+1; float64."""
+    """Returns sin(p / 10000^(2i/width)) at even channels 2i, the cosine of this angle at odd channels 2i+1; float64."""
     frequencies = 10000.0 ** (-2 * (np.arange(width) // 2) / width)
     angles = np.arange(positions)[:, None] * frequencies
     return np.where(np.arange(width) % 2 == 0, np.sin(angles), np.cos(angles))
 
 
 def linear_weights(new: int, old: int) -> Float[np.ndarray, "new old"]:
-    """Matrix that resamples `old` samples to `new` by linear interpolation between pixel centres, edges repeated."""
+    """Returns the matrix that resamples `old` samples to `new` linearly between pixel centres, with repeated edges."""
     source = np.maximum((np.arange(new) + 0.5) * old / new - 0.5, 0)
     return np.maximum(1 - np.abs(np.minimum(source, old - 1)[:, None] - np.arange(old)), 0)
 
 
 def bicubic_weights(new: int, old: int) -> Float[np.ndarray, "new old"]:
-    """As `linear_weights` with Keys' cubic kernel, a = -0.75 and no antialiasing, the reference's interpolation."""
+    """Returns the matrix of cubic resampling (Keys' kernel, a = -0.75, no antialiasing), as the reference does it."""
     a = -0.75
     source = (np.arange(new) + 0.5) * old / new - 0.5
     first = np.floor(source).astype(int)
@@ -54,7 +54,7 @@ def bicubic_weights(new: int, old: int) -> Float[np.ndarray, "new old"]:
 def position_table(
     frames: int, height: int, width: int, channels: int, *, checkpoint_frames: int, checkpoint_grid: int
 ) -> Float[np.ndarray, "T H W D"]:
-    """Position of every patch of a clip, float32.
+    """Returns the position embedding of every patch of a clip, float32.
 
     One sinusoid runs through all positions of `checkpoint_frames` frames of `checkpoint_grid` x `checkpoint_grid`
     patches; that table is resampled in space (bicubic), then in time (linear). A single frame is an image: its table
@@ -72,7 +72,7 @@ def position_table(
 
 
 class PatchEmbedding(nn.Module):
-    """Cuts frames into square patches and projects each; as a matrix product, the same as a strided convolution.
+    """Cuts frames into square patches and projects each with a matrix product, which equals a strided convolution.
 
     The kernel's rows run over a patch's rows, columns and colours, in that order.
     """
@@ -119,7 +119,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block."""
+    """A pre-norm transformer block."""
 
     width: int
     heads: int
@@ -143,15 +143,15 @@ class UMT(nn.Module):
     Attributes:
         width: channels of a token.
         depth: blocks of the published model.
-        layers_run: blocks that exist here and are run: VideoChat2 reads the output of the last but one.
+        layers_run: number of blocks that exist here; VideoChat2 reads the output of the last but one.
         heads: attention heads.
-        mlp_ratio: hidden channels of a block's MLP over `width`.
+        mlp_ratio: hidden channels of a block's MLP, divided by `width`.
         patch: side of a patch in pixels.
-        checkpoint_frames: frames that the position table is computed for; clips of other lengths interpolate it.
-        checkpoint_size: side in pixels of the frames that the position table is computed for.
+        checkpoint_frames: length of the clips of the position table, which is interpolated for other lengths.
+        checkpoint_size: side in pixels of the frames of the position table.
         taps: ascending 1-based blocks whose outputs are returned too.
-        dtype: compute dtype; weights are float32.
-        remat: what a block keeps for the backward pass (`remat.POLICIES`).
+        dtype: dtype of the computation; weights are float32.
+        remat: activations that a block keeps for the backward pass (`remat.POLICIES`).
     """
 
     width: int = 1024
@@ -177,7 +177,7 @@ class UMT(nn.Module):
     def __call__(
         self, frames: Float[Array, "B T H W 3"]
     ) -> tuple[Float[Array, "B S D"], tuple[Float[Array, "B S D"], ...]]:
-        """Encodes clips.
+        """Encodes clips into tokens.
 
         Args:
             frames: normalised frames (mean 0.485, 0.456, 0.406, standard deviation 0.229, 0.224, 0.225).

@@ -1,4 +1,4 @@
-"""The sampler: merged, cached, unstacked decoding says what the training-form model says, one token at a time."""
+"""The sampler: decoding with a cache and merged adapters gives the answers of the model in its training form."""
 
 import json
 import logging
@@ -12,6 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from favchat_jax.checkpoints.mistral_folder import read_config, read_weights, write_weights
+from favchat_jax.checkpoints.run import Assembly
 from favchat_jax.data.conversation import Conversation, PromptEncoder
 from favchat_jax.errors import UserError
 from favchat_jax.generation.decoding import draw
@@ -26,7 +27,7 @@ BUCKET = 64
 
 
 def train_tokenizer():
-    """Byte pairs of QUESTIONS, so that single tokens can be parts of a character."""
+    """Trains byte pairs on QUESTIONS, so that single tokens can be parts of a character."""
     engine = Tokenizer(models.BPE())
     engine.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     engine.decoder = decoders.ByteLevel()
@@ -40,7 +41,7 @@ def train_tokenizer():
 
 
 class Setting:
-    """A tiny model in its training form, with adapters that matter, and answers drawn from it the slow way."""
+    """A tiny model in its training form with effective adapters, and its answers from full forward passes."""
 
     def __init__(self, folder, variant="v1"):
         self.tokenizer = train_tokenizer()
@@ -61,8 +62,15 @@ class Setting:
         self.prompt = PromptEncoder(self.tokenizer, self.config.data.prompt_length)
         self.step = jax.jit(self._step)
 
+    def sampler(self, tokenizer):
+        conversation = Conversation(tokenizer, self.visual_tokens)
+        parts = Assembly(
+            self.config, read_config(self.config.llm.path), self.model, tokenizer, conversation, self.prompt
+        )
+        return Sampler(parts, self.weights)
+
     def _step(self, weights, frames, tokens, prompt, mask, last):
-        """The likeliest token after position `last` in a forward pass of the whole sequence, without a cache."""
+        """Returns the likeliest token after position `last` in a forward pass of the full sequence, without a cache."""
 
         def scores(model, *inputs):
             return model.llm.logits(model(*inputs).hidden[0, 0, last])
@@ -71,7 +79,7 @@ class Setting:
         return jnp.argmax(self.model.apply(params, frames, tokens, prompt, mask, method=scores))
 
     def written(self, clip, turns, tokenizer):
-        """Ids of LONGEST tokens, whether or not an end is among them."""
+        """Returns ids of LONGEST tokens, whether or not an end is among them."""
         tokens = list(Conversation(tokenizer, self.visual_tokens).encode(turns, 2, BUCKET).tokens)
         prompt, mask = self.prompt.encode(turns[-1][0])
         start = len(tokens)
@@ -94,7 +102,7 @@ def setting(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def written(setting):
-    """The slow way's ids for two questions about each of two clips."""
+    """The ids from full forward passes for two questions about each of two clips."""
     return [
         [setting.written(clip, asked(question), setting.tokenizer) for question in QUESTIONS[:2]] for clip in range(2)
     ]
@@ -102,7 +110,7 @@ def written(setting):
 
 @pytest.fixture(scope="module")
 def tokenizer(written):
-    """One whose end of text is a token that some of the answers hold, not at once, and some do not."""
+    """A tokenizer whose end of text is a later token of some answers and is missing from others."""
     tokenizer, rows = train_tokenizer(), [ids for answers in written for ids in answers]
     end = next(id for id in rows[0] if not any(id in ids[:2] for ids in rows) and any(id not in ids for ids in rows))
     tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end)
@@ -111,7 +119,7 @@ def tokenizer(written):
 
 @pytest.fixture(scope="module")
 def text(setting, tokenizer):
-    """The text of ids up to the end among them."""
+    """Decodes ids up to the end among them."""
 
     def text(ids):
         end = ids.index(tokenizer.eos_token_id) if tokenizer.eos_token_id in ids else len(ids)
@@ -122,7 +130,7 @@ def text(setting, tokenizer):
 
 @pytest.fixture(scope="module")
 def sampler(setting, tokenizer):
-    return Sampler(setting.config, setting.weights, tokenizer, setting.tokenizer)
+    return setting.sampler(tokenizer)
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +154,7 @@ def test_greedy_answers_are_the_likeliest_tokens_of_full_forward_passes_in_the_t
 
 def test_greedy_answers_of_v2_are_those_of_full_forward_passes_too(tmp_path):
     setting = Setting(tmp_path, "v2")
-    sampler = Sampler(setting.config, setting.weights, setting.tokenizer, setting.tokenizer)
+    sampler = setting.sampler(setting.tokenizer)
     expected = []
     for question in QUESTIONS[:2]:
         ids = setting.written(1, asked(question), setting.tokenizer)
@@ -156,7 +164,7 @@ def test_greedy_answers_of_v2_are_those_of_full_forward_passes_too(tmp_path):
     assert sampler.answer(sampler.encode(setting.frames), conversations, GREEDY)[1] == expected
 
 
-def test_stream_weights_are_those_of_the_whole_model(setting, sampler, features):
+def test_stream_weights_are_those_of_the_complete_model(setting, sampler, features):
     weights = sampler.stream_weights(features, [QUESTIONS[:2]] * 2)
     prompts, masks = zip(*(setting.prompt.encode(question) for question in QUESTIONS[:2]), strict=True)
     ids = np.zeros((2, 2, 8), np.int32)
@@ -183,12 +191,12 @@ def test_log_likelihoods_of_answers_are_those_of_full_forward_passes_in_the_trai
     conversation = sampler.conversation
     for clip, answer in np.ndindex(2, 2):
         question = QUESTIONS[clip]
-        whole = conversation.encode([(question, answers[answer])], 2, BUCKET)
+        encoded = conversation.encode([(question, answers[answer])], 2, BUCKET)
         prompt, mask = setting.prompt.encode(question)
-        inputs = (setting.frames[clip : clip + 1], whole.tokens[None, None], prompt[None, None], mask[None, None])
+        inputs = (setting.frames[clip : clip + 1], encoded.tokens[None, None], prompt[None, None], mask[None, None])
         logs = np.asarray(setting.model.apply(params, *inputs, method=scores))
-        learned = np.flatnonzero(whole.loss_mask)  # the answer and its end
-        expected = logs[learned - 1, whole.tokens[learned]].sum()
+        learned = np.flatnonzero(encoded.loss_mask)  # the answer and its end
+        expected = logs[learned - 1, encoded.tokens[learned]].sum()
         np.testing.assert_allclose(found[clip, answer], expected, rtol=1e-4)
 
 
@@ -201,7 +209,7 @@ def test_the_likelihood_of_an_answer_depends_on_the_turns_before_it_and_not_on_t
     assert not np.allclose(alone, sampler.log_likelihoods(features, [last] * 2, ("b",)))
 
 
-def test_an_answer_ends_before_the_end_of_text_and_leaves_others_their_length(setting, answers, written, tokenizer):
+def test_an_answer_ends_before_the_end_of_text_and_others_keep_their_length(setting, answers, written, tokenizer):
     lengths = set()
     for rows, texts in zip(written, answers, strict=True):
         for ids, answer in zip(rows, texts, strict=True):
@@ -211,7 +219,7 @@ def test_an_answer_ends_before_the_end_of_text_and_leaves_others_their_length(se
     assert min(lengths) < LONGEST == max(lengths)
 
 
-def test_each_question_of_a_batch_gets_the_answer_that_it_gets_alone(sampler, features, answers):
+def test_a_question_has_the_same_answer_in_a_batch_and_alone(sampler, features, answers):
     for clip, number in np.ndindex(2, 2):
         alone = sampler.answer(of_clip(features, clip), [[asked(QUESTIONS[number])]], GREEDY)
         assert alone == [[answers[clip][number]]]
@@ -275,8 +283,8 @@ def test_drawn_responses_of_a_group_differ_and_follow_the_seed(sampler, features
     assert (groups[0] != groups[2]).any()
 
 
-def test_other_weights_are_answered_with_once_they_are_loaded(setting, tokenizer, features, answers):
-    sampler = Sampler(setting.config, setting.weights, tokenizer, setting.tokenizer)
+def test_answers_come_from_the_weights_that_were_loaded_last(setting, tokenizer, features, answers):
+    sampler = setting.sampler(tokenizer)
     ask = [[asked(question) for question in QUESTIONS[:2]]] * 2
     sampler.load({path: -leaf if "lora_b" in path else leaf for path, leaf in setting.weights.items()})
     assert sampler.answer(features, ask, GREEDY) != answers
@@ -312,7 +320,7 @@ ROWS = 20_000
 
 
 def frequencies(temperature, top_p):
-    """How often `draw` takes each of four tokens whose probabilities are SHARES."""
+    """Returns how often `draw` takes each of four tokens whose probabilities are SHARES."""
     scores = jnp.tile(jnp.log(jnp.asarray(SHARES, jnp.float32)), (ROWS, 1))
     drawn = draw(scores, jax.random.key(0), jnp.float32(temperature), jnp.float32(top_p))
     return np.bincount(drawn, minlength=4) / ROWS

@@ -1,4 +1,4 @@
-"""Mixture adapters: what the gate's weights are and what they weigh."""
+"""Mixture adapters: the weights of both streams, the weighted sums, and their values at initialisation."""
 
 import jax
 import jax.numpy as jnp
@@ -27,13 +27,13 @@ def layer_norm(tokens, norm):
     return centred / jnp.sqrt((centred**2).mean(-1, keepdims=True) + 1e-6) * norm["scale"] + norm["bias"]
 
 
-def around(tokens, norm, inner, outer):
+def residual_mlp(tokens, norm, inner, outer):
     hidden = jax.nn.gelu(layer_norm(tokens, norm) @ inner["kernel"] + inner["bias"])
     return tokens + hidden @ outer["kernel"] + outer["bias"]
 
 
 def expert(weights, name, tokens):
-    return around(tokens, *(weights["params"][f"{name}_{part}"] for part in ("norm", "in", "out")))
+    return residual_mlp(tokens, *(weights["params"][f"{name}_{part}"] for part in ("norm", "in", "out")))
 
 
 def test_the_two_streams_weights_of_a_token_sum_to_one_and_differ_from_token_to_token(streams, weights):
@@ -49,7 +49,7 @@ def test_a_mixed_token_is_the_weighted_sum_of_both_experts(streams, weights):
     np.testing.assert_allclose(mixed, shares[..., :1] * experts[0] + shares[..., 1:] * experts[1], atol=1e-5)
 
 
-def test_the_gate_reads_both_streams_and_nothing_but_the_token_that_it_weighs(streams, weights):
+def test_the_gate_reads_only_the_token_that_it_weighs_of_both_streams(streams, weights):
     _, shares = mix(weights, *streams)
     for stream in range(2):
         changed = list(streams)
@@ -61,7 +61,7 @@ def test_the_gate_reads_both_streams_and_nothing_but_the_token_that_it_weighs(st
 
 
 @pytest.mark.parametrize("stream", ["general", "facial"])
-def test_a_gate_that_is_all_on_one_stream_passes_that_streams_expert_alone(streams, weights, stream):
+def test_a_gate_of_one_for_a_stream_passes_only_that_streams_expert(streams, weights, stream):
     bias = jnp.array([50.0, -50.0] if stream == "general" else [-50.0, 50.0])
     params = {**weights["params"], "gate_out": {**weights["params"]["gate_out"], "bias": bias}}
     mixed, _ = mix({"params": params}, *streams)
@@ -76,7 +76,7 @@ def test_an_untrained_mixture_passes_the_average_of_both_streams(streams):
     np.testing.assert_allclose(mixed, (streams[0] + streams[1]) / 2, atol=1e-6)
 
 
-def test_a_scalar_mixture_is_the_plain_weighted_sum_and_starts_as_the_average(streams):
+def test_a_scalar_mixture_is_the_weighted_sum_and_the_average_at_initialisation(streams):
     general, facial = streams
     mixture = ScalarMixture()
     fresh = mixture.init(jax.random.key(0), general, facial)
@@ -87,12 +87,12 @@ def test_a_scalar_mixture_is_the_plain_weighted_sum_and_starts_as_the_average(st
     np.testing.assert_array_equal(shares, np.broadcast_to([0.25, -2.0], (2, 3, 4, 2)))
 
 
-def test_the_mlp_after_a_q_former_passes_its_tokens_around_two_layers_and_starts_as_nothing(streams):
+def test_the_mlp_after_a_q_former_has_a_residual_and_is_the_identity_at_initialisation(streams):
     tokens, _ = streams
     model = TokenMLP(hidden=5)
     weights = drawn(jax.eval_shape(model.init, jax.random.key(0), tokens), spread=0.5)
     parts = (weights["params"][part] for part in ("norm", "in", "out"))
-    np.testing.assert_allclose(model.apply(weights, tokens), around(tokens, *parts), atol=1e-5)
+    np.testing.assert_allclose(model.apply(weights, tokens), residual_mlp(tokens, *parts), atol=1e-5)
     fresh = model.init(jax.random.key(0), tokens)
     np.testing.assert_array_equal(model.apply(fresh, tokens), tokens)
 
@@ -103,7 +103,7 @@ weigh = jax.jit(GUIDED.apply)
 
 @pytest.fixture(scope="module")
 def asked():
-    """Words of each question, embedded once for either stream, some of them padding."""
+    """Words of each question, embedded for both streams, some of them padding."""
     words = tuple(jax.random.normal(jax.random.key(seed), (2, 3, 4, 7)) for seed in (2, 3))
     return words, np.arange(4) < np.array([[4, 2, 1], [3, 4, 2]])[..., None]
 
@@ -131,7 +131,7 @@ def test_a_questions_weights_are_the_softmax_of_two_scores_of_a_stream_and_the_w
         np.testing.assert_allclose(mixed[clip, question], expected, atol=1e-5)
 
 
-def test_a_weight_adapter_sees_its_own_stream_and_its_own_question_and_no_padding(streams, asked, guided):
+def test_a_weight_adapter_reads_its_own_stream_and_question_and_no_padding(streams, asked, guided):
     words, mask = asked
     before = weigh(guided, *streams, *asked)[1]
     padded = tuple(jnp.where(mask[..., None], text, 9.0) for text in words)
@@ -146,14 +146,14 @@ def test_a_weight_adapter_sees_its_own_stream_and_its_own_question_and_no_paddin
         assert moved.max() == 0
 
 
-def test_untrained_weight_adapters_weigh_both_streams_alike(streams, asked):
+def test_untrained_weight_adapters_weigh_both_streams_equally(streams, asked):
     fresh = jax.jit(GUIDED.init)(jax.random.key(0), *streams, *asked)
     mixed, weights = weigh(fresh, *streams, *asked)
     np.testing.assert_array_equal(weights, np.full((2, 3, 4, 2), 0.5))
     np.testing.assert_allclose(mixed, (streams[0] + streams[1]) / 2, atol=1e-6)
 
 
-def test_a_question_without_words_is_weighed_by_what_is_seen(streams, asked, guided):
+def test_a_question_without_words_has_finite_weights(streams, asked, guided):
     words, mask = asked
     _, weights = weigh(guided, *streams, words, np.zeros_like(mask))
     assert np.isfinite(weights).all()

@@ -1,4 +1,4 @@
-"""FaceXFormer's encoder: the published sizes, and window attention against attention over the whole map."""
+"""FaceXFormer's encoder: the published sizes, and window attention against masked attention over the map."""
 
 import jax
 import jax.numpy as jnp
@@ -13,20 +13,9 @@ from favchat_jax.models.facexformer import (
     WindowAttention,
     relative_position_index,
 )
+from tests.models.tiny_parts import drawn_for
 
 TINY = FaceXFormerEncoder(width=8, depths=(2, 1), heads=(2, 2), window=4, mlp_ratio=2, patch=4)
-
-
-def random_weights(model, *inputs):
-    """Weights without zeros, so that every part shows in the output; drawn by NumPy, which compiles nothing."""
-    rng = np.random.default_rng(0)
-    shapes = jax.eval_shape(model.init, jax.random.key(0), *inputs)
-
-    def draw(path, leaf):
-        mean = 1 if path[-1].key == "scale" else 0
-        return jnp.asarray(mean + 0.3 * rng.standard_normal(leaf.shape), jnp.float32)
-
-    return jax.tree_util.tree_map_with_path(draw, shapes)
 
 
 def test_swin_b_without_norm_and_head_has_the_published_number_of_weights():
@@ -74,9 +63,9 @@ def test_the_bias_index_numbers_the_offsets_of_query_and_key(window, table_windo
 
 
 def attention_over_the_map(params, tokens, heads, window, shift):
-    """Window attention as attention of each token to the whole map, all but its window masked out, in float64.
+    """Computes window attention as attention over the map with all tokens outside the window masked out, in float64.
 
-    A token moves by -shift around the map; it sees what shares its window there and is as far from it as before.
+    A token moves by -shift around the map. It reads the tokens of its new window whose distance has not changed.
     """
     params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)["params"]
     _, height, width, channels = tokens.shape
@@ -112,7 +101,7 @@ def attention_over_the_map(params, tokens, heads, window, shift):
 def test_window_attention_is_masked_attention_over_the_map(size, window, shifted, shift):
     attention = WindowAttention(heads=2, window=window, shifted=shifted)
     tokens = jax.random.normal(jax.random.key(0), (2, *size, 8))
-    weights = random_weights(attention, tokens)
+    weights = drawn_for(attention, tokens)
     expected = attention_over_the_map(weights, tokens, 2, window, np.array(shift))
     np.testing.assert_allclose(jax.jit(attention.apply)(weights, tokens), expected, atol=1e-5)
 
@@ -120,7 +109,7 @@ def test_window_attention_is_masked_attention_over_the_map(size, window, shifted
 def test_a_map_that_does_not_divide_into_windows_is_padded_with_zeros_that_take_part():
     attention = WindowAttention(heads=2, window=4, shifted=True)
     tokens = jax.random.normal(jax.random.key(0), (2, 6, 9, 8))
-    weights = random_weights(attention, tokens)
+    weights = drawn_for(attention, tokens)
     apply = jax.jit(attention.apply)
     padded = apply(weights, jnp.pad(tokens, ((0, 0), (0, 2), (0, 3), (0, 0))))
     np.testing.assert_allclose(apply(weights, tokens), padded[:, :6, :9], atol=1e-6)
@@ -128,7 +117,7 @@ def test_a_map_that_does_not_divide_into_windows_is_padded_with_zeros_that_take_
 
 def test_merging_puts_the_four_neighbours_side_by_side_down_the_column_first():
     tokens = jax.random.normal(jax.random.key(0), (1, 4, 3, 2))
-    weights = random_weights(PatchMerging(), tokens)
+    weights = drawn_for(PatchMerging(), tokens)
     merged = jax.jit(PatchMerging().apply)(weights, tokens)
     assert merged.shape == (1, 2, 2, 4)
     grid = np.pad(np.asarray(tokens)[0], ((0, 0), (0, 1), (0, 0)))
@@ -144,16 +133,16 @@ def test_merging_puts_the_four_neighbours_side_by_side_down_the_column_first():
 def test_only_the_shifted_block_carries_content_across_windows(depth, reaches):
     model = TINY.clone(depths=(depth,), heads=(2,))
     frames = jax.random.normal(jax.random.key(0), (1, 32, 32, 3))
-    weights = random_weights(model, frames)
+    weights = drawn_for(model, frames)
     apply = jax.jit(model.apply)
     moved = apply(weights, frames.at[:, :16, :16].add(1))[0] - apply(weights, frames)[0]
     assert np.abs(moved[:, :4, :4]).max() > 1e-3  # the changed window itself
     assert (np.abs(moved[:, 4:, :4]).max() > 1e-3) == reaches
 
 
-def test_frames_do_not_see_each_other():
+def test_frames_do_not_influence_each_other():
     frames = jax.random.normal(jax.random.key(0), (3, 32, 32, 3))
-    weights = random_weights(TINY, frames)
+    weights = drawn_for(TINY, frames)
     apply = jax.jit(TINY.apply)
     before, after = apply(weights, frames), apply(weights, frames.at[1].add(1))
     for a, b in zip(before, after, strict=True):
@@ -164,7 +153,7 @@ def test_frames_do_not_see_each_other():
 def test_rematerialisation_changes_no_gradient():
     model = TINY.clone(depths=(1,), heads=(2,))
     frames = jax.random.normal(jax.random.key(0), (2, 16, 16, 3))
-    weights = random_weights(model, frames)
+    weights = drawn_for(model, frames)
 
     def loss(weights, model):
         return (model.apply(weights, frames)[0] ** 2).mean()
@@ -178,7 +167,7 @@ def test_rematerialisation_changes_no_gradient():
 def test_linear_fuse_is_project_resize_concatenate_deepest_first_and_mix():
     taps = [jax.random.normal(jax.random.key(n), (2, n, n, 64 // n)) for n in (8, 4, 2)]
     fuse = LinearFuse(width=5)
-    weights = random_weights(fuse, taps)
+    weights = drawn_for(fuse, taps)
     params = weights["params"]
     # jax.image.resize enlarges as torch's bilinear interpolation with align_corners=False does.
     resized = [

@@ -1,4 +1,4 @@
-"""The whole model: the published number of weights of each part, the freeze table's groups, ablations, and seams."""
+"""The complete model: published numbers of weights, groups of the freeze table, ablations, and flow of inputs."""
 
 import functools
 import hashlib
@@ -23,13 +23,13 @@ PAPER_LLM = MistralConfig.from_json(MISTRAL_7B)
 
 @functools.cache
 def paper_shapes():
-    """Path -> shape of every weight of the paper preset with adapters."""
+    """Returns path -> shape of every weight of the paper preset with adapters."""
     return shapes_of(Config.from_ml_collections(stage2.get_config("preset=paper")))
 
 
 @functools.cache
 def shallow_shapes(preset, ablation, variant="v1"):
-    """Those of a preset with few layers: further ones differ from these in nothing but their number."""
+    """Returns the same for a preset with few layers; more layers would repeat them under other numbers."""
     config = Config.from_ml_collections(stage2.get_config(f"preset={preset},variant={variant},ablation={ablation}"))
     return shapes_of(config.updated({"model.facexformer.depths": (1, 1, 1, 1), "model.qformer.depth": 2}))
 
@@ -41,7 +41,7 @@ def shapes_of(config):
 
 
 def count(shapes, start, adapters=False):
-    """Number of weights below `start`, of adapters or of all else."""
+    """Counts the weights below `start`: those of adapters, or all others."""
     return sum(
         math.prod(leaf.shape)
         for path, leaf in shapes.items()
@@ -149,7 +149,7 @@ def test_every_weight_in_every_stage_is_in_exactly_one_group_and_every_group_tha
     shapes_with_adapters = shallow_shapes(preset, ablation, variant)
     for stage, settings in STAGES.items():
         shapes = {path: leaf for path, leaf in shapes_with_adapters.items() if settings.lora or "lora" not in path}
-        groups = {group_of(path) for path in shapes}  # which refuses a path of no group or of two
+        groups = {group_of(path) for path in shapes}  # raises for a path of no group or of two
         missing = set(TRAINS[variant][stage]) - groups
         assert not missing, f"{variant} {stage} trains {missing}"
         trainable, frozen = split(shapes, variant, stage)
@@ -176,7 +176,7 @@ def test_the_groups_hold_what_their_names_say(variant):
         assert (group_of(path) == "lora") == path.endswith(("lora_a", "lora_b"))
 
 
-def test_a_model_without_adapters_has_all_other_weights_and_no_more(tiny):
+def test_a_model_without_adapters_has_exactly_the_other_weights(tiny):
     plain = favchat_shapes(favchat.build(tiny_config().model, MISTRAL, lora_rank=0), 2, 32)
     assert plain == {path: leaf for path, leaf in tiny.shapes.items() if "lora" not in path}
 
@@ -188,7 +188,7 @@ def test_no_face_has_no_facial_encoder_and_fuses_the_general_encoders_own_blocks
     assert inputs == [1024] * 4
 
 
-def test_no_granularity_sends_the_facial_encoders_own_fusion_to_the_projector():
+def test_no_granularity_uses_the_facial_encoders_own_fusion():
     shapes = shallow_shapes("paper", "no_granularity")
     assert not [path for path in shapes if path.startswith("fusion/")]
     assert count(shapes, "facexformer/") > 0
@@ -204,7 +204,7 @@ def test_no_moe_has_two_scalars_for_an_adapter():
     assert adapter == {"adapter/weights": (2,)}
 
 
-def test_the_paper_presets_ca2_has_an_mlp_and_two_attentions_a_stage_of_swin():
+def test_the_paper_presets_ca2_has_an_mlp_and_two_attentions_per_stage_of_swin():
     shapes, d, words = shallow_shapes("paper", "none", "v2"), 1024, 768
 
     def attention(queries):
@@ -214,7 +214,7 @@ def test_the_paper_presets_ca2_has_an_mlp_and_two_attentions_a_stage_of_swin():
     assert count(shapes, "fusion/") == mlps + attention(words) + 3 * attention(d) + 4 * (d * d + d + attention(words))
 
 
-def test_v2_has_an_mlp_a_q_former_and_a_weight_adapter_a_stream():
+def test_v2_has_one_mlp_and_one_weight_adapter_per_stream():
     shapes, d, hidden = shallow_shapes("paper", "none", "v2"), 4096, 1024
     norm = 2 * d
     assert count(shapes, "facial_mlp/") == norm + d * hidden + hidden + hidden * d + d
@@ -222,14 +222,13 @@ def test_v2_has_an_mlp_a_q_former_and_a_weight_adapter_a_stream():
     assert count(shapes, "adapter/facial/") == count(shapes, "adapter/general/") == count(shapes, "adapter/") / 2
 
 
-def test_ablations_of_v2_take_away_what_their_names_say():
-    whole = shallow_shapes("tiny", "none", "v2")
+def test_ablations_of_v2_remove_the_parts_that_they_name():
     parts = {name: set(shallow_shapes("tiny", name, "v2")) for name in ABLATIONS}
     assert not [path for path in parts["no_face"] if path.startswith("facexformer")]
     assert "fusion/ca2_3/text/query/kernel" in parts["no_face"]
     assert not [path for path in parts["no_granularity"] if path.startswith("fusion/")]
     assert {path for path in parts["no_moe"] if path.startswith("adapter/")} == {"adapter/weights"}
-    assert parts["none"] - parts["no_moe"] == {path for path in whole if path.startswith("adapter/")}
+    assert parts["none"] - parts["no_moe"] == {path for path in parts["none"] if path.startswith("adapter/")}
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -263,7 +262,7 @@ def test_three_questions_at_once_give_what_each_gives_alone(either):
         np.testing.assert_allclose(together.stream_weights[:, question], output.stream_weights[:, 0], atol=1e-5)
 
 
-def test_a_clips_frames_reach_its_own_answers_and_no_other_clips(either):
+def test_a_clips_frames_change_its_own_answers_only(either):
     frames = either.inputs["clips"].copy()
     frames[1, 0, 8:24, 8:24] = 255
     before, after = either.forward(), either.forward(clips=frames)
@@ -283,7 +282,7 @@ def test_a_question_reaches_its_own_visual_tokens(either):
     np.testing.assert_array_equal(moved, 0)
 
 
-def test_what_stands_at_a_prompts_padding_changes_nothing(either):
+def test_words_at_a_prompts_padding_change_nothing(either):
     mask = either.inputs["prompt_mask"]
     assert not mask.all()
     before = either.forward()
@@ -293,13 +292,13 @@ def test_what_stands_at_a_prompts_padding_changes_nothing(either):
     np.testing.assert_allclose(before.hidden, either.forward(**longer).hidden, atol=1e-4)
 
 
-def test_v2_weighs_the_streams_once_a_question():
+def test_v2_weighs_the_streams_once_per_question():
     weights = tiny_model("v2").forward().stream_weights
     np.testing.assert_array_equal(weights, np.broadcast_to(weights[:, :, :1], weights.shape))
     assert np.ptp(np.asarray(weights[:, :, 0, 1])) > 1e-4
 
 
-def test_the_frames_of_a_still_clip_differ_in_their_blocks_by_their_time_alone_in_v2():
+def test_in_v2_blocks_of_the_frames_of_a_still_clip_differ_only_by_their_time():
     model = tiny_model("v2")
     frames = np.repeat(model.inputs["clips"][:, :1], 2, axis=1)
     encode = jax.jit(lambda frames: model.model.apply(model.params, frames, method="encode").facial)
@@ -307,23 +306,23 @@ def test_the_frames_of_a_still_clip_differ_in_their_blocks_by_their_time_alone_i
         first, second = jnp.split(block, 2, axis=1)
         half = first.shape[-1] // 2  # of the channels; the other holds the place, which is the same
         table = sinusoid_table(2, half)
-        apart = np.concatenate([table[1] - table[0], np.zeros(half)])
-        np.testing.assert_allclose(second - first, np.broadcast_to(apart, first.shape), atol=1e-5)
+        expected = np.concatenate([table[1] - table[0], np.zeros(half)])
+        np.testing.assert_allclose(second - first, np.broadcast_to(expected, first.shape), atol=1e-5)
 
 
-def test_the_frames_of_a_still_clip_differ_in_their_facial_tokens_by_their_time_alone(tiny):
-    # Without what it reads of e_g, which knows the time, the last step of Eq. 2 passes its query stream only.
+def test_facial_tokens_of_the_frames_of_a_still_clip_differ_only_by_their_time(tiny):
+    # e_g depends on time. Without it, the last step of Eq. 2 passes its query stream only.
     params = jax.tree.map(lambda leaf: leaf, tiny.params)
     params["params"]["fusion"]["step_2"]["out"] = jax.tree.map(
         jnp.zeros_like, params["params"]["fusion"]["step_2"]["out"]
     )
     frames = np.repeat(tiny.inputs["clips"][:, :1], 2, axis=1)
-    encode = jax.jit(lambda params, frames: tiny.model.apply(params, frames, method="encode").facial)
+    encode = jax.jit(lambda params, frames: tiny.model.apply(params, frames, method="encode").facial[0])
     first, second = jnp.split(encode(params, frames), 2, axis=1)
     half = first.shape[-1] // 2  # of the channels; the other holds the place, which is the same
     table = sinusoid_table(2, half)
-    apart = np.concatenate([table[1] - table[0], np.zeros(half)])
-    np.testing.assert_allclose(second - first, np.broadcast_to(apart, first.shape), atol=1e-5)
+    expected = np.concatenate([table[1] - table[0], np.zeros(half)])
+    np.testing.assert_allclose(second - first, np.broadcast_to(expected, first.shape), atol=1e-5)
 
 
 def test_frames_are_normalised_as_the_encoders_were_trained(tiny):

@@ -1,4 +1,4 @@
-"""Eq. 2 and CA2: the formulas, what the residual adds, who reads whom, and that `add_positions` tells frames apart."""
+"""Eq. 2 and CA2: the formulas, the residual's effect, which tokens read which, and distinct positions of frames."""
 
 import jax
 import jax.numpy as jnp
@@ -39,8 +39,7 @@ def linear(x, params):
 
 
 def naive_step(params, facial, fused, heads):
-    """One line of Eq. 2 for one frame, or half a module of CA2 for one question, in float64, each head on its own
-    columns; a residual where it has weights."""
+    """Computes one line of Eq. 2 for a frame, or half a module of CA2 for a question, head by head in float64."""
     values = fused
     if "skip" in params:
         facial, values = layer_norm(facial, params["query_norm"]), layer_norm(fused, params["value_norm"])
@@ -67,7 +66,7 @@ def test_the_fusion_is_equation_2_over_two_granularities(inputs, weights, form):
         np.testing.assert_allclose(result[clip, frame], expected, atol=1e-4)
 
 
-def test_with_one_head_the_scores_are_divided_by_the_root_of_the_whole_width(inputs, weights):
+def test_with_one_head_the_scores_are_divided_by_the_root_of_the_width(inputs, weights):
     model = GranularityFusion(width=6, heads=1, residual=False)
     params = jax.tree.map(lambda x: np.asarray(x, np.float64), weights["printed"])["params"]
     general, facial = inputs
@@ -76,11 +75,11 @@ def test_with_one_head_the_scores_are_divided_by_the_root_of_the_whole_width(inp
     np.testing.assert_allclose(result[0, 0], expected, atol=1e-4)
 
 
-def test_the_printed_form_has_no_weights_but_the_three_projections(weights):
+def test_the_printed_form_has_only_the_weights_of_three_projections(weights):
     assert set(weights["printed"]["params"]["step_1"]) == {"query", "key", "value"}
 
 
-def test_only_with_the_residual_does_the_face_pass_where_the_general_tokens_are_all_alike(inputs, weights):
+def test_where_all_general_tokens_are_equal_the_face_passes_only_with_the_residual(inputs, weights):
     general, facial = inputs
     alike = jnp.broadcast_to(general[:, :, :1], general.shape)
     other = tuple(-x for x in facial)
@@ -116,7 +115,7 @@ def test_add_positions_tells_equal_frames_and_places_apart_and_lays_frames_one_a
     assert distances[~np.eye(12, dtype=bool)].min() > 0.1
 
 
-GUIDED = {"drawn": PromptGuidedFusion(2, 6, heads=3, residual=False), "residual": PromptGuidedFusion(2, 6, heads=3)}
+GUIDED = {"drawn": PromptGuidedFusion(6, 3, residual=False, blocks=2), "residual": PromptGuidedFusion(6, 3, blocks=2)}
 guide = {form: jax.jit(lambda w, b, p, m, model=model: model.apply(w, b, p, m)) for form, model in GUIDED.items()}
 
 
@@ -131,11 +130,11 @@ def asked():
 def guided(inputs, asked):
     """Weights of both forms of v2's fusion, and the W_i of the second."""
 
-    def whole(model, facial, words, mask):
+    def both_steps(model, facial, words, mask):
         return model(model.read_blocks(facial), words, mask)
 
     def start(model):
-        return jax.eval_shape(lambda *x: model.init(jax.random.key(0), *x, method=whole), inputs[1], *asked)
+        return jax.eval_shape(lambda *x: model.init(jax.random.key(0), *x, method=both_steps), inputs[1], *asked)
 
     weights = {form: drawn(start(model), spread=0.7) for form, model in GUIDED.items()}
     blocks = GUIDED["residual"].apply(weights["residual"], inputs[1], method="read_blocks")
@@ -181,7 +180,7 @@ def test_padding_of_a_prompt_changes_nothing_for_its_words(asked, guided):
     np.testing.assert_allclose(longest[:, :, :4][mask], found[mask], atol=1e-5)
 
 
-def test_a_question_finds_what_it_finds_alone_and_another_question_finds_another(asked, guided):
+def test_a_question_gives_the_same_result_alone_and_another_question_gives_another(asked, guided):
     weights, blocks = guided
     words, mask = asked
     found = guide["residual"](weights["residual"], blocks, words, mask)
@@ -196,7 +195,7 @@ def test_a_question_finds_what_it_finds_alone_and_another_question_finds_another
     np.testing.assert_array_equal(moved, 0)
 
 
-def test_only_with_the_residual_does_the_first_block_pass_where_the_last_blocks_tokens_are_all_alike(asked, guided):
+def test_where_all_tokens_of_the_last_block_are_equal_the_first_block_passes_only_with_the_residual(asked, guided):
     weights, blocks = guided
     alike = jnp.broadcast_to(blocks[1][:, :1], blocks[1].shape)
     change = {
@@ -218,7 +217,7 @@ def test_the_guided_fusion_tells_the_order_of_a_clips_frames(inputs, asked, guid
     assert np.abs(find(inputs[1]) - find(backwards)).max() > 1e-2
 
 
-def test_a_module_as_drawn_has_two_attentions_and_a_linear_layer_and_no_more(asked):
+def test_a_module_as_drawn_has_only_two_attentions_and_a_linear_layer(asked):
     model = CA2(width=6, heads=3, residual=False)
     words, mask = asked
     shapes = jax.eval_shape(model.init, jax.random.key(0), words, jnp.ones((2, 7, 6)), words, mask)["params"]

@@ -1,4 +1,4 @@
-"""LoRA: PEFT's formula, where adapters sit, their gradient, their dropout, and merging them away."""
+"""LoRA: PEFT's formula, targets, gradient and dropout of adapters, and merging them into the base."""
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
-from favchat_jax.models.kernels import low_rank as room
+from favchat_jax.models.kernels import low_rank as low_rank_module
 from favchat_jax.models.kernels.linear import FEW, TransposedLinear, transposed_product
 from favchat_jax.models.kernels.low_rank import low_rank
 from favchat_jax.models.lora import LoRADense, merge
@@ -57,12 +57,12 @@ def test_the_gradient_of_low_rank_is_that_of_plain_autodiff(x, weights):
         return lambda *inputs: jnp.sum(jnp.sin(product(*inputs)))
 
     own = jax.grad(loss(low_rank), argnums=(0, 1, 2))(x, a, b)
-    plain = jax.grad(loss(room.plain), argnums=(0, 1, 2))(x, a, b)
+    plain = jax.grad(loss(low_rank_module.plain), argnums=(0, 1, 2))(x, a, b)
     for mine, expected in zip(own, plain, strict=True):
         np.testing.assert_allclose(mine, expected, atol=1e-5)
 
 
-def test_dropout_drops_the_adapters_input_and_none_of_the_base_path(x, weights):
+def test_dropout_applies_to_the_adapters_input_and_not_to_the_base_path(x, weights):
     layer = LoRADense(features=4, rank=4, alpha=4.0, dropout=0.25)
     kernel = weights["params"]["kernel"][:, :4]
     params = {"kernel": kernel, "lora_a": jnp.eye(4), "lora_b": jnp.eye(4)}
@@ -89,13 +89,13 @@ def test_a_merged_kernel_keeps_its_dtype(weights):
     assert merge(half, alpha=3.0)["kernel"].dtype == jnp.bfloat16
 
 
-def test_adapters_sit_on_the_named_targets_alone():
+def test_only_the_named_targets_have_adapters():
     model = Mistral(MISTRAL, LoRA(rank=2, targets=("v_proj", "lm_head")))
     adapted = {path.rsplit("/", 1)[0] for path in flatten_dict(mistral_shapes(model), sep="/") if "lora" in path}
     assert adapted == {"layers/self_attn/v_proj", "lm_head"}
 
 
-def test_merging_a_language_model_of_stacked_layers_gives_one_without_adapters_that_says_the_same():
+def test_merging_a_language_model_of_stacked_layers_gives_one_without_adapters_with_equal_logits():
     model = Mistral(MISTRAL, LoRA(rank=2, alpha=3.0))
     weights = drawn(mistral_shapes(model), spread=0.2)
     tokens = jnp.arange(6)[None] * 3
@@ -119,7 +119,7 @@ def test_a_transposed_kernel_gives_the_same_product(rows):
 
 
 @pytest.mark.parametrize("rows", [1, 2, 8, FEW])
-def test_a_transposed_kernel_is_never_turned_around_for_a_few_rows(rows):
+def test_a_transposed_kernel_is_not_transposed_again_for_a_few_rows(rows):
     x, kernel = jnp.ones((rows, 256)), jnp.ones((512, 256))
     program = jax.jit(transposed_product).lower(x, kernel).compile().as_text()
     assert "f32[512,256]" in program and "f32[256,512]" not in program

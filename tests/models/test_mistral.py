@@ -61,13 +61,13 @@ def weights():
 
 @pytest.fixture(scope="module")
 def for_decoding(weights):
-    """The same in the decoding form."""
+    """The same weights in the decoding form."""
     return decoding_form(weights, alpha=1.0)
 
 
 @pytest.fixture(scope="module")
 def one_layer(weights):
-    """Those of a model of the first layer alone."""
+    """The weights of a model that has only the first layer."""
     return {**weights, "layers": jax.tree.map(lambda leaf: leaf[:1], weights["layers"])}
 
 
@@ -77,7 +77,7 @@ def embeddings():
 
 
 def hidden(model):
-    """The compiled forward pass without a cache."""
+    """Compiles the forward pass without a cache."""
     return jax.jit(lambda weights, x, **where: model.apply({"params": weights}, x, **where))
 
 
@@ -110,7 +110,7 @@ def test_logits_are_the_hidden_states_times_the_output_layer(decoding, weights, 
     np.testing.assert_allclose(scores, embeddings @ weights["lm_head"]["kernel"], atol=1e-5)
 
 
-def test_what_a_text_is_read_with_are_the_scores_of_its_embedded_tokens(weights):
+def test_read_returns_the_scores_of_a_texts_embedded_tokens(weights):
     tokens = jnp.array([[3, 1, 4]])
     states = forward(weights, weights["embed_tokens"]["embedding"][tokens])
     scores = Mistral(MISTRAL).apply({"params": weights}, tokens, method="read")
@@ -123,7 +123,7 @@ def test_decoding_with_a_cache_after_padded_prompts_equals_the_full_forward_pass
 ):
     model, params = DecodingMistral(config), {"params": for_decoding}
     run = jax.jit(lambda params, *args: model.apply(params, *args, method="extend"))
-    prompts = np.array([2, 4])  # the first prompt is padded by two tokens, whose slots the decoded ones take over
+    prompts = np.array([2, 4])  # the first prompt has two tokens of padding, whose slots are overwritten
     padded = embeddings[:, :4].at[0, 2:].set(9)
     start = jnp.broadcast_to(jnp.arange(4), (2, 4))
     states, cache = run(params, padded, empty_cache(config, 2, LENGTH + 1), start)
@@ -138,14 +138,14 @@ def test_decoding_with_a_cache_after_padded_prompts_equals_the_full_forward_pass
         np.testing.assert_allclose(np.stack(rows[row]), expected, atol=1e-4)
 
 
-def test_a_token_reaches_as_far_as_the_window_and_no_farther(one_layer, embeddings):
+def test_a_token_influences_only_tokens_within_the_window(one_layer, embeddings):
     run = hidden(Mistral(dataclasses.replace(ONE_LAYER, sliding_window=3)))
     moved = np.abs(run(one_layer, embeddings.at[:, 2].add(1)) - run(one_layer, embeddings)).max((0, 2))
     assert (moved[2:5] > 1e-3).all()
     np.testing.assert_array_equal(np.delete(moved, [2, 3, 4]), 0)
 
 
-def test_a_window_of_one_token_is_no_attention_to_others(one_layer, embeddings):
+def test_with_a_window_of_one_a_token_reads_only_itself(one_layer, embeddings):
     run = hidden(Mistral(dataclasses.replace(ONE_LAYER, sliding_window=1)))
     alone = run(one_layer, embeddings[:, 3:4])
     np.testing.assert_allclose(run(one_layer, embeddings)[:, 3:4], alone, atol=1e-5)
@@ -251,7 +251,7 @@ def test_from_json_takes_the_head_width_and_the_window_that_are_given():
     ],
     ids=["other model", "no model", "tied embeddings", "scaled rope", "oldest scaled rope", "newest scaled rope"],
 )
-def test_from_json_refuses_what_is_not_mistral_in_one_line(change, named):
+def test_from_json_rejects_other_models_in_one_line(change, named):
     with pytest.raises(UserError, match=named) as caught:
         MistralConfig.from_json({**MISTRAL_7B, **change})
     assert "\n" not in str(caught.value)

@@ -1,6 +1,4 @@
-"""Q-Former: the published size, what may and may not change its output, and questions folded over one clip."""
-
-from functools import partial
+"""Q-Former: the published size, the inputs that change its output, and several questions about one clip."""
 
 import jax
 import jax.numpy as jnp
@@ -8,20 +6,9 @@ import numpy as np
 import pytest
 
 from favchat_jax.models.qformer import Attention, QFormer
+from tests.models.tiny_parts import drawn_for
 
 TINY = QFormer(width=16, depth=3, heads=2, mlp=24, queries=3, extra_queries=2, vocabulary=11, positions=8)
-
-
-def random_weights(model, *inputs, **options):
-    """Weights without zeros, so that every part shows in the output; drawn by NumPy, which compiles nothing."""
-    rng = np.random.default_rng(0)
-    shapes = jax.eval_shape(partial(model.init, **options), jax.random.key(0), *inputs)
-
-    def draw(path, leaf):
-        mean = 1 if path[-1].key == "scale" else 0
-        return jnp.asarray(mean + 0.3 * rng.standard_normal(leaf.shape), jnp.float32)
-
-    return jax.tree_util.tree_map_with_path(draw, shapes)
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +21,7 @@ def inputs():
 
 @pytest.fixture(scope="module")
 def weights(inputs):
-    return random_weights(TINY, *inputs)
+    return drawn_for(TINY, *inputs)
 
 
 apply = jax.jit(TINY.apply)
@@ -61,7 +48,7 @@ def test_the_bert_base_q_former_with_its_text_branch_has_the_published_number_of
 def test_without_a_prompt_the_text_branch_does_not_exist(inputs):
     visual, prompt, mask = inputs
     model = TINY.clone(prompt=False)
-    weights = random_weights(model, visual, prompt, mask)
+    weights = drawn_for(model, visual, prompt, mask)
     assert not {"word_embeddings", "position_embeddings"} & set(weights["params"])
     assert set(weights["params"]["layer_1"]) == {"attention", "mlp_query"}
     alone = model.apply(weights, visual)
@@ -70,7 +57,7 @@ def test_without_a_prompt_the_text_branch_does_not_exist(inputs):
     np.testing.assert_array_equal(shared, np.broadcast_to(alone, (2, 3, 5, 16)))
 
 
-def test_the_questions_of_a_clip_do_not_see_each_other(inputs, weights):
+def test_the_questions_of_a_clip_do_not_influence_each_other(inputs, weights):
     visual, prompt, mask = inputs
     together = apply(weights, *inputs)
     assert together.shape == (2, 3, 5, 16)
@@ -79,7 +66,7 @@ def test_the_questions_of_a_clip_do_not_see_each_other(inputs, weights):
         np.testing.assert_allclose(together[:, question], alone[:, 0], atol=1e-5)
 
 
-def test_clips_do_not_see_each_other(inputs, weights):
+def test_clips_do_not_influence_each_other(inputs, weights):
     alone = apply(weights, *(x[1:] for x in inputs))
     np.testing.assert_allclose(apply(weights, *inputs)[1:], alone, atol=1e-5)
 
@@ -102,7 +89,7 @@ def test_every_word_and_its_place_change_the_output(inputs, weights):
     assert np.abs(first - second).max() > 1e-3
 
 
-def test_a_prompt_of_padding_alone_is_no_prompt(inputs, weights):
+def test_a_prompt_of_only_padding_is_no_prompt(inputs, weights):
     visual, prompt, mask = inputs
     nothing = apply(weights, visual, prompt, jnp.zeros_like(mask))
     np.testing.assert_allclose(nothing, np.repeat(apply(weights, visual), 3, axis=1), atol=1e-5)
@@ -116,7 +103,7 @@ def test_every_second_layer_reads_the_visual_tokens(inputs, weights):
     assert np.abs(apply(weights, visual.at[:, 3].add(1), prompt, mask) - permuted).max() > 1e-3
 
 
-def test_the_text_has_an_mlp_of_its_own_of_which_the_last_reaches_nothing(inputs, weights):
+def test_the_text_has_separate_mlps_and_the_last_one_has_no_effect(inputs, weights):
     gradient = jax.jit(jax.grad(lambda weights: (TINY.apply(weights, *inputs) ** 3).mean()))(weights)["params"]
     for layer, reaches in (("layer_0", True), ("layer_1", True), ("layer_2", False)):
         sizes = [np.abs(leaf).max() for leaf in jax.tree.leaves(gradient[layer]["mlp"])]
@@ -135,7 +122,7 @@ def test_embedded_prompts_are_normed_words_at_their_places(inputs, weights):
 
 def test_dropout_is_drawn_only_when_asked_for(inputs):
     model = TINY.clone(depth=1)
-    weights = random_weights(model, *inputs)
+    weights = drawn_for(model, *inputs)
     draw = jax.jit(lambda key: model.apply(weights, *inputs, deterministic=False, rngs={"dropout": key}))
     # This generator compiles much faster than the default one.
     noisy = [draw(jax.random.key(seed, impl="rbg")) for seed in (0, 0, 1)]
@@ -144,10 +131,10 @@ def test_dropout_is_drawn_only_when_asked_for(inputs):
     assert np.abs(noisy[0] - jax.jit(model.apply)(weights, *inputs)).max() > 1e-3
 
 
-def test_stochastic_depth_leaves_out_a_questions_whole_branch_or_doubles_it():
+def test_stochastic_depth_drops_or_doubles_a_questions_complete_branch():
     tokens = jax.random.normal(jax.random.key(0), (2, 16, 4, 8))
     attention = Attention(dropout=0.0, drop_path=0.5, heads=2)
-    weights = random_weights(attention, tokens, deterministic=True)
+    weights = drawn_for(attention, tokens, deterministic=True)
     without = jax.tree.map(jnp.copy, weights)
     without["params"]["output"] = jax.tree.map(jnp.zeros_like, weights["params"]["output"])
     doubled = jax.tree.map(jnp.copy, weights)
@@ -163,7 +150,7 @@ def test_stochastic_depth_leaves_out_a_questions_whole_branch_or_doubles_it():
 
 def test_rematerialisation_changes_no_gradient(inputs):
     model = TINY.clone(depth=1, drop_path=0.2, prompt=False)
-    weights = random_weights(model, *inputs)
+    weights = drawn_for(model, *inputs)
 
     def loss(weights, model):
         rngs = {"dropout": jax.random.key(0, impl="rbg")}
@@ -186,7 +173,7 @@ def test_a_q_former_that_reads_prompts_cannot_be_initialised_without_one(inputs)
         jax.eval_shape(TINY.init, jax.random.key(0), inputs[0])
 
 
-def test_each_question_can_read_visual_tokens_of_its_own_without_those_that_are_masked(inputs, weights):
+def test_each_question_can_read_separate_visual_tokens_with_a_mask(inputs, weights):
     visual, prompt, mask = inputs
     own = jnp.stack([visual, -visual, 2 * visual], axis=1)
     seen = np.arange(7) < np.array([[3, 7, 5], [1, 6, 4]])[..., None]
@@ -198,7 +185,7 @@ def test_each_question_can_read_visual_tokens_of_its_own_without_those_that_are_
         np.testing.assert_allclose(together[clip, question], alone[0, 0], atol=1e-5)
 
 
-def test_visual_tokens_of_their_own_that_are_all_the_clips_are_the_clips(inputs, weights):
+def test_equal_visual_tokens_for_each_question_give_the_result_of_shared_ones(inputs, weights):
     visual, prompt, mask = inputs
     repeated = jnp.repeat(visual[:, None], 3, axis=1)
     np.testing.assert_allclose(apply(weights, repeated, prompt, mask), apply(weights, *inputs), atol=1e-5)

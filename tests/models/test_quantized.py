@@ -1,4 +1,4 @@
-"""Kernels in 8 and 4 bits: rounded as well as can be, and computed with as if they were dequantised first."""
+"""Kernels in 8 and 4 bits: their rounding error, and products that equal those with the dequantised kernel."""
 
 import jax
 import jax.numpy as jnp
@@ -15,31 +15,31 @@ def draw(*shape, seed=0):
     return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
 
 
-def dequantized(whole, scale):
-    groups = np.repeat(np.asarray(scale), whole.shape[-2] // scale.shape[-2], axis=-2)
-    return np.asarray(whole, np.float32) * groups
+def dequantized(integers, scale):
+    groups = np.repeat(np.asarray(scale), integers.shape[-2] // scale.shape[-2], axis=-2)
+    return np.asarray(integers, np.float32) * groups
 
 
 @pytest.mark.parametrize(("storage", "levels"), [("int8", 127), ("int4", 7)])
-def test_no_weight_is_farther_off_than_half_a_step(storage, levels):
+def test_the_rounding_error_is_at_most_half_a_step(storage, levels):
     kernel = draw(3, 4 * GROUP, 5)
-    whole, scale = quantize(kernel, storage)
-    assert whole.dtype == storage and scale.shape == (3, {"int8": 1, "int4": 4}[storage], 5)
+    integers, scale = quantize(kernel, storage)
+    assert integers.dtype == storage and scale.shape == (3, {"int8": 1, "int4": 4}[storage], 5)
     step = np.repeat(np.asarray(scale), kernel.shape[1] // scale.shape[1], axis=1)
-    assert (np.abs(dequantized(whole, scale) - kernel) <= 0.5001 * step).all()
-    assert int(jnp.abs(whole.astype(jnp.int32)).max()) == levels
+    assert (np.abs(dequantized(integers, scale) - kernel) <= 0.5001 * step).all()
+    assert int(jnp.abs(integers.astype(jnp.int32)).max()) == levels
 
 
 def test_zeros_stay_zeros():
-    whole, scale = quantize(jnp.zeros((GROUP, 2)), "int8")
-    np.testing.assert_array_equal(product(draw(3, GROUP), whole, scale), 0)
+    integers, scale = quantize(jnp.zeros((GROUP, 2)), "int8")
+    np.testing.assert_array_equal(product(draw(3, GROUP), integers, scale), 0)
 
 
 @pytest.mark.parametrize("storage", ["int8", "int4"])
 def test_the_product_is_that_with_the_dequantised_kernel(storage):
     kernel, x = draw(2 * GROUP, 7), draw(2, 3, 2 * GROUP, seed=1)
-    whole, scale = quantize(kernel, storage)
-    np.testing.assert_allclose(jax.jit(product)(x, whole, scale), x @ dequantized(whole, scale), atol=1e-4)
+    integers, scale = quantize(kernel, storage)
+    np.testing.assert_allclose(jax.jit(product)(x, integers, scale), x @ dequantized(integers, scale), atol=1e-4)
 
 
 @pytest.mark.parametrize("storage", ["int8", "int4"])

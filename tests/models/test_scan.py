@@ -1,4 +1,4 @@
-"""Layers as one scan: the same values, gradients and chance as one after another, in fewer equations."""
+"""Layers as one scan: the values and gradients of a loop, separate random numbers, and fewer equations."""
 
 import flax.linen as nn
 import jax
@@ -12,7 +12,7 @@ from favchat_jax.models.qformer import Layer, QFormer
 
 
 class Dropped(nn.Module):
-    """Layers of dropout and a weight each, of which every second has another rate."""
+    """Layers with one weight and dropout each, whose rates alternate."""
 
     depth: int
     rates: tuple[float, float] = (0.5, 0.25)
@@ -51,7 +51,7 @@ def test_a_swin_stage_is_its_blocks_one_after_another_in_values_and_gradients(de
     def as_stage(weights, tokens):
         return stage.apply({"params": weights}, tokens)
 
-    np.testing.assert_allclose(as_stage(weights, tokens), one_after_another(weights, tokens), atol=2e-6)
+    np.testing.assert_allclose(as_stage(weights, tokens), one_after_another(weights, tokens), atol=4e-6)
     ours, expected = (
         jax.grad(lambda weights, tokens, of=of: jnp.mean(jnp.sin(of(weights, tokens))), (0, 1))(weights, tokens)
         for of in (as_stage, one_after_another)
@@ -83,7 +83,7 @@ def test_a_deep_qformer_is_its_layers_one_after_another(remat, text):
     np.testing.assert_allclose(model.apply(weights, visual, prompt, prompt > 0), expected, atol=2e-6)
 
 
-def test_layers_of_a_scan_draw_random_numbers_of_their_own():
+def test_layers_of_a_scan_draw_separate_random_numbers():
     model, x = Dropped(6), jnp.ones(20_000)
     weights = model.init({"params": jax.random.key(0), "dropout": jax.random.key(1)}, x)
     kept = model.apply(weights, x, rngs={"dropout": jax.random.key(2)})

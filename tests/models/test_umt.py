@@ -1,4 +1,4 @@
-"""UMT: the published sizes and position tables, and blocks that compute what the formulas say."""
+"""UMT: the published sizes and position tables, and blocks that compute their formulas."""
 
 import math
 
@@ -8,21 +8,10 @@ import numpy as np
 import pytest
 
 from favchat_jax.models.umt import UMT, bicubic_weights, linear_weights, position_table, sinusoid_table
+from tests.models.tiny_parts import drawn_for
 
 TINY = UMT(width=16, depth=4, layers_run=3, heads=2, mlp_ratio=2, patch=4, checkpoint_frames=4, checkpoint_size=12)
 GRID = {"checkpoint_frames": 4, "checkpoint_grid": 3}
-
-
-def random_weights(model, *inputs, spread):
-    """Weights without zeros, so that every part shows in the output; drawn by NumPy, which compiles nothing."""
-    rng = np.random.default_rng(0)
-    shapes = jax.eval_shape(model.init, jax.random.key(0), *inputs)
-
-    def draw(path, leaf):
-        mean = 1 if path[-1].key == "scale" else 0
-        return jnp.asarray(mean + spread * rng.standard_normal(leaf.shape), jnp.float32)
-
-    return jax.tree_util.tree_map_with_path(draw, shapes)
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +21,7 @@ def frames():
 
 @pytest.fixture(scope="module")
 def weights(frames):
-    return random_weights(TINY, frames, spread=0.3)
+    return drawn_for(TINY, frames)
 
 
 def test_the_part_of_umt_l_that_runs_has_the_published_number_of_weights():
@@ -94,7 +83,7 @@ def layer_norm(x, params):
 
 
 def naive_umt(weights, frames, blocks):
-    """The encoder in float64, one head, query and block at a time."""
+    """Computes the encoder in float64, one block and head at a time."""
     params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), weights)["params"]
     erf = np.vectorize(math.erf)
     batch, time, height, width, _ = frames.shape
@@ -161,7 +150,7 @@ def test_an_untapped_block_after_the_last_tap_does_not_touch_it(frames, weights)
     np.testing.assert_array_equal(gradient[2], 0)
 
 
-def test_every_frame_sees_every_other_frame(frames, weights):
+def test_every_frame_influences_every_other_frame(frames, weights):
     apply = jax.jit(TINY.apply)
     changed = frames.at[0, 3].add(1)
     before, after = apply(weights, frames)[0], apply(weights, changed)[0]

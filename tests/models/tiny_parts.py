@@ -1,7 +1,9 @@
-"""Models that compile fast: a language model of two layers, a config of the whole model, and weights for both."""
+"""Models that compile fast: a language model of two layers, a config of the complete model, and weights for both."""
 
 import dataclasses
+import functools
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -48,12 +50,12 @@ MISTRAL_7B = {
 
 
 def config_json(config: MistralConfig) -> dict:
-    """What a Hugging Face folder's config.json says of `config`."""
+    """Returns the content of a Hugging Face folder's config.json for `config`."""
     return {**MISTRAL_7B, **dataclasses.asdict(config)}
 
 
 def drawn(shapes: dict, spread: float, seed: int = 0) -> dict:
-    """Weights without zeros, so that every part shows in the output; drawn by NumPy, which compiles nothing."""
+    """Draws weights without zeros, so that every part shows in the output, with NumPy, which compiles nothing."""
     rng = np.random.default_rng(seed)
 
     def draw(path, leaf):
@@ -63,27 +65,32 @@ def drawn(shapes: dict, spread: float, seed: int = 0) -> dict:
     return jax.tree_util.tree_map_with_path(draw, shapes)
 
 
-def mistral_shapes(model: Mistral) -> dict:
-    """The tree of shapes of a language model's weights."""
+def drawn_for(model: nn.Module, *inputs, **options) -> dict:
+    """Draws the weights that a module creates for these inputs and options."""
+    shapes = jax.eval_shape(functools.partial(model.init, **options), jax.random.key(0), *inputs)
+    return drawn(shapes, spread=0.3)
 
+
+def mistral_shapes(model: Mistral) -> dict:
+    """Returns the tree of shapes of a language model's weights."""
     words = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     return jax.eval_shape(lambda key, words: model.init(key, words, method="read"), jax.random.key(0), words)["params"]
 
 
 def favchat_shapes(model: FaVChat, frames: int, image_size: int) -> dict[str, jax.ShapeDtypeStruct]:
-    """Path -> shape of every weight of the whole model."""
+    """Returns path -> shape of every weight of the complete model."""
     clip = jax.ShapeDtypeStruct((1, frames, image_size, image_size, 3), jnp.uint8)
     ids, mask = (jax.ShapeDtypeStruct((1, 1, 4), dtype) for dtype in (jnp.int32, bool))
     return flatten_dict(jax.eval_shape(model.init, jax.random.key(0), clip, ids, ids, mask)["params"], sep="/")
 
 
 def drawn_flat(shapes: dict[str, jax.ShapeDtypeStruct], spread: float, seed: int = 0) -> dict[str, jax.Array]:
-    """`drawn` for weights by path."""
+    """Draws weights by path, as `drawn` does."""
     return flatten_dict(drawn(unflatten_dict(shapes, sep="/"), spread, seed), sep="/")
 
 
 def tiny_config(argument: str = "") -> Config:
-    """Stage 2's config with every size cut down to what compiles in seconds."""
+    """Returns stage 2's config with every size reduced until it compiles in seconds."""
     return Config.from_ml_collections(stage2.get_config(argument)).updated(
         {
             "model.image_size": 32,

@@ -1,6 +1,6 @@
 """Parity with reference implementations: the same weights in, the same numbers out, in float32.
 
-Weights come from the reference's own initialiser (vectors are moved off their zeros and ones besides), are saved as
+Weights come from the reference's own initialiser (with vectors moved off their zeros and ones). They are saved as
 the published file, converted to a weights folder and loaded from there. The table of errors is printed at the end.
 """
 
@@ -24,7 +24,7 @@ _ERRORS: list[tuple[str, int, float]] = []
 
 @pytest.fixture
 def same() -> Callable[[str, int, Any, Any], None]:
-    """Asserts that ours is the reference within BOUND of its largest value, and notes the error for the table."""
+    """Asserts that our result is within BOUND of the reference's largest value, and keeps the error for the table."""
 
     def check(what: str, seed: int, ours: Any, reference: Any) -> None:
         ours, reference = np.asarray(ours), np.asarray(reference)
@@ -46,7 +46,7 @@ def pytest_terminal_summary(terminalreporter) -> None:
 
 
 def moved(module: torch.nn.Module) -> torch.nn.Module:
-    """The module with its vectors (biases, norms) moved at random, since initialisers leave them at zero and one."""
+    """Moves a module's vectors (biases, norms) at random, since initialisers leave them at zero and one."""
     with torch.no_grad():
         for parameter in module.parameters():
             if parameter.ndim == 1:
@@ -55,13 +55,13 @@ def moved(module: torch.nn.Module) -> torch.nn.Module:
 
 
 def converted(table: Table, file: Path, shapes: dict, folder: Path) -> dict:
-    """A published file's weights by way of a weights folder, as a nested tree."""
+    """Converts a published file's weights to a weights folder, and loads them as a nested tree."""
     save_weights(folder, read(table, open_tensors(file).items(), shapes, file), {})
     return unflatten_dict(load_weights(folder), sep="/")
 
 
 def saved(state: Iterable[tuple[str, torch.Tensor]] | dict, file: Path, key: str | None = None) -> Path:
-    """Saves a state dict as it is published, below `key` if that is where it lies; returns the file."""
+    """Saves a state dict in its published form, below `key` if given; returns the file."""
     state = {name: tensor.detach().clone() for name, tensor in dict(state).items()}
     torch.save({key: state, "epoch": 3} if key else state, file)
     return file

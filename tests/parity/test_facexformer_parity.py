@@ -1,5 +1,4 @@
-"""FaceXFormer's encoder against transformers' Swin (and torchvision's where it is installed), its fusion against its
-published layers."""
+"""FaceXFormer's encoder against transformers' and torchvision's Swin, its fusion against its published layers."""
 
 import contextlib
 
@@ -23,7 +22,7 @@ BLOCK |= {"attention.relative_position_bias": "attn", "mlp.fc1": "mlp.0", "mlp.f
 
 
 def published(swin: SwinModel) -> dict[str, Tensor]:
-    """The weights of transformers' Swin under the names of FaceXFormer's backbone."""
+    """Renames the weights of transformers' Swin to the names of FaceXFormer's backbone."""
     state, names = swin.state_dict(), {}
     for kind in ("weight", "bias"):
         names[f"embeddings.patch_embeddings.projection.{kind}"] = f"0.0.{kind}"
@@ -49,7 +48,7 @@ def published(swin: SwinModel) -> dict[str, Tensor]:
 
 
 class Fusion(torch.nn.Module):
-    """Each tap to 256 channels, to the finest map, side by side with the deepest first, a 1x1 convolution."""
+    """Projects each tap to 256 channels, resizes it, concatenates all with the deepest first, and convolves (1x1)."""
 
     def __init__(self):
         super().__init__()
@@ -57,7 +56,7 @@ class Fusion(torch.nn.Module):
         self.linear_fuse = torch.nn.Conv2d(1024, 256, 1, bias=False)
 
     def forward(self, taps: list[Tensor]) -> Tensor:
-        """Taps and result with their channels second."""
+        """Takes taps and returns the result with channels second."""
         maps = [
             layer["proj"](tap.movedim(1, -1)).movedim(-1, 1) for tap, layer in zip(taps, self.linear_c, strict=True)
         ]

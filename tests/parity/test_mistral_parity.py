@@ -30,7 +30,7 @@ WORDS = np.random.default_rng(0).integers(0, VOCABULARY, (2, LENGTH))
 
 
 def mistral_7b(**changes) -> MistralConfig:
-    """Mistral-7B's configuration but for depth and vocabulary."""
+    """Returns Mistral-7B's configuration with another depth and vocabulary."""
     return MistralConfig(
         **{"num_hidden_layers": 2, "vocab_size": VOCABULARY, "sliding_window": None, "rope_theta": 1e6, **changes}
     )
@@ -38,7 +38,7 @@ def mistral_7b(**changes) -> MistralConfig:
 
 @torch.no_grad()
 def reference_logits(model: MistralForCausalLM) -> dict[str, np.ndarray]:
-    """Scores of the words, also with a window, and behind padding on the left and before it on the right."""
+    """Returns scores of the words: plain, with a window, with padding on the left and with padding on the right."""
     with torch.device("meta"):
         windowed = MistralForCausalLM(mistral_7b(sliding_window=WINDOW)).eval()
     windowed.load_state_dict(model.state_dict(), assign=True)
@@ -56,13 +56,13 @@ def reference_logits(model: MistralForCausalLM) -> dict[str, np.ndarray]:
 
 
 def reference_gradients(model: MistralForCausalLM, folder) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Scores with adapters and the gradient of the loss in each of them, by published name; saves the adapters."""
+    """Returns scores with adapters and each adapter's gradient of the loss, by published name; saves the adapters."""
     config = peft.LoraConfig(
         task_type="CAUSAL_LM", r=ADAPTERS.rank, lora_alpha=ADAPTERS.alpha, target_modules=list(ADAPTERS.targets)
     )
     adapted = peft.get_peft_model(model, config).eval()
     for name, parameter in adapted.named_parameters():
-        if "lora_B" in name:  # zeros at first, behind which A would have no gradient
+        if "lora_B" in name:  # zeros at initialisation, with which A has no gradient
             torch.nn.init.normal_(parameter, std=0.02)
     adapted.save_pretrained(folder)
     words = torch.from_numpy(WORDS)
@@ -74,7 +74,7 @@ def reference_gradients(model: MistralForCausalLM, folder) -> tuple[np.ndarray, 
 
 @pytest.fixture(scope="module", params=SEEDS)
 def case(request, tmp_path_factory):
-    """A seed, the reference's numbers, and its two folders; the reference itself is gone, to save memory."""
+    """A seed, the reference's numbers, and its two folders; the reference itself is deleted to save memory."""
     torch.manual_seed(request.param)
     folder = tmp_path_factory.mktemp("reference")
     model = MistralForCausalLM(mistral_7b()).eval()
@@ -92,7 +92,7 @@ def case(request, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def weights(case):
-    """The folder's weights, layers stacked, by way of the converter."""
+    """The folder's weights as the converter reads them, with stacked layers."""
     read = flatten_dict(mistral.read_weights(case[-1] / "mistral"), sep="/")
     return unflatten_dict({path: jnp.asarray(read.pop(path)) for path in list(read)}, sep="/")
 

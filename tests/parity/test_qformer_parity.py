@@ -11,12 +11,12 @@ from favchat_jax.models.qformer import QFormer
 from tests.parity.conftest import SEEDS, converted, moved, saved
 
 LAYERS, QUERIES, WORDS, VISUAL = 2, 96, 12, 1024
-# What transformers renamed.
+# Names that transformers changed.
 PUBLISHED = {"attention.attention.": "attention.self.", "embeddings.layernorm.": "embeddings.LayerNorm."}
 
 
 def published(state: dict, queries: torch.Tensor) -> dict:
-    """A state dict of transformers under the names of BLIP-2 and VideoChat2, with the query tokens."""
+    """Renames a state dict of transformers to the names of BLIP-2 and VideoChat2, and adds the query tokens."""
     renamed = {}
     for name, tensor in state.items():
         for new, old in PUBLISHED.items():

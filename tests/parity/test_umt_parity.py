@@ -49,7 +49,7 @@ class Block(torch.nn.Module):
 
 
 def reference_positions(frames: int, side: int) -> Tensor:
-    """The table over 4 frames of 14 x 14 positions, resampled in space (bicubic) and then in time (linear)."""
+    """Returns the table over 4 frames of 14 x 14 positions, resampled in space (bicubic), then in time (linear)."""
     base = 1 if frames == 1 else 4
     angles = np.arange(base * 196)[:, None] / np.power(10000, 2 * (np.arange(WIDTH) // 2) / WIDTH)
     angles[:, 0::2], angles[:, 1::2] = np.sin(angles[:, 0::2]), np.cos(angles[:, 1::2])
@@ -64,7 +64,7 @@ def reference_positions(frames: int, side: int) -> Tensor:
 
 
 class Reference(torch.nn.Module):
-    """The encoder under its published names, its first two blocks, and the norm behind it."""
+    """The encoder's first two blocks under their published names, and the norm after it."""
 
     def __init__(self):
         super().__init__()

@@ -1,8 +1,8 @@
-"""Kernels in 8 or 4 bits, for the language model's frozen base on a small card: whole numbers times a scale.
+"""Stores the language model's frozen kernels in 8 or 4 bits for small cards: integers times a scale.
 
-int8 has a scale for each output channel, which the product is multiplied with afterwards: the kernel itself is only
-converted, within the matrix product. int4 has one for each `GROUP` inputs of each output channel besides, since 15
-levels are too few for a whole column; its kernel is dequantised a layer at a time.
+int8 has one scale per output channel, by which the product is multiplied; the kernel is only converted, within the
+matrix product. int4 has one scale per `GROUP` inputs of each output channel, since 15 levels are too few for a
+complete column; its kernel is dequantised one layer at a time.
 """
 
 import jax
@@ -12,13 +12,13 @@ from jaxtyping import Array, Float, Int, Num
 from favchat_jax.models.kernels.linear import flat_product
 
 GROUP = 64  # inputs that share a scale in int4
-LEVELS = {"int8": 127, "int4": 7}  # the largest whole number; symmetric, so that zero stays zero
+LEVELS = {"int8": 127, "int4": 7}  # the largest integer; symmetric, so that zero stays zero
 
 
 def quantize(
     kernel: Float[Array, "*layers D F"], storage: str
 ) -> tuple[Int[Array, "*layers D F"], Float[Array, "*layers groups F"]]:
-    """Whole numbers and scales (one group for int8) whose product is nearest to a kernel.
+    """Returns integers and scales (one group for int8) whose product is nearest to a kernel.
 
     Args:
         kernel: one or several stacked; for int4 D must be a multiple of `GROUP` or smaller.
@@ -26,14 +26,14 @@ def quantize(
     """
     wide = _grouped(kernel.astype(jnp.float32), _groups(kernel.shape[-2], storage))
     scale = jnp.max(jnp.abs(wide), axis=-2, keepdims=True) / LEVELS[storage]
-    whole = jnp.round(wide / jnp.where(scale == 0, 1, scale))
-    return whole.reshape(kernel.shape).astype(storage), scale[..., 0, :]
+    integers = jnp.round(wide / jnp.where(scale == 0, 1, scale))
+    return integers.reshape(kernel.shape).astype(storage), scale[..., 0, :]
 
 
 def product(
     x: Float[Array, "... D"], kernel: Num[Array, "D F"], scale: Float[Array, "groups F"]
 ) -> Float[Array, "... F"]:
-    """x @ (kernel * scale), in the dtype of x."""
+    """Returns x @ (kernel * scale), in the dtype of x."""
     if scale.shape[0] == 1:
         return flat_product(x, kernel.astype(x.dtype)) * scale[0].astype(x.dtype)
     wide = _grouped(kernel.astype(x.dtype), scale.shape[0]) * scale[:, None].astype(x.dtype)
@@ -41,12 +41,12 @@ def product(
 
 
 def store(weights: dict[str, Array], storage: str) -> dict[str, Array]:
-    """Frozen weights by path, the language model's kernels among them quantised, each with a `kernel_scale` beside it.
+    """Quantises the language model's kernels among frozen weights, and adds a `kernel_scale` beside each.
 
     Args:
-        weights: by path; every `llm/.../kernel` is quantised. They are taken out one after another, so that a small
-            card does not hold all of them in both forms.
-        storage: int8 or int4, or full for weights as they are.
+        weights: by path; every `llm/.../kernel` is quantised. They are removed one after another, so that a small card
+            never holds all of them in both forms.
+        storage: int8 or int4; with full, the weights are returned unchanged.
     """
     if storage == "full":
         return weights

@@ -1,6 +1,6 @@
-"""Rematerialisation by name: what a layer keeps for its backward pass, which computes the rest again.
+"""Rematerialises layers by a named policy, which says what a layer keeps; the backward pass recomputes the rest.
 
-It saves memory and costs time: a third more in a step of the base preset on two cores (docs/results.md).
+This saves memory and costs time: a third more in a step of the base preset on two cores (docs/results.md).
 """
 
 from collections.abc import Callable
@@ -8,7 +8,7 @@ from collections.abc import Callable
 import flax.linen as nn
 import jax
 
-# Name -> what is kept of a layer beside its input; the empty name rematerialises nothing.
+# Policy -> values that are kept besides a layer's input; the empty policy rematerialises nothing.
 POLICIES: dict[str, Callable | None] = {
     "": None,
     "block": jax.checkpoint_policies.nothing_saveable,
@@ -18,10 +18,10 @@ POLICIES: dict[str, Callable | None] = {
 
 
 def remat(function: Callable, policy: str, transform: Callable = nn.remat, **options) -> Callable:
-    """The function, rematerialised by a policy (a key of POLICIES); unchanged by the empty one.
+    """Returns the function, rematerialised by a policy; unchanged for the empty one.
 
     Args:
-        function: takes a bound module first, or, with `transform=jax.checkpoint`, arrays alone.
+        function: takes a bound module first, or, with `transform=jax.checkpoint`, only arrays.
         policy: a key of POLICIES.
         transform: Flax's or JAX's rematerialisation.
         options: of the transform.

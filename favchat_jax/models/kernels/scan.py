@@ -1,4 +1,4 @@
-"""One layer after another, compiled once: layers of one form as one scan.
+"""Runs one layer after another, compiled once: layers with equal fields become one scan.
 
 The plain form of both functions is
 
@@ -17,6 +17,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array
 
 from favchat_jax.models.kernels.remat import remat
 
@@ -25,26 +26,26 @@ Carry = TypeVar("Carry")
 
 def scan_stacked(
     layer: nn.Module,
-    step: Callable[[Any, Carry], Carry],
-    carry: Carry,
+    step: Callable[[Any, Array], Array],
+    carry: Array,
     *,
     depth: int,
     taps: tuple[int, ...] = (),
     policy: str = "",
-) -> tuple[Carry, tuple[Carry, ...]]:
-    """`carry` after `step` with each of `depth` layers, and after each layer of `taps`.
+) -> tuple[Array, tuple[Array, ...]]:
+    """Returns `carry` after `step` with each of `depth` layers, and its value after each layer of `taps`.
 
     Args:
-        layer: bound module whose weights are those of all layers, stacked.
-        step: runs one of them; keeps the carry's shapes.
-        carry: input of the first layer; with `taps`, one array.
+        layer: bound module that holds the weights of all layers, stacked.
+        step: runs one layer; keeps the carry's shape.
+        carry: input of the first layer.
         depth: number of layers.
         taps: layers, counted from 1.
-        policy: what a layer keeps for the backward pass (`remat.POLICIES`).
+        policy: activations that a layer keeps for the backward pass (`remat.POLICIES`).
     """
-    # Tapped outputs ride in the carry, written outside the rematerialised call: stacked scan outputs would hold every
-    # layer's, and a buffer inside the call would be kept once a layer for the backward pass. Layers that are not
-    # tapped write to a spare last slot.
+    # Tapped outputs are part of the carry, written outside the rematerialised call: stacked scan outputs would hold
+    # every layer's, and a buffer inside the call would be kept once per layer for the backward pass. Layers without a
+    # tap write to a spare last slot.
     slots = np.full(depth, len(taps))
     slots[np.array(taps, int) - 1] = np.arange(len(taps))
     run = remat(step, policy, prevent_cse=False)
@@ -70,17 +71,17 @@ def scan_layers(
     period: int = 1,
     policy: str = "",
 ) -> Carry:
-    """`carry` after `step` with each of the layers; as a scan over those periods whose layers have the same fields.
+    """Returns `carry` after `step` with each of the layers, as a scan over periods whose layers have equal fields.
 
-    Their weights are stacked as the step runs. Each layer draws random numbers of its own from the stream `dropout`.
-    Layers run one by one while weights are made, and where fewer than two periods are alike.
+    Their weights are stacked as the step runs. Each layer draws separate random numbers from the stream `dropout`.
+    Layers run one by one at initialisation, and where fewer than two periods are equal.
 
     Args:
         layers: bound modules with weights and no other variables.
-        step: runs one of them; keeps the carry's shapes.
+        step: runs one layer; keeps the carry's shapes.
         carry: input of the first layer.
-        period: layers after which their fields repeat.
-        policy: what a layer keeps for the backward pass (`remat.POLICIES`).
+        period: number of layers after which their fields repeat.
+        policy: activations that a layer keeps for the backward pass (`remat.POLICIES`).
     """
     count = 0 if layers[0].is_initializing() else _alike(layers, period)
     if count > period:
@@ -103,7 +104,7 @@ def _scanned(layers, step, carry, period, policy):
 
     def one(i, weights, key, carry):
         rngs = {} if key is None else {"dropout": key}
-        return step(_form(layers[i]).bind({"params": weights}, rngs=rngs), carry)
+        return step(_unbound(layers[i]).bind({"params": weights}, rngs=rngs), carry)
 
     run = remat(one, policy, jax.checkpoint, prevent_cse=False, static_argnums=0)
 
@@ -116,15 +117,15 @@ def _scanned(layers, step, carry, period, policy):
     return jax.lax.scan(body, carry, (weights, keys))[0]
 
 
-def _form(layer: nn.Module) -> nn.Module:
-    """A layer's fields, apart from its place in a model and its weights."""
+def _unbound(layer: nn.Module) -> nn.Module:
+    """Returns a layer with the same fields, without a name, a parent or weights."""
     return layer.clone(parent=None, name=None)
 
 
 def _alike(layers: Sequence[nn.Module], period: int) -> int:
     """Counts the layers at the start that form complete periods with the fields of the first."""
-    forms = [_form(layer) for layer in layers]
+    fields = [_unbound(layer) for layer in layers]
     end = period
-    while end + period <= len(forms) and forms[end : end + period] == forms[:period]:
+    while end + period <= len(fields) and fields[end : end + period] == fields[:period]:
         end += period
-    return min(end, len(forms))
+    return min(end, len(fields))

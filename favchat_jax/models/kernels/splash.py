@@ -1,4 +1,4 @@
-"""Splash attention, a TPU's flash attention, on lengths padded to whole lanes and on each device's own shard."""
+"""Runs splash attention, a TPU's flash attention, on lengths padded to full lanes and on each device's own shard."""
 
 import functools
 
@@ -15,9 +15,9 @@ BLOCK = 512  # queries and keys that a kernel holds at once, at most
 
 
 def attention(query, key, value, *, bias=None, mask=None, causal=False, window=None, interpret=False):
-    """As `attention.plain`, without a bias and with masks over keys alone.
+    """Computes `attention.plain` without a bias and with masks over keys only.
 
-    Padding and masked keys are a segment to which no query belongs. `interpret` runs the kernel without a TPU.
+    Padding and masked keys form a segment to which no query belongs. `interpret` runs the kernel without a TPU.
     """
     assert bias is None
     batch, length, heads, width = query.shape
@@ -28,7 +28,7 @@ def attention(query, key, value, *, bias=None, mask=None, causal=False, window=N
         return jnp.pad(jnp.swapaxes(x, 1, 2), [(0, 0), (0, 0), (0, -x.shape[1] % LANES), (0, 0)])
 
     def one(query, key, value, seen):
-        # Computed while tracing, as constants of the program: no tracer may end up in the cache.
+        # Computed while tracing, as constants of the program, so that the cache holds no tracer.
         with jax.ensure_compile_time_eval():
             kernel = _kernel(query.shape[0], query.shape[1], key.shape[1], causal, window, interpret)
         segments = splash.SegmentIds(jnp.ones(query.shape[1], jnp.int32), seen)
@@ -42,6 +42,7 @@ def attention(query, key, value, *, bias=None, mask=None, causal=False, window=N
 
 @functools.lru_cache(maxsize=64)
 def _kernel(heads: int, length: int, keys: int, causal: bool, window: int | None, interpret: bool):
+    mask: splash.CausalMask | splash.FullMask | splash.LocalMask
     mask = splash.CausalMask((length, keys)) if causal else splash.FullMask((length, keys))
     if window is not None:
         mask = splash.LocalMask((length, keys), (window - 1, 0), 0)
@@ -66,7 +67,7 @@ def _block(length: int) -> int:
 
 
 def _on_own_shard(run, heads: int, key_heads: int, batch: int):
-    """`run` on each device's own clips and heads where a mesh is set, since XLA cannot divide a kernel by itself."""
+    """Maps `run` over a mesh's devices, each with its own clips and heads, since XLA cannot divide a kernel."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return run
@@ -76,5 +77,6 @@ def _on_own_shard(run, heads: int, key_heads: int, batch: int):
         rows = ()
     tensor = size.get("tensor", 1)
     split = "tensor" if tensor > 1 and heads % tensor == key_heads % tensor == 0 else None
-    whole, flat = PartitionSpec(rows or None, split), PartitionSpec(rows or None)
-    return jax.shard_map(run, in_specs=(whole, whole, whole, flat), out_specs=whole, check_vma=False)
+    heads_spec, keys_spec = PartitionSpec(rows or None, split), PartitionSpec(rows or None)
+    in_specs = (heads_spec, heads_spec, heads_spec, keys_spec)
+    return jax.shard_map(run, in_specs=in_specs, out_specs=heads_spec, check_vma=False)
