@@ -66,7 +66,7 @@ def main() -> None:
     print(f"the same answer: {len(rows) - len(differing)} of {len(rows)}")
     if differing:
         row = differing[0]
-        raise RunError(f"{row['clip']}, {row['question']!r}: JAX {row['prediction']!r}, PyTorch {row['exported']!r}")
+        raise RunError(f"{row['clip']}, {row['question']!r}: JAX {row['answer']!r}, PyTorch {row['exported']!r}")
 
 
 if __name__ == "__main__":

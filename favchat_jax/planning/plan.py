@@ -1,6 +1,6 @@
-"""A stage's training step, compiled for devices that are not here: what it needs of them.
+"""Plans a stage's training step for devices that are not available: its memory, its operations and its shortest time.
 
-The step is the very one that `train.py` runs; only its arguments are shapes. No weight is ever made.
+The compiled step is exactly the one that `favchat_jax.train` runs. Its arguments are shapes, so no weight is created.
 """
 
 import dataclasses
@@ -29,25 +29,36 @@ from favchat_jax.planning.targets import GIB, devices, find
 from favchat_jax.training.optimizer import make_optimizer, schedule
 from favchat_jax.training.step import batch_loss, make_step, new_state
 
-# Triton's products are chosen by trying them out, for which there is no GPU; cuBLAS's take as much memory or more.
+# Triton chooses its matrix products by timing them on a GPU. Those of cuBLAS take as much memory or more.
 OPTIONS = {"cuda": {"xla_gpu_enable_triton_gemm": False}}
-STEPS = 1000  # of the schedule, whose length changes nothing here
+STEPS = 1000  # length of the schedule; it does not affect the plan
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What a compiled step needs. Bytes are a device's; the rest is of all devices together.
+    """Holds the memory and time that a compiled step needs. Bytes are per device, other figures for all devices.
 
     Attributes:
-        frozen_bytes, trained_bytes, optimizer_bytes: weights that do not and do learn, and moments.
-        activation_bytes: what the forward pass keeps for the backward pass.
-        temporary_bytes: the rest of what the step takes beside its arguments: gradients, gathered weights, scratch.
-        argument_bytes, temp_bytes, peak_bytes_per_device: the compiler's own account.
-        flops_per_step: products that the model needs; `executed_flops` has those of rematerialisation besides.
-        roofline_seconds: least time of a step: of its products, or of moving weights and gradients between devices.
-        mfu_ceiling: flops_per_step in that time, as a share of what the devices can do.
-        fits: whether the peak is within the usable memory; headroom_bytes: by how much, or how little.
-        advice: which option would make it fit; empty where it does.
+        target: name of the target.
+        stage: name of the stage.
+        devices: number of devices of the target.
+        clips: clips per step.
+        frozen_bytes: weights that do not train.
+        trained_bytes: weights that train.
+        optimizer_bytes: moments of the trained weights.
+        activation_bytes: values that the forward pass keeps for the backward pass.
+        temporary_bytes: all other memory except the arguments: gradients, gathered weights, scratch.
+        argument_bytes: the arguments, as reported by the compiler.
+        temp_bytes: memory in addition to the arguments, as reported by the compiler.
+        peak_bytes_per_device: peak memory, as reported by the compiler.
+        flops_per_step: operations of the model's matrix products, without rematerialisation.
+        executed_flops: operations of all matrix products of the compiled step.
+        roofline_seconds: lower bound of a step's time, from its products and from the traffic between devices.
+        mfu_ceiling: flops_per_step in that time, as a share of the devices' peak rate.
+        compile_seconds: time of the compilation.
+        fits: whether the peak is within the usable memory.
+        headroom_bytes: usable memory minus the peak; negative if the step does not fit.
+        advice: option that would make the step fit; empty if it fits.
     """
 
     target: str
@@ -74,9 +85,8 @@ class Plan:
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-    """The shapes of a step's arguments and where they lie, and the step."""
+    """Holds a training step and the shapes of its arguments with their shardings."""
 
-    model: favchat.FaVChat
     step: Any
     state: Any
     frozen: Any
@@ -84,16 +94,16 @@ class Arguments:
 
 
 def make_plan(config: Config, name: str, clips: int | None = None) -> Plan:
-    """Compiles the step of a config for a target.
+    """Compiles the training step of a config for a target.
 
     Args:
-        config: of a training stage.
-        name: the target's.
-        clips: of a step, on all devices; by default as the target says.
+        config: config of a training stage.
+        name: name of the target.
+        clips: clips per step on all devices; by default the target's.
 
     Raises:
-        UserError: the target is unknown or its compiler missing, the batch does not divide, or the stage is no
-            training.
+        UserError: the target is unknown, its compiler is missing, the batch does not divide among the devices, or the
+            stage has no training step.
     """
     target = find(name)
     mesh, clips = _mesh_and_clips(config, name, clips)
@@ -101,17 +111,14 @@ def make_plan(config: Config, name: str, clips: int | None = None) -> Plan:
     started = time.perf_counter()
     lowered = arguments.step.lower(arguments.state, arguments.frozen, arguments.batch)
     memory = lowered.compile(compiler_options=OPTIONS.get(target.platform)).memory_analysis()
-    seconds = time.perf_counter() - started
-    frozen = _held(arguments.frozen)
+    compile_seconds = time.perf_counter() - started
+    frozen = _device_bytes(arguments.frozen)
     flops, activations = _of_one_clip(config, mesh.devices.flat[0].platform)
     executed = _executed(config, clips)
     share = clips // (mesh.shape["data"] * mesh.shape["fsdp"] * config.accumulate)
-    activations = min(activations * share, memory.temp_size_in_bytes)
-    least = max(
-        cost.roofline_seconds(executed, mesh.size, target.flops, target.bandwidth),
-        _moved(arguments, config) / target.link if target.link else 0.0,
-    )
-    return plan_of(
+    compute = cost.roofline_seconds(executed, mesh.size, target.flops, target.bandwidth)
+    transfer = _received_bytes(arguments, config) / target.link if target.link else 0.0
+    return summarise(
         name,
         config,
         clips,
@@ -119,17 +126,19 @@ def make_plan(config: Config, name: str, clips: int | None = None) -> Plan:
         peak=memory.peak_memory_in_bytes,
         held={
             "frozen_bytes": frozen,
-            "trained_bytes": _held(arguments.state.trainable),
-            "optimizer_bytes": _held(arguments.state.moments),
-            "activation_bytes": activations,
+            "trained_bytes": _device_bytes(arguments.state.trainable),
+            "optimizer_bytes": _device_bytes(arguments.state.moments),
+            "activation_bytes": min(activations * share, memory.temp_size_in_bytes),
         },
-        flops=(flops * clips, cost.total_flops(executed)),
-        seconds=(least, seconds),
+        needed_flops=flops * clips,
+        executed_flops=cost.total_flops(executed),
+        least_seconds=max(compute, transfer),
+        compile_seconds=compile_seconds,
         advise=lambda lacking: _advice(config, share, lacking, memory.temp_size_in_bytes, frozen),
     )
 
 
-def plan_of(
+def summarise(
     name: str,
     config: Config,
     clips: int,
@@ -137,24 +146,28 @@ def plan_of(
     *,
     peak: int,
     held: Mapping[str, int],
-    flops: tuple[float, float],
-    seconds: tuple[float, float],
+    needed_flops: float,
+    executed_flops: float,
+    least_seconds: float,
+    compile_seconds: float,
     advise: Callable[[int], str],
 ) -> Plan:
-    """The plan of what was compiled for a target.
+    """Returns the plan of a step or an iteration that was compiled for a target.
 
     Args:
-        name: the target's.
-        config: of the stage.
-        clips: of a step.
-        memory: the compiler's account of it.
+        name: name of the target.
+        config: config of the stage.
+        clips: clips per step.
+        memory: the compiler's memory analysis.
         peak: bytes that a device needs.
         held: bytes of weights, moments and activations, under the names of `Plan`.
-        flops: of the step's products, as the model needs them and as they are executed.
-        seconds: that a step takes at least, and that compiling took.
-        advise: which option would make it fit, given the bytes that are lacking.
+        needed_flops: operations of the model's matrix products, without rematerialisation.
+        executed_flops: operations of all matrix products.
+        least_seconds: lower bound of the time.
+        compile_seconds: time of the compilation.
+        advise: returns the option that would make it fit, given the lacking bytes.
     """
-    target, (needed, executed), (least, compiling) = find(name), flops, seconds
+    target = find(name)
     headroom = target.usable - peak
     return Plan(
         target=name,
@@ -166,11 +179,11 @@ def plan_of(
         argument_bytes=memory.argument_size_in_bytes,
         temp_bytes=memory.temp_size_in_bytes,
         peak_bytes_per_device=peak,
-        flops_per_step=needed,
-        executed_flops=executed,
-        roofline_seconds=least,
-        mfu_ceiling=needed / (target.devices * target.flops * least),
-        compile_seconds=compiling,
+        flops_per_step=needed_flops,
+        executed_flops=executed_flops,
+        roofline_seconds=least_seconds,
+        mfu_ceiling=needed_flops / (target.devices * target.flops * least_seconds),
+        compile_seconds=compile_seconds,
         fits=headroom >= 0,
         headroom_bytes=headroom,
         advice="" if headroom >= 0 else advise(-headroom),
@@ -178,9 +191,12 @@ def plan_of(
 
 
 def lay_out(config: Config, mesh: Mesh, clips: int) -> Arguments:
-    """The step of a config on a mesh, with the shapes of all that goes into it."""
-    stage = stages.STAGES[config.stage]
-    if stage.text is None:
+    """Returns the training step of a config on a mesh, and the shapes of its arguments.
+
+    Raises:
+        UserError: the batch does not divide among the devices, or the stage has no training step.
+    """
+    if stages.STAGES[config.stage].text is None:
         raise UserError(
             f"stage={config.stage} draws its own responses, and has no single step to save: leave out --save"
         )
@@ -192,7 +208,6 @@ def lay_out(config: Config, mesh: Mesh, clips: int) -> Arguments:
     state = jax.eval_shape(lambda weights: new_state(weights, optimizer, config.seed), trainable)
     batch = batch_shapes(config, clips)
     return Arguments(
-        model=model,
         step=make_step(model, optimizer, rate, accumulate=config.accumulate, chunk=config.loss_chunk, mesh=mesh),
         state=sharding.as_placed(state, sharding.state_partitions(state, mesh)),
         frozen=sharding.as_placed(frozen, sharding.partitions(frozen, mesh)),
@@ -201,14 +216,14 @@ def lay_out(config: Config, mesh: Mesh, clips: int) -> Arguments:
 
 
 def _stored(frozen: dict[str, Any], config: Config) -> dict[str, Any]:
-    """The shapes of frozen weights as a run of the config holds them."""
+    """Returns the shapes of frozen weights in the computation's dtype and the config's storage."""
     dtype = jnp.dtype(config.model.dtype)
     frozen = {path: jax.ShapeDtypeStruct(leaf.shape, dtype) for path, leaf in frozen.items()}
     return jax.eval_shape(lambda weights: store(weights, config.llm.storage), frozen)
 
 
 def batch_shapes(config: Config, clips: int) -> dict[str, jax.ShapeDtypeStruct]:
-    """A batch in the longest bucket, as `data.loader` makes it."""
+    """Returns the shapes of a batch of `data.loader` in the longest bucket."""
     size, words, longest = config.model.image_size, config.data.prompt_length, config.data.buckets[-1]
     questions = config.data.questions if stages.STAGES[config.stage].text in ("qa", "face_qa") else 1
     shapes = {
@@ -222,90 +237,100 @@ def batch_shapes(config: Config, clips: int) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def save(config: Config, name: str, clips: int | None = None) -> bytes:
-    """The step of a config, lowered for a target, as bytes that `load` turns into a function wherever the devices are.
+    """Lowers the training step of a config for a target and serialises it; `load` restores it on the target.
 
-    It holds the program and where everything lies, no weights and no Python; arguments and results are flat.
+    The bytes hold the program and the shardings, but no weights and no Python code. Arguments and results are flat
+    lists.
     """
     return export_step(lay_out(config, *_mesh_and_clips(config, name, clips)), find(name).platform)
 
 
 def _mesh_and_clips(config: Config, name: str, clips: int | None) -> tuple[Mesh, int]:
-    """The mesh of a config over a target's devices, not all of which it has to take, and the clips of a step there."""
+    """Returns the config's mesh over a target's devices, or over some of them, and the clips per step."""
     mesh = sharding.make_mesh(config.mesh, devices(name))
     return mesh, clips or find(name).clips or config.batch * mesh.size
 
 
 def export_step(arguments: Arguments, platform: str) -> bytes:
-    """`save` of a step that is laid out."""
+    """Serialises a training step for a platform, see `save`."""
     leaves, tree = jax.tree.flatten((arguments.state, arguments.frozen, arguments.batch))
     shards = [leaf.sharding for leaf in leaves]
-    step = arguments.step.__wrapped__  # what is compiled within another function may have no options of its own
+    step = arguments.step.__wrapped__  # a function compiled within another cannot have compiler options of its own
     flat = jax.jit(lambda *leaves: jax.tree.leaves(step(*tree.unflatten(leaves))), in_shardings=shards)
     return export.export(flat, platforms=[platform])(*leaves).serialize()
 
 
 def load(artefact: bytes) -> export.Exported:
-    """A saved step: `.call(*leaves)` runs it; raises UserError for other bytes. Nothing is unpickled."""
+    """Restores a saved step, which `.call(*leaves)` runs; nothing is unpickled.
+
+    Raises:
+        UserError: the bytes are not a saved step.
+    """
     try:
         return export.deserialize(bytearray(artefact))
-    except Exception as error:  # the reader of the format raises what it stumbles over
+    except Exception as error:  # the format's reader raises errors of many kinds
         reason = one_line(error)
-        raise UserError(f"this is no saved step ({reason}): make it again with tools.aot_compile --save") from None
+        raise UserError(f"this is not a saved step ({reason}): make it again with tools.aot_compile --save") from None
 
 
 @functools.lru_cache(maxsize=8)
 def model_and_weights(config: Config) -> tuple[favchat.FaVChat, dict[str, jax.ShapeDtypeStruct]]:
-    """The model of a config in its training form, and the shapes of its weights by path."""
+    """Returns the model of a config in its training form, and the shapes of its weights by path."""
     model = build(config)
     return model, weight_shapes(model, config)
 
 
 def language_model(config: Config) -> MistralConfig:
-    """Sizes of a config's language model; raises UserError where they are not known."""
-    if config.preset == "paper" and not config.llm.path:
+    """Returns the sizes of a config's language model.
+
+    Raises:
+        UserError: the config names no folder, and its preset is not the paper's.
+    """
+    if config.llm.path:
+        return read_config(config.llm.path)
+    if config.preset == "paper":
         return MistralConfig()
-    if not config.llm.path:
-        raise UserError("llm.path is not set: name the Hugging Face folder of a Mistral with --config.llm.path=DIR")
-    return read_config(config.llm.path)
+    raise UserError("llm.path is not set: name the Hugging Face folder of a Mistral with --config.llm.path=DIR")
 
 
 @functools.lru_cache(maxsize=8)
 def _of_one_clip(config: Config, platform: str) -> tuple[float, int]:
-    """(operations of the forward and backward pass without rematerialisation, bytes of activations with it).
+    """Returns the operations and the activations of the forward and backward pass on one clip.
 
-    The operations are those of plain attention, whose products can be counted, the bytes those of the platform's.
+    The operations are counted without rematerialisation and with plain attention, since a custom kernel hides its
+    products. The bytes of the activations are those with rematerialisation and the platform's attention.
     """
     trainable, frozen = stages.split(model_and_weights(config)[1], config.variant, config.stage)
     frozen = _stored(frozen, config)
     batch = batch_shapes(config, 1)
 
-    def loss(model):
-        def of(weights, frozen, batch):
+    def loss_of(model):
+        def loss(weights, frozen, batch):
             return batch_loss(model, {**weights, **frozen}, batch, jax.random.key(0), config.loss_chunk)[0]
 
-        return of
+        return loss
 
     def forward(weights, frozen, batch):
-        value, backward = jax.vjp(lambda w: loss(model_and_weights(config)[0])(w, frozen, batch), weights)
+        value, backward = jax.vjp(lambda w: loss_of(model_and_weights(config)[0])(w, frozen, batch), weights)
         return value, [leaf for leaf in jax.tree.leaves(backward) if isinstance(leaf, jax.Array)]
 
     with compiling_for(platform):
         kept = jax.make_jaxpr(forward)(trainable, frozen, batch)
     plain = build(config.updated({"model.remat": ""}))
-    gradient = jax.make_jaxpr(jax.value_and_grad(loss(plain)))(trainable, frozen, batch)
+    gradient = jax.make_jaxpr(jax.value_and_grad(loss_of(plain)))(trainable, frozen, batch)
     weights = {leaf.shape for leaf in (*trainable.values(), *frozen.values())}
     return cost.total_flops(cost.products(gradient)), cost.saved_bytes(kept, weights)
 
 
 @functools.lru_cache(maxsize=8)
 def _executed(config: Config, clips: int) -> list[cost.Product]:
-    """The products of the whole step, traced for a CPU, where attention is plain and its products can be counted."""
+    """Returns all matrix products of a step, traced for a CPU, whose plain attention shows its products."""
     arguments = lay_out(config, sharding.one_device(), clips)
     return list(cost.products(arguments.step.trace(arguments.state, arguments.frozen, arguments.batch).jaxpr))
 
 
 def build(config: Config) -> favchat.FaVChat:
-    """The model of a config in its training form."""
+    """Builds the model of a config in its training form."""
     return favchat.build(
         config.model,
         language_model(config),
@@ -316,26 +341,41 @@ def build(config: Config) -> favchat.FaVChat:
     )
 
 
-def _held(tree: Any) -> int:
-    """Bytes of a tree on one device."""
-    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+def _shard_size(leaf: Any) -> int:
+    """Returns the number of elements of an array on one device."""
+    return math.prod(leaf.sharding.shard_shape(leaf.shape))
 
 
-def _moved(arguments: Arguments, config: Config) -> float:
-    """Bytes that a device receives in a step: cut weights, gathered for the forward and for the backward pass in the
-    computation's dtype, and gradients in float32, summed where they lie."""
-    width = jnp.dtype(config.model.dtype).itemsize
+def _device_bytes(tree: Any) -> int:
+    """Returns the bytes of a tree on one device."""
+    return sum(_shard_size(leaf) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def _received_bytes(arguments: Arguments, config: Config) -> float:
+    """Returns the bytes that a device receives in a step.
+
+    These are sharded weights, gathered for the forward pass and again for the backward pass in the computation's dtype,
+    and float32 gradients, which each device sums for its own shard.
+    """
 
     def elsewhere(tree):
-        return sum(leaf.size - math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in jax.tree.leaves(tree))
+        return sum(leaf.size - _shard_size(leaf) for leaf in jax.tree.leaves(tree))
 
     trained = elsewhere(arguments.state.trainable)
+    width = jnp.dtype(config.model.dtype).itemsize
     return 2 * width * (elsewhere(arguments.frozen) + trained) + 4 * trained
 
 
 def _advice(config: Config, share: int, lacking: int, temp: int, frozen: int) -> str:
-    """Which option frees what is lacking, by estimate: the parts of a batch take turns with what a step needs beside
-    its arguments. `share` is a device's clips in a part."""
+    """Suggests the option that frees the lacking bytes, by an estimate.
+
+    Args:
+        config: config of the stage.
+        share: clips of a device in one part of the batch.
+        lacking: bytes that a device lacks.
+        temp: bytes in addition to the arguments; splitting the batch into n parts divides them by n.
+        frozen: bytes of frozen weights.
+    """
     if not config.model.remat:
         return "model.remat=block"
     for parts in (2, 4, 8, 16):

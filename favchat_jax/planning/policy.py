@@ -27,7 +27,7 @@ from favchat_jax.training.optimizer import make_optimizer
 from favchat_jax.training.step import new_state
 
 PROMPT = 256  # tokens of a prompt: a clip's visual tokens, the instruction and a question
-END = 2  # Mistral's end of a text
+END = 2  # Mistral's end-of-text token
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,9 +35,12 @@ class Program:
     """A compiled function of an iteration, with its arguments as shapes.
 
     Attributes:
+        name: its name.
+        function: the jitted function.
+        arguments: its arguments.
         options: its static arguments.
         weights: bytes of its arguments that stay on the device between programs.
-        times: how often an iteration computes its products, or those of `once`.
+        times: how often an iteration computes the products of the function, or of `once`.
         once: one turn of its loop, for a loop that ends when all responses have ended.
     """
 
@@ -83,7 +86,7 @@ def make_policy_plan(config: Config, name: str, clips: int | None = None) -> pla
         products += list(_products(program))
     peak, memory = max(peaks, key=lambda found: found[0])
     flops = cost.total_flops(products)
-    return plan.plan_of(
+    return plan.summarise(
         name,
         config,
         clips,
@@ -95,11 +98,10 @@ def make_policy_plan(config: Config, name: str, clips: int | None = None) -> pla
             "optimizer_bytes": held["moments"],
             "activation_bytes": 0,
         },
-        flops=(flops, flops),
-        seconds=(
-            cost.roofline_seconds(products, 1, target.flops, target.bandwidth),
-            time.perf_counter() - started,
-        ),
+        needed_flops=flops,
+        executed_flops=flops,
+        least_seconds=cost.roofline_seconds(products, 1, target.flops, target.bandwidth),
+        compile_seconds=time.perf_counter() - started,
         advise=lambda _: _advice(resident, target.usable),
     )
 
@@ -139,8 +141,8 @@ def _lay_out(config: Config, clips: int, device: jax.Device) -> tuple[dict[str, 
     return held, [dataclasses.replace(p, arguments=_placed(p.arguments, where)) for p in programs]
 
 
-def _rollouts(config, clips: int, decoder: Decoder, merged: Any, asked: dict) -> tuple[Any, list[Program]]:
-    """Returns the clips' features and the programs that make them and the responses.
+def _rollouts(config: Config, clips: int, decoder: Decoder, merged: Any, asked: dict) -> tuple[Any, list[Program]]:
+    """Returns the shapes of the clips' features, and the programs that compute the features and the responses.
 
     `asked` is the question for the Q-Formers.
     """
@@ -165,9 +167,9 @@ def _rollouts(config, clips: int, decoder: Decoder, merged: Any, asked: dict) ->
 
 
 def _updates(
-    config, clips: int, compiled: tuple, state: Any, frozen: dict, features: Any, asked: dict
+    config: Config, clips: int, compiled: tuple, state: Any, frozen: dict, features: Any, asked: dict
 ) -> list[Program]:
-    """Returns the programs that score the responses, for policy and reference, and that update the policy."""
+    """Returns the programs that score the responses (by policy and reference) and that update the policy."""
     score, update = compiled
     size = clips, config.rl.group, PROMPT + config.rl.max_new_tokens
     batch = _shapes({"tokens": (size, jnp.int32)}) | asked
@@ -196,7 +198,7 @@ def _products(program: Program) -> Iterator[cost.Product]:
 
 
 def _copied(merged: Any, shapes: dict[str, Any]) -> dict[str, Any]:
-    """Returns the decoding weights that are not training's arrays: those of the language model's products."""
+    """Returns the decoding weights that training does not hold: merged kernels of the language model."""
     flat = flatten_dict(merged["params"], sep="/")
     return {path: leaf for path, leaf in flat.items() if path not in shapes}
 

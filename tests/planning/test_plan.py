@@ -70,7 +70,7 @@ def test_a_saved_step_gives_the_results_of_the_step(small_world):
 
 
 def test_bytes_that_are_not_a_saved_step_are_refused():
-    with pytest.raises(UserError, match="this is no saved step"):
+    with pytest.raises(UserError, match="this is not a saved step"):
         plan.load(b"\x80\x04K\x01.")
 
 
