@@ -123,28 +123,28 @@ def test_a_part_in_another_folder_is_neither_made_nor_replaced(inside, made, sma
 
 
 def described_in_words(records, tokenizer, visual_tokens=16):
-    """Yields the texts about some clips, with the words at each position of the slot for visual tokens."""
+    """Yields the texts about some clips, with the words of the fact at each visual token."""
     rng = np.random.default_rng(0)
     conversation = Conversation(tokenizer, visual_tokens)
     for record in records:
-        for tokens, learned, slot in language_model.texts_about(record, conversation, tokenizer, rng):
+        for tokens, learned, facts in language_model.texts_about(record, conversation, tokenizer, rng):
             yield (
                 record,
                 tokenizer.decode(tokens[learned]),
                 tokens,
-                [tokenizer.decode([*faint, *clear]) for faint, clear in slot],
+                [tokenizer.decode([*name, *value]) for name, value in facts],
             )
 
 
-def test_the_slot_holds_exactly_the_facts_of_the_clip(small_world):
+def test_visual_tokens_hold_exactly_the_facts_of_the_clip(small_world):
     tokenizer, source = load_tokenizer(small_world.llm), open_dataset(DATA, small_world.packed, "train")
-    for record, _, tokens, slot in described_in_words([source[i] for i in range(12)], tokenizer):
-        facts = {
+    for record, _, tokens, facts in described_in_words([source[i] for i in range(12)], tokenizer):
+        expected = {
             f" {label.replace('_', ' ')} {rendered_faces.answer(label, rendered_faces.LABELS[label][value])}"
             for label, value in record.labels.items()
             if value >= 0
         }
-        assert set(slot) == facts and len(slot) == np.sum(tokens < 0) == 16
+        assert set(facts) == expected and len(facts) == np.sum(tokens < 0) == 16
 
 
 def test_texts_about_a_clip_ask_for_its_facts_or_for_its_summary(small_world):

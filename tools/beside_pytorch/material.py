@@ -1,4 +1,4 @@
-"""The common start of both sides: a config, a language model's folder, weights and inputs, all drawn from one seed."""
+"""Draws the common start of both sides from one seed: a config, a language model's folder, weights and inputs."""
 
 import dataclasses
 import io

@@ -1,4 +1,4 @@
-"""Our side of the benchmark: the training step, the sampler and the loader, as runs that measure themselves."""
+"""Runs our side of the benchmark: the training step, the sampler and the loader, each measuring itself."""
 
 import contextlib
 import itertools

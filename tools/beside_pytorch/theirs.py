@@ -1,4 +1,4 @@
-"""PyTorch's side of the benchmark: the same work with transformers, PEFT and DataLoader, in each of their settings."""
+"""Runs PyTorch's side of the benchmark with transformers, PEFT and DataLoader, in each of their settings."""
 
 import contextlib
 import functools
