@@ -4,7 +4,7 @@
 
 Source: Ask-Anything, video_chat2/dataset/it_dataset_mistral.py and models/videochat_mistra/videochat2_it_mistral.py.
 There are two deliberate differences: the sequence starts with the real `<s>` (there: a constant vector), and `</s>`
-follows the answer without a token for the space between them. Every part is tokenised separately. So the loss mask is
+follows the answer without a token for the space between them. Every part is tokenised separately, so the loss mask is
 exact, and a prompt for generation is exactly the beginning of a training sequence.
 """
 
@@ -13,13 +13,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Int32
 from tokenizers import Tokenizer
 
 from favchat_jax.errors import UserError, one_line
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 VISUAL_PLACEHOLDER = -1  # token id that the model replaces by a visual token's vector
 
@@ -32,11 +35,11 @@ class Encoded:
     loss_mask: Bool[np.ndarray, " L"]
 
 
-def load_tokenizer(folder: str | Path) -> Any:
+def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
     """Loads the transformers fast tokenizer of a Hugging Face folder (`tokenizer.json`, `tokenizer_config.json`).
 
     Raises:
-      UserError: the folder or its tokenizer.json is missing or cannot be read.
+        UserError: the folder or its tokenizer.json is missing or cannot be read.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -52,15 +55,15 @@ def load_tokenizer(folder: str | Path) -> Any:
 
 
 class Conversation:
-    """Builds token sequences for one tokenizer and one number of visual tokens. Picklable.
+    """Builds token sequences for one tokenizer and one number of visual tokens; can be pickled.
 
     Args:
-      tokenizer: a transformers fast tokenizer with `<s>` and `</s>` (bos and eos tokens).
-      visual_tokens: N, the number of placeholders for a clip.
-      times: whether to add VideoChat2's sentence about the number and times of the sampled frames.
+        tokenizer: a transformers fast tokenizer with `<s>` and `</s>` (bos and eos tokens).
+        visual_tokens: N, the number of placeholders for a clip.
+        times: whether to add VideoChat2's sentence about the number and times of the sampled frames.
     """
 
-    def __init__(self, tokenizer: Any, visual_tokens: int, times: bool = False):
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, visual_tokens: int, times: bool = False):
         if tokenizer.bos_token_id is None or tokenizer.eos_token_id is None:
             raise UserError("the tokenizer has no bos or eos token: set both in its tokenizer_config.json")
         self.visual_tokens = visual_tokens
@@ -91,15 +94,15 @@ class Conversation:
         """Tokenises a conversation about one clip.
 
         Args:
-          turns: (question, answer) pairs. A last answer of None makes a prompt for generation.
-          frames: number of frames of the clip; a single frame is an `<Image>`.
-          max_length: longest allowed sequence, including visual tokens. Text is never cut.
-          seconds: times of the frames; required with `times=True`.
+            turns: (question, answer) pairs. A last answer of None makes a prompt for generation.
+            frames: number of frames of the clip; a single frame is an `<Image>`.
+            max_length: longest allowed sequence, including visual tokens. Text is never cut.
+            seconds: times of the frames; required with `times=True`.
 
         Raises:
-          UserError: a question or answer is empty, or the conversation is longer than `max_length`.
+            UserError: a question or answer is empty, or the conversation is longer than `max_length`.
         """
-        pieces = self._opening(frames, seconds)
+        pieces = [(self._opening(frames, seconds), False)]
         for number, (question, answer) in enumerate(turns):
             if answer is None and number != len(turns) - 1:
                 raise ValueError("only the last answer can be left open")
@@ -112,7 +115,7 @@ class Conversation:
             loss_mask=np.repeat([learned for _, learned in pieces], [len(ids) for ids, _ in pieces]),
         )
 
-    def _opening(self, frames: int, seconds: Float[np.ndarray, " T"] | None) -> list[tuple[list[int], bool]]:
+    def _opening(self, frames: int, seconds: Float[np.ndarray, " T"] | None) -> list[int]:
         kind = "Image" if frames == 1 else "Video"
         opening = [self.bos, *self._words["[INST]"], *self._words[f"<{kind}>"]]
         closing = list(self._words[f"</{kind}>"])
@@ -122,7 +125,7 @@ class Conversation:
             listed = ", ".join(str(round(float(second), 1)) for second in seconds)
             closing += self._ids(f"The video contains {len(seconds)} frames sampled at {listed} seconds.")
         slot = [VISUAL_PLACEHOLDER] * self.visual_tokens
-        return [(opening + slot + closing + self._words["[/INST]"], False)]
+        return opening + slot + closing + self._words["[/INST]"]
 
     def _turn(self, question: str, answer: str | None) -> list[tuple[list[int], bool]]:
         if not question.strip():
@@ -148,17 +151,17 @@ class Conversation:
 
 
 class PromptEncoder:
-    """Tokenises the question for the Q-Former to a fixed length; cuts on the left like BLIP-2. Picklable.
+    """Tokenises the question for the Q-Former to a fixed length, cutting its start like BLIP-2; can be pickled.
 
     If the tokenizer has start and end tokens ([CLS] and [SEP] of BERT), they enclose the text. BLIP-2's added [DEC] is
     only part of the vocabulary and never written.
 
     Args:
-      tokenizer: a transformers fast tokenizer (bert-base-uncased's at paper size).
-      length: L_prompt, the number of tokens.
+        tokenizer: a transformers fast tokenizer (bert-base-uncased's at paper size).
+        length: L_prompt, the number of tokens.
     """
 
-    def __init__(self, tokenizer: Any, length: int):
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, length: int):
         self.length = length
         self._tokenizer = _detached(tokenizer)
         self._tokenizer.encode_special_tokens = True
@@ -170,7 +173,7 @@ class PromptEncoder:
         self.__dict__.update(state)
         self._tokenizer.encode_special_tokens = True  # pickling loses it
 
-    def encode(self, question: str) -> tuple[Int32[np.ndarray, " Lp"], Bool[np.ndarray, " Lp"]]:
+    def encode(self, question: str) -> tuple[Int32[np.ndarray, " P"], Bool[np.ndarray, " P"]]:
         """Returns token ids, padded on the right, and the mask of those that are not padding."""
         room = self.length - len(self._start) - len(self._end)
         ids = self._tokenizer.encode(question.strip(), add_special_tokens=False).ids
@@ -180,14 +183,7 @@ class PromptEncoder:
         return padded, np.arange(self.length) < len(ids)
 
 
-def encode_prompt(
-    tokenizer: Any, question: str, length: int
-) -> tuple[Int32[np.ndarray, " Lp"], Bool[np.ndarray, " Lp"]]:
-    """Tokenises one question for the Q-Former; for many questions `PromptEncoder` is faster."""
-    return PromptEncoder(tokenizer, length).encode(question)
-
-
-def _detached(tokenizer: Any) -> Tokenizer:
+def _detached(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
     """Copies the tokenizer's engine, so that later changes of its settings have no effect here."""
     copy = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     copy.no_truncation()

@@ -44,7 +44,7 @@ BAD_AFTER = 100  # records before the share is checked, so that one early bad cl
 
 
 class Source(Protocol):
-    """Random access to records; picklable, since every worker process opens its own source."""
+    """Random access to records. It can be pickled, since every worker process opens its own source."""
 
     def __len__(self) -> int: ...
 
@@ -53,13 +53,13 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class Batch:
-    """The input of one training step.
+    """Holds the input of one training step.
 
     Attributes:
-      arrays: frames uint8 [B, T, H, W, 3]; tokens int32 [B, Q, L]; length int32 [B, Q], tokens that are not padding
-        (0 in rows without a question); loss_mask bool [B, Q, L]; prompt int32 [B, Q, L_prompt] and prompt_mask bool
-        [B, Q, L_prompt] for the Q-Formers.
-      ids: the clips' ids, named if a step fails.
+        arrays: frames uint8 [B, T, H, W, 3]; tokens int32 [B, Q, L]; length int32 [B, Q], tokens that are not padding
+          (0 in rows without a question); loss_mask bool [B, Q, L]; prompt int32 [B, Q, L_prompt] and prompt_mask bool
+          [B, Q, L_prompt] for the Q-Formers.
+        ids: the clips' ids, named if a step fails.
     """
 
     arrays: dict[str, np.ndarray]
@@ -68,16 +68,16 @@ class Batch:
 
 @dataclass(frozen=True)
 class Example(grain.transforms.RandomMap):
-    """Encodes one record in a worker: arrays of Q rows, with the text padded to the record's longest.
+    """Encodes one record in a worker, as arrays of Q rows with the text padded to the record's longest.
 
     A bad record (a clip that cannot be decoded, a text over the limit) becomes {"id", "bad": reason}. A record without
     the requested text becomes {"id", "skip": reason}.
 
     Attributes:
-      text: `summary`, one instruction and the record's summary; `qa`, up to Q of its questions, drawn at random;
-        `face_qa`, the same for records that show a face; `reasoning`, one question and a thought before the answer.
-      questions: Q. A clip with fewer questions leaves rows empty.
-      max_length: longest sequence, including visual tokens.
+        text: `summary`, one instruction and the record's summary; `qa`, up to Q of its questions, drawn at random;
+          `face_qa`, the same for records that show a face; `reasoning`, one question and a thought before the answer.
+        questions: Q. A clip with fewer questions leaves rows empty.
+        max_length: longest sequence, including visual tokens.
     """
 
     conversation: Conversation
@@ -101,10 +101,12 @@ class Example(grain.transforms.RandomMap):
             return {"id": record.id, "bad": str(error)}
 
     def _turns(self, record: Record, rng: np.random.Generator) -> list[tuple[str, str]]:
+        """Returns the questions and answers that the record is trained on; none if it lacks the text."""
         if self.text == "summary":
             return [(str(rng.choice(INSTRUCTIONS)), record.summary)] if record.summary else []
         if self.text == "reasoning":
-            return [(reasoning.QUESTION, reasoning.response(record, rng))] if reasoning.can_be_told(record) else []
+            usable = reasoning.has_face_and_targets(record)
+            return [(reasoning.QUESTION, reasoning.response(record, rng))] if usable else []
         if self.text == "face_qa" and not record.has_face:
             return []
         chosen = rng.permutation(len(record.questions))[: self.questions]
@@ -160,21 +162,21 @@ def training_batches(
     """Makes the endless, shuffled, deterministic stream of one host's `Batch`es; call `close()` on it when done.
 
     Args:
-      source: all records; this host reads every `process_count`-th, from `process_index` on.
-      conversation: tokeniser for the language model.
-      prompt: tokeniser for the Q-Formers.
-      text: `summary`, `qa`, `face_qa` or `reasoning`: the kind of questions about a clip, see `Example`.
-      frames: T. size: H = W in pixels. sampling, augment: see `video.decode`.
-      batch: B, clips per batch on this host.
-      buckets: allowed sequence lengths L of a batch. Text is padded to the smallest that holds it; a longer text makes
-        a bad record. Several hosts always use the largest, since their shapes must agree.
-      questions: Q for `qa` and `face_qa`; the other texts have one question.
-      workers: processes that decode; 0 decodes on a thread of this process.
-      seed: seed of the order and of every random draw.
+        source: all records; this host reads every `process_count`-th, from `process_index` on.
+        conversation: tokeniser for the language model.
+        prompt: tokeniser for the Q-Formers.
+        text: `summary`, `qa`, `face_qa` or `reasoning`: the kind of questions about a clip, see `Example`.
+        frames: T. size: H = W in pixels. sampling, augment: see `video.decode`.
+        batch: B, clips per batch on this host.
+        buckets: allowed sequence lengths L of a batch. Text is padded to the smallest that holds it; a longer text is a
+            bad record. Several hosts always use the largest, since their shapes must agree.
+        questions: Q for `qa` and `face_qa`; the other texts have one question.
+        workers: processes that decode; 0 decodes on a thread of this process.
+        seed: seed of the order and of every random draw.
 
     Raises:
-      UserError: `text` is unknown, or there are fewer records than hosts; while running, more than 1 % of the records
-        are bad, or none is usable.
+        UserError: `text` is unknown, or there are fewer records than hosts; while running, more than 1 % of the records
+            are bad, or none is usable.
     """
     if text not in TEXTS:
         raise UserError(f"unknown training text {text!r}: choose one of {', '.join(TEXTS)}")
@@ -196,6 +198,7 @@ def training_batches(
         batch=batch,
         buckets=buckets[-1:] if process_count > 1 else buckets,
         pad=conversation.pad,
+        dataset_length=len(source),
         records=len(rows),
         layout={"workers": workers, "process_count": process_count},
     )
@@ -205,9 +208,10 @@ class BatchIterator(grain.DatasetIterator):
     """Drops, counts and reports bad records, and stacks the others to batches.
 
     Attributes:
-      seen: number of records read so far, including bad ones.
-      bad: number of bad records among them.
-      bad_ids: id -> reason of each bad record.
+        dataset_length: number of records of the data set, over all hosts.
+        seen: number of records read so far, including bad ones.
+        bad: number of bad records among them.
+        bad_ids: id -> reason of each bad record.
     """
 
     def __init__(
@@ -217,12 +221,13 @@ class BatchIterator(grain.DatasetIterator):
         batch: int,
         buckets: Sequence[int],
         pad: int,
+        dataset_length: int,
         records: int,
         layout: dict[str, int],
     ):
         super().__init__(examples)
         self._batch, self._buckets, self._pad = batch, buckets, pad
-        self._records, self._layout = records, layout
+        self.dataset_length, self._records, self._layout = dataset_length, records, layout
         self.seen = 0
         self.bad = 0
         self.bad_ids: dict[str, str] = {}
@@ -231,7 +236,7 @@ class BatchIterator(grain.DatasetIterator):
         """Returns the next batch.
 
         Raises:
-          UserError: more than 1 % of the records are bad, or no record has the requested text.
+            UserError: more than 1 % of the records are bad, or no record has the requested text.
         """
         rows: list[dict[str, Any]] = []
         skipped = 0
@@ -247,20 +252,19 @@ class BatchIterator(grain.DatasetIterator):
                 continue
             skipped = 0
             self.seen += 1
-            if "bad" in row:
-                self._name_bad(row["id"], row["bad"])
-            else:
+            name, reason = row["id"], row.get("bad")
+            if reason is None:
                 rows.append(row)
-            self._judge()
+            else:
+                self.bad += 1
+                if name not in self.bad_ids:
+                    log.warning("record %s is skipped (%d of %d so far): %s", name, self.bad, self.seen, reason)
+                    self.bad_ids[name] = reason
+            self._check_share()
         return self._collate(rows)
 
-    def _name_bad(self, name: str, reason: str) -> None:
-        self.bad += 1
-        if name not in self.bad_ids:
-            self.bad_ids[name] = reason
-            log.warning("record %s is skipped (%d of %d so far): %s", name, self.bad, self.seen, reason)
-
-    def _judge(self) -> None:
+    def _check_share(self) -> None:
+        """Raises UserError if too many records are bad."""
         if self.seen >= self._records:  # all records were read, so the share of distinct bad records is exact
             too_many = len(self.bad_ids) > BAD_SHARE * self._records
         else:  # the share is an estimate, so two standard deviations are tolerated
@@ -276,20 +280,14 @@ class BatchIterator(grain.DatasetIterator):
         )
 
     def _collate(self, rows: list[dict[str, Any]]) -> Batch:
+        """Stacks examples to a batch, with their text padded to the smallest bucket that holds it."""
         longest = max(row["tokens"].shape[1] for row in rows)
         length = self._buckets[bisect.bisect_left(self._buckets, longest)]
-        fill = {"tokens": self._pad, "loss_mask": False}
-        arrays = {}
-        for name in rows[0]:
-            if name == "id":
-                continue
-            if name in fill:
-                stacked = np.full((len(rows), len(rows[0][name]), length), fill[name], rows[0][name].dtype)
-                for into, row in zip(stacked, rows, strict=True):
-                    into[:, : row[name].shape[1]] = row[name]
-            else:
-                stacked = np.stack([row[name] for row in rows])
-            arrays[name] = stacked
+        for row in rows:
+            missing = [(0, 0), (0, length - row["tokens"].shape[1])]
+            row["tokens"] = np.pad(row["tokens"], missing, constant_values=self._pad)
+            row["loss_mask"] = np.pad(row["loss_mask"], missing)
+        arrays = {name: np.stack([row[name] for row in rows]) for name in rows[0] if name != "id"}
         return Batch(arrays=arrays, ids=tuple(row["id"] for row in rows))
 
     def get_state(self) -> dict[str, Any]:
@@ -301,7 +299,7 @@ class BatchIterator(grain.DatasetIterator):
         """Resumes the stream at the position that `get_state` returned.
 
         Raises:
-          UserError: the state comes from another number of workers or hosts, so the stream cannot resume.
+            UserError: the state comes from another number of workers or hosts, so the stream cannot resume.
         """
         if state["layout"] != self._layout:
             raise UserError(

@@ -7,7 +7,9 @@ or, for training, takes torchvision's random resized crop. It is the same for al
 from __future__ import annotations
 
 import threading
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import av
 import numpy as np
@@ -24,9 +26,9 @@ class Augment:
     """Random resized crop, the same for all frames of a clip, and an optional mirror image.
 
     Attributes:
-      scale: smallest and largest kept share of the picture's area (VideoChat2: 0.5 to 1).
-      ratio: smallest and largest width / height of the kept part, drawn log-uniformly.
-      flip: mirror half of the clips. Off by default, since it makes answers with left or right wrong.
+        scale: smallest and largest kept share of the picture's area (VideoChat2: 0.5 to 1).
+        ratio: smallest and largest width / height of the kept part, drawn log-uniformly.
+        flip: mirror half of the clips. Off by default, since it makes answers with left or right wrong.
     """
 
     scale: tuple[float, float] = (0.5, 1.0)
@@ -38,8 +40,8 @@ class Squares:
     """Turns the decoded frames of one clip into upright RGB squares with the same crop and mirroring.
 
     Args:
-      size: side of the squares in pixels.
-      augment: random crop and mirroring, drawn from `rng` at the first frame; None keeps the full picture.
+        size: side of the squares in pixels.
+        augment: random crop and mirroring, drawn from `rng` at the first frame; None keeps the full picture.
     """
 
     def __init__(self, size: int, augment: Augment | None = None, rng: np.random.Generator | None = None):
@@ -70,6 +72,7 @@ class Squares:
         shape = (frame.height, frame.width) if self._turned else (frame.width, frame.height)
         left, top, width, height = 0.0, 0.0, 1.0, 1.0
         if self._augment is not None:
+            assert self._rng is not None, "checked in __init__"
             left, top, width, height = _random_box(self._augment, *shape, self._rng)
             if self._augment.flip and self._rng.random() < 0.5:
                 self._across = -self._across
@@ -83,7 +86,8 @@ class Squares:
 
 def _display_axes(frame: av.VideoFrame) -> tuple[tuple[float, float], tuple[float, float]]:
     """Returns the displayed directions of the stored picture's x and y axes: right is (1, 0), down is (0, 1)."""
-    data = frame.side_data.get("DISPLAYMATRIX")
+    stored: Mapping[str, Any] = frame.side_data
+    data = stored.get("DISPLAYMATRIX")
     if data is None:
         return (1, 0), (0, 1)
     matrix = np.frombuffer(data, np.int32).tolist()

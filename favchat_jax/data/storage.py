@@ -1,4 +1,4 @@
-"""Storage of records in ArrayRecord files: one TFDS schema for every source, with random access.
+"""Stores records in ArrayRecord files, in one TFDS schema for every source, and reads them in any order.
 
 TFDS writes into a temporary folder and renames it after closing the last file, so a killed build is never mistaken for
 a complete one. Nothing here uses the network: the builders have no bucket and no download.
@@ -8,7 +8,7 @@ import contextlib
 import fcntl
 import io
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,13 +38,13 @@ FEATURES = {
 
 
 class LocalInfo(tfds.core.DatasetInfo):
-    """DatasetInfo that never looks for a published copy of the data set."""
+    """A DatasetInfo that never looks for a published copy of the data set."""
 
     def initialize_from_bucket(self) -> None:
         """Does nothing: these data sets are made on this machine."""
 
 
-class RecordBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+class RecordBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]  # TFDS has no types
     """The base class of all sources' builders.
 
     A source implements `counts()`, the number of clips of each split, and `records(split)`, which yields `Record`s.
@@ -53,20 +53,18 @@ class RecordBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     VERSION = tfds.core.Version("1.1.0")
     LABELS: tuple[str, ...] = ()  # source-specific class labels, stored with each record
     VIEWS: dict[str, tuple[str, ...]] = {}  # split -> the splits whose union it is; some may be empty
-    url_infos = {}  # keeps TFDS from looking for a checksum file, which needs a package that it does not install
+    url_infos: dict[str, Any] = {}  # no checksum file, which needs a package that TFDS does not install
 
     def _info(self) -> tfds.core.DatasetInfo:
+        features = dict(FEATURES)
+        if self.LABELS:
+            features["labels"] = tfds.features.Tensor(shape=(len(self.LABELS),), dtype=np.int8)  # -1: unknown or absent
         return LocalInfo(
             builder=self,
             description=self.__doc__,
-            features=tfds.features.FeaturesDict(FEATURES | self._own_features()),
+            features=tfds.features.FeaturesDict(features),
             metadata=tfds.core.MetadataDict(digest=self.digest()),
         )
-
-    def _own_features(self) -> dict[str, tfds.features.FeatureConnector]:
-        if not self.LABELS:
-            return {}
-        return {"labels": tfds.features.Tensor(shape=(len(self.LABELS),), dtype=np.int8)}  # -1: unknown or absent
 
     def download_config(self) -> tfds.download.DownloadConfig | None:
         """Returns TFDS's build settings; None for the defaults."""
@@ -113,38 +111,35 @@ def unpack(example: dict, labels: tuple[str, ...] = ()) -> Record:
 
 
 class RecordSource:
-    """Random access to the records of one split: `len(source)`, `source[i]`.
+    """Reads the records of one split in any order: `len(source)`, `source[i]`.
 
     Each process opens the files at its first use, so that the source can be pickled to spawned workers.
     """
 
     def __init__(self, builder: type[RecordBuilder], size: str | None, data_dir: str, split: str):
-        self.split, self._labels = split, builder.LABELS
-        self.folder = folder_of(builder, size, data_dir)
-        if not is_packed(self.folder):
-            raise UserError(f"{self.folder}: data set {builder.name} is not packed yet: pack it with `sources.prepare`")
+        self._labels, self._folder = builder.LABELS, folder_of(builder, size, data_dir)
+        self._opened: Sequence[dict] | None = None
+        if not is_packed(self._folder):
+            where = f"{self._folder}: data set {builder.name}"
+            raise UserError(f"{where} is not packed yet: pack it with `sources.prepare`")
         with _quiet():
-            info = tfds.builder_from_directory(self.folder).info
+            info = tfds.builder_from_directory(self._folder).info
         self._parts = [part for part in builder.VIEWS.get(split, (split,)) if part in info.splits]
         if not self._parts:
             splits = ", ".join(sorted(info.splits))
             raise UserError(f"data set {builder.name} has no split '{split}': choose one of {splits}")
         self._length = sum(info.splits[part].num_examples for part in self._parts)
-        self._opened = None
 
     def __len__(self) -> int:
         return self._length
 
     def __getitem__(self, index: int) -> Record:
         if self._opened is None:
-            self._opened = tfds.builder_from_directory(self.folder).as_data_source(split="+".join(self._parts))
+            self._opened = tfds.builder_from_directory(self._folder).as_data_source(split="+".join(self._parts))
         return unpack(self._opened[index], self._labels)
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_opened": None}
-
-    def __repr__(self) -> str:
-        return f"RecordSource({self.split!r}, {self._length} records in {str(self.folder)!r})"
 
 
 def folder_of(builder: type[RecordBuilder], size: str | None, data_dir: str) -> Path:
@@ -201,7 +196,7 @@ def _quiet() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """Lets one process at a time build below `folder`; the lock is released whenever and however the process ends."""
+    """Lets one process at a time build below `folder`; the lock is released however the process ends."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = open(folder / ".lock", "w")  # noqa: SIM115

@@ -17,9 +17,13 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
+from av.container import InputContainer
+from av.error import FFmpegError, InvalidDataError
+from av.stream import Disposition
 from jaxtyping import Float, Int, UInt8
 
 from favchat_jax.data.picture import Augment, Squares
@@ -33,19 +37,18 @@ NEAR = 64  # packets; in a larger video, skipping reaches a keyframe this close,
 QUICK_PROBE = {"skip_frame": "all", "analyzeduration": "1"}
 FULL_PROBE: dict[str, str] = {}
 # PyAV 18 cannot open a file whose metadata are not UTF-8 without this; PyAV 19 can, and has no such argument.
-LENIENT_METADATA = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
-
+LENIENT_METADATA: dict[str, Any] = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
 
 Picture = Callable[[av.VideoFrame], UInt8[np.ndarray, "H W 3"]]
 
 
 class VideoError(UserError):
-    """A video cannot be read: it is missing, not a video, without frames, or too small. The message names the file."""
+    """Raised if a video is missing, not a video, without frames, or too small; the message names the file."""
 
 
 @dataclass(frozen=True)
 class Clip:
-    """Sampled frames [T, H, W, 3], RGB, and the time of each in seconds after the first frame of the video."""
+    """Holds sampled RGB frames, and the time of each in seconds after the first frame of the video."""
 
     frames: UInt8[np.ndarray, "T H W 3"]
     seconds: Float[np.ndarray, " T"]
@@ -53,7 +56,7 @@ class Clip:
 
 @dataclass(frozen=True)
 class _Keyframe:
-    """A keyframe, where decoding can begin: its presentation time, its seek time, and its packet's index."""
+    """Holds the presentation time, the seek time and the packet's index of a keyframe, at which decoding can begin."""
 
     time: int
     seek: int
@@ -62,7 +65,7 @@ class _Keyframe:
 
 @dataclass(frozen=True)
 class _Timeline:
-    """Presentation times of all frames and all keyframes, both sorted; `unit` is one tick in seconds.
+    """Holds the presentation times of all frames and all keyframes, both sorted; `unit` is one tick in seconds.
 
     `timed` is False for a stream without times (raw streams, some AVI): its frames are identified by counting.
     `packets` holds all packets of a stream of at most KEPT_BYTES, else None.
@@ -111,18 +114,18 @@ def decode(
     """Decodes `frames` sampled frames of a video, upright, RGB, `size` x `size` pixels.
 
     Args:
-      clip: an encoded video (any container and codec FFmpeg reads) or the path of one.
-      frames: T, the number of sampled frames; a shorter video repeats its last frame.
-      size: side of the square output in pixels.
-      sampling: `middle` (deterministic) or `rand` (needs `rng`), see `frame_indices`.
-      augment: random crop and flip, drawn once from `rng`; None squashes the full picture.
-      name: the video's name in error messages, by default its path.
+        clip: an encoded video (any container and codec FFmpeg reads) or the path of one.
+        frames: T, the number of sampled frames; a shorter video repeats its last frame.
+        size: side of the square output in pixels.
+        sampling: `middle` (deterministic) or `rand` (needs `rng`), see `frame_indices`.
+        augment: random crop and flip, drawn once from `rng`; None squashes the full picture.
+        name: the video's name in error messages, by default its path.
 
     Raises:
-      VideoError: the file is missing or not a video, has no video stream or frames, or a side is under 8 pixels.
+        VideoError: the file is missing or not a video, has no video stream or frames, or a side is under 8 pixels.
     """
     source = clip if isinstance(clip, bytes) else os.fspath(clip)
-    label = name or ("the clip" if isinstance(clip, bytes) else source)
+    label = name or ("the clip" if isinstance(source, bytes) else source)
     _check_file(source, label)
     squares = Squares(size, augment, rng)
 
@@ -194,11 +197,11 @@ def _container_format(source: bytes | str) -> str | None:
 
 
 @contextlib.contextmanager
-def open_video(path: str | Path, label: str) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
+def open_video(path: str | Path, label: str) -> Iterator[tuple[InputContainer, av.VideoStream]]:
     """Opens a video file to read all of it on one thread; yields its container and its stream of pictures.
 
     Raises:
-      VideoError: as in `decode`, also while the file is read; `label` names the video.
+        VideoError: as in `decode`, also while the file is read; `label` names the video.
     """
     _check_file(os.fspath(path), label)
     with _open(os.fspath(path), FULL_PROBE, label) as container:
@@ -206,22 +209,22 @@ def open_video(path: str | Path, label: str) -> Iterator[tuple[av.container.Inpu
 
 
 @contextlib.contextmanager
-def _open(source: bytes | str, probe: dict[str, str], label: str) -> Iterator[av.container.InputContainer]:
+def _open(source: bytes | str, probe: dict[str, str], label: str) -> Iterator[InputContainer]:
     # "file:" keeps a colon in a name from being read as a protocol. The white list keeps playlists, which FFmpeg
     # recognises by content under any name, off the network.
     file = io.BytesIO(source) if isinstance(source, bytes) else f"file:{source}"
     options = {"protocol_whitelist": "file", **probe}
     try:
-        with av.open(file, format=_container_format(source), options=options, **LENIENT_METADATA) as container:
+        with av.open(file, "r", format=_container_format(source), options=options, **LENIENT_METADATA) as container:
             yield container
-    except (av.error.FFmpegError, OSError) as error:
+    except (FFmpegError, OSError) as error:
         reason = error.strerror or type(error).__name__
         raise VideoError(f"{label} cannot be read as a video ({reason}): give an intact video file") from error
 
 
-def _video_stream(container: av.container.InputContainer, label: str) -> av.VideoStream:
+def _video_stream(container: InputContainer, label: str) -> av.VideoStream:
     for stream in container.streams.video:
-        if not stream.disposition & av.stream.Disposition.attached_pic:  # a cover picture is not a video
+        if not stream.disposition & Disposition.attached_pic:  # a cover picture is not a video
             if stream.codec_context is None:
                 raise VideoError(f"{label} uses a codec that this FFmpeg lacks: re-encode it, for example as H.264")
             stream.codec_context.thread_count = 1  # the loader's workers are the parallelism
@@ -229,7 +232,7 @@ def _video_stream(container: av.container.InputContainer, label: str) -> av.Vide
     raise VideoError(f"{label} has no video stream (only sound, or nothing): give a video file")
 
 
-def _read_timeline(container: av.container.InputContainer, stream: av.VideoStream) -> _Timeline:
+def _read_timeline(container: InputContainer, stream: av.VideoStream) -> _Timeline:
     """Reads all packets of the stream without decoding."""
     times: list[int | None] = []
     keys: list[_Keyframe] = []
@@ -248,20 +251,22 @@ def _read_timeline(container: av.container.InputContainer, stream: av.VideoStrea
                 if packet.is_keyframe and time is not None:
                     keys.append(_Keyframe(time, time if packet.dts is None else min(time, packet.dts), position))
             position += 1
-    except av.error.InvalidDataError:
+    except InvalidDataError:
         pass  # a truncated file: its first part is still usable
-    timed = bool(keys) and None not in times
+    known = [time for time in times if time is not None]
+    timed = bool(keys) and len(known) == len(times)
+    unit = stream.time_base if timed else None
     return _Timeline(
-        times=sorted(times) if timed else list(range(len(times))),
+        times=sorted(known) if timed else list(range(len(times))),
         keys=sorted(keys, key=lambda key: key.time),
         packets=packets if size <= KEPT_BYTES else None,
-        unit=float(stream.time_base) if timed else float(1 / (stream.average_rate or 25)),
+        unit=float(unit or 1 / (stream.average_rate or 25)),
         timed=timed,
     )
 
 
 def _read_frames(
-    container: av.container.InputContainer,
+    container: InputContainer,
     stream: av.VideoStream,
     timeline: _Timeline,
     indices: list[int],
@@ -276,13 +281,13 @@ def _read_frames(
         runs.setdefault(max(bisect_right(key_times, time) - 1, 0), {})[time] = index
     reader = _Reader(container, stream, timeline.packets)
     for key, wanted in runs.items():
-        for frame in reader.decode_run(timeline.keys[key], set(wanted)):
-            found[wanted[frame.pts]] = picture(frame)
+        for time, frame in reader.decode_run(timeline.keys[key], set(wanted)):
+            found[wanted[time]] = picture(frame)
     return found
 
 
 def _count_frames(
-    container: av.container.InputContainer, stream: av.VideoStream, wanted: set[int], picture: Picture
+    container: InputContainer, stream: av.VideoStream, wanted: set[int], picture: Picture
 ) -> dict[int, UInt8[np.ndarray, "H W 3"]]:
     """Decodes from the start up to the last wanted frame: the only way if packets have no times."""
     found: dict[int, np.ndarray] = {}
@@ -296,7 +301,7 @@ def _count_frames(
 def _decode_packet(packet: av.Packet) -> list[av.VideoFrame]:
     try:
         return packet.decode()
-    except av.error.InvalidDataError:  # a damaged part: the frames around it may still be usable
+    except InvalidDataError:  # a damaged part: the frames around it may still be usable
         return []
 
 
@@ -306,28 +311,28 @@ class _Reader:
     It finds a keyframe in the list of kept packets, or else skips packets or seeks, whichever is cheaper.
     """
 
-    def __init__(self, container: av.container.InputContainer, stream: av.VideoStream, packets: list[av.Packet] | None):
+    def __init__(self, container: InputContainer, stream: av.VideoStream, packets: list[av.Packet] | None):
         self._container, self._stream, self._kept = container, stream, packets
         self._packets: Iterator[av.Packet] = iter(())
         self._position: int | None = None  # index of the next packet in the stream; None before the first seek
 
-    def decode_run(self, key: _Keyframe, wanted: set[int]) -> Iterator[av.VideoFrame]:
-        """Yields the frames whose times are in `wanted`; decodes from `key` to the last of their packets."""
+    def decode_run(self, key: _Keyframe, wanted: set[int]) -> Iterator[tuple[int, av.VideoFrame]]:
+        """Yields the wanted times and their frames; decodes from `key` to the last of their packets."""
         packet = self._go_to(key)
         context = self._stream.codec_context
         context.flush_buffers()
-        unfed = set(wanted)
+        unfed: set[int | None] = set(wanted)
         while packet is not None and packet.size:
             # The decoder skips unwanted frames that no other frame refers to.
             context.skip_frame = "DEFAULT" if packet.pts in unfed else "NONREF"
             unfed.discard(packet.pts)
             for frame in _decode_packet(packet):
                 if frame.pts in wanted:
-                    yield frame
+                    yield frame.pts, frame
             packet = self._next() if unfed else None
         # Draining returns the frames that the decoder holds back for reordering.
-        with contextlib.suppress(av.error.InvalidDataError):
-            yield from (frame for frame in context.decode(None) if frame.pts in wanted)
+        with contextlib.suppress(InvalidDataError):
+            yield from ((frame.pts, frame) for frame in context.decode(None) if frame.pts in wanted)
 
     def _go_to(self, key: _Keyframe) -> av.Packet | None:
         """Returns the packet of a keyframe, or None if the stream does not contain it."""
@@ -359,7 +364,7 @@ class _Reader:
     def _next(self) -> av.Packet | None:
         try:
             packet = next(self._packets, None)
-        except av.error.InvalidDataError:
+        except InvalidDataError:
             return None
         if self._position is not None:
             self._position += 1

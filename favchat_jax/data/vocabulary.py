@@ -1,4 +1,4 @@
-"""The 83 labels of CelebV-HQ in the order of its annotation file: 40 appearance, 35 action, 8 emotion.
+"""Lists the 83 labels of CelebV-HQ in the order of its annotation file: 40 appearance, 35 action, 8 emotion.
 
 Source: `meta_info` of `celebvhq_info.json` for appearance and action, the data set's paper (Zhu et al., 2022) for
 emotion.

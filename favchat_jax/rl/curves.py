@@ -1,4 +1,4 @@
-"""The pictures that a reinforcement run leaves in its workdir."""
+"""Draws the curves of a reinforcement run to a picture in its workdir."""
 
 import json
 from pathlib import Path
@@ -9,8 +9,8 @@ from favchat_jax.rl.pool import STATES
 
 
 def draw_curves(workdir: Path) -> None:
-    """Writes curves.png: rewards, KL, response length and the samples' states over iterations."""
-    matplotlib.use("Agg")  # a picture in a file, wherever this runs
+    """Writes curves.png: rewards, KL, length of responses, states of samples and utility over iterations."""
+    matplotlib.use("Agg")  # draws to a file; needs no display
     from matplotlib import pyplot
 
     steps, heldout = read_lines(workdir / "metrics.jsonl"), read_lines(workdir / "heldout.jsonl")
@@ -20,8 +20,8 @@ def draw_curves(workdir: Path) -> None:
     at = [line["step"] for line in steps]
     rewards, held, kl, length, states, utility = axes.flat
     for name in sorted(name for name in steps[0] if name.startswith("reward_")):
-        rewards.plot(at, [line[name] for line in steps], label=name.removeprefix("reward_"))
         part = name.removeprefix("reward_")
+        rewards.plot(at, [line[name] for line in steps], label=part)
         held.plot([line["step"] for line in heldout], [line[part] for line in heldout], "o-", label=part)
     kl.plot(at, [line["kl"] for line in steps])
     length.plot(at, [line["response_tokens"] for line in steps])
@@ -38,6 +38,6 @@ def draw_curves(workdir: Path) -> None:
 
 
 def read_lines(path: Path) -> list[dict[str, float]]:
-    """The objects of a file that holds one a line, but for a last one that was cut off while it was written."""
+    """Reads a file with one JSON object per line, without a last line that a kill left unfinished."""
     lines = path.read_text().splitlines() if path.exists() else []
     return [json.loads(line) for line in lines if line.endswith("}")]

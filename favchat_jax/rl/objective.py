@@ -1,14 +1,14 @@
-"""What GRPO optimises: advantages within a group, a clipped ratio to the policy that answered, and a KL penalty.
+"""Computes GRPO's loss: advantages within a group, a clipped ratio to the policy that answered, and a KL penalty.
 
-For response j of G to sample i, with rewards r, token t and the policy pi that is trained, pi_old that answered, pi_ref
-that the run started from:
+For response j of G to sample i, with rewards r, token t, the trained policy pi, the policy pi_old that answered, and
+the policy pi_ref that the run started from:
 
     A_ij = (r_ij - mean_j r_ij) / (std_j r_ij + eps)
     rho  = pi(t) / pi_old(t)
     k3   = pi_ref(t) / pi(t) - log(pi_ref(t) / pi(t)) - 1          (an estimate of KL(pi || pi_ref), never negative)
     loss = -mean_ij mean_t [ min(rho w_i A_ij, clip(rho, 1 - c, 1 + c) w_i A_ij) - beta k3 ]
 
-w_i is the weight that `rl/pool.py` gives a sample; it is 1 in plain GRPO.
+`rl/pool.py` gives each sample its weight w_i, which is 1 in plain GRPO.
 """
 
 import jax
@@ -20,13 +20,13 @@ STD_FLOOR = 1e-4
 
 
 def group_advantages(rewards: Float[np.ndarray, "B G"]) -> Float[np.ndarray, "B G"]:
-    """Rewards less their group's mean, over its standard deviation; 0 in a group whose rewards are all the same."""
+    """Returns rewards in standard deviations from their group's mean; 0 in a group of equal rewards."""
     deviation = rewards - rewards.mean(axis=1, keepdims=True)
     return deviation / (rewards.std(axis=1, keepdims=True) + STD_FLOOR)
 
 
 def k3(policy: Float[Array, "*B"], reference: Float[Array, "*B"]) -> Float[Array, "*B"]:
-    """Schulman's k3 estimate of KL(policy || reference) from log-probabilities of tokens that the policy drew."""
+    """Returns Schulman's k3 estimate of KL(policy || reference) from log-probabilities of the policy's tokens."""
     ratio = reference - policy
     return jnp.exp(ratio) - ratio - 1
 
@@ -34,7 +34,7 @@ def k3(policy: Float[Array, "*B"], reference: Float[Array, "*B"]) -> Float[Array
 def clipped_gain(
     policy: Float[Array, "*B"], old: Float[Array, "*B"], advantages: Float[Array, "*B"], clip: float
 ) -> Float[Array, "*B"]:
-    """min(rho A, clip(rho) A): what moves away from the old policy gains nothing beyond a ratio of 1 +- `clip`."""
+    """Returns min(rho A, clip(rho) A): a policy gains nothing by moving beyond a ratio of 1 +- `clip`."""
     ratio = jnp.exp(policy - old)
     return jnp.minimum(ratio * advantages, jnp.clip(ratio, 1 - clip, 1 + clip) * advantages)
 
@@ -49,12 +49,12 @@ def loss(
     beta: float,
     clip: float,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-    """The loss of the module's docstring and its parts: `kl`, and `clipped`, the share of tokens beyond the clip.
+    """Returns the loss and its parts: `kl`, and `clipped`, the share of tokens beyond the clip.
 
     Args:
         policy, old, reference: log-probabilities of the responses' tokens.
         advantages: w_i A_ij.
-        counted: True at a response's tokens, its end included; a response without any adds nothing.
+        counted: True at a response's tokens, including its end; a response without any adds nothing.
         beta: weight of the KL penalty.
         clip: c.
     """

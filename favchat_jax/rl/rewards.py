@@ -1,15 +1,15 @@
-"""Rewards of the reinforcement stage (Data-Efficient GRPO): what an answer about a clip is worth.
+"""Computes rewards of the reinforcement stage (Data-Efficient GRPO) from responses in words.
 
-A reward is a pure function of a group, the G responses to one question, so that a reward may compare them. The facial
-reward counts the words that an answer shares with the clip's attributes, emotion and action; the format reward asks for
-`<think>...</think> <answer>...</answer>`. Two options follow the authors' public code: one for answers that need
-the order of the frames, one for long ones.
+A reward is a pure function of a group, the G responses to one question, so it may compare them. The facial reward
+counts the words that an answer shares with the clip's attributes, emotion and action. The format reward asks for
+`<think>...</think> <answer>...</answer>`. Two optional rewards follow the authors' public code: one for answers that
+need the order of the frames, one for long answers.
 
-As published, each target is compared with all words of an answer, so that an answer which names all three is held to
-have too many words for each: the best possible is worth about 0.4. Here words that another target explains are not held
-against an answer; the best possible is worth 1. `published_facial` is the published form.
+As published, each target is compared with all words of an answer. An answer that names all three targets then has too
+many words for each, and the best possible one earns about 0.4. Here, words that another target explains cost nothing,
+and the best possible answer earns 1. `published_facial` is the published form.
 
-A config names rewards by import path with a weight each, one's own among them (`rl.rewards` in `configs/grpo.py`).
+A config names rewards, including your own, by import path with a weight each (`rl.rewards` in `configs/grpo.py`).
 """
 
 import dataclasses
@@ -25,24 +25,24 @@ from favchat_jax.data.reasoning import answer_of
 from favchat_jax.errors import UserError, one_line
 
 TARGET_WEIGHTS = {"attributes": 0.4, "emotion": 0.3, "action": 0.3}
-# The whole text, with nothing around the two parts and no tag inside them.
+# The full text: nothing around the two parts, and no tag inside them.
 _PART = r"((?:(?!</?(?:think|answer)>).)*)"
 FORM = re.compile(rf"\s*<think>{_PART}</think>\s*<answer>{_PART}</answer>\s*", re.DOTALL)
-GOOD = 0.1  # facial reward above which a response can earn an option
+GOOD = 0.1  # facial reward above which a response can earn an optional reward
 
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """The responses to one question about one clip.
+    """Holds the responses to one question about one clip.
 
     Attributes:
         id: of the clip.
-        question: what was asked.
-        targets: target strings by name: attributes, emotion, action; an empty one is not asked for.
+        question: the question.
+        targets: target strings by name: attributes, emotion, action; an empty one earns and costs nothing.
         responses: G texts.
-        lengths: tokens of each, its end included.
+        lengths: number of tokens of each, including its end.
         complete: whether each ended before the limit of its length.
-        shuffled: responses to the same question with the clip's frames in another order, where a reward needs them.
+        shuffled: responses to the question with the clip's frames in another order; empty unless a reward needs them.
     """
 
     id: str
@@ -58,25 +58,24 @@ Reward = Callable[[Group], Sequence[float]]
 
 
 def words(text: str) -> frozenset[str]:
-    """The set of a text's words in lower case, without punctuation and tags."""
+    """Returns the set of a text's words in lower case, without punctuation and tags."""
     return frozenset(re.sub(r"[^\w\s]", " ", re.sub(r"</?(?:think|answer)>", " ", text.lower())).split())
 
 
 def jaccard(one: frozenset[str], other: frozenset[str]) -> float:
-    """Shared words over all words of two sets; 0 where both are empty."""
+    """Returns shared words over all words of two sets; 0 if both are empty."""
     union = one | other
     return len(one & other) / len(union) if union else 0.0
 
 
 def facial_score(answer: str, targets: Mapping[str, str], published: bool = False) -> float:
-    """0.4 attributes + 0.3 emotion + 0.3 action, each the Jaccard overlap of the answer's words with the target's.
+    """Returns 0.4 attributes + 0.3 emotion + 0.3 action, each the Jaccard overlap of the answer with the target.
 
-    Before a target is compared, words that belong to another target only are taken out of the answer (not so if
-    `published`). A target without words takes no part, and the other weights are scaled to add up to 1: nobody could
-    earn it.
+    Before the comparison with a target, words that only other targets contain are removed from the answer, unless
+    `published`. A target without words is left out, and the other weights are scaled to add up to 1.
 
     Raises:
-        UserError: no target has any words, so that all answers would be worth the same.
+        UserError: no target has any words, so all answers would earn the same.
     """
     known = {name: words(targets.get(name, "")) for name in TARGET_WEIGHTS}
     total = sum(weight for name, weight in TARGET_WEIGHTS.items() if known[name])
@@ -90,20 +89,17 @@ def facial_score(answer: str, targets: Mapping[str, str], published: bool = Fals
 
 
 def facial(group: Group) -> list[float]:
-    """The facial reward of each response's answer."""
+    """Returns the facial reward of each response's answer."""
     return [facial_score(answer_of(response), group.targets) for response in group.responses]
 
 
 def published_facial(group: Group) -> list[float]:
-    """The facial reward with each target compared with all words of the answer."""
+    """Returns the facial reward with each target compared with all words of the answer."""
     return [facial_score(answer_of(response), group.targets, published=True) for response in group.responses]
 
 
 def form(group: Group) -> list[float]:
-    """1 where the whole response is `<think>...</think> <answer>...</answer>` with something in both, else 0.
-
-    A response that was cut at the limit is never whole.
-    """
+    """Returns 1 for each complete `<think>...</think> <answer>...</answer>` with text in both parts, else 0."""
     return [
         float(complete and (found := FORM.fullmatch(response)) is not None and all(map(str.strip, found.groups())))
         for response, complete in zip(group.responses, group.complete, strict=True)
@@ -111,7 +107,7 @@ def form(group: Group) -> list[float]:
 
 
 def temporal(group: Group, bonus: float = 0.3, share: float = 0.8) -> list[float]:
-    """`bonus` for good responses, where ordered frames are worth at least `share` of what shuffled ones are.
+    """Returns `bonus` for good responses if the mean facial reward is at least `share` of that for shuffled frames.
 
     Raises:
         ValueError: the group has no responses about shuffled frames.
@@ -125,7 +121,7 @@ def temporal(group: Group, bonus: float = 0.3, share: float = 0.8) -> list[float
 
 
 def length(group: Group, bonus: float = 0.2, shortest: int = 320, longest: int = 512) -> list[float]:
-    """`bonus` for good responses of `shortest` to `longest` tokens."""
+    """Returns `bonus` for good responses of `shortest` to `longest` tokens."""
     return [
         bonus if reward > GOOD and shortest <= tokens <= longest else 0.0
         for reward, tokens in zip(facial(group), group.lengths, strict=True)
@@ -133,32 +129,31 @@ def length(group: Group, bonus: float = 0.2, shortest: int = 320, longest: int =
 
 
 def load(path: str) -> Reward:
-    """The reward function at an import path `module:function`.
+    """Imports the reward function at a path `module:function`.
 
     Raises:
-        UserError: there is none.
+        UserError: it cannot be imported or called.
     """
     module, _, name = path.partition(":")
     try:
         reward = getattr(importlib.import_module(module), name)
-    except Exception as error:  # a person's own module may raise anything
-        raise UserError(
-            f"reward {path!r} cannot be imported ({one_line(error)}): write it as module:function"
-        ) from None
+    except Exception as error:  # the user's own module may raise any error
+        reason = one_line(error)
+        raise UserError(f"reward {path!r} cannot be imported ({reason}): write it as module:function") from None
     if not callable(reward):
         raise UserError(f"reward {path!r} is no function: write it as module:function")
     return reward
 
 
 def evaluate(rewards: Mapping[str, tuple[Reward, float]], group: Group) -> dict[str, Float[np.ndarray, " G"]]:
-    """Each reward of each response, unweighted, and under `total` their weighted sum.
+    """Returns each unweighted reward of each response, and their weighted sum under `total`.
 
     Args:
         rewards: function and weight by name.
         group: the responses.
 
     Raises:
-        UserError: a reward raised, gave another number of values than there are responses, or one that is not finite.
+        UserError: a reward raises, or it returns a wrong number of values, or one that is not finite.
     """
     parts = {}
     for name, (reward, _) in rewards.items():
@@ -167,11 +162,12 @@ def evaluate(rewards: Mapping[str, tuple[Reward, float]], group: Group) -> dict[
             values = [float(value) for value in reward(group)]
         except UserError as error:
             raise UserError(f"{where}: {error}") from None
-        except Exception as error:  # a person's own function may raise anything
+        except Exception as error:  # the user's own function may raise any error
             raise UserError(f"{where} raised {type(error).__name__}: {one_line(error)}") from error
         if len(values) != len(group.responses):
             raise UserError(f"{where} gave {len(values)} values for {len(group.responses)} responses")
         if not all(map(math.isfinite, values)):
             raise UserError(f"{where} gave {values}: rewards must be finite numbers")
         parts[name] = np.array(values)
-    return {**parts, "total": sum(weight * parts[name] for name, (_, weight) in rewards.items())}
+    weighted = (weight * parts[name] for name, (_, weight) in rewards.items())
+    return {**parts, "total": sum(weighted, start=np.zeros(len(group.responses)))}

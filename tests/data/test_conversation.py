@@ -9,7 +9,6 @@ from favchat_jax.data.conversation import (
     Conversation,
     Encoded,
     PromptEncoder,
-    encode_prompt,
     load_tokenizer,
 )
 from favchat_jax.errors import UserError
@@ -153,7 +152,7 @@ def test_a_tokenizer_without_an_end_token_is_a_user_error():
 
 
 def test_the_qformers_prompt_is_enclosed_in_cls_and_sep_and_padded():
-    ids, mask = encode_prompt(bert("what", "hair", "is", "it"), "What hair is it", 8)
+    ids, mask = PromptEncoder(bert("what", "hair", "is", "it"), 8).encode("What hair is it")
     assert ids.tolist() == [2, 4, 5, 6, 7, 3, 0, 0] and ids.dtype == np.int32
     assert mask.tolist() == [True] * 6 + [False] * 2
 

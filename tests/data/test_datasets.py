@@ -1,4 +1,4 @@
-"""Packing and reading of data sets: rendered clips and a miniature CelebV-HQ use the same builders."""
+"""Tests packing and reading of rendered clips and a miniature CelebV-HQ, which use the same builders."""
 
 import json
 import os
@@ -27,7 +27,7 @@ def smoke(tmp_path_factory):
 
 @pytest.fixture
 def miniature(tmp_path):
-    """A folder in CelebV-HQ's layout with four rendered clips of three source videos."""
+    """Builds a folder in CelebV-HQ's layout with four rendered clips of three source videos."""
     root = tmp_path / "celebvhq"
     (root / "clips").mkdir(parents=True)
     clips, lines = {}, []
@@ -164,7 +164,8 @@ def test_celebvhq_reads_labels_text_and_clips(miniature, tmp_path):
 def test_celebvhq_accepts_a_number_as_the_name_of_a_source_video(miniature):
     edit(miniature, lambda info: info["clips"]["video0_0"].__setitem__("ytb_id", 12))
     path = miniature / "celebvhq_info.json"
-    assert celebvhq.read_info(path.read_text(), path)["video0_0"]["source"] == "12"
+    entry = celebvhq.read_annotation(path.read_text(), path)["video0_0"]
+    assert celebvhq.read_entry("video0_0", entry, path)["source"] == "12"
 
 
 def test_celebvhq_keeps_a_source_video_in_one_split_and_never_leaves_train_empty():

@@ -74,7 +74,7 @@ def same(first: Batch, second: Batch) -> bool:
 
 
 def texts(batch: Batch) -> list[list[str]]:
-    """The text of every row that holds a question, per clip."""
+    """Returns the text of every row that holds a question, per clip."""
     tokenizer, arrays = byte_pairs(), batch.arrays
     return [
         [tokenizer.decode(row[:length][row[:length] >= 0]) for row, length in zip(rows, lengths, strict=True) if length]

@@ -1,4 +1,4 @@
-"""The cold start's responses: their format, their content and their variety."""
+"""Tests the format, the content and the variety of the cold start's responses."""
 
 import numpy as np
 import pytest
@@ -28,7 +28,7 @@ def test_responses_contain_only_words_of_the_targets_and_some_contain_all():
     answers = [FORM.fullmatch(text).group(2) for text in responses()]
     assert all(set(answer.replace(",", "").replace(".", "").split()) <= known for answer in answers)
     scores = [facial_score(answer, TARGETS) for answer in answers]
-    assert max(scores) == pytest.approx(1) and min(scores) < 0.4, "there is something to be reinforced"
+    assert max(scores) == pytest.approx(1) and min(scores) < 0.4, "some responses are better than others"
 
 
 def test_responses_depend_only_on_the_random_generator():
@@ -51,7 +51,7 @@ def test_a_single_attribute_is_always_part_of_the_response():
     ],
 )
 def test_only_faces_with_all_three_targets_have_responses(of, possible):
-    assert reasoning.can_be_told(record(**of)) is possible
+    assert reasoning.has_face_and_targets(record(**of)) is possible
 
 
 @pytest.mark.parametrize(

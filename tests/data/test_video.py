@@ -188,7 +188,7 @@ def test_frames_are_resized_with_the_bicubic_filter():
 
 
 def ramp(number: int, width: int, height: int) -> np.ndarray:
-    """Red grows to the right, green downwards."""
+    """Draws a picture whose red grows to the right and whose green grows downwards."""
     picture = np.zeros((height, width, 3), np.uint8)
     picture[..., 0] = np.linspace(0, 255, width)
     picture[..., 1] = np.linspace(0, 255, height)[:, None]

@@ -1,4 +1,4 @@
-"""Small tokenizers of the kinds that published models have."""
+"""Makes small tokenizers of the kinds that published models have."""
 
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast

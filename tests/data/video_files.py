@@ -1,4 +1,4 @@
-"""Video files for the tests: every frame shows its number, so that a test can identify the decoded frames."""
+"""Encodes video files for the tests; every frame shows its number, so that a test can identify decoded frames."""
 
 import io
 from collections.abc import Callable, Sequence

@@ -1,4 +1,4 @@
-"""The reinforcement stage: what it scores, who trains, and that a run resumes to the bit; on the small world."""
+"""Tests the reinforcement stage on the small world: scores, trained weights, files and exact resumption."""
 
 import json
 import shutil
@@ -9,7 +9,6 @@ import pytest
 from flax.traverse_util import unflatten_dict
 
 from favchat_jax.checkpoints import run as assembly
-from favchat_jax.checkpoints.store import load_run_weights
 from favchat_jax.checkpoints.weights_folder import load_weights
 from favchat_jax.config import VARIANTS
 from favchat_jax.errors import UserError
@@ -17,8 +16,9 @@ from favchat_jax.generation.sampler import Sampler, Sampling
 from favchat_jax.models import favchat
 from favchat_jax.rl import de_grpo, policy
 from favchat_jax.rl.curves import read_lines
+from favchat_jax.rl.iteration import UTILITY_BINS
 from favchat_jax.rl.pool import STATES
-from favchat_jax.rl.rollouts import Rollouts
+from favchat_jax.rl.rollouts import Rollouts, response_mask
 from favchat_jax.sharding import training_mesh
 from favchat_jax.training.progress import Outcome
 from tests.conftest import newest, same_weights
@@ -37,18 +37,18 @@ SMALL = {
 
 
 def favour_short_words(group):
-    """A reward under which responses of a policy that has learned next to nothing differ."""
+    """Returns rewards that differ even for responses of a policy that has learned very little."""
     return [text.count("e") / (1 + len(text)) for text in group.responses]
 
 
 def count_shuffled(group):
-    """How many responses there are about shuffled frames."""
+    """Returns the number of responses about shuffled frames."""
     return [len(group.shuffled)] * len(group.responses)
 
 
 @pytest.fixture(scope="module")
 def config_of(small_world, trained, tmp_path_factory):
-    """The config of a small run from a cold start that took stage 3's place; `changes` as in `SmallWorld.config`."""
+    """Builds configs of small runs from stage 3, renamed to a cold start; `changes` as in `SmallWorld.config`."""
     start = tmp_path_factory.mktemp("start") / "coldstart"
     shutil.copytree(trained.folder / "stage3", start)
     settings = json.loads((start / "config.json").read_text())
@@ -66,35 +66,35 @@ def train(config, workdir) -> Outcome:
 
 
 @pytest.fixture(scope="module")
-def whole(config_of, tmp_path_factory):
-    """A run that nothing disturbed."""
-    workdir = tmp_path_factory.mktemp("whole") / "grpo"
+def undisturbed(config_of, tmp_path_factory):
+    """Trains a run without an interruption."""
+    workdir = tmp_path_factory.mktemp("undisturbed") / "grpo"
     assert train(config_of(), workdir) == Outcome(step=4, steps=4, resumed_at=0)
     return workdir
 
 
-def test_a_run_writes_rewards_by_part_states_and_curves(whole):
-    lines = read_lines(whole / "metrics.jsonl")
+def test_a_run_writes_each_reward_the_states_and_curves(undisturbed):
+    lines = read_lines(undisturbed / "metrics.jsonl")
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
     for line in lines:
         assert line["reward"] == pytest.approx(line["reward_facial"] + line["reward_form"])
         assert sum(line[f"share_{state}"] for state in STATES) == pytest.approx(1)
-        assert sum(line[f"utility_{i}"] for i in range(de_grpo.UTILITY_BINS)) == pytest.approx(1)
+        assert sum(line[f"utility_{i}"] for i in range(UTILITY_BINS)) == pytest.approx(1)
         assert 1 <= line["response_tokens"] <= 6 and line["rollouts"] == 6
     assert lines[0]["kl"] == pytest.approx(0, abs=1e-6) and lines[-1]["kl"] > 0
-    assert [line["step"] for line in read_lines(whole / "heldout.jsonl")] == [0, 2, 4]
-    assert (whole / "curves.png").stat().st_size > 10_000
+    assert [line["step"] for line in read_lines(undisturbed / "heldout.jsonl")] == [0, 2, 4]
+    assert (undisturbed / "curves.png").stat().st_size > 10_000
 
 
-def test_only_adapters_and_lora_move_away_from_a_reference_that_stays(whole, config_of):
-    start = load_run_weights(config_of().init.from_run)
-    trained, reference = newest(whole), load_weights(whole / "reference")
+def test_only_adapters_and_lora_train_and_the_reference_is_constant(undisturbed, config_of):
+    start = assembly.load_trained(config_of().init.from_run)
+    trained, reference = newest(undisturbed), load_weights(undisturbed / "reference")
     assert all(path.startswith("adapter/") or "lora_" in path for path in trained)
     assert same_weights(reference, {path: start[path] for path in reference})
     assert not same_weights(trained, reference)
 
 
-def test_a_resumed_run_ends_with_the_bits_of_one_that_was_never_interrupted(whole, config_of, tmp_path, monkeypatch):
+def test_an_interrupted_run_ends_with_the_same_bits(undisturbed, config_of, tmp_path, monkeypatch):
     workdir, original, seen = tmp_path / "grpo", Rollouts.batch, []
 
     def end_after_three(self, rollout):
@@ -108,22 +108,22 @@ def test_a_resumed_run_ends_with_the_bits_of_one_that_was_never_interrupted(whol
         train(config_of(), workdir)
     monkeypatch.undo()
     assert train(config_of(), workdir) == Outcome(step=4, steps=4, resumed_at=2)
-    assert same_weights(newest(workdir), newest(whole))
+    assert same_weights(newest(workdir), newest(undisturbed))
     kept = [
         [{k: v for k, v in line.items() if "second" not in k} for line in read_lines(folder / "metrics.jsonl")]
-        for folder in (workdir, whole)
+        for folder in (workdir, undisturbed)
     ]
     assert kept[0] == kept[1]
-    assert read_lines(workdir / "heldout.jsonl") == read_lines(whole / "heldout.jsonl")
+    assert read_lines(workdir / "heldout.jsonl") == read_lines(undisturbed / "heldout.jsonl")
 
 
-def test_a_finished_run_answers(whole, small_world):
-    sampler = Sampler.of(assembly.load_run(whole))
+def test_a_finished_run_answers(undisturbed, small_world):
+    sampler = Sampler(assembly.load_run(undisturbed).parts, assembly.load_run(undisturbed).weights)
     frames = np.zeros((1, sampler.frames, sampler.image_size, sampler.image_size, 3), np.uint8)
     assert isinstance(sampler.answer(sampler.encode(frames), [[[("Which hat?", None)]]], Sampling(4))[0][0], str)
 
 
-def test_a_pool_that_runs_empty_ends_the_run_cleanly_and_says_so(config_of, tmp_path, caplog):
+def test_an_empty_pool_ends_the_run_with_a_message(config_of, tmp_path, caplog):
     config = config_of(steps=9, rl__pool__tau_remove=1.0, rl__pool__discovery=1)
     with caplog.at_level("INFO", logger="favchat_jax"):
         outcome = train(config, tmp_path / "grpo")
@@ -147,7 +147,7 @@ def test_several_processes_are_refused_by_a_stage_that_computes_on_one_device(co
         train(config_of(), tmp_path / "grpo")
 
 
-def test_the_temporal_reward_gets_responses_about_shuffled_frames_where_they_are_asked_for(config_of, tmp_path):
+def test_the_temporal_reward_gets_responses_about_shuffled_frames_if_the_config_sets_them(config_of, tmp_path):
     settings = {"steps": 1, "rl__rewards__facial__path": "favchat_jax.rl.rewards:temporal"}
     with pytest.raises(UserError, match="needs responses about shuffled frames"):
         train(config_of(**settings), tmp_path / "without")
@@ -158,9 +158,9 @@ def test_the_temporal_reward_gets_responses_about_shuffled_frames_where_they_are
     assert [line["facial"] for line in read_lines(tmp_path / "with" / "heldout.jsonl")] == [1, 1], "one greedy response"
 
 
-# 3 held-out groups, 2 in each of two iterations, 3 held-out ones: in the last of these, and in the third iteration.
+# Calls: 3 held-out clips, 2 iterations of 2 clips, 3 held-out clips. Call 10 is of a held-out clip, 11 of iteration 3.
 @pytest.mark.parametrize("good", [9, 10])
-def test_a_reward_that_fails_late_loses_no_iteration(good, whole, config_of, tmp_path, monkeypatch):
+def test_a_reward_that_fails_late_loses_no_iteration(good, undisturbed, config_of, tmp_path, monkeypatch):
     workdir, calls, original = tmp_path / "grpo", [], favour_short_words
 
     def fails_late(group):
@@ -175,7 +175,7 @@ def test_a_reward_that_fails_late_loses_no_iteration(good, whole, config_of, tmp
     monkeypatch.undo()
     assert [line["step"] for line in read_lines(workdir / "metrics.jsonl")] == [1, 2]
     assert train(config_of(checkpoint_every=100), workdir) == Outcome(step=4, steps=4, resumed_at=2)
-    assert same_weights(newest(workdir), newest(whole))
+    assert same_weights(newest(workdir), newest(undisturbed))
 
 
 def test_a_start_of_another_variant_is_refused(small_world, config_of, tmp_path):
@@ -185,12 +185,12 @@ def test_a_start_of_another_variant_is_refused(small_world, config_of, tmp_path)
 
 
 def test_a_response_counts_up_to_its_first_end():
-    mask = policy.response_mask(np.array([[5, 2, 7, 2, 2], [5, 6, 7, 8, 9], [2, 2, 2, 2, 2]]), end=2)
+    mask = response_mask(np.array([[5, 2, 7, 2, 2], [5, 6, 7, 8, 9], [2, 2, 2, 2, 2]]), end=2)
     assert mask.astype(int).tolist() == [[1, 1, 0, 0, 0], [1, 1, 1, 1, 1], [1, 0, 0, 0, 0]]
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_log_probabilities_are_those_of_the_whole_model_one_sequence_at_a_time(variant):
+def test_log_probabilities_equal_those_of_the_full_model_for_one_sequence(variant):
     model = favchat.build(tiny_config().model, MISTRAL, variant=variant, lora_rank=2)
     weights = drawn_flat(favchat_shapes(model, 2, 32), spread=0.3)
     rng = np.random.default_rng(0)
@@ -203,7 +203,7 @@ def test_log_probabilities_are_those_of_the_whole_model_one_sequence_at_a_time(v
     batch = {"tokens": tokens, "prompt": prompt, "prompt_mask": mask}
 
     @jax.jit
-    def whole(params, *inputs):
+    def full_model(params, *inputs):
         logits = model.apply(params, *inputs, method=lambda m, *x: m.llm.logits(m(*x).hidden[0]))
         return jax.nn.log_softmax(logits / 0.7)
 
@@ -216,7 +216,7 @@ def test_log_probabilities_are_those_of_the_whole_model_one_sequence_at_a_time(v
     expected = np.zeros((2, 3, 5))
     for clip, response in np.ndindex(2, 3):
         one = (slice(clip, clip + 1), slice(response, response + 1))
-        alone = whole(params, frames[clip : clip + 1], tokens[one], prompt[clip : clip + 1], mask[clip : clip + 1])
+        alone = full_model(params, frames[clip : clip + 1], tokens[one], prompt[clip : clip + 1], mask[clip : clip + 1])
         expected[clip, response] = alone[0, np.arange(3, 8), tokens[clip, response, 4:]]
     for scored in both_ways(weights):
         np.testing.assert_allclose(scored[:, :, 3:-1], expected, atol=1e-4)

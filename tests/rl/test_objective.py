@@ -1,4 +1,4 @@
-"""Advantages, KL and the clipped ratio on numbers worked out by hand."""
+"""Tests advantages, KL and the clipped ratio against numbers computed by hand."""
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ def test_a_group_of_equal_rewards_has_no_advantage():
     np.testing.assert_allclose(group_advantages(np.full((2, 3), 0.7)), 0, atol=1e-9)
 
 
-def test_k3_is_nothing_for_equal_policies_and_positive_for_any_other():
+def test_k3_is_zero_for_equal_policies_and_positive_for_others():
     policy = jnp.log(jnp.array([0.5, 0.5, 0.5]))
     reference = jnp.log(jnp.array([0.5, 0.25, 1.0]))
     # Ratios 1, 1/2 and 2: r - log r - 1.
@@ -36,9 +36,9 @@ def test_k3_is_the_kl_divergence_on_average_over_what_the_policy_draws():
     [
         (1.0, 2.0, 2.0),
         (1.1, 2.0, 2.2),
-        (1.5, 2.0, 2.4),  # no more than 1.2 counts where the step was good
+        (1.5, 2.0, 2.4),  # at most 1.2 counts for a good response
         (0.5, 2.0, 1.0),
-        (0.5, -2.0, -1.6),  # nor less than 0.8 where it was bad
+        (0.5, -2.0, -1.6),  # and at least 0.8 for a bad one
         (1.5, -2.0, -3.0),
         (3.0, 0.0, 0.0),
     ],
@@ -64,7 +64,7 @@ def test_the_loss_is_the_average_over_responses_of_the_average_over_their_tokens
     np.testing.assert_allclose(parts["clipped"], (1 / 2 + 1) / 2, rtol=1e-5)
 
 
-def test_padding_moves_neither_the_loss_nor_its_gradient_whatever_stands_there():
+def test_padding_changes_neither_the_loss_nor_its_gradient_whatever_it_holds():
     rng = np.random.default_rng(0)
     policy, old, reference = -rng.random((3, 1, 2, 3)).astype(np.float32)
     advantages = np.array([[1.0, -0.5]], np.float32)
@@ -83,11 +83,11 @@ def test_at_the_old_policy_the_gradient_is_that_of_the_policy_gradient():
     policy = np.log(np.full((1, 2, 3), 0.5, np.float32))
     advantages = np.array([[1.0, -2.0]], np.float32)
     gradient = jax.grad(lambda p: loss(p, policy, policy, advantages, COUNTED, beta=0.04, clip=0.2)[0])(policy)
-    # -A over two responses and over their 2 and 1 tokens; k3 is flat where the policies are equal.
+    # -A over two responses and over their 2 and 1 tokens; k3 is flat at equal policies.
     np.testing.assert_allclose(gradient[0], [[-0.25, -0.25, 0], [1, 0, 0]], atol=1e-6)
 
 
-def test_a_response_without_tokens_adds_nothing_and_breaks_nothing():
+def test_a_response_without_tokens_adds_nothing():
     zeros = np.zeros((1, 2, 3), np.float32)
     value, parts = loss(zeros, zeros, zeros, np.ones((1, 2)), np.zeros((1, 2, 3), bool), beta=0.04, clip=0.2)
     assert value == 0 and parts["kl"] == 0

@@ -1,4 +1,4 @@
-"""Utility, lifecycle and draws: by hand, and the properties that the published form lacks."""
+"""Tests utility, states and draws by hand, and the properties that the published form lacks."""
 
 import json
 
@@ -21,7 +21,7 @@ def test_pairwise_differences_are_those_of_every_pair():
     assert pairwise(np.zeros((2, 8))).shape == (2, 28)
 
 
-def test_a_saturating_share_is_a_half_for_the_usual_and_defined_where_nothing_varies():
+def test_a_saturating_share_is_a_half_for_the_usual_and_defined_if_nothing_varies():
     np.testing.assert_allclose(saturating(np.array([0.0, 2.0, 6.0]), 2.0), [0, 0.5, 0.75])
     np.testing.assert_array_equal(saturating(np.zeros(2), 0.0), 0)
 
@@ -48,7 +48,7 @@ def test_utility_does_not_change_with_the_size_of_rewards_or_log_probabilities()
     assert published_utility(70 * rewards[0], log[0])[0] > 10 * published_utility(rewards[0], log[0])[0]
 
 
-def test_one_tie_costs_little_where_it_brings_the_published_utility_to_nothing():
+def test_one_tie_costs_little_but_brings_the_published_utility_close_to_zero():
     different, tied = groups([0.0, 0.3, 0.6, 0.9]), groups([0.0, 0.3, 0.6, 0.6])
     log = groups([-1.0, -1.1, -1.2, -1.3])
     pool = Pool(2, PoolConfig(), seed=0)
@@ -58,7 +58,7 @@ def test_one_tie_costs_little_where_it_brings_the_published_utility_to_nothing()
 
 
 @pytest.mark.parametrize("tied", ["rewards", "log_probabilities"])
-def test_a_group_that_is_of_one_mind_is_of_no_use(tied):
+def test_a_group_without_differences_has_no_utility(tied):
     pool = Pool(2, PoolConfig(), seed=0)
     values = {"rewards": np.concatenate([SPREAD, SPREAD]), "log_probabilities": np.concatenate([LOG, LOG])}
     values[tied][1] = values[tied][1, 0]
@@ -73,13 +73,13 @@ def test_the_published_utility_is_the_product_of_two_geometric_means():
     np.testing.assert_allclose(published_utility(rewards, log), [expected], rtol=1e-4)
 
 
-def test_published_weights_are_a_tanh_that_turns_its_sign_under_the_baseline():
+def test_published_weights_are_a_tanh_that_is_negative_under_the_baseline():
     weights = published_weights(groups([0, 0.3], [0, 0.1], [0, 0.9]), np.array([1.0, 1.0, 0.5]), baseline=0.2)
     np.testing.assert_allclose(weights, np.tanh([0.1, -0.1, 0.35]))
 
 
 def visit(pool, sample, utility):
-    """One visit of a sample alone, whose utility is made to be `utility`."""
+    """Visits one sample with a given utility; returns its weight."""
     pool._utility = lambda *_: np.array([utility])
     return pool.update(np.array([sample]), SPREAD, LOG)[0][0]
 
@@ -92,16 +92,16 @@ def test_the_state_is_the_first_utility_and_then_smoothed():
     assert pool.score[0] == pytest.approx(0.8 * 0.6 + 0.2 * 0.1)
 
 
-def test_a_sample_is_discovered_then_judged_and_one_without_use_is_never_drawn_again():
+def test_a_sample_is_discovered_then_judged_and_a_useless_one_is_never_drawn_again():
     pool = Pool(3, PoolConfig(discovery=2), seed=0)
     assert pool.counts() == {"discover": 3, "exploit": 0, "cool_down": 0, "discard": 0}
     visit(pool, 0, 0.0)
-    assert pool.state_of(0) == "discover", "one bad visit condemns nobody"
+    assert pool.states()[0] == "discover", "one bad visit discards no sample"
     visit(pool, 0, 0.0)
     for _ in range(2):
         visit(pool, 1, 0.5)
         visit(pool, 2, 0.95)
-    assert [pool.state_of(sample) for sample in range(3)] == ["discard", "exploit", "cool_down"]
+    assert pool.states() == ["discard", "exploit", "cool_down"]
     assert pool.counts() == {"discover": 0, "exploit": 1, "cool_down": 1, "discard": 1}
     assert not any(0 in pool.draw(2) for _ in range(50))
 
@@ -109,16 +109,16 @@ def test_a_sample_is_discovered_then_judged_and_one_without_use_is_never_drawn_a
 @pytest.mark.parametrize(
     ("score", "state"), [(0.19, "discard"), (0.2, "discard"), (0.21, "exploit"), (0.8, "exploit"), (0.81, "cool_down")]
 )
-def test_thresholds_part_the_states(score, state):
+def test_thresholds_separate_the_states(score, state):
     pool = Pool(1, PoolConfig(discovery=1), seed=0)
     visit(pool, 0, score)
-    assert pool.state_of(0) == state
+    assert pool.states()[0] == state
 
 
-def test_a_sample_that_was_useful_and_is_solved_fades_out():
+def test_a_sample_that_was_useful_and_is_solved_is_discarded_in_the_end():
     pool, visits = Pool(1, PoolConfig(), seed=0), 0
     visit(pool, 0, 0.5)
-    while pool.state_of(0) != "discard":
+    while pool.states()[0] != "discard":
         visit(pool, 0, 0.0)
         visits += 1
     assert visits == 5, "0.5 x 0.8^5 = 0.16 is the first under 0.2"
@@ -134,7 +134,7 @@ def test_a_sample_that_cools_down_counts_half_and_rests():
     assert any(0 in pool.draw(2) for _ in range(20))
 
 
-def test_those_that_rest_are_drawn_where_too_few_others_live():
+def test_resting_samples_are_drawn_if_too_few_others_are_left():
     pool = Pool(2, PoolConfig(discovery=1, rest=10), seed=0)
     for sample in range(2):
         visit(pool, sample, 0.9)
@@ -154,7 +154,7 @@ def test_weights_are_never_negative_and_average_to_one():
         assert weights.mean() == pytest.approx(1) or not weights.any()
 
 
-def test_draws_hold_no_sample_twice_and_follow_what_samples_were_worth():
+def test_draws_hold_no_sample_twice_and_follow_the_scores():
     pool = Pool(4, PoolConfig(discovery=1), seed=0)
     for sample, utility in enumerate((0.3, 0.75)):
         visit(pool, sample, utility)
@@ -163,11 +163,11 @@ def test_draws_hold_no_sample_twice_and_follow_what_samples_were_worth():
         drawn = pool.draw(1)
         counts[drawn] += 1
         assert len(set(pool.draw(3).tolist())) == 3
-    # 0.3, 0.75, and the prior of a half for those not seen.
+    # 0.3, 0.75, and the prior of 1/2 before the first visit.
     np.testing.assert_allclose(counts / 4000, np.array([0.3, 0.75, 0.5, 0.5]) / 2.05, atol=0.03)
 
 
-def test_fewer_are_drawn_where_fewer_live_and_none_from_an_empty_pool():
+def test_fewer_samples_are_drawn_if_fewer_are_left_and_none_from_an_empty_pool():
     pool = Pool(3, PoolConfig(discovery=1), seed=0)
     visit(pool, 0, 0.0)
     assert sorted(pool.draw(3)) == [1, 2]
@@ -185,17 +185,17 @@ def test_plain_grpo_visits_every_sample_once_an_epoch_and_weighs_all_alike():
     assert pool.counts()["discard"] == 0
 
 
-def test_the_published_form_discards_a_sample_at_its_first_visit_unless_it_is_worth_more_than_1():
+def test_the_published_form_discards_a_sample_at_its_first_visit_unless_its_utility_is_above_1():
     pool = Pool(2, PoolConfig(), seed=0, published=True)
     weights, utility = pool.update(np.array([0, 1]), groups([0, 0.5], [0, 2.0]), groups([-1, -2], [-1, -3]))
     np.testing.assert_allclose(utility, [0.5, 4.0], rtol=1e-4)
     np.testing.assert_allclose(pool.score, [0.1, 0.8], rtol=1e-4)  # from 0: 0.2 x utility
-    assert [pool.state_of(sample) for sample in range(2)] == ["discard", "cool_down"]
+    assert pool.states() == ["discard", "cool_down"]
     np.testing.assert_allclose(weights, np.tanh([0.0, 0.5 * 2.0]))
 
 
 @pytest.mark.parametrize("efficient", [True, False])
-def test_a_pool_goes_on_exactly_where_its_state_was_taken(efficient):
+def test_a_pool_resumes_exactly_from_its_state(efficient):
     def step(pool, rng):
         samples = pool.draw(3)
         weights, utility = pool.update(samples, rng.random((len(samples), 4)), -rng.random((len(samples), 4)))

@@ -1,4 +1,4 @@
-"""Rewards on responses whose words were counted by hand, and what a reward that misbehaves is told."""
+"""Tests rewards against words counted by hand, and the messages about rewards that fail."""
 
 import dataclasses
 
@@ -38,11 +38,11 @@ def test_jaccard_is_shared_words_over_all_words(one, other, expected):
 @pytest.mark.parametrize(
     ("answer", "expected"),
     [
-        # All words of all targets: each overlap is whole.
+        # All words of all targets: each overlap is 1.
         ("long black hair happy shaking the head", 1.0),
         # Attributes 2 of 3; "happy" and nothing else; action none.
         ("black hair happy", 0.4 * 2 / 3 + 0.3),
-        # "red" belongs to no target and is held against each: 3/4, 1/2, 3/4.
+        # "red" belongs to no target and counts against each: 3/4, 1/2, 3/4.
         ("long black hair, happy, shaking the head, red", 0.4 * 3 / 4 + 0.3 / 2 + 0.3 * 3 / 4),
         # A word twice counts once.
         ("happy happy", 0.3),
@@ -50,11 +50,11 @@ def test_jaccard_is_shared_words_over_all_words(one, other, expected):
         ("blue", 0.0),
     ],
 )
-def test_the_facial_score_is_what_one_counts_by_hand(answer, expected):
+def test_the_facial_score_equals_a_count_by_hand(answer, expected):
     assert facial_score(answer, TARGETS) == pytest.approx(expected)
 
 
-def test_as_published_the_best_answer_is_worth_little_since_each_target_is_held_against_the_others():
+def test_the_published_form_gives_the_best_answer_a_low_reward():
     # Seven words: 3 of 7, 1 of 7 and 3 of 7.
     expected = 0.4 * 3 / 7 + 0.3 / 7 + 0.3 * 3 / 7
     best = "long black hair happy shaking the head"
@@ -64,12 +64,12 @@ def test_as_published_the_best_answer_is_worth_little_since_each_target_is_held_
 
 def test_a_word_of_two_targets_counts_for_both():
     targets = {"attributes": "head up", "emotion": "sad", "action": "head down"}
-    # Attributes: {head, up} whole; action: "up" is explained, {head} of {head, down}.
+    # Attributes: {head, up} complete; action: "up" is explained, {head} of {head, down}.
     assert facial_score("head up", targets) == pytest.approx(0.4 + 0.3 / 2)
 
 
 @pytest.mark.parametrize("empty", ["", "  ", "..."])
-def test_an_empty_target_takes_no_part_and_the_others_share_its_weight(empty):
+def test_the_weight_of_an_empty_target_goes_to_the_others(empty):
     targets = {"attributes": "hat", "emotion": empty, "action": "nodding"}
     assert facial_score("hat nodding", targets) == pytest.approx(1.0)
     assert facial_score("hat", targets) == pytest.approx(0.4 / 0.7)
@@ -110,7 +110,7 @@ def test_the_format_reward_asks_for_a_thought_and_an_answer_and_nothing_else(res
     assert form(group(response)) == [expected]
 
 
-def test_a_response_that_was_cut_at_the_limit_has_no_form():
+def test_a_response_cut_at_the_limit_earns_no_format_reward():
     assert form(group(thought("b"), thought("b"), complete=(True, False))) == [1, 0]
 
 
@@ -120,13 +120,11 @@ def test_a_response_that_was_cut_at_the_limit_has_no_form():
         # Means 0.3 and 0.15 ordered against 0.3 shuffled: at least 0.8 of it, or less.
         (("happy", "happy"), ("happy", "happy"), [0.3, 0.3]),
         (("happy", "red"), ("happy", "happy"), [0, 0]),
-        # Exactly 0.8 of the shuffled mean is enough; a response worth 0.1 or less earns nothing itself.
+        # Exactly 0.8 of the shuffled mean is enough; a response with a reward of at most 0.1 earns nothing.
         (("happy",) * 4 + ("red",), ("happy",) * 5, [0.3] * 4 + [0]),
     ],
 )
-def test_the_temporal_reward_goes_to_good_responses_where_the_order_of_frames_is_worth_it(
-    responses, shuffled, expected
-):
+def test_the_temporal_reward_goes_to_good_responses_if_the_order_of_frames_matters(responses, shuffled, expected):
     assert rewards.temporal(group(*responses, shuffled=shuffled)) == expected
 
 
@@ -150,7 +148,7 @@ def test_a_path_without_a_reward_function_is_refused(path):
         rewards.load(path)
 
 
-def test_rewards_add_up_by_their_weights_and_are_kept_apart():
+def test_the_total_is_the_weighted_sum_of_rewards():
     parts = evaluate({"facial": (rewards.facial, 2.0), "form": (form, 0.5)}, group(thought("happy"), "happy", "red"))
     assert parts["facial"] == pytest.approx([0.3, 0.3, 0])
     assert parts["form"] == pytest.approx([1, 0, 0])
@@ -171,6 +169,6 @@ def broken(_):
         (lambda g: rewards.facial(dataclasses.replace(g, targets={})), "clip 7: all of attributes"),
     ],
 )
-def test_a_reward_that_misbehaves_is_named_with_the_clip(reward, says):
+def test_an_error_about_a_failing_reward_names_it_and_the_clip(reward, says):
     with pytest.raises(UserError, match=says):
         evaluate({"mine": (reward, 1.0)}, group("a", "b"))

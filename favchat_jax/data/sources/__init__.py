@@ -1,4 +1,4 @@
-"""Data sets of clips with text, one module per source. `SOURCES` lists them by name.
+"""Provides the data sets of clips with text, one module per source; `SOURCES` lists them by name.
 
 Every source yields the same `Record`: an encoded clip, the 83 labels of CelebV-HQ, a summary, question-answer pairs
 (paper, Section 3.2) and the target strings of the facial reward. `prepare` packs a source, `open_dataset` reads it.
@@ -6,7 +6,6 @@ To add a source, write a `storage.RecordBuilder` and add a line here.
 """
 
 import importlib
-from pathlib import Path
 from typing import Any
 
 from favchat_jax.data import storage
@@ -74,4 +73,4 @@ def training_split(name: str, stage: str) -> str:
 
 def stored_digest(name: str, data_dir: str) -> str | None:
     """Returns the digest of a packed data set's source files; None before it is packed."""
-    return storage.stored_digest(Path(storage.folder_of(*builder_of(name), data_dir)))
+    return storage.stored_digest(storage.folder_of(*builder_of(name), data_dir))

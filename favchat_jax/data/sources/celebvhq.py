@@ -1,4 +1,4 @@
-"""CelebV-HQ (Zhu et al., 2022) with summaries and question-answer pairs, read from the user's folder.
+"""Reads CelebV-HQ (Zhu et al., 2022) with summaries and question-answer pairs from the user's folder.
 
 The folder holds `celebvhq_info.json` (the data set's annotation file), the clips, and `qa.jsonl` with one line per
 clip: `{"clip": id, "video": path in the folder, "summary": ..., "qa": [{"q": ..., "a": ...}, ...]}`. A clip without a
@@ -23,7 +23,7 @@ TEXT = "qa.jsonl"
 HELDOUT_SHARE = 0.05  # share of the source videos
 
 
-class CelebVHQ(RecordBuilder, skip_registration=True):
+class CelebVHQ(RecordBuilder, skip_registration=True):  # type: ignore[call-arg]  # as for RecordBuilder
     """CelebV-HQ clips. All clips of a source video are in train or all are in heldout, by a hash of its name."""
 
     name = "celebvhq"
@@ -35,7 +35,8 @@ class CelebVHQ(RecordBuilder, skip_registration=True):
         info, text = self._root / INFO, self._root / TEXT
         annotation, lines = _read(info), _read(text) if text.exists() else ""
         self._digest = hashlib.sha256(f"{annotation}\0{lines}".encode()).hexdigest()
-        self._clips = read_info(annotation, info)
+        entries = read_annotation(annotation, info)
+        self._clips = {clip: read_entry(clip, entry, info) for clip, entry in entries.items()}
         self._lines = read_text(lines, text)
         self._sides = splits({clip: entry["source"] for clip, entry in self._clips.items()})
         super().__init__(config=config, **options)
@@ -48,7 +49,7 @@ class CelebVHQ(RecordBuilder, skip_registration=True):
         """Returns the number of clips of each split.
 
         Raises:
-          UserError: a clip of the annotation file is missing.
+            UserError: a clip of the annotation file is missing.
         """
         for clip in self._clips:
             if not self._video(clip).is_file():
@@ -78,8 +79,7 @@ def place(source: str) -> float:
 
 
 def splits(sources: dict[str, str]) -> dict[str, str]:
-    """Maps clip id to split, equal for all clips of a source video; train is not empty unless there are no clips."""
-
+    """Returns clip id -> split, equal for all clips of a source video; train is only empty if there are no clips."""
     kept = max(sources.values(), key=place, default="")  # this source always stays in train
     return {
         clip: "heldout" if source != kept and place(source) < HELDOUT_SHARE else "train"
@@ -87,20 +87,11 @@ def splits(sources: dict[str, str]) -> dict[str, str]:
     }
 
 
-def read_info(text: str, path: Path) -> dict[str, dict]:
-    """Reads an annotation file: clip id -> {"source": video id, "attributes": uint8 [83]}.
-
-    Raises:
-      UserError: the file is not JSON, or a clip's labels do not fit the vocabulary.
-    """
-    return {clip: read_entry(clip, entry, path) for clip, entry in read_annotation(text, path).items()}
-
-
 def read_annotation(text: str, path: Path) -> dict[str, dict]:
     """Reads an annotation file: clip id -> its published entry, which `read_entry` checks.
 
     Raises:
-      UserError: the file is not CelebV-HQ's annotation file.
+        UserError: the file is not CelebV-HQ's annotation file.
     """
     try:
         published = json.loads(text)
@@ -120,7 +111,7 @@ def read_entry(clip: str, entry: dict, path: Path) -> dict:
     """Reads a clip's entry: {"source": video id, "attributes": uint8 [83]}.
 
     Raises:
-      UserError: its labels do not fit the vocabulary.
+        UserError: its labels do not fit the vocabulary.
     """
     try:
         labels = entry["attributes"]
@@ -158,7 +149,7 @@ def read_text(text: str, path: Path) -> dict[str, dict]:
     """Reads and checks `qa.jsonl`: clip id -> its line.
 
     Raises:
-      UserError: a line is not JSON or lacks a field.
+        UserError: a line is not JSON or lacks a field.
     """
     lines = {}
     for number, line in enumerate(text.splitlines(), start=1):
@@ -166,8 +157,8 @@ def read_text(text: str, path: Path) -> dict[str, dict]:
             continue
         try:
             row = json.loads(line)
-            [str(pair["q"] + pair["a"]) for pair in row["qa"]]
-            row["summary"] + row.get("video", "")
+            # Raises TypeError unless all of them are texts.
+            "".join([row["summary"], row.get("video", ""), *(pair[key] for pair in row["qa"] for key in ("q", "a"))])
             lines[row["clip"]] = row
         except (ValueError, KeyError, TypeError, AttributeError):
             raise UserError(
@@ -177,7 +168,7 @@ def read_text(text: str, path: Path) -> dict[str, dict]:
 
 
 def read_record(video: Path, clip: str, entry: dict, line: dict | None) -> Record:
-    """Reads one clip with its text; without a line of `qa.jsonl` the text is made from the labels."""
+    """Reads one clip with its text, which is made from the labels if `qa.jsonl` has no line for it."""
     targets = label_text(entry["attributes"])
     if line and line["qa"]:
         summary = line["summary"]
@@ -197,7 +188,7 @@ def read_record(video: Path, clip: str, entry: dict, line: dict | None) -> Recor
 
 
 def label_text(attributes: UInt8[np.ndarray, " 83"]) -> dict[str, str]:
-    """Converts labels to words, one string per group: the target strings of the facial reward."""
+    """Converts labels to words, one string per group, which are the target strings of the facial reward."""
     bounds = np.cumsum([0, len(vocabulary.APPEARANCE), len(vocabulary.ACTION), len(vocabulary.EMOTION)])
     groups = zip(("attributes", "action", "emotion"), bounds[:-1], bounds[1:], strict=True)
     return {

@@ -1,4 +1,4 @@
-"""The corpus that `tools.build_dataset` made, packed by Apache Beam.
+"""Reads the corpus that `tools.build_dataset` made, and packs it with Apache Beam.
 
 Every clip is stored once. Clips are divided into parts, and each stage reads a union of parts:
 
@@ -29,7 +29,7 @@ RECORDS = "records.jsonl"
 PARTS = ("train_rl", "train_celebvhq", "train_other", "heldout")
 
 
-class Corpus(RecordBuilder, skip_registration=True):
+class Corpus(RecordBuilder, skip_registration=True):  # type: ignore[call-arg]  # as for RecordBuilder
     """Clips of several sources with summaries and question-answer pairs (paper, Section 3)."""
 
     name = "corpus"
