@@ -6,7 +6,7 @@ PLANNING := .venv-aot
 # Each core runs one test file at a time. At most four workers run, since a worker takes about 3 GiB.
 TEST := $(RUN) -m pytest -n auto --maxprocesses=4 --dist=loadfile
 
-.PHONY: demo test test-slow lint types plan docs
+.PHONY: demo test test-slow lint plan docs
 
 demo: $(VENV)/ready
 	$(RUN) -m tools.demo
@@ -25,13 +25,11 @@ plan: $(PLANNING)/ready
 lint: $(VENV)/ready-dev
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
 
 # Builds the documentation in site/, which opens without a web server.
 docs: $(VENV)/ready-docs
 	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build
-
-types: $(VENV)/ready-dev
-	$(RUN) -m mypy
 
 # The base requirements run the model. The tests also need reference implementations, such as PyTorch's.
 $(VENV)/ready: requirements.txt pyproject.toml

@@ -1,4 +1,6 @@
-"""Stage 1: the visual modules learn to describe clips; the language model is frozen (Section 4.2, 60K summaries).
+"""Stage 1: visual modules learn to describe clips; the language model is frozen (Section 4.2, 60K summaries).
+
+`favchat_jax/stages.py` lists what trains: in v1 all visual modules, in v2 all but the Q-Formers and their layers.
 
 python -m favchat_jax.train --config=configs/stage1.py
 """

@@ -1,4 +1,6 @@
-"""Stage 2: everything except the language model's base learns from question-answer pairs (Section 4.2, 170K pairs).
+"""Stage 2: visual modules and LoRA learn from question-answer pairs (Section 4.2, 170K pairs).
+
+`favchat_jax/stages.py` lists what trains: in v1 all visual modules and LoRA, in v2 all but the weight adapters.
 
 python -m favchat_jax.train --config=configs/stage2.py:variant=v1
 """

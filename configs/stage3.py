@@ -1,4 +1,6 @@
-"""Stage 3: the mixture adapter and LoRA train on questions about faces (Section 4.2, 110K CelebV-HQ pairs).
+"""Stage 3: the adapters learn from questions about faces (Section 4.2, 110K CelebV-HQ pairs).
+
+`favchat_jax/stages.py` lists what trains: in v1 the mixture and LoRA, in v2 also the Q-Formers and their layers.
 
 python -m favchat_jax.train --config=configs/stage3.py
 python -m favchat_jax.train --config=configs/stage3.py:preset=paper,variant=v1 --workdir=DIR

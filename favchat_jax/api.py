@@ -1,7 +1,6 @@
-"""The public API: a checkpoint that answers questions about videos. `favchat_jax/__init__.py` exports its names."""
+"""Implements the public API, which `favchat_jax` exports: checkpoints that answer questions about videos."""
 
 import dataclasses
-import itertools
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,18 +16,18 @@ from favchat_jax.errors import UserError
 from favchat_jax.generation.sampler import Sampler, Sampling, Turn
 from favchat_jax.models.favchat import ClipFeatures
 
-BATCH = 8  # clips, or questions about one clip, that are answered together
-DECODERS = 4  # threads that decode the clips of a batch
+BATCH = 8  # number of clips, or of questions about one clip, in a batch
+DECODERS = 4  # threads that decode a batch
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class EncodedClip:
-    """A clip that the model has looked at. Pass it in place of a file to ask further questions without a second look.
+    """A clip that the encoders have read. Pass it instead of a file, and further questions do not run them again.
 
     Attributes:
         frames: sampled frames, RGB, resized to the model's square input.
         seconds: time of each frame from the start of the video.
-        features: the encoders' output for this clip, a batch of one.
+        features: the encoders' output, a batch of one.
     """
 
     frames: UInt8[np.ndarray, "T H W 3"]
@@ -42,13 +41,13 @@ Turns = Sequence[tuple[str, str]]  # questions with their answers
 
 
 class Options(TypedDict, total=False):
-    """How an answer's tokens are drawn.
+    """Options of sampling.
 
     Attributes:
         max_new_tokens: longest answer, in tokens; 64 by default.
-        temperature: 0, the default, takes the likeliest token; above, scores are divided by it and a token is drawn.
+        temperature: 0, the default, takes the likeliest token; a higher one divides the scores before a token is drawn.
         top_p: draw among the likeliest tokens whose probabilities add up to this; 1 by default.
-        seed: of the draws.
+        seed: seed of sampled tokens; 0 by default.
     """
 
     max_new_tokens: int
@@ -58,7 +57,7 @@ class Options(TypedDict, total=False):
 
 
 def load(checkpoint: str | os.PathLike[str]) -> "Model":
-    """Loads a checkpoint, ready to answer.
+    """Loads a checkpoint that answers questions.
 
     Args:
         checkpoint: workdir of a stage, or a folder that `tools.export_orbax` wrote.
@@ -66,25 +65,25 @@ def load(checkpoint: str | os.PathLike[str]) -> "Model":
     Raises:
         UserError: the folder is missing, damaged or of another kind; the message says what to do.
     """
-    return Model(load_run(checkpoint))
+    return Model(load_run(Path(checkpoint)))
 
 
 class Model:
     """A checkpoint that answers questions about videos; make one with `favchat_jax.load`.
 
-    The first call of each kind compiles, which takes from seconds (embedded model) to minutes (7 B).
+    The first call of each method compiles, which takes seconds (embedded model) to minutes (7 B).
 
     Args:
         run: a loaded run.
 
     Attributes:
         config: the config that the run was trained with.
-        sampler: the engine below, for code that builds its own batches.
+        sampler: generates answers for code that builds its own batches.
     """
 
     def __init__(self, run: Run):
         self.config = run.config
-        self.sampler = Sampler.of(run)
+        self.sampler = Sampler(run.parts, run.weights)
 
     def __repr__(self) -> str:
         config = self.config
@@ -104,20 +103,20 @@ class Model:
     ) -> str | list[str]: ...
 
     def answer(self, video, question, *, history=(), **sampling):
-        """Answers a question about a video, or many at once.
+        """Answers one question about one video, or many at once.
 
         Args:
-            video: one video, or a list of them.
+            video: one video, or a list.
             question: one question, or a list. One video takes any number of questions. A list of videos takes one
-                question about each of them, or one that is asked about all.
-            history: questions and answers that came before the question.
+                question for all, or one for each.
+            history: earlier questions with their answers.
             sampling: see `Options`.
 
         Returns:
-            The answer to one question about one video; otherwise a list of answers, one a pair.
+            The answer to one question about one video; otherwise a list with the answer to each pair.
 
         Raises:
-            UserError: a video that cannot be read, an empty question, a text longer than the context, or lists of
+            UserError: a video cannot be read, a question is empty, a text is longer than the context, or the lists have
                 different lengths.
         """
         drawing = Sampling(**sampling)
@@ -142,15 +141,15 @@ class Model:
         yield from self.sampler.stream(self.encode(video).features, turns, Sampling(**sampling))
 
     def stream_weights(self, video: Video, question: str) -> tuple[float, float]:
-        """How much the general and the facial stream weigh in what the language model sees (Eq. 3's w_1 and w_2).
+        """Returns the weights of the general and the facial stream, w_1 and w_2 of Eq. 3.
 
-        In v1 the average over visual tokens, in v2 the weights of the question.
+        They are averages over visual tokens in v1, and the question's weights in v2.
         """
         general, facial = self.sampler.stream_weights(self.encode(video).features, [[question]])[0, 0]
         return float(general), float(facial)
 
     def encode(self, video: Video) -> EncodedClip:
-        """Looks at a video once, for any number of questions.
+        """Runs the encoders on a video once, for any number of questions.
 
         Raises:
             UserError: the video cannot be read.
@@ -184,11 +183,10 @@ def _asked(history: Turns, question: str) -> list[Turn]:
 
 
 def _batches(items: list) -> Iterator[list]:
-    items = iter(items)
-    while batch := list(itertools.islice(items, BATCH)):
-        yield batch
+    for start in range(0, len(items), BATCH):
+        yield items[start : start + BATCH]
 
 
 def _filled(batch: list, total: int) -> list:
-    """A batch filled up where there are several, so that all have one shape and compile once."""
+    """Fills up a batch if there are several, so that all have one shape and compile once."""
     return [*batch, *[batch[-1]] * (BATCH - len(batch))] if total > BATCH else batch

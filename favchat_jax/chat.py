@@ -17,18 +17,19 @@ from favchat_jax.errors import UserError
 
 def converse(model: favchat_jax.Model, video: str, **sampling: Any) -> None:
     """Answers questions from stdin one after another, each with the turns before it, streamed to stdout."""
-    clip, history = model.encode(video), []
+    clip = model.encode(video)
+    history: list[tuple[str, str]] = []
     while question := _read("question> "):
         answer = ""
         try:
             for piece in model.stream(clip, question, history=history, **sampling):
                 print(piece, end="", flush=True)
                 answer += piece
-        except UserError as error:  # the conversation outgrew the context; what was said stays on the screen
+        except UserError as error:  # the conversation is longer than the context
             print(f"chat: {error}", file=sys.stderr)
             continue
         print()
-        if answer.strip():  # an empty answer cannot stand in a conversation
+        if answer.strip():  # a conversation cannot contain an empty answer
             history.append((question, answer))
 
 
@@ -39,20 +40,20 @@ def _read(prompt: str) -> str:
 
 
 def main() -> None:
-    """Answers what the flags ask."""
+    """Answers the question of the flags, or starts a conversation."""
     if not _CHECKPOINT.value or not _VIDEO.value:
         raise UserError("needed: --checkpoint=WORKDIR --video=FILE, and --question=TEXT for a single answer")
     if _QUESTION.value is not None and not _QUESTION.value.strip():
         raise UserError("--question is empty: ask something, or leave it out for a conversation")
     if _ANSWER_ONLY.value and _QUESTION.value is None:
         raise UserError("--answer_only drops the thought before a single answer: give --question=TEXT with it")
-    sampling = {
+    sampling: dict[str, Any] = {
         "max_new_tokens": _MAX_NEW_TOKENS.value,
         "temperature": _TEMPERATURE.value,
         "top_p": _TOP_P.value,
         "seed": _SEED.value,
     }
-    # The video is opened first: a bad file must not cost the time of loading a checkpoint.
+    # The video is opened first, because loading a checkpoint takes longer than refusing a bad file.
     decode(_VIDEO.value, frames=1, size=16)
     model = favchat_jax.load(_CHECKPOINT.value)
     if _QUESTION.value is None:

@@ -1,4 +1,4 @@
-"""What every front door does around its work: flags, one-line errors, exit codes (0 done, 1 failed, 2 bad input)."""
+"""Runs a front door: parses flags, prints errors in one line, sets the exit code (0 done, 1 failed, 2 bad input)."""
 
 import contextlib
 import ctypes
@@ -41,20 +41,20 @@ def start(main: Callable[[], None], argv: list[str] | None = None) -> None:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         if not full and error.filename is None:
             raise
-        mend = "make room, and run the same command again" if full else "the run needs to read and write here"
-        _end(name, f"{error.filename or 'the disk'}: {error.strerror}; {mend}", 2)
+        hint = "make room, and run the same command again" if full else "the run needs to read and write here"
+        _end(name, f"{error.filename or 'the disk'}: {error.strerror}; {hint}", 2)
     except KeyboardInterrupt:
         _end(name, "interrupted", 130)
     sys.exit(0)
 
 
 def _set_up_logging() -> None:
-    """What the software says of itself goes to stderr, one line a message."""
-    # `force`, since importing some libraries has set up logging their way.
+    """Sends this package's log messages to stderr, one line each."""
+    # `force` replaces the logging that some libraries set up at import.
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr, force=True)
     logging.getLogger("favchat_jax").setLevel(logging.INFO)
-    # When a write fails, Orbax logs a traceback from each of its threads, asyncio one from each task, and some threads
-    # are left without their event loop; the same error is raised besides, and told in one line.
+    # After a failed write, Orbax logs a traceback for each thread and asyncio for each task, and some threads lose
+    # their event loop. The same error is also raised and reported in one line.
     absl_logging.set_verbosity(absl_logging.FATAL)
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     sys.unraisablehook = _report_unraisable
@@ -66,9 +66,9 @@ def _report_unraisable(unraisable) -> None:
 
 
 def keep_freed_memory() -> None:
-    """Tells glibc to keep the memory of freed arrays for the next ones instead of giving it back to the system.
+    """Makes glibc keep the memory of freed arrays for new ones instead of returning it to the system.
 
-    A step on a CPU frees and takes hundreds of MB; getting them anew page by page costs a third of its time.
+    A step on a CPU frees and allocates hundreds of MB; fetching them again page by page costs a third of its time.
     """
     with contextlib.suppress(OSError, AttributeError):  # not glibc
         mallopt = ctypes.CDLL(None).mallopt
@@ -79,7 +79,7 @@ def keep_freed_memory() -> None:
 
 
 def parse(argv: list[str]) -> None:
-    """Fills the flags; every mistake becomes a UserError of one line."""
+    """Parses the flags; every mistake becomes a UserError of one line."""
     config = _config_named(argv)
     if config is not None:
         _check_config_file(config)
@@ -89,7 +89,7 @@ def parse(argv: list[str]) -> None:
     except flags.Error as error:
         refusal = _refusal_of(error)
         raise UserError(f"--config={config}: {refusal}" if refusal else _flag_mistake(error)) from None
-    except (AttributeError, KeyError) as error:  # an override of a field that the config does not have
+    except (AttributeError, KeyError) as error:  # an override of an unknown field
         if getattr(error, "name", None) == "get_config":
             raise UserError(f"--config={config} has no get_config(); configs/ holds those to choose from") from None
         raise UserError(f"unknown config option: {one_line(error)}") from None
@@ -97,28 +97,28 @@ def parse(argv: list[str]) -> None:
         raise UserError(f"config option of the wrong type: {one_line(error)}") from None
     except SyntaxError as error:
         raise UserError(f"{error.filename}, line {error.lineno}: not a config in Python ({error.msg})") from None
-    except Exception as error:  # the config is a program, which may fail in any way
+    except Exception as error:  # the config is a program and may fail in any way
         raise UserError(f"--config={config} cannot be read: {type(error).__name__}: {one_line(error)}") from None
     if rest[1:]:
         raise UserError(f"unexpected argument {rest[1]!r}: options are written --name=value (see --help)")
 
 
 def check_kind(holder: flags.FlagHolder, field: str, choices: str) -> None:
-    """Raises UserError where the config of a flag lacks the field that every config of the right kind has."""
+    """Raises UserError if the config of a flag lacks a field that every config of the right kind has."""
     if not hasattr(holder.value, "keys") or field not in holder.value:
         name = config_flags.get_config_filename(flags.FLAGS[holder.name])
         raise UserError(f"--config={name} has no {field}, so it is of another kind: choose one of {choices}")
 
 
 def check_output(option: str, path: str) -> None:
-    """Raises UserError where an option names a file that cannot be written: told at once, not after all the work."""
+    """Raises UserError if an option names a file that cannot be written, before the work begins."""
     parent = Path(path).absolute().parent
     if Path(path).is_dir() or not (parent.is_dir() and os.access(parent, os.W_OK)):
         raise UserError(f"{option}={path} cannot be written: name a file in a folder that exists")
 
 
 def _config_named(argv: list[str]) -> str | None:
-    """The file after --config, without the config's own arguments, which follow a colon."""
+    """Returns the file after --config, without the config's own arguments, which follow a colon."""
     for argument, following in zip(argv[1:], [*argv[2:], ""], strict=False):
         option, equals, value = argument.partition("=")
         if option in ("--config", "-config"):
@@ -134,7 +134,7 @@ def _check_config_file(path: str) -> None:
 
 
 def _make_neighbours_importable(config: str) -> None:
-    """Lets a config import others of its clone, whatever the working directory: its topmost package is found first."""
+    """Puts the folder of a config's topmost package first in the import path, so that it can import other configs."""
     folder = Path(config).resolve().parent
     while (folder / "__init__.py").is_file():
         folder = folder.parent
@@ -143,7 +143,7 @@ def _make_neighbours_importable(config: str) -> None:
 
 
 def _refusal_of(error: BaseException | None) -> str | None:
-    """What a config file itself said was wrong, with a ValueError that the library of flags wrapped into others."""
+    """Returns the message of a ValueError that a config file raised and the flags library wrapped, if there is one."""
     while error is not None:
         if str(error).startswith("Error whilst parsing config file") and type(error.__context__) is ValueError:
             return one_line(error.__context__)
@@ -153,7 +153,7 @@ def _refusal_of(error: BaseException | None) -> str | None:
 
 def _flag_mistake(error: flags.Error) -> str:
     lines = str(error).strip().splitlines()
-    if "parsing config file" in lines[0]:  # what follows is a traceback
+    if "parsing config file" in lines[0]:  # a traceback follows
         return f"{lines[0]} {lines[-1]}; expected is a get_config() like those of the files in configs/"
     return f"{one_line(error)} (see --help)"
 

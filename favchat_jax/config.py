@@ -1,8 +1,8 @@
-"""A run's config, typed: every field with its unit and range, and every refusal of a value.
+"""Defines a run's typed config: every field with its unit and range, and every refusal of a value.
 
-The files in `configs/` make `ml_collections` dictionaries, whose fields the command line overrides. A front door makes
-a `Config` of one; the rest of the package takes a `Config` or a section of it. `configs/common.py` has the values of
-each preset and the reasons for them.
+The files in `configs/` make `ml_collections` dictionaries, whose fields the command line overrides. A front door turns
+one into a `Config`; the rest of the package takes a `Config` or a section of it. `configs/common.py` has the values of
+each preset with their reasons.
 """
 
 import dataclasses
@@ -33,9 +33,9 @@ Remat = Literal["", "block", "products"]
 Storage = Literal["full", "int8", "int4"]
 VARIANTS, ABLATIONS = get_args(Variant), get_args(Ablation)
 
-MEASURED = ("step", "rollouts", "total")  # figures of a held-out line, whose names no reward may have
+MEASURED = ("step", "rollouts", "total")  # fields of a held-out line, which no reward may use as its name
 
-AxisSize = Annotated[int, Allowed(lambda n: n == -1 or n > 0, ": give a number above 0, or -1 for all that are left")]
+AxisSize = Annotated[int, Allowed(lambda n: n == -1 or n > 0, ": give a number above 0, or -1 for all other devices")]
 GroupSize = Annotated[int, Allowed(lambda n: n > 1, " is too small: a group of one has nothing to compare; give 2")]
 Temperature = Annotated[float, Allowed(lambda t: 0 < t < math.inf, " draws equal responses: give a number above 0")]
 Finite = Annotated[float, Allowed(math.isfinite, " is not a weight: give a finite number")]
@@ -54,30 +54,30 @@ class UMTConfig(Section):
     """The general encoder."""
 
     width: Count  # channels of a token
-    depth: Count  # blocks that the published weights have
-    layers_run: Count  # blocks that are run, of `depth`
-    heads: Count  # of attention
-    patch: Count  # pixels a side
-    checkpoint_size: Count = 224  # pixels a side that the published positions are for
+    depth: Count  # blocks of the published model
+    layers_run: Count  # number of blocks that run, from the first
+    heads: Count  # attention heads
+    patch: Count  # side in pixels
+    checkpoint_size: Count = 224  # side in pixels for which the published positions were made
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FaceXFormerConfig(Section):
     """The facial encoder, a Swin Transformer."""
 
-    patch: Count  # pixels a side
-    width: Count  # channels of the first stage; each later one has twice as many
+    patch: Count  # side in pixels
+    width: Count  # channels of the first stage; each later stage doubles them
     depths: tuple[int, ...]  # blocks of each stage
-    heads: tuple[int, ...]  # of attention, of each stage
-    window: Count  # tokens a side in which attention runs
+    heads: tuple[int, ...]  # attention heads of each stage
+    window: Count  # side of an attention window in tokens
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FusionConfig(Section):
     """Eq. 2 (v1) or CA2 (v2)."""
 
-    heads: Count  # of cross-attention
-    residual: bool  # whether a step adds to its query; without, the equation as printed
+    heads: Count  # attention heads
+    residual: bool  # whether a step adds its query to its result; False is the equation as printed
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -86,43 +86,43 @@ class QFormerConfig(Section):
 
     width: Count  # channels of a token
     depth: Count  # layers
-    heads: Count  # of attention
+    heads: Count  # attention heads
     mlp: Count  # hidden channels of a layer's MLP
     queries: Count  # learned queries of the published Q-Former
-    extra_queries: CountOrZero  # learned queries beside them
-    vocabulary: Count  # tokens that the prompt's embedding has
+    extra_queries: CountOrZero  # additional learned queries
+    vocabulary: Count  # tokens in the embedding of the prompt
     dropout: ShareBelowOne  # probability
-    prompt: bool  # whether they read the question; v2 needs it
+    prompt: bool  # whether they read the question, which v2 requires
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AdapterConfig(Section):
     """The mixture of the two streams."""
 
-    hidden: Count  # channels inside v1's gate and experts, and inside v2's weight adapters and MLPs after the Q-Formers
+    hidden: Count  # hidden channels of v1's gate and experts, and of v2's weight adapters and stream MLPs
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoRAConfig(Section):
     """Low-rank adapters of the language model."""
 
-    rank: Count  # of A and B; stage 1 has no adapters
+    rank: Count  # rank of the product A B; stage 1 has no adapters
     alpha: Positive  # the product A B is scaled by alpha / rank
-    dropout: ShareBelowOne  # probability, before A
-    targets: tuple[str, ...]  # linear layers that have adapters
+    dropout: ShareBelowOne  # probability for the adapter's input
+    targets: tuple[str, ...]  # names of the linear layers with adapters
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig(Section):
-    """Sizes of the model; those of the language model are in its folder."""
+    """Sizes of the model; the language model's folder has its own sizes."""
 
-    image_size: Count  # pixels a side of a frame
-    frames: Count  # of a clip
-    dtype: Dtype  # of the computation; weights that train are float32
-    # What a layer keeps for the backward pass: all (empty), its input (block), or its products with weights.
+    image_size: Count  # side of a frame in pixels
+    frames: Count  # sampled frames of a clip
+    dtype: Dtype  # dtype of the computation; trainable weights are float32
+    # What a layer keeps for the backward pass: everything (empty), its input (block), or its products with weights.
     remat: Remat = "block"
     umt: UMTConfig
-    no_face_taps: tuple[int, ...]  # blocks of `umt` that stand in for e_1..e_4 in the ablation no_face, counted from 1
+    no_face_taps: tuple[int, ...]  # blocks of `umt`, from 1, that replace e_1..e_4 in the ablation no_face
     facexformer: FaceXFormerConfig
     fusion: FusionConfig
     qformer: QFormerConfig
@@ -132,27 +132,27 @@ class ModelConfig(Section):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig(Section):
-    """The clips and how a batch is made of them."""
+    """The clips, and how they become batches."""
 
-    name: str  # a data set of `data/sources`, or NAME/SIZE
+    name: str  # name of a data set in `data/sources`, or NAME/SIZE
     root: str = ""  # folder of the published data set; empty if the data set needs no folder
     packed: str  # folder of the packed (ArrayRecord) data sets
-    # One frame of each of `frames` equal parts of a clip, at random or the middle one.
+    # A clip is divided into `frames` equal parts, and each part gives a random frame or its middle one.
     sampling: Literal["rand", "middle"] = "rand"
-    random_crop: bool = False  # whether training frames are cropped at random
-    flip: bool = False  # whether they are mirrored at random
-    keep_features: bool = False  # whether what the frozen encoders make of a clip is kept in the workdir
-    questions: Count  # of a clip in a batch, at most
-    buckets: Buckets  # lengths in tokens that sequences are padded to, visual tokens included
-    prompt_length: Count  # tokens of a question that a Q-Former reads, cut on the left
-    workers: CountOrZero  # processes that decode clips; 0 decodes in the run's own
+    random_crop: bool = False  # whether training frames are randomly cropped
+    flip: bool = False  # whether training frames are randomly mirrored
+    keep_features: bool = False  # whether the frozen encoders' features of a clip are kept in the workdir
+    questions: Count  # largest number of questions about a clip in a batch
+    buckets: Buckets  # lengths in tokens, with visual tokens, to which sequences are padded
+    prompt_length: Count  # number of tokens of a question that a Q-Former reads; longer questions are cut on the left
+    workers: CountOrZero  # processes that decode clips; 0 decodes in the run's process
 
     def __post_init__(self):
         super().__post_init__()
         if self.keep_features and (self.sampling != "middle" or self.random_crop or self.flip):
             raise UserError(
-                "keep_features=True needs the same frames of a clip in every epoch: set data.sampling=middle, "
-                "data.random_crop=False and data.flip=False besides"
+                "keep_features=True needs the same frames of a clip in every epoch: also set "
+                "data.sampling=middle, data.random_crop=False and data.flip=False"
             )
 
 
@@ -162,12 +162,12 @@ class OptimizerConfig(Section):
 
     name: Literal["adamw", "muon"]
     learning_rate: Positive  # peak of the schedule
-    encoder_rate: NotNegative  # the encoders' rate as a share of it
+    encoder_rate: NotNegative  # the encoders' rate as a share of `learning_rate`
     b1: ShareBelowOne  # decay of the first moment
     b2: ShareBelowOne  # decay of the second
-    weight_decay: NotNegative  # of matrices; biases and norm scales have none
-    clip_norm: Positive  # largest global norm of a gradient
-    warmup: Share  # share of the run's steps
+    weight_decay: NotNegative  # for matrices only, not for biases and norm scales
+    clip_norm: Positive  # gradients are clipped to this global norm
+    warmup: Share  # length of the warm-up as a share of the run
     floor: Share  # rate at the end of the cosine, as a share of the peak
 
 
@@ -175,24 +175,24 @@ class OptimizerConfig(Section):
 class LLMConfig(Section):
     """The language model."""
 
-    path: str  # its Hugging Face folder
-    storage: Storage = "full"  # width in which its frozen kernels lie in memory while training
+    path: str  # Hugging Face folder
+    storage: Storage = "full"  # width of the frozen kernels in memory during training
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class InitConfig(Section):
-    """Where weights come from; parts without a source start afresh."""
+    """Sources of the initial weights; parts without a source are drawn."""
 
     umt: str = ""  # weights folder
     facexformer: str = ""  # weights folder
     qformer: str = ""  # a weights folder, or a workdir whose two Q-Formers are used
-    videochat2: str = ""  # weights folder in place of `umt` and `qformer`, with its projection and LoRA
-    from_run: str = ""  # workdir of the stage before
+    videochat2: str = ""  # weights folder with VideoChat2's encoder, Q-Former, projection and LoRA
+    from_run: str = ""  # workdir of the previous stage
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshConfig(Section):
-    """Devices along each axis of the mesh (`sharding.py`); one of them may be -1: all remaining devices."""
+    """Number of devices along each axis of the mesh (`sharding.py`); one of them may be -1 for all other devices."""
 
     data: AxisSize = 1
     fsdp: AxisSize = -1
@@ -201,85 +201,85 @@ class MeshConfig(Section):
     def __post_init__(self):
         super().__post_init__()
         if [self.data, self.fsdp, self.tensor].count(-1) > 1:
-            raise UserError(f"data={self.data}, mesh.fsdp={self.fsdp}, mesh.tensor={self.tensor}: give -1 in one place")
+            raise UserError(f"data={self.data}, mesh.fsdp={self.fsdp}, mesh.tensor={self.tensor}: give -1 only once")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RewardConfig(Section):
     """A reward of the reinforcement stage."""
 
-    path: str  # import path MODULE:FUNCTION, which may be one's own
-    weight: Finite  # in the sum of all rewards
+    path: str  # MODULE:FUNCTION of the package or of your own code
+    weight: Finite  # factor in the sum of all rewards
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PoolConfig(Section):
-    """How samples are judged; symbols of `rl/pool.py`."""
+    """Judgement of samples, with the symbols of `rl/pool.py`."""
 
-    smoothing: ShareBelowOne = 0.8  # share of the old s in the new one
-    tau_remove: float = 0.2  # a sample is discarded at or below this s
-    tau_keep: float = 0.8  # a sample cools down above this s
-    discovery: CountOrZero = 2  # visits of a sample before it is judged
-    rest: CountOrZero = 5  # iterations for which a sample that cools down is not drawn
-    published_baseline: float = 0.0  # of the published utility's margin, there a value head that no loss trains
+    smoothing: ShareBelowOne = 0.8  # share of the old s in the new s
+    tau_remove: float = 0.2  # a sample whose s is at most this is discarded
+    tau_keep: float = 0.8  # a sample whose s is above this cools down
+    discovery: CountOrZero = 2  # visits of a sample before its judgement
+    rest: CountOrZero = 5  # iterations in which a cooling sample is not drawn
+    published_baseline: float = 0.0  # baseline of the published utility's margin, there an untrained value head
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RLConfig(Section):
     """Data-Efficient GRPO (FaVChat v2)."""
 
-    group: GroupSize  # G, responses to a sample
-    beta: NotNegative  # of the KL penalty
+    group: GroupSize  # G, number of responses to a sample
+    beta: NotNegative  # weight of the KL penalty
     clip: Positive  # epsilon of the clipped ratio
-    updates: Count  # of a batch of responses
-    max_new_tokens: Count  # of a response
-    temperature: Temperature  # of the draws
-    top_p: Probability  # nucleus of the draws
-    rewards: Mapping[str, RewardConfig] = dataclasses.field(hash=False)  # by name
-    shuffled_frames: bool  # whether responses to frames in another order are drawn too, which the temporal reward needs
+    updates: Count  # updates with one batch of responses
+    max_new_tokens: Count  # longest response in tokens
+    temperature: Temperature  # temperature of sampled responses
+    top_p: Probability  # nucleus of sampled responses
+    rewards: Mapping[str, RewardConfig] = dataclasses.field(hash=False)  # rewards by name
+    shuffled_frames: bool  # whether to draw responses to shuffled frames too, for the temporal reward
     data_efficient: bool  # False for plain GRPO over shuffled epochs
-    utility: Literal["scale_free", "published"]  # ours, free of scale, or the published one
+    utility: Literal["scale_free", "published"]  # this project's scale-free utility or the published one
     pool: PoolConfig
-    split: str  # whose first usable samples make the pool
-    samples: CountOrZero  # of the pool; 0 takes all
-    heldout_split: str  # that the policy is measured on
-    heldout_samples: CountOrZero  # that it is measured on; 0 takes all
-    measure_every: Count  # iterations
+    split: str  # split of the pool
+    samples: CountOrZero  # size of the pool: the first usable samples; 0 for all
+    heldout_split: str  # split on which the policy is measured
+    heldout_samples: CountOrZero  # number of measured samples; 0 for all
+    measure_every: Count  # iterations between measurements
 
     def __post_init__(self):
         super().__post_init__()
         if not self.rewards:
             raise UserError("rewards is empty: give at least one, with its path (module:function) and weight")
         for name in self.rewards.keys() & set(MEASURED):
-            raise UserError(f"rewards.{name}: a figure measured beside the rewards has this name; rename the reward")
+            raise UserError(f"rewards.{name}: this name is taken by another figure; rename the reward")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(Section):
     """One stage of one model."""
 
-    preset: str  # sizes and sources, which `configs/common.py` names
-    variant: Variant  # of the model
-    ablation: Ablation  # part that the model lacks (Table 6)
-    stage: stages.Name  # of training
-    seed: CountOrZero  # of all draws but those of the embedded clips
+    preset: str  # name of the sizes and sources in `configs/common.py`
+    variant: Variant  # variant of the model
+    ablation: Ablation  # part that is replaced in the model (Table 6)
+    stage: stages.Name  # stage of training
+    seed: CountOrZero  # seed of all random draws except the embedded clips
     model: ModelConfig
     data: DataConfig
     optimizer: OptimizerConfig
     llm: LLMConfig
     prompt_tokenizer: str = ""  # tokenizer folder for the Q-Formers' prompt; empty for the language model's
     init: InitConfig
-    steps: CountOrZero  # length of the run; 0 takes `epochs`
-    epochs: float  # length of the run over the data
-    batch: Count  # clips of a step; of the reinforcement stage, samples of an iteration
-    accumulate: Count = 1  # parts that a batch is cut into, to save memory
+    steps: CountOrZero  # length of the run; 0 uses `epochs`
+    epochs: float  # length of the run in passes over the data
+    batch: Count  # clips in a step; in the reinforcement stage, samples in an iteration
+    accumulate: Count = 1  # number of parts of a batch that are computed one after another, to save memory
     mesh: MeshConfig = MeshConfig()
-    loss_chunk: Count  # positions whose scores over the vocabulary exist at once
-    log_every: Count  # steps
-    checkpoint_every: Count  # steps
-    checkpoints_kept: Count  # the newest ones
-    rl: RLConfig | None = None  # of stage grpo
-    # How `embedded/` makes stand-ins for published parts; it alone reads this section.
+    loss_chunk: Count  # number of positions whose scores over the vocabulary exist at once
+    log_every: Count  # steps between lines of metrics
+    checkpoint_every: Count  # steps between checkpoints
+    checkpoints_kept: Count  # number of newest checkpoints that are kept
+    rl: RLConfig | None = None  # settings of stage grpo
+    # Sizes and training of the stand-ins for published parts; only `embedded/` reads this section.
     pretrain: Mapping[str, Any] | None = dataclasses.field(default=None, hash=False)
 
     def __post_init__(self):
@@ -293,12 +293,12 @@ class Config(Section):
         if self.data.keep_features and not stages.has_fixed_features(self.variant, self.stage):
             raise UserError(f"data.keep_features=True is for stage3 and coldstart, not for {self.stage}: leave it out")
         if self.stage == "grpo" and self.reinforcement and self.llm.storage != "full":
-            raise UserError(f"llm.storage={self.llm.storage} cannot be answered from, as stage=grpo does: leave it out")
+            raise UserError(f"llm.storage={self.llm.storage} cannot answer, which stage=grpo needs: leave it out")
         if self.stage == "grpo" and self.steps < 1:
             raise UserError("steps=0: stage=grpo has no epochs; give at least 1")
 
     def require_sources(self) -> None:
-        """Raises UserError for a source of weights or data that is not set and that only the embedded preset makes."""
+        """Raises UserError if a source of weights or data is not set; only the embedded preset makes its own."""
         if not self.llm.path:
             raise UserError("llm.path is not set: name the Hugging Face folder of Mistral with --config.llm.path=DIR")
         if not self.data.root:
@@ -319,9 +319,13 @@ class Config(Section):
                 "then --config.init.qformer=DIR"
             )
 
+    def total_steps(self, clips: int) -> int:
+        """Length of the run in steps: `steps`, or that of `epochs` over so many clips."""
+        return self.steps or max(1, math.ceil(self.epochs * clips / self.batch))
+
     @property
     def reinforcement(self) -> RLConfig:
-        """The section `rl`; raises UserError unless it is there."""
+        """The section `rl`; raises UserError if it is missing."""
         if self.rl is None:
             raise UserError("stage=grpo needs the section rl: take configs/grpo.py")
         return self.rl
@@ -333,19 +337,19 @@ class Config(Section):
 
     @property
     def default_workdir(self) -> Path:
-        """Where the stage is trained unless another folder is named."""
+        """The stage's workdir unless another is named."""
         return stages.default_workdir(self.preset, self.variant, self.ablation, self.stage)
 
     @classmethod
     def from_ml_collections(cls, config: ConfigDict) -> Self:
-        """The config that a file of `configs/` and the command line give.
+        """Makes the config from a file of `configs/` and the command line.
 
         Raises:
             UserError: a value is not allowed, or a field is missing or unknown.
         """
         fields = config.to_dict()
         stage, init = stages.STAGES.get(fields.get("stage")), fields.get("init", {})
-        if init.get("from_run") is None:  # not set: the default workdir of the stage before
+        if init.get("from_run") is None:  # not set: the default workdir of the previous stage
             preset, variant, ablation = (str(fields.get(name)) for name in ("preset", "variant", "ablation"))
             before = stage and stage.before
             init["from_run"] = str(stages.default_workdir(preset, variant, ablation, before)) if before else ""
@@ -353,9 +357,9 @@ class Config(Section):
 
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> Self:
-        """The config of a workdir's config.json.
+        """Makes the config from a workdir's config.json.
 
-        Workdirs of other versions load: fields that this version lacks are ignored, missing ones have their default.
+        Workdirs of other versions load: unknown fields are ignored, and missing fields take their default.
 
         Raises:
             UserError: a value is not allowed, or a field without a default is missing.

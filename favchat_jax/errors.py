@@ -1,21 +1,21 @@
-"""Failures that a person can fix or must know of; front doors print them as one line, without a traceback."""
+"""Defines the errors that front doors print as one line, without a traceback."""
 
 import ast
 import contextlib
 
-LONGEST = 200  # characters of another library's message that still make a readable line
+LONGEST = 200  # characters kept of another library's message
 
 
 class UserError(ValueError):
-    """Bad usage or bad input, exit code 2. One line that names the file or option and what to do about it."""
+    """Bad usage or bad input, exit code 2. Its line names the file or option and what to do about it."""
 
 
 class RunError(RuntimeError):
-    """Work that went wrong while its input was right, exit code 1. One line that says where, and what is left."""
+    """Failed work with correct input, exit code 1. Its line says where it failed and what remains."""
 
 
 def one_line(error: BaseException) -> str:
-    """The first line of an error's message, shortened; the error's class where it has no message."""
+    """Returns the shortened first line of an error's message, or the error's class if it has no message."""
     text = str(error)
     if isinstance(error, OSError) and error.strerror:
         text = f"{error.strerror}: {error.filename}" if error.filename else error.strerror

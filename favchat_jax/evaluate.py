@@ -1,7 +1,7 @@
 """Runs a benchmark: python -m favchat_jax.evaluate --config=configs/eval/NAME.py --checkpoint=DIR --out=F.json
 
---model=openai:URL#NAME evaluates the model of an OpenAI-compatible server instead, --describer=DIR with a checkpoint's
-description of each clip before the question. Stopped, the same command goes on where it was.
+--model=openai:URL#NAME evaluates the model of an OpenAI-compatible server instead; --describer=DIR gives it a
+checkpoint's description of each clip before the question. After an interruption, the same command resumes.
 """
 
 import hashlib
@@ -14,7 +14,6 @@ from ml_collections import config_flags
 
 from favchat_jax import command_line
 from favchat_jax.api import Model
-from favchat_jax.checkpoints.mistral_folder import fingerprint
 from favchat_jax.checkpoints.run import Run, load_run
 from favchat_jax.checkpoints.store import Checkpoints
 from favchat_jax.checkpoints.weights_folder import describe_leaves, is_weights_folder
@@ -23,7 +22,7 @@ from favchat_jax.evaluation import result as results
 from favchat_jax.evaluation.benchmarks import benchmark_of
 from favchat_jax.evaluation.config import EvaluationConfig
 from favchat_jax.evaluation.judge import Judge
-from favchat_jax.evaluation.respondents import FaVChat, OpenAIServer
+from favchat_jax.evaluation.respondents import FaVChat, OpenAIServer, Respondent
 from favchat_jax.evaluation.session import Journal, Session
 from favchat_jax.stages import group_of
 
@@ -36,62 +35,68 @@ def evaluate(
     describer: str | Path | None = None,
     journal: Path | None = None,
 ) -> results.Result:
-    """The result of the benchmark that `config.benchmark` names, in the form that `evaluation/result.py` describes.
+    """Runs the benchmark that `config.benchmark` names; `evaluation/result.py` describes the result.
 
     Args:
         config: one of configs/eval.
-        checkpoint: the model, or
-        model: openai:URL#NAME.
-        describer: a checkpoint whose descriptions the model is given.
-        journal: file that keeps answers until the evaluation is whole.
+        checkpoint: workdir of the model; None if `model` is given.
+        model: openai:URL#NAME, a server's model.
+        describer: a checkpoint whose descriptions precede the questions.
+        journal: file that keeps answers until the evaluation is complete.
     """
     benchmark = benchmark_of(config.benchmark)
-    respondent = OpenAIServer(model, config.server) if model else respondent_of(checkpoint, config)
-    telling = respondent_of(describer, config) if describer else None
+    respondent: Respondent
+    if model:
+        respondent = OpenAIServer(model, config.server)
+    elif checkpoint:
+        respondent = respondent_of(checkpoint, config)
+    else:
+        raise ValueError("give a checkpoint or a model")
+    describing = respondent_of(describer, config) if describer else None
     session = Session(
         respondent,
         batch=config.batch,
         journal=Journal(journal),
         judge=judge_of(config),
-        describer=telling,
+        describer=describing,
         description_tokens=config.description_tokens,
     )
     found = benchmark.run(config, session)
-    return results.with_provenance(found, config, respondent.identity, telling and telling.identity)
+    return results.with_provenance(found, config, respondent.identity, describing.identity if describing else None)
 
 
 def respondent_of(checkpoint: str | Path, config: EvaluationConfig) -> FaVChat:
-    """A checkpoint, ready to be asked in batches of the config's size."""
+    """Loads a checkpoint that answers in batches of the config's size."""
     run = load_run(checkpoint)
     return FaVChat(Model(run).sampler, config.batch, config.questions, identity_of(checkpoint, run))
 
 
 def identity_of(checkpoint: str | Path, run: Run) -> dict[str, Any]:
-    """What a result says of a checkpoint: its folder, kind and step, and a hash of its weights.
+    """Identifies a checkpoint in a result: its folder, kind and step, and a hash of its weights.
 
-    The language model's base is in it by the fingerprint of its folder.
+    The hash includes the fingerprint of the language model's folder.
     """
     weights = {path: leaf for path, leaf in run.weights.items() if group_of(path) != "llm"}
-    told = json.dumps([describe_leaves(weights), fingerprint(run.config.llm.path)], sort_keys=True)
+    content = json.dumps([describe_leaves(weights), run.parts.fingerprint], sort_keys=True)
     kind = {name: getattr(run.config, name) for name in ("preset", "variant", "ablation", "stage")}
     step = None if is_weights_folder(checkpoint) else Checkpoints(checkpoint).latest()
-    return {"name": str(checkpoint), **kind, "step": step, "sha256": hashlib.sha256(told.encode()).hexdigest()}
+    return {"name": str(checkpoint), **kind, "step": step, "sha256": hashlib.sha256(content.encode()).hexdigest()}
 
 
 def judge_of(config: EvaluationConfig) -> Judge | None:
-    """The judge that the config names, with the second one where there is one."""
+    """Returns the judge that the config names, with its second judge; None without a judge."""
     if not config.judge.model:
         return None
     return Judge(config.judge, Judge(config.second_judge) if config.second_judge.model else None)
 
 
 def table(result: results.Result) -> str:
-    """The figures, for a terminal."""
+    """Formats the figures for a terminal."""
     return getattr(benchmark_of(result["benchmark"]), "table", results.table)(result)
 
 
 def main() -> None:
-    """Evaluates what the flags say."""
+    """Evaluates the model that the flags name."""
     if _CONFIG.value is None or not _OUT.value or not (_CHECKPOINT.value or _MODEL.value):
         raise UserError("needed: --config=configs/eval/rendered.py --checkpoint=WORKDIR --out=FILE.json")
     if _CHECKPOINT.value and _MODEL.value:
@@ -110,7 +115,7 @@ def main() -> None:
 if __name__ == "__main__":
     _CONFIG = config_flags.DEFINE_config_file("config", None, "Config of the benchmark")
     _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Workdir of a stage")
-    _MODEL = flags.DEFINE_string("model", None, "openai:URL#NAME: a server's model in place of a checkpoint")
-    _DESCRIBER = flags.DEFINE_string("describer", None, "Workdir of a stage whose descriptions the model is given")
-    _OUT = flags.DEFINE_string("out", None, "JSON file to write")
+    _MODEL = flags.DEFINE_string("model", None, "openai:URL#NAME: evaluate a server's model instead of a checkpoint")
+    _DESCRIBER = flags.DEFINE_string("describer", None, "Workdir of a stage whose descriptions precede the questions")
+    _OUT = flags.DEFINE_string("out", None, "JSON file of the result")
     command_line.start(main)

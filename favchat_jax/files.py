@@ -1,7 +1,7 @@
-"""Files and folders that appear complete: each is written under a draft name beside its place, then renamed.
+"""Writes files and folders completely or not at all: each is a draft beside its place first, and is then renamed.
 
-The draft of `runs/a.json` is `runs/.a.json.draft-favchat`. A place has one draft name, so the next writer finds what a
-killed run left and writes over it. A lock on the draft keeps two writers of one place apart.
+The draft of `runs/a.json` is `runs/.a.json.draft-favchat`. A place has one draft name, so the next writer overwrites
+the draft of a killed run. A lock on the draft keeps two writers of one place apart.
 """
 
 import contextlib
@@ -35,12 +35,12 @@ def replace_file(path: str | Path, content: bytes | str, sync: bool = True) -> N
 
 @contextlib.contextmanager
 def draft_file(path: str | Path, sync: bool = True) -> Iterator[Path]:
-    """The path of a draft that takes the place of `path` at the end; a failure removes it and leaves `path` alone.
+    """Yields the path of a draft that replaces `path` at the end; a failure removes it and leaves `path` unchanged.
 
     Args:
-        path: where the file will be. A second writer of it waits for the first.
-        sync: whether the content reaches the disk before the name does. Otherwise a power cut can leave an empty file,
-            which is good enough for what a reader checks and can make again.
+        path: place of the file. A second writer waits for the first.
+        sync: whether the content reaches the disk before the name does. Without it, a power cut can leave an empty
+            file, which is acceptable if readers check the file and can make it again.
 
     Raises:
         UserError: the file cannot be written.
@@ -64,13 +64,13 @@ def draft_file(path: str | Path, sync: bool = True) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def replace_folder(path: str | Path, *also: type[Exception]) -> Iterator[Path]:
-    """An empty folder that takes the place of `path` at the end; a failure removes it and leaves `path` alone.
+    """Yields an empty folder that replaces `path` at the end; a failure removes it and leaves `path` unchanged.
 
-    Folders are not synced: they are made from what is still there, and their readers check them.
+    Folders are not synced: their sources still exist, and their readers check them.
 
     Args:
-        path: where the folder will be; folders above it are made.
-        also: what else, besides OSError, a library raises when it cannot write.
+        path: place of the folder; parent folders are made.
+        also: errors, besides OSError, that a library raises when it cannot write.
 
     Raises:
         UserError: the folder cannot be written, or another process is writing it.
@@ -81,10 +81,10 @@ def replace_folder(path: str | Path, *also: type[Exception]) -> Iterator[Path]:
         lock = _lock(path, draft, folder=True)
         try:
             _settle(path, before)
-            for left in draft.iterdir():  # by a killed run
+            for left in draft.iterdir():  # from a killed run
                 shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
             yield draft
-            if path.is_dir():  # renamed, not removed: removing takes time, in which a kill would lose both
+            if path.is_dir():  # renamed, because a kill during a slow removal would lose both
                 path.rename(before)
             draft.rename(path)
         except BaseException:
@@ -101,27 +101,29 @@ def write_errors(place: str | Path, *also: type[Exception]) -> Iterator[None]:
 
     Args:
         place: the file or folder that is being written.
-        also: what else, besides OSError, a library raises when it cannot write.
+        also: errors, besides OSError, that a library raises when it cannot write.
     """
     try:
         yield
     except (UserError, RunError):
         raise
-    except (OSError, *also) as error:
-        hint = HINTS.get(getattr(error, "errno", None), FREE_SPACE)
+    except Exception as error:
+        if not isinstance(error, (OSError, *also)):
+            raise
+        hint = HINTS.get(getattr(error, "errno", 0), FREE_SPACE)
         raise UserError(f"could not write {place} ({one_line(error)}): {hint}") from None
 
 
 def _hidden(path: Path, role: str) -> Path:
-    """A name beside `path` that no person gives."""
+    """Returns a hidden name beside `path`."""
     return path.with_name(f".{path.name}.{role}-favchat")
 
 
 def _lock(path: Path, draft: Path, *, folder: bool) -> int:
-    """Makes a draft where it is missing and locks it; closing the descriptor it returns, or dying, unlocks it.
+    """Makes a missing draft and locks it until the returned descriptor is closed or the process ends.
 
     Raises:
-        UserError: another process is writing the folder. A file takes a moment, so its second writer waits.
+        UserError: another process is writing the folder. The second writer of a file waits instead.
     """
     while True:
         if folder:
@@ -140,11 +142,11 @@ def _lock(path: Path, draft: Path, *, folder: bool) -> int:
         except BaseException:
             os.close(lock)
             raise
-        os.close(lock)  # the writer before has renamed or removed this draft: make another
+        os.close(lock)  # the previous writer has renamed or removed this draft: make another
 
 
 def _settle(path: Path, before: Path) -> None:
-    """Removes the folder that `path` has replaced, or puts it back where nothing took its place."""
+    """Removes the folder that `path` has replaced, or restores it if nothing replaced it."""
     if before.exists():
         if path.exists():
             _remove(before)
@@ -153,7 +155,7 @@ def _settle(path: Path, before: Path) -> None:
 
 
 def _remove(folder: Path) -> None:
-    """Removes a folder for good: Orbax's threads go on writing for a moment after a write that failed."""
+    """Removes a folder repeatedly, because Orbax's threads still write for a moment after a failed write."""
     for _ in range(50):
         shutil.rmtree(folder, ignore_errors=True)
         time.sleep(0.02)

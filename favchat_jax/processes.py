@@ -1,8 +1,7 @@
-"""What the processes of one run, one a host, do together. With a single process everything here is immediate.
+"""Coordinates the processes of one run, one on each host. With a single process, every function returns at once.
 
-jax itself notices a process that died only after a while, and then aborts the others with a stack trace. Here each
-holds a connection to the first one, which the system closes when either dies: whoever sees that ends with one line, so
-that all of them end at once.
+JAX notices a dead process only after a while, and then aborts the others with a stack trace. Here each process holds a
+connection to the first one. The system closes it when either dies, and the other ends at once with one line.
 """
 
 import contextlib
@@ -21,21 +20,21 @@ from jax.experimental import multihost_utils
 
 from favchat_jax.errors import RunError, UserError, one_line
 
-SILENCE = 25  # seconds after which a host that does not answer any more counts as dead
-RESTART = "the last checkpoint is intact: start all processes again, and they go on"
+SILENCE = 25  # seconds after which a host without an answer counts as dead
+RESTART = "the last checkpoint is intact: start all processes again to resume"
 
 
 @contextlib.contextmanager
 def joined(processes: str) -> Iterator[None]:
-    """Connects this process to the others of its run, before any work on a device, and lets go of them afterwards.
+    """Connects this process to the others of its run before any work on a device, and disconnects it afterwards.
 
     Args:
-        processes: `auto` where a cluster's own settings say it (TPU slices, Slurm), or HOST:PORT,COUNT,INDEX with the
-            address of the first process, the number of processes and which of them this one is; empty for one alone.
+        processes: `auto` for a cluster's own settings (TPU slices, Slurm), or HOST:PORT,COUNT,INDEX with the address of
+            the first process, the number of processes and the index of this one; empty for a single process.
 
     Raises:
-        UserError: of another form, or the others do not answer.
-        RunError: jax lost another process. Where the connection to it is lost first, this process ends at once with
+        UserError: the text has another form, or the others do not answer.
+        RunError: JAX lost another process. If the connection to it is lost first, this process ends at once with
             exit code 1 and one line.
     """
     if not processes:
@@ -57,7 +56,7 @@ def joined(processes: str) -> Iterator[None]:
             "process_id": int(given[4]),
         }
     try:
-        # Later than what is noticed here, so that its stack trace is seen only where that fails.
+        # Longer than the limit here, so that JAX's stack trace appears only if the connection notices nothing.
         jax.distributed.initialize(**place, heartbeat_timeout_seconds=2 * SILENCE, shutdown_timeout_seconds=SILENCE)
     except (RuntimeError, ValueError) as error:
         raise UserError(f"--processes={processes}: {one_line(error)}") from None
@@ -68,7 +67,7 @@ def joined(processes: str) -> Iterator[None]:
     try:
         yield
         for other in others:
-            other.sendall(b".")  # this process ends as it should
+            other.sendall(b".")  # a regular end
     except jax.errors.JaxRuntimeError as error:
         raise RunError(f"{_who()} lost another one ({one_line(error)}); {RESTART}") from None
     finally:
@@ -79,7 +78,7 @@ def joined(processes: str) -> Iterator[None]:
 
 
 def _connect(host: str) -> list[socket.socket]:
-    """The first process's connections to all others, or theirs to it."""
+    """Returns the first process's connections to all others, or this process's connection to the first."""
     server = socket.create_server(("", 0), backlog=jax.process_count())
     first = gathered({"host": host, "port": server.getsockname()[1]})[0]
     if is_first():
@@ -97,13 +96,13 @@ def _connect(host: str) -> list[socket.socket]:
 
 
 def _watch(other: socket.socket, left: threading.Event) -> None:
-    """Ends this process when the one at the other end ends without having said so."""
+    """Ends this process when the one at the other end dies."""
     try:
         said = other.recv(1)
     except OSError:  # the host does not answer
         said = b""
     if not said and not left.is_set():
-        print(f"{_who()} lost another one, which died or was ended; {RESTART}", file=sys.stderr, flush=True)
+        print(f"{_who()} lost another one, which died or was killed; {RESTART}", file=sys.stderr, flush=True)
         os._exit(1)
 
 
@@ -112,25 +111,25 @@ def _who() -> str:
 
 
 def is_first() -> bool:
-    """Whether this is the process that writes what is written once a run."""
+    """Returns whether this process writes the files that a run writes once."""
     return jax.process_index() == 0
 
 
 def first_alone(work: Callable[[], Any]) -> None:
-    """Has the first process do `work`, whose result is files, while the others wait."""
+    """Runs `work`, which writes files, in the first process while the others wait."""
     if is_first():
         work()
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("first_alone")
 
 
-def anyone(flag: bool) -> bool:
-    """Whether `flag` is set in any process; all of them have to ask."""
+def any_process(flag: bool) -> bool:
+    """Returns whether `flag` is set in any process; all of them have to call it."""
     return flag if jax.process_count() == 1 else bool(np.any(multihost_utils.process_allgather(np.array(flag))))
 
 
 def gathered(value: dict[str, Any]) -> list[dict[str, Any]]:
-    """The values that all processes give, as JSON can hold them, in the processes' order; all of them have to ask."""
+    """Returns the values (JSON) of all processes in their order; all of them have to call it."""
     if jax.process_count() == 1:
         return [value]
     text = np.frombuffer(json.dumps(value).encode(), np.uint8)

@@ -1,4 +1,4 @@
-"""A section of a typed config: a frozen dataclass whose field types say which values are allowed.
+"""Defines the sections of a typed config: frozen dataclasses whose field types state the allowed values.
 
 A field's type is int, float, bool, str, a tuple of these, a `Literal`, a dictionary, another section, or one of them
 `Annotated` with an `Allowed`. A section is read from a nested dictionary, and written as JSON beside a run.
@@ -18,11 +18,11 @@ KINDS = {int: "a whole number", float: "a number", str: "text", bool: "True or F
 
 @dataclasses.dataclass(frozen=True)
 class Allowed:
-    """Which values of a field are allowed.
+    """The allowed values of a field.
 
     Attributes:
-        holds: whether a value is.
-        otherwise: what the message says after FIELD=VALUE.
+        holds: returns whether a value is allowed.
+        otherwise: text of the message after FIELD=VALUE.
     """
 
     holds: Callable[[Any], bool]
@@ -30,7 +30,7 @@ class Allowed:
 
 
 def at_least(least: int) -> Allowed:
-    """Numbers of at least `least`."""
+    """Allows numbers of at least `least`."""
     return Allowed(lambda value: value >= least, f" is too small: give at least {least}")
 
 
@@ -44,7 +44,7 @@ ShareBelowOne = Annotated[float, Allowed(lambda value: 0 <= value < 1, " is a sh
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Section:
-    """Base of all sections. Making one checks its fields.
+    """Base of all sections, which check their fields when they are made.
 
     Raises:
         UserError: a value has the wrong type or is not allowed. The message begins with the field.
@@ -56,10 +56,10 @@ class Section:
 
     @classmethod
     def read(cls, fields: Mapping[str, Any], *, ignore_unknown: bool = False) -> Self:
-        """Makes a section from a nested dictionary; a missing field takes its default.
+        """Makes a section from a nested dictionary; a missing field takes its default value.
 
         Raises:
-            UserError: as above; or a field without a default is missing, or one is unknown and not to be ignored.
+            UserError: a value is not allowed, a field without a default is missing, or a field is unknown.
         """
         known = {field.name: field for field in dataclasses.fields(cls)}
         for name in [] if ignore_unknown else sorted(fields.keys() - known.keys()):
@@ -70,11 +70,11 @@ class Section:
         return cls(**{k: _read(k, v, known[k].type, ignore_unknown) for k, v in fields.items() if k in known})
 
     def to_json(self) -> dict[str, Any]:
-        """The fields as JSON holds them: nested dictionaries, lists for tuples, and no field that is None."""
+        """Returns the fields as JSON: nested dictionaries, lists for tuples, without fields that are None."""
         return _without_nones(json.loads(json.dumps(dataclasses.asdict(self))))
 
     def updated(self, changes: Mapping[str, Any]) -> Self:
-        """A copy with other values at some paths, for example {"data.flip": True}.
+        """Returns a copy with other values at some paths, for example {"data.flip": True}.
 
         Raises:
             UserError: a path is unknown, or a value is not allowed.
@@ -92,7 +92,7 @@ class Section:
 
 
 def _read(name: str, value: Any, kind: Any, ignore_unknown: bool) -> Any:
-    """A field's value as its section holds it; messages about its content begin with the field's name."""
+    """Converts a field's value to the section's types; messages about its content begin with the field's name."""
     kind = _required(kind)
     try:
         if isinstance(kind, type) and issubclass(kind, Section) and isinstance(value, Mapping):
@@ -105,7 +105,7 @@ def _read(name: str, value: Any, kind: Any, ignore_unknown: bool) -> Any:
 
 
 def _check(name: str, value: Any, kind: Any) -> None:
-    """Raises UserError unless a value is of a field's type."""
+    """Raises UserError unless a value has a field's type."""
     if value is None and _required(kind) is not kind:
         return
     kind = _required(kind)
@@ -130,14 +130,14 @@ def _check(name: str, value: Any, kind: Any) -> None:
 
 
 def _required(kind: Any) -> Any:
-    """X of `X | None`; any other type unchanged."""
+    """Returns X of `X | None`, and any other type unchanged."""
     if get_origin(kind) in (Union, types.UnionType):
         return next(part for part in get_args(kind) if part is not types.NoneType)
     return kind
 
 
 def _is(value: Any, kind: type) -> bool:
-    """Whether a value is of a plain type. A whole number is a number too; True is neither."""
+    """Returns whether a value has a plain type. A whole number is also a number; True is neither."""
     if kind is bool or isinstance(value, bool):
         return kind is bool and isinstance(value, bool)
     return isinstance(value, int | float if kind is float else kind)

@@ -1,10 +1,10 @@
-"""Where everything lies on many devices: a mesh of three axes, and one table from a weight's path to mesh axes.
+"""Places arrays on devices: a mesh of three axes, and one table from a weight's path to mesh axes.
 
-    data     shares the clips of a batch; every weight is whole along it
-    fsdp     shares the clips too, and cuts weights, gradients and moments; a layer's weights are gathered as it runs
-    tensor   cuts the language model's products themselves; visual weights, which are small, as `fsdp` does
+    data     splits the clips of a batch; every device along it has all weights
+    fsdp     splits the clips and also weights, gradients and moments; a layer's weights are gathered when it runs
+    tensor   splits the language model's products; visual weights, which are small, it splits as `fsdp` does
 
-One device is a mesh of 1 x 1 x 1, so that training has one path for all of them.
+One device is a mesh of 1 x 1 x 1, so the same code trains on any number of devices.
 """
 
 import math
@@ -22,12 +22,12 @@ from favchat_jax.config import Config, MeshConfig
 from favchat_jax.errors import UserError
 
 AXES = ("data", "fsdp", "tensor")
-CLIPS = ("data", "fsdp")  # axes that share the clips of a batch
-WEIGHTS = ("fsdp", "tensor")  # all axes that cut a weight
+CLIPS = ("data", "fsdp")  # axes that split the clips of a batch
+WEIGHTS = ("fsdp", "tensor")  # all axes that split a weight
 
-# Pattern on a weight's path -> what cuts its last dimensions; those before, as of stacked layers, stay whole, and so
-# does a dimension that the axes do not divide. Every weight of every model matches exactly one row, and so do kernels
-# of one shape that Muon stacks (`stacked/...`).
+# Pattern on a weight's path -> axes that split its last dimensions. Earlier dimensions, such as stacked layers, are not
+# split, nor is a dimension that the axes do not divide. Every weight of every model matches exactly one row, and so do
+# the kernels that Muon stacks (`stacked/...`).
 TABLE = (
     (r"llm/embed_tokens/embedding", P("tensor", "fsdp")),
     (r"llm/(layers/.*/(q|k|v|gate|up)_proj|lm_head)/kernel", P("fsdp", "tensor")),
@@ -42,49 +42,55 @@ TABLE = (
 
 
 def training_mesh(config: Config) -> Mesh:
-    """The mesh that a stage trains on; for stage grpo, the first device.
+    """Makes the mesh that a stage trains on; for stage grpo, the first device.
 
     Raises:
-        UserError: the devices or processes that are here do not suit the config.
+        UserError: this machine's devices or processes do not suit the config.
     """
     if config.stage == "grpo":
         if jax.process_count() > 1:
             raise UserError("stage=grpo computes on one device, in one process: leave out --processes")
         return one_device()
     if config.data.keep_features and jax.process_count() > 1:
-        raise UserError("data.keep_features=True is for a single process: leave it out where there are several")
+        raise UserError("data.keep_features=True is for a single process: leave it out on several hosts")
     mesh = make_mesh(config.mesh)
     check_batch(config.batch, config.accumulate, mesh)
     return mesh
 
 
 def make_mesh(sizes: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
-    """The mesh of a config over `devices`, by default all that there are.
+    """Makes the mesh of a config over `devices`, by default over all.
 
     Raises:
-        UserError: there are not as many devices, or they do not divide.
+        UserError: there are too few devices, or the axes do not divide their number.
     """
     devices = jax.devices() if devices is None else devices
     shape = [sizes.data, sizes.fsdp, sizes.tensor]
     given = ", ".join(f"mesh.{axis}={size}" for axis, size in zip(AXES, shape, strict=True))
     known = math.prod(size for size in shape if size != -1)
     if known > len(devices):
-        raise UserError(f"{given} needs {known} devices, and {len(devices)} are here: choose a smaller mesh")
+        raise UserError(f"{given} needs {known} devices, but this run has {len(devices)}: choose a smaller mesh")
     if -1 in shape:
         if len(devices) % known:
-            raise UserError(f"{given} does not divide the {len(devices)} devices that are here: choose a divisor")
+            raise UserError(f"{given} does not divide the {len(devices)} devices of this run: choose a divisor")
         shape[shape.index(-1)] = len(devices) // known
     count, local = math.prod(shape), jax.local_device_count()
     if count < len(devices) and jax.process_count() > 1:
-        raise UserError(f"{given} leaves devices of other processes without work: choose a mesh of {len(devices)}")
+        raise UserError(f"{given} leaves devices of other processes idle: choose a mesh of {len(devices)}")
     if jax.process_count() > 1 and local % sizes.tensor:
         raise UserError(f"mesh.tensor={sizes.tensor} does not divide the {local} devices of a process")
     return jax.make_mesh(tuple(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices[:count])
 
 
 def check_batch(batch: int, accumulate: int, mesh: Mesh, named: str = "batch") -> None:
-    """Raises UserError where a batch, `named` by its option, does not divide into `accumulate` parts that the mesh's
-    devices share."""
+    """Raises UserError if a batch does not divide into `accumulate` parts that the mesh's devices can split.
+
+    Args:
+        batch: number of clips.
+        accumulate: number of parts.
+        mesh: of the run.
+        named: the batch's option, for the message.
+    """
     shares = mesh.shape["data"] * mesh.shape["fsdp"]
     if batch % (shares * accumulate):
         raise UserError(
@@ -94,7 +100,7 @@ def check_batch(batch: int, accumulate: int, mesh: Mesh, named: str = "batch") -
 
 
 def partition(path: str, shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
-    """How the weight at `path` lies on the mesh; an error in the table (no row, or two) is a ValueError."""
+    """Returns the sharding of the weight at `path`; raises ValueError if not exactly one row of the table fits."""
     specs = [spec for pattern, spec in TABLE if re.fullmatch(pattern, path)]
     if len(specs) != 1:
         raise ValueError(f"weight {path} has {len(specs)} rows in the table of partitions, not one")
@@ -105,7 +111,7 @@ def partition(path: str, shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
         names = tuple(name for name in names if mesh.shape[name] > 1)
         return names if names and size % math.prod(mesh.shape[name] for name in names) == 0 else None
 
-    # In the shortest form, which is what the compiler gives results: the step must not compile again for another.
+    # The shortest form, as the compiler gives it to results: another form would compile the step again.
     spec = [cut(size, axis) for size, axis in zip(shape, axes, strict=True)]
     while spec and spec[-1] is None:
         spec.pop()
@@ -113,32 +119,32 @@ def partition(path: str, shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
 
 
 def partitions(weights: Mapping[str, Any], mesh: Mesh) -> dict[str, NamedSharding]:
-    """`partition` of each weight in a flat dictionary of arrays or shapes."""
+    """Returns `partition` of each weight in a flat dictionary of arrays or shapes."""
     return {path: partition(path, leaf.shape, mesh) for path, leaf in weights.items()}
 
 
 def one_device() -> Mesh:
-    """The mesh of the first device alone."""
+    """Makes the mesh of the first device."""
     return Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1), AXES)
 
 
 def place(path: str, weight: Any, mesh: Mesh, dtype: Any) -> jax.Array:
-    """A weight in host memory as shards on the mesh; no device ever holds more than its own."""
+    """Places a weight of host memory on the mesh; each device receives only its own shard."""
     weight = np.asarray(weight)
     shards = partition(path, weight.shape, mesh)
     return jax.make_array_from_callback(weight.shape, shards, lambda index: weight[index].astype(dtype))
 
 
 def as_placed(shapes: Any, shards: Any) -> Any:
-    """A tree of shapes that say where they lie."""
+    """Returns a tree of shapes with their shardings."""
     return jax.tree.map(lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at), shapes, shards)
 
 
 def state_partitions(state: Any, mesh: Mesh) -> Any:
-    """How a `TrainState` of arrays or shapes lies on the mesh: moments as their weights, scalars everywhere."""
+    """Returns the shardings of a `TrainState` of arrays or shapes: moments as weights, scalars on every device."""
 
     def leaf_partition(key_path, leaf):
-        # A moment's own key is its weight's path; what is no weight's (step, key, counts) is whole on every device.
+        # A moment's key is its weight's path; other leaves (step, key, counts) have no path and are on every device.
         path = next((key.key for key in reversed(key_path) if "/" in str(getattr(key, "key", ""))), None)
         return partition(path, leaf.shape, mesh) if path and leaf.ndim else NamedSharding(mesh, P())
 
@@ -146,21 +152,20 @@ def state_partitions(state: Any, mesh: Mesh) -> Any:
 
 
 def batch_partition(mesh: Mesh) -> NamedSharding:
-    """How a batch lies on the mesh: cut along its clips."""
+    """Returns the sharding of a batch, which is split along its clips."""
     return NamedSharding(mesh, P(CLIPS))
 
 
 def place_batch(arrays: Mapping[str, Any], mesh: Mesh) -> dict[str, Any]:
-    """This process's part of a batch, a tree of arrays, as part of the whole one, each device with its own clips."""
+    """Places this process's part of a batch, a tree of arrays, with each device's clips on it."""
     sharding = batch_partition(mesh)
     return jax.tree.map(lambda array: jax.make_array_from_process_local_data(sharding, array), dict(arrays))
 
 
 def by_clip(x: Shaped[Array, "B ..."]) -> Shaped[Array, "B ..."]:
-    """`x` with its first axis cut as clips are and its other axes whole; unchanged without a mesh of several devices.
+    """Constrains `x` to be split along its first axis only, as clips are; no effect on a single device.
 
-    Models call it where the compiler might otherwise follow a weight's partition and cut activations along their
-    channels.
+    Otherwise the compiler might follow a weight's partition and split activations along their channels.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:

@@ -1,4 +1,4 @@
-"""How processes end: at SIGTERM and Ctrl-C where nothing is lost, and workers with the process that started them."""
+"""Ends processes without loss: at SIGTERM and Ctrl-C after saving, and workers with the process that started them."""
 
 import contextlib
 import logging
@@ -13,15 +13,15 @@ log = logging.getLogger("favchat_jax")
 
 @contextlib.contextmanager
 def termination(meanwhile: str) -> Iterator[threading.Event]:
-    """An event that SIGTERM and the first Ctrl-C set, in place of ending the process.
+    """Yields an event that SIGTERM and the first Ctrl-C set instead of ending the process.
 
-    In a thread other than the main one nothing sets it, since Python hands signals to the main thread alone.
+    Only the main thread receives signals, so in other threads the event is never set.
 
     Args:
-        meanwhile: what happens before the process ends; logged after a Ctrl-C.
+        meanwhile: work before the process ends; logged after a Ctrl-C.
 
     Raises:
-        KeyboardInterrupt: after the body, which has saved, if there was a Ctrl-C; at once for a second one.
+        KeyboardInterrupt: after the body if there was a Ctrl-C; at once for a second one.
     """
     event, interrupted = threading.Event(), threading.Event()
     if threading.current_thread() is not threading.main_thread():
@@ -52,11 +52,10 @@ def end_with_parent() -> None:
 
     With the last worker gone, Python's resource tracker removes the shared memory that is left.
     """
-    parent = multiprocessing.parent_process()
 
-    def follow() -> None:
+    def follow(parent: multiprocessing.process.BaseProcess) -> None:
         parent.join()
         os._exit(1)
 
-    if parent is not None:
-        threading.Thread(target=follow, daemon=True).start()
+    if parent := multiprocessing.parent_process():
+        threading.Thread(target=follow, args=(parent,), daemon=True).start()

@@ -1,8 +1,8 @@
-"""The stages of training: their order, their workdirs, and which weights learn in which of them.
+"""Defines the stages of training: their order, their workdirs, and the weights that train in each of them.
 
-The freeze table (FaVChat v1, Section 4.2; v2's figure of the training paradigm) is data: groups of weights by path, and
-for each variant and stage the groups that train. Weights live in two flat dictionaries, `trainable` and `frozen`;
-gradients and moments exist for the first only.
+The freeze table (FaVChat v1, Section 4.2; v2's figure of the training paradigm) lists groups of weights by path, and
+for each variant and stage the groups that train. Weights are in two flat dictionaries, `trainable` and `frozen`, and
+only the first has gradients and moments.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ GROUPS = {
     "llm": r"llm/(?!.*lora_[ab]$).*",
 }
 
-ENCODING = ("encoders", "fusion")  # groups that make a clip's features
+ENCODING = ("encoders", "fusion")  # groups that compute a clip's features
 VISUAL = (*ENCODING, "qformers", "linears", "adapter")
 # Variant -> stage -> groups that train; the others are frozen.
 TRAINS = {
@@ -33,7 +33,7 @@ TRAINS = {
         "coldstart": ("adapter", "lora"),
         "grpo": ("adapter", "lora"),
     },
-    # CA2 belongs to the facial encoder, what follows a Q-Former to the Q-Former (figure of the training paradigm).
+    # CA2 belongs to the facial encoder, and the layers after a Q-Former belong to it (figure of the training paradigm).
     "v2": {
         "stage1": ("encoders", "fusion", "adapter"),
         "stage2": ("encoders", "fusion", "qformers", "linears", "lora"),
@@ -46,12 +46,12 @@ TRAINS = {
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """What a stage reads and what comes before it.
+    """A stage of training.
 
     Attributes:
-        text: which text it trains on (`summary`, `qa`, `face_qa` or `reasoning`); the reinforcement stage has none.
+        text: text that it trains on: `summary`, `qa`, `face_qa` or `reasoning`; None in the reinforcement stage.
         lora: whether its language model has adapters.
-        before: the stage whose weights it starts from.
+        before: stage whose weights it starts from.
     """
 
     text: str | None
@@ -64,14 +64,14 @@ STAGES: dict[Name, Stage] = {
     "stage1": Stage(text="summary", lora=False, before=None),
     "stage2": Stage(text="qa", lora=True, before="stage1"),
     "stage3": Stage(text="face_qa", lora=True, before="stage2"),
-    # Data-Efficient GRPO, and the fine-tuning before it from which its policy knows the form of a response.
+    # The cold start teaches the form of a response; Data-Efficient GRPO follows.
     "coldstart": Stage(text="reasoning", lora=True, before="stage3"),
     "grpo": Stage(text=None, lora=True, before="coldstart"),
 }
 
 
 def group_of(path: str) -> str:
-    """The group of the weight at `path`; an error in the table (no group, or two) is a ValueError."""
+    """Returns the group of the weight at `path`; raises ValueError if not exactly one group fits."""
     groups = [name for name, pattern in GROUPS.items() if re.fullmatch(pattern, path)]
     if len(groups) != 1:
         raise ValueError(f"weight {path} is in groups {groups}: it must be in exactly one")
@@ -79,17 +79,17 @@ def group_of(path: str) -> str:
 
 
 def split(weights: Mapping[str, Any], variant: str, stage: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Parts a flat dictionary of weights into (trainable, frozen)."""
+    """Splits a flat dictionary of weights into (trainable, frozen)."""
     trains = TRAINS[variant][stage]
     trainable = {path: leaf for path, leaf in weights.items() if group_of(path) in trains}
     return trainable, {path: leaf for path, leaf in weights.items() if path not in trainable}
 
 
 def has_fixed_features(variant: str, stage: Name) -> bool:
-    """Whether a clip has the same features throughout a stage that learns from text, since their weights are frozen."""
+    """Returns whether a clip's features are fixed in a stage that learns from text: their weights are frozen."""
     return STAGES[stage].text is not None and not set(ENCODING) & set(TRAINS[variant][stage])
 
 
 def default_workdir(preset: str, variant: str, ablation: str, stage: str) -> Path:
-    """runs/PRESET-VARIANT[-ABLATION]/STAGE."""
+    """Returns runs/PRESET-VARIANT[-ABLATION]/STAGE."""
     return Path("runs") / "-".join([preset, variant, *([] if ablation == "none" else [ablation])]) / stage

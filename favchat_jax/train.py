@@ -1,11 +1,11 @@
 """Trains one stage: python -m favchat_jax.train --config=configs/stage3.py [--config.FIELD=VALUE] [--workdir=DIR]
 
-In the embedded preset, whatever a stage needs and does not find is made first: rendered clips, pretrained parts, the
-stages before it. For other presets, the command says what is missing and how to get it.
+In the embedded preset, missing inputs of a stage are made first: rendered clips, pretrained parts, earlier stages. In
+other presets, the command names each missing input and how to get it.
 
-Order within a step: the step is dispatched; the metrics of the step before are read, so that the device never waits;
-a checkpoint is written if one is due; then the next batch is fetched. A saved iterator so stands exactly after the
-last trained batch, and a run resumes to the bit.
+Order within the loop: a batch is fetched and its step dispatched; meanwhile the metrics of the step before are read, so
+that the device never waits; then a checkpoint is written if one is due. A saved iterator therefore stands exactly after
+the last trained batch. With the same config and number of processes, a run resumes to the bit.
 """
 
 import contextlib
@@ -20,6 +20,7 @@ from ml_collections import config_flags
 from tqdm import tqdm
 
 from favchat_jax import command_line, processes
+from favchat_jax.checkpoints.initial import starting_state
 from favchat_jax.checkpoints.run import assemble
 from favchat_jax.checkpoints.store import Checkpoints
 from favchat_jax.checkpoints.workdir import claim
@@ -29,13 +30,12 @@ from favchat_jax.errors import UserError
 from favchat_jax.rl import de_grpo
 from favchat_jax.sharding import training_mesh
 from favchat_jax.signals import termination
-from favchat_jax.training.batches import open_batches
+from favchat_jax.training.batches import next_batch, open_batches
 from favchat_jax.training.features import placement
-from favchat_jax.training.metrics import Metrics, Pending, next_batch
+from favchat_jax.training.metrics import Metrics, Pending
 from favchat_jax.training.optimizer import make_optimizer, schedule
 from favchat_jax.training.programs import keep_programs, tracing
-from favchat_jax.training.progress import Outcome, total_steps
-from favchat_jax.training.starting import starting_state
+from favchat_jax.training.progress import Outcome
 from favchat_jax.training.step import make_step
 
 log = logging.getLogger("favchat_jax")
@@ -48,7 +48,7 @@ def train_stage(config: Config, workdir: Path, profile: int = 0) -> Outcome:
         The outcome of the stage, or of an earlier one that was stopped.
 
     Raises:
-        UserError: something is missing that cannot be made here; the message names the command that makes it.
+        UserError: an input is missing and cannot be made here; the message names the command that makes it.
     """
     mesh = training_mesh(config)
     if config.stage == "grpo":
@@ -75,7 +75,7 @@ def _run(config: Config, workdir: Path, mesh: Mesh, profile: int = 0) -> Outcome
         log.info("%s finished at step %d after %.0f s: %s", config.stage, outcome.step, seconds, workdir)
     else:
         stopped = config.stage, outcome.step, outcome.steps
-        log.info("%s stopped at step %d of %d and saved; the same command goes on", *stopped)
+        log.info("%s stopped at step %d of %d and saved; the same command resumes it", *stopped)
     return outcome
 
 
@@ -84,7 +84,7 @@ def train(config: Config, workdir: Path, mesh: Mesh, profile: int = 0) -> Outcom
 
     Args:
         config: of the stage.
-        workdir: holds all that the run leaves.
+        workdir: folder of everything that the run writes.
         mesh: devices that share the work.
         profile: number of steps that are traced to `workdir/profile`.
 
@@ -92,22 +92,21 @@ def train(config: Config, workdir: Path, mesh: Mesh, profile: int = 0) -> Outcom
         UserError: the workdir belongs to another config, a source of weights or data is missing, the disk is full.
         RunError: the loss became NaN or infinite.
     """
-    claim(workdir, config)
-    keep_programs(workdir)
-
-    # Model, with the tokenizers of its inputs
+    # Model
     parts = assemble(config)
+    claim(workdir, config, parts.fingerprint)
+    keep_programs(workdir)
 
     # Data
     with (
-        contextlib.closing(open_batches(config, parts)) as batches,
+        contextlib.closing(open_batches(parts)) as batches,
         Checkpoints(workdir, config.checkpoints_kept) as checkpoints,
     ):
-        steps = total_steps(config)
+        steps = config.total_steps(batches.dataset_length)
 
         # Weights
         optimizer, rate = make_optimizer(config.optimizer, steps), schedule(config.optimizer, steps)
-        state, frozen, iterator_state = starting_state(config, parts.model, optimizer, checkpoints, mesh)
+        state, frozen, iterator_state = starting_state(parts, optimizer, checkpoints, mesh)
         if iterator_state is not None:
             batches.set_state(iterator_state)
         step = resumed_at = int(state.step)
@@ -118,14 +117,14 @@ def train(config: Config, workdir: Path, mesh: Mesh, profile: int = 0) -> Outcom
         update = make_step(
             parts.model, optimizer, rate, accumulate=config.accumulate, chunk=config.loss_chunk, mesh=mesh
         )
-        place = placement(config, workdir, parts.model, frozen, mesh)
+        place = placement(parts, workdir, frozen, mesh)
 
-        # Loop, until the end, SIGTERM or Ctrl-C, which save first
+        # Loop, until the last step, SIGTERM or Ctrl-C
         silent = not processes.is_first()
         with (
             Metrics(workdir, resumed_at, config.log_every) as metrics,
             tracing(workdir, profile, resumed_at) as trace,
-            termination("this step is finished and saved, and the same command goes on") as stop,
+            termination("this step is finished and saved; the same command resumes the run") as stop,
             tqdm(total=steps, initial=step, desc=config.stage, unit="step", mininterval=1, disable=silent) as bar,
         ):
             pending, stopping = None, False
@@ -137,9 +136,9 @@ def train(config: Config, workdir: Path, mesh: Mesh, profile: int = 0) -> Outcom
                 if pending:
                     pending.read(metrics)
                 pending = Pending(step, values, batch, waited)
-                # Processes ask each other now and then alone, since the answer waits for the device.
+                # Several processes ask each other only now and then, because the answer waits for the device.
                 if jax.process_count() == 1 or step % config.log_every == 0:
-                    stopping = processes.anyone(stop.is_set())
+                    stopping = processes.any_process(stop.is_set())
                 if step % config.checkpoint_every == 0 or step == steps or stopping:
                     pending.read(metrics)
                     pending = None
@@ -148,7 +147,6 @@ def train(config: Config, workdir: Path, mesh: Mesh, profile: int = 0) -> Outcom
                 if metrics.latest:
                     rate_now = f"{metrics.latest['clips_per_second']:.0f}/s"
                     bar.set_postfix(loss=f"{metrics.latest['loss']:.3f}", clips=rate_now)
-            metrics.flush(step)
             checkpoints.wait()
     return Outcome(step, steps, resumed_at)
 
@@ -171,12 +169,12 @@ if __name__ == "__main__":
     _PROFILE = flags.DEFINE_integer(
         "profile",
         0,
-        "Steps of which a trace is written to WORKDIR/profile, for TensorBoard and Perfetto",
+        "Number of steps whose trace is written to WORKDIR/profile, for TensorBoard and Perfetto",
         lower_bound=0,
     )
     _PROCESSES = flags.DEFINE_string(
         "processes",
         "",
-        "Run on several hosts, this command on each: auto where the cluster tells it, or HOST:PORT,COUNT,INDEX",
+        "For a run on several hosts, on each: auto (the cluster's own settings) or HOST:PORT,COUNT,INDEX",
     )
     command_line.start(main)

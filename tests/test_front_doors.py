@@ -114,7 +114,7 @@ def test_train_refuses_a_mistake_before_any_work(arguments, says, command, tmp_p
 
 
 UNUSABLE = {
-    "nowhere/config.json is missing: name a whole folder": {"llm__path": "nowhere"},
+    "nowhere/config.json is missing: name a complete folder": {"llm__path": "nowhere"},
     "nowhere is not a weights folder": {"init__umt": "nowhere"},
     "data set 'faces' is unknown: choose one of rendered_faces, celebvhq": {"data__name": "faces"},
     "root|folder": {"data__name": "celebvhq"},
@@ -179,7 +179,7 @@ def test_train_ends_with_1_where_the_loss_is_not_a_number(command, small_world, 
     def diverge(*_):
         raise RunError("the loss of step 7 is nan, clips a, b")
 
-    monkeypatch.setattr("favchat_jax.training.starting.starting_state", diverge)
+    monkeypatch.setattr("favchat_jax.checkpoints.initial.starting_state", diverge)
     ended = command("train", *small_world.flags("stage1"), f"--workdir={tmp_path}")
     assert (ended.code, ended.stdout) == (1, "")
     assert ended.stderr == "train: the loss of step 7 is nan, clips a, b\n"

@@ -1,6 +1,6 @@
-"""The house stands: imports run from the doors down to the ground floor, in no circle, and no room asks a guest in.
+"""Imports run from the front doors down to the ground floor, without circles, and the core imports no guest.
 
-A name in a registry (`"favchat_jax.embedded.dataset:RenderedFaces"`) is how a guest is found, and no import.
+A registry names a guest as text (`"favchat_jax.embedded.dataset:RenderedFaces"`), which is not an import.
 """
 
 import ast

@@ -19,7 +19,7 @@ from favchat_jax import processes
 def main():
     with processes.joined(sys.argv[2]):
         while True:
-            processes.anyone(False)
+            processes.any_process(False)
             print("met", flush=True)
             time.sleep(0.2)
 
@@ -38,7 +38,7 @@ def test_a_place_among_processes_of_another_form_is_refused(value):
 
 def test_a_single_process_asks_nobody():
     with processes.joined(""):
-        assert processes.anyone(True) and not processes.anyone(False)
+        assert processes.any_process(True) and not processes.any_process(False)
         assert processes.gathered({"a": 1}) == [{"a": 1}]
         done = []
         processes.first_alone(lambda: done.append(1))

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from favchat_jax import train as page
+from favchat_jax.checkpoints import initial
 from favchat_jax.checkpoints import run as assembly
 from favchat_jax.checkpoints.store import Checkpoints
 from favchat_jax.checkpoints.workdir import claim
@@ -22,9 +23,8 @@ from favchat_jax.data.sources import open_dataset
 from favchat_jax.errors import RunError, UserError
 from favchat_jax.train import train_stage
 from favchat_jax.training import batches as batches_room
-from favchat_jax.training import starting
 from favchat_jax.training.optimizer import schedule
-from favchat_jax.training.progress import Outcome, total_steps
+from favchat_jax.training.progress import Outcome
 from favchat_jax.training.step import make_step
 from tests.conftest import ROOT, damage, fill, newest, same_weights, start_module, train_alone
 
@@ -42,22 +42,22 @@ def compiled_steps():
             steps[key] = make_step(model, optimizer, rate, accumulate=accumulate, chunk=chunk, mesh=mesh)
         return steps[key]
 
-    def weights_once(config, model, mesh):
-        key = (str(model), config.seed, config.init.from_run, config.llm.path)
+    def weights_once(parts, mesh):
+        key = (str(parts.model), parts.config.seed, parts.config.init.from_run, parts.config.llm.path)
         if key not in weights:
-            weights[key] = initial_weights(config, model, mesh)
+            weights[key] = initial_weights(parts, mesh)
         return jax.tree.map(jnp.copy, weights[key])  # a run gives its own away
 
-    def shapes_once(model, config):
+    def shapes_once(model, sizes):
         if str(model) not in shapes:
-            shapes[str(model)] = weight_shapes(model, config)
+            shapes[str(model)] = weight_shapes(model, sizes)
         return shapes[str(model)]
 
-    initial_weights, weight_shapes = starting.initial_weights, starting.weight_shapes
+    initial_weights, weight_shapes = initial.initial_weights, assembly.weight_shapes
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(page, "make_step", step_once)
-        patch.setattr(starting, "initial_weights", weights_once)
-        patch.setattr(starting, "weight_shapes", shapes_once)
+        patch.setattr(initial, "initial_weights", weights_once)
+        patch.setattr(assembly, "weight_shapes", shapes_once)
         yield steps
 
 
@@ -178,7 +178,7 @@ def test_sigterm_saves_where_the_run_stands_and_the_rest_goes_on_to_the_same_bit
     outcome = train_stage(settings, tmp_path)
     assert (outcome.step, outcome.finished) == (step, False), "the step whose batch was awaited is still made"
     assert Checkpoints(tmp_path).latest() == step
-    assert f"stage1 stopped at step {step} of {STEPS} and saved; the same command goes on" in caplog.text
+    assert f"stage1 stopped at step {step} of {STEPS} and saved; the same command resumes it" in caplog.text
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     assert train_alone(settings, tmp_path).resumed_at == step
     assert ended_as(tmp_path, whole)
@@ -249,7 +249,7 @@ def test_a_start_that_failed_over_a_wrong_path_does_not_bind_the_workdir_to_it(s
     wrong = small_world.config("stage2", init__from_run=str(tmp_path / "nowhere"))
     with pytest.raises(UserError, match="nowhere"):
         train_alone(wrong, tmp_path)
-    claim(tmp_path, settings)
+    claim(tmp_path, settings, "a model")
 
 
 def test_a_workdir_that_cannot_be_written_is_a_users_error(settings, tmp_path):
@@ -259,8 +259,8 @@ def test_a_workdir_that_cannot_be_written_is_a_users_error(settings, tmp_path):
 
 
 def test_without_steps_a_run_lasts_the_epochs(small_world):
-    assert total_steps(small_world.config("stage1", steps=0, epochs=3.0)) == 27  # 36 clips, 4 a batch
-    assert total_steps(small_world.config("stage1", steps=0, epochs=0.01)) == 1
+    assert small_world.config("stage1", steps=0, epochs=3.0).total_steps(36) == 27  # 4 clips a batch
+    assert small_world.config("stage1", steps=0, epochs=0.01).total_steps(36) == 1
 
 
 def clip_ids(config) -> set[str]:
@@ -395,7 +395,7 @@ def test_a_process_told_to_end_saves_and_exits_with_0_and_goes_on_to_the_same_bi
     wait_for_step(process, tmp_path, 7)
     process.terminate()
     stdout, stderr = process.communicate(timeout=60)
-    assert process.returncode == 0 and stdout == "" and "and saved; the same command goes on" in stderr
+    assert process.returncode == 0 and stdout == "" and "and saved; the same command resumes it" in stderr
     assert 7 <= Checkpoints(tmp_path).latest() < STEPS
     train_alone(settings, tmp_path)
     assert ended_as(tmp_path, whole)
@@ -409,7 +409,7 @@ def test_a_disk_that_fills_up_ends_the_run_with_one_line_and_leaves_the_last_goo
     stdout, stderr = process.communicate(timeout=60)
     assert process.returncode == 2 and stdout == "", stderr
     lines = [line for line in stderr.replace("\r", "\n").splitlines() if line and not line.startswith("stage1: ")]
-    assert len(lines) == 2 and lines[0].endswith("weight arrays start afresh"), stderr
+    assert len(lines) == 2 and lines[0].endswith("weight arrays are drawn"), stderr
     line = lines[1]
     assert line.startswith("train: ") and str(workdir) in line and "space" in line
     ballast.unlink()

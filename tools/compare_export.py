@@ -13,7 +13,7 @@ from absl import flags
 import favchat_jax
 from configs.eval import rendered
 from favchat_jax import command_line
-from favchat_jax.checkpoints.run import run_config
+from favchat_jax.checkpoints.run import open_run
 from favchat_jax.checkpoints.tensors import read_json
 from favchat_jax.convert.exported import favchat_config, is_exported
 from favchat_jax.data.sources import open_dataset
@@ -44,7 +44,7 @@ def compare(checkpoint: str | Path, export: str | Path, clips: int) -> list[dict
 
 def _check_same_model(checkpoint: str | Path, export: str | Path) -> None:
     """Raises UserError if an export has another variant, ablation or size than a run."""
-    expected = json.loads(json.dumps(favchat_config(run_config(checkpoint), {}, "")))
+    expected = json.loads(json.dumps(favchat_config(open_run(checkpoint).config, {}, "")))
     found = read_json(Path(export) / "config.json")
     del expected["dtype"]  # --dtype of the export can change it
     for name in expected:

@@ -14,7 +14,7 @@ from pathlib import Path
 from absl import flags
 
 from favchat_jax import command_line
-from favchat_jax.checkpoints.run import assemble, run_config, whole_visual_and_lora
+from favchat_jax.checkpoints.run import load_trained, open_run
 from favchat_jax.checkpoints.weights_folder import is_weights_folder, save_weights
 from favchat_jax.convert.folder import copy_llm, copy_tokenizer, replacing
 from favchat_jax.errors import UserError
@@ -28,14 +28,13 @@ def export(checkpoint: str | Path, out: str | Path) -> None:
         out: the folder to write; an earlier export there is replaced.
     """
     with replacing(out, lambda folder: is_weights_folder(folder) and (folder / "llm").is_dir()) as draft:
-        config = run_config(checkpoint)
-        weights = whole_visual_and_lora(checkpoint, config, assemble(config).model)
-        parts = {"llm": config.llm.path, "prompt_tokenizer": config.prompt_tokenizer}
+        parts = open_run(checkpoint)
+        config = parts.config
         inside = {"llm.path": "llm", "prompt_tokenizer": config.prompt_tokenizer and "prompt_tokenizer"}
-        save_weights(draft, weights, config.updated(inside).to_json())
-        copy_llm(parts["llm"], draft / "llm")
-        if parts["prompt_tokenizer"]:
-            copy_tokenizer(parts["prompt_tokenizer"], draft / "prompt_tokenizer")
+        save_weights(draft, load_trained(checkpoint, parts.shapes), config.updated(inside).to_json())
+        copy_llm(config.llm.path, draft / "llm")
+        if config.prompt_tokenizer:
+            copy_tokenizer(config.prompt_tokenizer, draft / "prompt_tokenizer")
         shutil.copyfile(Path(checkpoint) / "llm.json", draft / "llm.json")  # last: load_run refuses a folder without it
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from absl import flags
 
 from favchat_jax import command_line
-from favchat_jax.checkpoints.run import assemble, run_config, whole_visual_and_lora
+from favchat_jax.checkpoints.run import load_trained, open_run
 from favchat_jax.convert import exported
 from favchat_jax.convert.folder import replacing
 from favchat_jax.errors import UserError
@@ -24,10 +24,9 @@ def export(checkpoint: str | Path, out: str | Path, dtype: str | None = None) ->
         dtype: type of all weights, by default the one that the run computes in.
     """
     with replacing(out, exported.is_exported) as draft:
-        config = run_config(checkpoint)
-        parts = assemble(config)
-        weights = whole_visual_and_lora(checkpoint, config, parts.model)
-        exported.write_folder(draft, config, weights, parts.tokenizer, dtype or config.model.dtype)
+        parts = open_run(checkpoint)
+        weights, dtype = load_trained(checkpoint, parts.shapes), dtype or parts.config.model.dtype
+        exported.write_folder(draft, parts.config, weights, parts.tokenizer, dtype)
 
 
 def main() -> None:

@@ -6,7 +6,6 @@ The same weights answer the held-out questions from fewer or more frames than th
 frames repeats its last one; rendered clips have 16.
 """
 
-import dataclasses
 import json
 import logging
 from typing import Any
@@ -17,7 +16,7 @@ from absl import flags
 
 from configs.eval import rendered
 from favchat_jax import command_line
-from favchat_jax.checkpoints.run import Run, load_run
+from favchat_jax.checkpoints.run import Run, assemble, load_run
 from favchat_jax.embedded import benchmark
 from favchat_jax.errors import UserError
 from favchat_jax.evaluation.config import EvaluationConfig
@@ -45,8 +44,8 @@ def sweep(run: Run, lengths: list[int], limit: int) -> list[dict[str, Any]]:
     rows = []
     for frames in lengths:
         log.info("%d frames", frames)
-        longer = dataclasses.replace(run, config=run.config.updated({"model.frames": frames}))
-        result = benchmark.run(config, Session.of(Sampler.of(longer), config))
+        parts = assemble(run.config.updated({"model.frames": frames}))
+        result = benchmark.run(config, Session.of(Sampler(parts, run.weights), config))
         groups = {"all": result, **result["groups"]}
         figures = {name: {"n": part["n"], **part["figures"]["accuracy"]} for name, part in groups.items()}
         rows.append({"frames": frames, "figures": figures})

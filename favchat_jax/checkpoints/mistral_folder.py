@@ -1,12 +1,12 @@
-"""Mistral's Hugging Face folder <-> this project's weights, tensor by tensor.
+"""Reads and writes Mistral's Hugging Face folder, tensor by tensor.
 
-The folder (`config.json`, `*.safetensors` with or without an index, `tokenizer.json`) is the language model's only
-home: training reads it directly, and what the embedded run pretrains is written as the same kind of folder. For many
-hosts there is a copy that reads faster, which takes its place:
+The folder (`config.json`, `*.safetensors` with or without an index, `tokenizer.json`) is the only place of the language
+model: training reads it directly, and the embedded preset writes its small language model as such a folder. On many
+hosts, a copy that reads faster can replace it:
 
     DIR/config.json and tokenizer files   DIR/parts/*/ (a weights folder a layer)   DIR/copy.json (of which folder)
 
-It holds the published tensors as they are, under their names, in Orbax's form.
+The copy holds the published tensors, unchanged and under their names, in Orbax's format.
 """
 
 import hashlib
@@ -15,8 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.typing import DTypeLike
 from safetensors.numpy import save_file
 
 from favchat_jax.checkpoints.table import (
@@ -57,7 +59,7 @@ TABLE = Table(
 
 
 def read_config(folder: str | Path) -> MistralConfig:
-    """The sizes in `folder/config.json`; raises UserError where it is missing or not Mistral's."""
+    """Reads the sizes in `folder/config.json`; raises UserError if it is missing or not Mistral's."""
     path = Path(folder) / "config.json"
     fields = read_json(path)
     try:
@@ -75,7 +77,7 @@ def read_config(folder: str | Path) -> MistralConfig:
 
 
 def _check_fit(config: MistralConfig, fields: Mapping[str, Any], path: Path) -> None:
-    """Raises UserError for fields that are numbers but fit no Mistral."""
+    """Raises UserError for numbers that no Mistral can have."""
     heads, activation = config.num_attention_heads, fields.get("hidden_act", "silu")
     if not fields.get("head_dim") and config.hidden_size % heads:
         raise UserError(f"{path}: num_attention_heads is {heads}, which does not divide hidden_size: {REFETCH}")
@@ -90,18 +92,22 @@ def _check_fit(config: MistralConfig, fields: Mapping[str, Any], path: Path) -> 
         raise UserError(f"{path}: hidden_act is {activation!r}, but Mistral's is 'silu': {REFETCH}")
 
 
-def each_weight(folder: str | Path, dtype=np.float32) -> Iterator[tuple[str, np.ndarray]]:
-    """Path and array of each weight of `Mistral`'s tree with stacked layers, one after another, read tensor by tensor.
+def each_weight(
+    folder: str | Path, dtype: DTypeLike = np.float32, prefix: str = ""
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Yields path and array of each weight of `Mistral`'s tree with stacked layers, read tensor by tensor.
 
     Args:
         folder: the Hugging Face folder, or a copy of one.
-        dtype: dtype of the result, whatever the file's.
+        dtype: dtype of the result, independent of the file's.
+        prefix: added before each path; `llm/` gives the paths within FaVChat.
 
     Raises:
         UserError: a shard is missing or damaged, a key is missing or unknown, or a shape contradicts config.json.
     """
     shapes = weight_shapes(read_config(folder))
-    return each(TABLE, open_tensors(folder).items(), shapes, folder, dtype)
+    weights = each(TABLE, open_tensors(folder).items(), shapes, folder, jnp.dtype(dtype))
+    return ((prefix + path, weight) for path, weight in weights)
 
 
 def read_weights(folder: str | Path, dtype=np.float32) -> dict:
@@ -116,12 +122,12 @@ def write_weights(folder: str | Path, tree: Mapping) -> None:
 
 
 def is_copy(folder: str | Path) -> bool:
-    """Whether a folder is a copy that `convert.mistral.write_copy` made."""
+    """Returns whether `convert.mistral.write_copy` made a folder."""
     return (Path(folder) / "copy.json").is_file()
 
 
 def weight_shapes(config: MistralConfig, lora: LoRA | None = None) -> dict[str, Shape]:
-    """Path -> shape of every weight, layers stacked; those of adapters too where `lora` has some."""
+    """Computes path -> shape of every weight, with layers stacked, and of the adapters that `lora` defines."""
     model = Mistral(config, lora or LoRA())
     words = jax.ShapeDtypeStruct((1, 1), np.int32)
     shapes = jax.eval_shape(lambda key, words: model.init(key, words, method="read"), jax.random.key(0), words)
@@ -129,13 +135,12 @@ def weight_shapes(config: MistralConfig, lora: LoRA | None = None) -> dict[str, 
 
 
 def fingerprint(folder: str | Path) -> str:
-    """A short hash that changes with the folder's weights: of config.json and of each shard's size, header and tail.
+    """Computes a short hash that changes with the folder's weights, of config.json and each shard's size and ends.
 
-    A copy has that of the folder that it was made of, since it is the same model.
-
-    Hashing 14 GB whole would delay every start; a shard's header holds each tensor's dtype, shape and place.
+    Hashing all 14 GB would delay every start; a shard begins with each tensor's dtype, shape and place. A copy has the
+    fingerprint of the folder that it was made from.
     """
-    if is_copy(folder):  # whose parts have checksums of their own
+    if is_copy(folder):  # its parts have their own checksums
         return read_json(Path(folder) / "copy.json").get("fingerprint", "")
     digest = hashlib.sha256((Path(folder) / "config.json").read_bytes())
     for shard in shards(Path(folder)):

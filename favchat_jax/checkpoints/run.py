@@ -1,24 +1,27 @@
-"""From a config or a workdir to a model, its tokenizers and its trained weights."""
+"""Opens a run: from a config or a workdir to a model, the encoders of its text inputs, and its trained weights."""
 
 import dataclasses
-from collections.abc import Iterator
+import functools
+import itertools
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax.traverse_util import flatten_dict
 from transformers import PreTrainedTokenizerBase
 
 from favchat_jax.checkpoints import mistral_folder
-from favchat_jax.checkpoints.store import load_run_weights
-from favchat_jax.checkpoints.weights_folder import RESTORE, is_weights_folder
+from favchat_jax.checkpoints.store import Checkpoints
+from favchat_jax.checkpoints.weights_folder import RESTORE, is_weights_folder, load_weights
 from favchat_jax.checkpoints.workdir import check_llm, stored_config
 from favchat_jax.config import Config, ModelConfig
-from favchat_jax.data.conversation import load_tokenizer
+from favchat_jax.data.conversation import Conversation, PromptEncoder, load_tokenizer
 from favchat_jax.errors import UserError
 from favchat_jax.models import favchat
+from favchat_jax.models.mistral import MistralConfig
+from favchat_jax.stages import group_of
 
 Weights = dict[str, Any]
 Shapes = dict[str, jax.ShapeDtypeStruct]
@@ -26,26 +29,64 @@ Shapes = dict[str, jax.ShapeDtypeStruct]
 
 @dataclasses.dataclass(frozen=True)
 class Assembly:
-    """A model and the tokenizers that its inputs need: the language model's, and the Q-Formers' for the prompt."""
+    """The model of a config, without weights, and what turns text into its inputs.
 
+    Attributes:
+        config: of the stage.
+        llm: sizes of the language model.
+        model: in its training form.
+        tokenizer: the language model's.
+        conversation: turns questions and answers into the language model's sequences.
+        prompt: turns a question into the Q-Formers' input.
+    """
+
+    config: Config
+    llm: MistralConfig
     model: favchat.FaVChat
     tokenizer: PreTrainedTokenizerBase
-    prompt_tokenizer: PreTrainedTokenizerBase
+    conversation: Conversation
+    prompt: PromptEncoder
+
+    @functools.cached_property
+    def shapes(self) -> Shapes:
+        """Path -> shape of every weight."""
+        return weight_shapes(self.model, self.config.model)
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Hash that changes with the language model's folder."""
+        return mistral_folder.fingerprint(self.config.llm.path)
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A finished or running stage, ready to answer: what `--checkpoint=` names."""
+    """A finished or running stage that can answer: what `--checkpoint=` names."""
 
-    config: Config
+    parts: Assembly
     weights: Weights
-    tokenizer: PreTrainedTokenizerBase
-    prompt_tokenizer: PreTrainedTokenizerBase
+
+    @property
+    def config(self) -> Config:
+        """The config that it was trained with."""
+        return self.parts.config
 
 
 def assemble(config: Config) -> Assembly:
-    """The model and tokenizers of a config; the language model's folder has its sizes and its tokenizer."""
-    llm = mistral_folder.read_config(config.llm.path)
+    """Builds the model of a config and loads its tokenizers from the folders that the config names.
+
+    Raises:
+        UserError: a folder is missing or damaged, or the Q-Formers' tokenizer has more tokens than their vocabulary.
+    """
+    llm, tokenizer = mistral_folder.read_config(config.llm.path), load_tokenizer(config.llm.path)
+    prompt_tokenizer = load_tokenizer(config.prompt_tokenizer) if config.prompt_tokenizer else tokenizer
+    qformer = config.model.qformer
+    if len(prompt_tokenizer) > qformer.vocabulary:
+        raise UserError(
+            f"prompt_tokenizer has {len(prompt_tokenizer)} tokens but model.qformer.vocabulary is "
+            f"{qformer.vocabulary}: name the tokenizer that the Q-Former was trained with"
+        )
+    conversation = Conversation(tokenizer, qformer.queries + qformer.extra_queries)
+    prompt = PromptEncoder(prompt_tokenizer, config.data.prompt_length)
     model = favchat.build(
         config.model,
         llm,
@@ -54,19 +95,12 @@ def assemble(config: Config) -> Assembly:
         lora_rank=config.lora_rank,
         storage=config.llm.storage,
     )
-    tokenizer = load_tokenizer(config.llm.path)
-    prompt_tokenizer = load_tokenizer(config.prompt_tokenizer) if config.prompt_tokenizer else tokenizer
-    if len(prompt_tokenizer) > config.model.qformer.vocabulary:
-        raise UserError(
-            f"prompt_tokenizer has {len(prompt_tokenizer)} tokens but model.qformer.vocabulary is "
-            f"{config.model.qformer.vocabulary}: name the tokenizer that the Q-Former was trained with"
-        )
-    return Assembly(model, tokenizer, prompt_tokenizer)
+    return Assembly(config, llm, model, tokenizer, conversation, prompt)
 
 
-def weight_shapes(model: favchat.FaVChat, config: Config) -> Shapes:
-    """Path -> shape of every weight of the model, computed without making any."""
-    return flatten_dict(jax.eval_shape(lambda: initialise(model, config.model, 0)), sep="/")
+def weight_shapes(model: favchat.FaVChat, sizes: ModelConfig) -> Shapes:
+    """Computes path -> shape of every weight of the model without making any."""
+    return flatten_dict(jax.eval_shape(lambda: initialise(model, sizes, 0)), sep="/")
 
 
 def initialise(model: favchat.FaVChat, sizes: ModelConfig, seed: int) -> dict:
@@ -78,46 +112,70 @@ def initialise(model: favchat.FaVChat, sizes: ModelConfig, seed: int) -> dict:
     return model.init(jax.random.key(seed, impl="rbg"), frames, ids, ids, ids == 0)["params"]
 
 
-def load_llm(folder: str, dtype: Any = jnp.float32) -> Iterator[tuple[str, np.ndarray]]:
-    """The language model's base weights under their paths in the whole model, one after another."""
-    return ((f"llm/{path}", leaf) for path, leaf in mistral_folder.each_weight(folder, jnp.dtype(dtype)))
-
-
-def load_run(workdir: str | Path) -> Run:
-    """The newest checkpoint of a workdir, or an exported folder, with everything that answering needs.
+def open_run(workdir: str | Path) -> Assembly:
+    """Assembles the model of a workdir or of an exported folder, in which paths are relative to it.
 
     Raises:
-        UserError: not a workdir, no intact checkpoint, weights are missing, or the language model's folder has changed
-            since.
-    """
-    config = run_config(workdir)
-    parts = assemble(config)
-    weights = {**dict(load_llm(config.llm.path)), **whole_visual_and_lora(workdir, config, parts.model)}
-    weights = {path: jnp.asarray(leaf) for path, leaf in weights.items()}
-    return Run(config, weights, parts.tokenizer, parts.prompt_tokenizer)
-
-
-def run_config(workdir: str | Path) -> Config:
-    """The config of a run whose language model is there and unchanged; raises UserError where it is not.
-
-    Paths in an exported folder (tools.export_orbax) are relative to it.
+        UserError: it is another kind of folder, or the language model's folder is missing or has changed since.
     """
     workdir, config = Path(workdir), stored_config(workdir)
     if is_weights_folder(workdir):
         prompt_tokenizer = config.prompt_tokenizer and str(workdir / config.prompt_tokenizer)
         config = config.updated({"llm.path": str(workdir / config.llm.path), "prompt_tokenizer": prompt_tokenizer})
-    check_llm(workdir, config)
-    return config
+    parts = assemble(config)
+    check_llm(workdir, config.llm.path, parts.fingerprint)
+    return parts
 
 
-def whole_visual_and_lora(workdir: str | Path, config: Config, model: favchat.FaVChat) -> Weights:
-    """All weights of a run but the language model's base; raises UserError unless they are those of its model."""
-    shapes = weight_shapes(model, config)
-    weights = load_run_weights(workdir, shapes)
+def load_run(workdir: str | Path) -> Run:
+    """Loads the newest checkpoint of a workdir, or an exported folder, with everything that answering needs.
+
+    Raises:
+        UserError: as of `open_run`, or no checkpoint is intact, or weights are missing.
+    """
+    parts = open_run(workdir)
+    base = mistral_folder.each_weight(parts.config.llm.path, prefix="llm/")
+    loaded = itertools.chain(base, load_trained(workdir, parts.shapes).items())
+    return Run(parts, {path: jnp.asarray(leaf) for path, leaf in loaded})
+
+
+def load_trained(workdir: str | Path, shapes: Mapping[str, Any] | None = None) -> Weights:
+    """Loads all weights of a run but the language model's base: frozen ones, and the newest of those that train.
+
+    Args:
+        workdir: of the run, or an exported folder.
+        shapes: path -> shape of the weights that its model has; checked if given.
+
+    Raises:
+        UserError: no checkpoint is intact, or the weights are not those of `shapes`.
+    """
+    workdir = Path(workdir)
+    weights = load_frozen(workdir)
+    if not is_weights_folder(workdir):
+        with Checkpoints(workdir) as checkpoints:
+            weights |= checkpoints.load_trainable()
+    if shapes is None:
+        return weights
+    missing = sorted(path for path in shapes if path not in weights and group_of(path) != "llm")
+    if missing:
+        where = "" if is_weights_folder(workdir) or (workdir / "frozen").exists() else ", because frozen/ is missing"
+        count = f" and {len(missing) - 1} more weights" if len(missing) > 1 else ""
+        raise UserError(f"{workdir} lacks {missing[0]}{count}{where}: {RESTORE}")
     for path, leaf in weights.items():
         if path not in shapes:
-            raise UserError(f"{workdir} holds {path}, which the model of its config.json has not: {RESTORE}")
+            raise UserError(f"{workdir} holds {path}, but the model of its config.json has no such weight: {RESTORE}")
         if leaf.shape != shapes[path].shape:
             expected = shapes[path].shape
             raise UserError(f"{workdir}: {path} has shape {leaf.shape}, its config.json says {expected}: {RESTORE}")
     return weights
+
+
+def load_frozen(workdir: Path) -> Weights:
+    """Loads the weights that a run saved at its start because they never change; of an exported folder, all.
+
+    Stage 1 of v1 has none but the language model's, which are in its own folder.
+    """
+    folder = workdir if is_weights_folder(workdir) else workdir / "frozen"
+    if folder.exists() and not is_weights_folder(folder):
+        raise UserError(f"{folder}/leaves.json is missing: {RESTORE}")
+    return dict(load_weights(folder)) if folder.exists() else {}

@@ -1,13 +1,13 @@
-"""The checkpoints of a run, exactly resumable, each leaf with a checksum.
+"""Saves and restores the checkpoints of a run, with a checksum for each leaf.
 
-They lie in WORKDIR/checkpoints/STEP, with the trainable weights apart from the optimiser's moments, so that answering
-questions reads the weights alone. What never changes in a run is in a weights folder (`weights_folder.py`).
+WORKDIR/checkpoints/STEP keeps the trainable weights separate from the optimiser's moments, because answering reads the
+weights only. Weights that never change in a run are in a weights folder (`weights_folder.py`).
 """
 
 import json
 import logging
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -21,25 +21,21 @@ from jaxtyping import Int
 
 from favchat_jax.checkpoints.weights_folder import (
     ORBAX_ERRORS,
-    RESTORE,
     Weights,
     abstract,
     check_leaves,
     describe_leaves,
-    is_weights_folder,
-    load_weights,
 )
 from favchat_jax.errors import UserError, one_line
 from favchat_jax.files import write_errors
 from favchat_jax.processes import first_alone, gathered
-from favchat_jax.stages import group_of
 
 log = logging.getLogger("favchat_jax")
 
 
 @struct.dataclass
 class TrainState:
-    """All that an update changes; with the data iterator's state, all that a checkpoint holds."""
+    """Everything that an update changes. A checkpoint holds it and the data iterator's state."""
 
     step: Int[jax.Array, ""]
     trainable: Weights
@@ -48,11 +44,11 @@ class TrainState:
 
 
 class Checkpoints:
-    """The checkpoints of one run; as a context manager, it waits at its end for the last write.
+    """Saves and restores the checkpoints of one run. As a context manager, it waits at its end for the last write.
 
     Args:
         workdir: the run's folder.
-        keep: how many of the newest checkpoints stay.
+        keep: number of newest checkpoints that are kept.
     """
 
     def __init__(self, workdir: str | Path, keep: int = 2):
@@ -67,21 +63,21 @@ class Checkpoints:
         self.close()
 
     def latest(self) -> int | None:
-        """The newest step that was saved."""
+        """Returns the newest saved step; None if nothing was saved."""
         return max(self.steps(), default=None)
 
     def steps(self) -> list[int]:
-        """All steps that were saved, oldest first."""
+        """Returns all saved steps, oldest first."""
         return sorted(int(entry.name) for entry in self._folder.glob("*") if entry.name.isdigit())
 
     def save(self, state: TrainState, iterator_state: Mapping[str, Any]) -> None:
-        """Starts writing a checkpoint of `state` and of the data iterator; the device goes on meanwhile.
+        """Starts writing a checkpoint of `state` and of the data iterator; the device works on in the meantime.
 
         Raises:
-            UserError: this or the write before it failed (full disk); the checkpoints before stay.
+            UserError: this or the previous write failed (full disk); earlier checkpoints are intact.
         """
         step = int(state.step)
-        # What this process holds whole is copied, since the next step gives the state's memory away.
+        # Copied if this process holds all of it, because the next step donates the state's memory.
         state = jax.tree.map(lambda leaf: np.asarray(leaf) if leaf.is_fully_addressable else leaf, state)
         weights, optimizer = dict(state.trainable), _optimizer_part(state)
         hosts = gathered(dict(iterator_state))
@@ -101,7 +97,7 @@ class Checkpoints:
             )
 
     def wait(self) -> None:
-        """Waits for a write to end; raises UserError where it failed."""
+        """Waits for a write to end; raises UserError if it failed."""
         if self._manager is not None:
             with write_errors(self._folder, *ORBAX_ERRORS):
                 self._manager.wait_until_finished()
@@ -109,16 +105,23 @@ class Checkpoints:
     def restore(self, like: TrainState) -> tuple[TrainState, dict[str, Any] | None] | None:
         """Restores the newest intact checkpoint: (state with the shapes and shards of `like`, iterator state).
 
-        A damaged checkpoint is logged and moved to WORKDIR/damaged, and the one before it is taken.
+        Damaged checkpoints are logged and moved to WORKDIR/damaged if the one before them is intact.
 
         Returns:
-            None where nothing was ever saved. The iterator state is None where another number of processes saved it.
+            None if nothing was saved. The iterator state is None if another number of processes saved it.
 
         Raises:
-            UserError: there are checkpoints but all are damaged.
+            UserError: all checkpoints are damaged, or they are of another model.
         """
 
         def read(step: int, leaves: Mapping) -> tuple[TrainState, dict[str, Any] | None]:
+            for path, leaf in like.trainable.items():
+                held = leaves["weights"].get(f"['{path}']", {}).get("shape", "none")
+                if held != list(leaf.shape):
+                    raise UserError(
+                        f"checkpoint {step} of {self.workdir} is of another model: {path} has shape {held}, expected "
+                        f"{list(leaf.shape)}: train with another --workdir"
+                    )
             item = ocp.args.Composite(
                 weights=ocp.args.StandardRestore(_abstract(unflatten_dict(dict(like.trainable), sep="/"))),
                 optimizer=ocp.args.StandardRestore(_abstract(_optimizer_part(like))),
@@ -135,7 +138,7 @@ class Checkpoints:
         return self._newest(read, move_damaged=True)
 
     def load_trainable(self) -> dict[str, jax.Array]:
-        """Reads the trainable weights of the newest intact checkpoint; the folder is not changed.
+        """Reads the trainable weights of the newest intact checkpoint; leaves the folder unchanged.
 
         Raises:
             UserError: there is no checkpoint, or all are damaged.
@@ -160,27 +163,33 @@ class Checkpoints:
                 manager.close()
 
     def _newest(self, read: Callable[[int, Mapping], Any], move_damaged: bool) -> Any:
-        steps = self.steps()
+        steps, damaged = self.steps(), []
         for step in reversed(steps):
             try:
-                return read(step, json.loads((self._folder / str(step) / "leaves" / "metadata").read_text()))
-            except Exception as error:  # Orbax raises many kinds for a damaged file, none of them its own.
-                instead = ": taking the one before" if step != steps[0] else ""
+                found = read(step, json.loads((self._folder / str(step) / "leaves" / "metadata").read_text()))
+            except (UserError, MemoryError, jax.errors.JaxRuntimeError):  # the file is not the cause
+                raise
+            except Exception as error:  # Orbax raises many types for a damaged file.
+                instead = "; the one before it is read instead" if step != steps[0] else ""
                 log.warning("checkpoint %s of %s is damaged (%s)%s", step, self.workdir, one_line(error), instead)
-                if move_damaged:
-                    self._move_away(step)
+                damaged.append(step)
+            else:
+                if move_damaged and damaged:
+                    self._move_away(damaged)
+                return found
         if steps:
             raise UserError(f"every checkpoint in {self._folder} is damaged: delete the workdir and train again")
         return None
 
-    def _move_away(self, step: int) -> None:
+    def _move_away(self, steps: list[int]) -> None:
         self.close()
         damaged = self.workdir / "damaged"
 
         def move() -> None:
             damaged.mkdir(exist_ok=True)
-            shutil.rmtree(damaged / str(step), ignore_errors=True)
-            (self._folder / str(step)).rename(damaged / str(step))
+            for step in map(str, steps):
+                shutil.rmtree(damaged / step, ignore_errors=True)
+                (self._folder / step).rename(damaged / step)
 
         first_alone(move)
 
@@ -189,36 +198,6 @@ class Checkpoints:
             options = ocp.CheckpointManagerOptions(max_to_keep=self._keep, cleanup_tmp_directories=True)
             self._manager = ocp.CheckpointManager(self._folder, options=options)
         return self._manager
-
-
-def load_run_weights(workdir: str | Path, needed: Iterable[str] = ()) -> dict[str, Any]:
-    """All weights of a run but the language model's base: frozen ones, and the trained ones of its newest step.
-
-    Raises:
-        UserError: there is no intact checkpoint, or one of the paths `needed` is missing, the language model's aside.
-    """
-    workdir = Path(workdir)
-    weights = frozen_weights(workdir)
-    if not is_weights_folder(workdir):
-        with Checkpoints(workdir) as checkpoints:
-            weights |= checkpoints.load_trainable()
-    missing = sorted(path for path in needed if path not in weights and group_of(path) != "llm")
-    if missing:
-        where = "" if is_weights_folder(workdir) or (workdir / "frozen").exists() else ", for it has no frozen/"
-        count = f" and {len(missing) - 1} more weights" if len(missing) > 1 else ""
-        raise UserError(f"{workdir} lacks {missing[0]}{count}{where}: {RESTORE}")
-    return weights
-
-
-def frozen_weights(workdir: Path) -> dict[str, Any]:
-    """The weights that a run saved at its start since they never change; of a self-contained folder, all.
-
-    Stage 1 has none but the language model's, which are in its own folder.
-    """
-    folder = workdir if is_weights_folder(workdir) else workdir / "frozen"
-    if folder.exists() and not is_weights_folder(folder):
-        raise UserError(f"{folder}/leaves.json is missing: {RESTORE}")
-    return load_weights(folder) if folder.exists() else {}
 
 
 def _abstract(tree: Any) -> Any:

@@ -1,8 +1,8 @@
-"""Tables of weights: a published name, its path here and what lies between them, read in both directions.
+"""Translates between published weights and this project's, by tables that are read in both directions.
 
-A name is a pattern with fields, as in `model.layers.{i}.mlp.up_proj.weight`. A field that the path lacks is an axis
-along which this project stacks (its layers are scanned): `layers/mlp/up_proj/kernel` holds all of them. Stacking and
-taking apart happen in `convert/` and nowhere else.
+A row has a published name, a path in this project and the transform between them. A name is a pattern with fields, as
+in `model.layers.{i}.mlp.up_proj.weight`. A field that the path lacks is an axis along which this project stacks
+weights, because it scans layers: `layers/mlp/up_proj/kernel` holds all of them.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ from favchat_jax.errors import UserError
 Shape = tuple[int, ...]
 Array = np.ndarray
 COLOURS = 3
-STRIP = 16  # columns that are transposed at a time
+STRIP = 16  # columns transposed at a time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Transform:
 
 
 def _patch_kernel(time: str) -> Transform:
-    """A convolution [out, colour, row, column] over whole patches as a matrix [row column colour, out], and back."""
+    """Reshapes a convolution [out, colour, row, column] over patches to a matrix [row column colour, out], and back."""
     published = f"out colour {time}row column"
 
     def unfold(kernel: Array) -> Array:
@@ -62,13 +62,13 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """What a source holds.
+    """Describes the weights of a published source.
 
     Attributes:
-        holds: what its weights are called in messages: "Mistral".
-        rows: each weight once.
+        holds: name of the weights in messages: "Mistral".
+        rows: one for each weight.
         ignored: (pattern of published names, why they are not needed).
-        optional: (pattern of paths, why a source may lack them); all weights of a pattern are there, or none.
+        optional: (pattern of paths, why a source may lack them); a source has all weights of a pattern, or none.
         hint: likely cause of an unexpected shape, for the error message.
     """
 
@@ -76,12 +76,12 @@ class Table:
     rows: tuple[Row, ...]
     ignored: tuple[tuple[str, str], ...] = ()
     optional: tuple[tuple[str, str], ...] = ()
-    hint: str = "it is of another size, or of another kind"
+    hint: str = "it has another size or is of another kind"
 
 
 @dataclasses.dataclass(frozen=True)
 class Slot:
-    """Where a published tensor goes: a path, a place along its stacked axes, and the shape that it is published in."""
+    """The destination of a published tensor: a path, a place along its stacked axes, and the published shape."""
 
     path: str
     place: tuple[int, ...]
@@ -91,10 +91,10 @@ class Slot:
 
 @dataclasses.dataclass(frozen=True)
 class Account:
-    """Every key of a source and every weight that is wanted of it, each under one heading.
+    """Sorts every key of a source and every wanted weight under one heading.
 
     Attributes:
-        used: published name -> where it goes.
+        used: published name -> its destination.
         ignored: published name -> why it is not needed.
         absent: published name -> why the source may lack it.
         missing: published names that the source should have.
@@ -111,26 +111,26 @@ class Account:
 
 
 def linear(published: str, path: str, bias: bool = True) -> tuple[Row, ...]:
-    """The rows of a linear layer."""
+    """Returns the rows of a linear layer."""
     rows = Row(f"{published}.weight", f"{path}/kernel", "transposed"), Row(f"{published}.bias", f"{path}/bias")
     return rows if bias else rows[:1]
 
 
 def norm(published: str, path: str) -> tuple[Row, ...]:
-    """The rows of a layer norm."""
+    """Returns the rows of a layer norm."""
     return Row(f"{published}.weight", f"{path}/scale"), Row(f"{published}.bias", f"{path}/bias")
 
 
 def prefixed(rows: Iterable[Row], *, published: str = "", path: str = "") -> tuple[Row, ...]:
-    """The rows with something before every published name and every path."""
+    """Returns the rows with a prefix before every published name and every path."""
     return tuple(Row(published + row.published, path + row.path, row.transform) for row in rows)
 
 
 def slots(table: Table, shapes: Mapping[str, Shape]) -> dict[str, Slot]:
-    """Published name -> slot of all weights in `shapes`.
+    """Returns published name -> slot of all weights in `shapes`.
 
     Raises:
-        ValueError: a path that no row has.
+        ValueError: a path has no row or several.
     """
     patterns = [(_pattern(row.path), row) for row in table.rows]
     found = {}
@@ -149,7 +149,7 @@ def slots(table: Table, shapes: Mapping[str, Shape]) -> dict[str, Slot]:
 
 
 def account(table: Table, tensors: Mapping[str, Any], shapes: Mapping[str, Shape]) -> Account:
-    """Sorts every key of `tensors` and every weight of `shapes` under a heading; reads shapes alone."""
+    """Sorts every key of `tensors` and every weight of `shapes` under a heading; reads only shapes."""
     wanted = slots(table, shapes)
     used, ignored, unknown, misshapen = {}, {}, [], {}
     for name, tensor in tensors.items():
@@ -162,7 +162,7 @@ def account(table: Table, tensors: Mapping[str, Any], shapes: Mapping[str, Shape
         else:
             used[name] = wanted[name]
     lacking = [name for name in wanted if name not in tensors]
-    begun = {_reason(table.optional, wanted[name].path) for name in used}  # a part of which something is there
+    begun = {_reason(table.optional, wanted[name].path) for name in used}  # parts of which the source has some weight
     reasons = {name: _reason(table.optional, wanted[name].path) for name in lacking}
     absent = {name: reason for name, reason in reasons.items() if reason and reason not in begun}
     missing = [name for name in lacking if name not in absent]
@@ -170,7 +170,7 @@ def account(table: Table, tensors: Mapping[str, Any], shapes: Mapping[str, Shape
 
 
 def check(table: Table, found: Account, source: object) -> None:
-    """Raises UserError where a key is unknown or missing, or a shape is not as expected."""
+    """Raises UserError if a key is unknown or missing, or a shape is not as expected."""
     if not found.used and not found.misshapen:
         first = next(iter((*found.unknown, *found.ignored)), "nothing")
         raise UserError(f"{source} holds no weight of {table.holds} (its first is {first}): check the kind of the file")
@@ -193,44 +193,43 @@ def each(
     dtype=np.float32,
     progress: Callable[[Iterable], Iterable] = iter,
 ) -> Iterator[tuple[str, Array]]:
-    """The weights of `shapes` from published tensors, one after another, each read tensor by tensor.
+    """Yields the weights of `shapes` from published tensors, one after another, each read tensor by tensor.
 
     Args:
         table: names and transforms.
-        tensors: published names and arrays, or what has a `shape` and turns into one (`files.open_tensors` reads it
-            only then).
-        shapes: path -> shape of every weight that is wanted, layers stacked where the paths say so.
-        source: what messages name.
-        dtype: of the result, whatever the source's.
+        tensors: published names and arrays; `tensors.open_tensors` gives objects that are read when they are converted.
+        shapes: path -> shape of every wanted weight, with layers stacked if their path has no number.
+        source: name of the source in messages.
+        dtype: of the result, independent of the source's.
         progress: wraps the tensors as they are read, for example `tqdm`.
 
     Yields:
-        Path and array; without the optional weights that the source lacks.
+        Path and array; optional weights that the source lacks are skipped.
 
     Raises:
         UserError: a key is unknown or missing, a shape is not as expected, or a weight is NaN or infinite.
     """
-    tensors = dict(tensors)
-    found = account(table, tensors, shapes)
+    by_name = dict(tensors)
+    found = account(table, by_name, shapes)
     check(table, found, source)
     in_order = sorted(found.used.items(), key=lambda item: item[1].path)
     for path, group in itertools.groupby(progress(in_order), lambda item: item[1].path):
         weight = np.empty(shapes[path], dtype)
         for name, slot in group:
-            _copy(weight[(*slot.place, ...)], slot.transform.ours(finite(tensors[name], name, source)))
+            _copy(weight[(*slot.place, ...)], slot.transform.ours(finite(by_name[name], name, source)))
         yield path, weight
 
 
 def read(*of, **options) -> dict[str, Array]:
-    """All weights that `each` yields with the same arguments, by path."""
+    """Returns all weights that `each` yields with the same arguments, by path."""
     return dict(each(*of, **options))
 
 
 def write(table: Table, weights: Mapping[str, Any]) -> Iterator[tuple[str, Array]]:
-    """Published names and tensors of a flat dictionary of weights; the inverse of `read`, bit for bit.
+    """Yields published names and tensors of a flat dictionary of weights; the inverse of `read`, bit for bit.
 
     Raises:
-        ValueError: a weight that the table has no row for.
+        ValueError: the table has no row for a weight.
     """
     wanted = slots(table, {path: tuple(leaf.shape) for path, leaf in weights.items()})
     for path, group in itertools.groupby(wanted.items(), lambda item: item[1].path):
@@ -243,7 +242,7 @@ def write(table: Table, weights: Mapping[str, Any]) -> Iterator[tuple[str, Array
 
 
 def finite(tensor: Any, name: str, source: object) -> Array:
-    """The tensor as an array; raises UserError where one of its values is NaN or infinite."""
+    """Returns the tensor as an array; raises UserError if one of its values is NaN or infinite."""
     array = np.asarray(tensor)
     if not is_finite(array):
         raise UserError(f"{source}: {name} holds NaN or infinity: fetch it again")
@@ -251,10 +250,10 @@ def finite(tensor: Any, name: str, source: object) -> Array:
 
 
 def is_finite(tensor: Array) -> bool:
-    """Whether no value is NaN or infinite.
+    """Returns whether no value is NaN or infinite.
 
-    Told from the bits: of either sign, infinity is the smallest of the patterns that are no number, and the largest
-    of the finite ones lies below it. Two maxima need no memory and are several times as fast as `np.isfinite`.
+    It compares bit patterns: those of NaN lie above that of infinity, and those of finite numbers below, for each sign.
+    Two maxima need no memory and are several times as fast as `np.isfinite`.
     """
     if not tensor.size or not np.issubdtype(tensor.dtype, np.inexact) and tensor.dtype.kind != "V":
         return True
@@ -267,7 +266,7 @@ def is_finite(tensor: Array) -> bool:
 
 
 def _copy(target: Array, source: Array) -> None:
-    """target[...] = source; of a transposed matrix, in strips that fit into the cache, several times as fast."""
+    """Assigns target[...] = source; a transposed matrix in strips that fit into the cache, several times as fast."""
     if source.ndim == 2 and source.flags.f_contiguous:
         for start in range(0, source.shape[1], STRIP):
             target[:, start : start + STRIP] = source[:, start : start + STRIP]

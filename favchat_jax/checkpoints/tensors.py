@@ -1,6 +1,6 @@
-"""Files of tensors: safetensors, in one file or in shards with an index, PyTorch's `.pth` and `.pt`, Orbax copies.
+"""Reads files of tensors: safetensors in one file or in shards, PyTorch's `.pth` and `.pt`, Orbax copies.
 
-Names and shapes come first and each tensor only when it is asked for, so that a file larger than memory can be read.
+Only names and shapes are read at first. Each tensor is read on demand, so a file may be larger than memory.
 """
 
 import contextlib
@@ -23,14 +23,14 @@ from favchat_jax.checkpoints.weights_folder import load_weights, weight_shapes
 from favchat_jax.errors import UserError
 
 INDEX = "model.safetensors.index.json"
-PARTS = "parts"  # of an Orbax copy: one weights folder a layer
-# Under which a checkpoint keeps its state dict beside the optimiser and the like: FaceXFormer's, VideoChat2's.
+PARTS = "parts"  # subfolder of an Orbax copy, with one weights folder for each layer
+# Keys of the state dict in checkpoints that have an optimiser and the like besides: FaceXFormer's, VideoChat2's.
 STATE_DICTS = ("state_dict_backbone", "model")
 
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """A tensor in a file: its shape, and its values once `np.asarray` asks for them."""
+    """A tensor in a file. Its values are read by `np.asarray`."""
 
     shape: tuple[int, ...]
     read: Callable[[], np.ndarray]
@@ -40,27 +40,27 @@ class Tensor:
 
 
 def open_tensors(path: str | Path) -> dict[str, Tensor]:
-    """Name -> tensor of a `.safetensors` file, a folder of them, a `.pth` or `.pt` file, or an Orbax copy.
+    """Returns name -> tensor of a `.safetensors` file, a folder of them, a `.pth` or `.pt` file, or an Orbax copy.
 
     Raises:
         UserError: the path is missing, damaged, of another kind, or a pickle that would run code.
     """
     path = Path(path)
-    if (path / PARTS).is_dir():
-        return _parts(path / PARTS)
-    if path.is_dir():
-        return {name: tensor for shard in shards(path) for name, tensor in _safetensors(shard).items()}
-    if not path.is_file():
+    if path.is_file():
+        if path.suffix == ".safetensors":
+            return _safetensors(path)
+        if path.suffix in (".pth", ".pt"):
+            return _pickled(path)
+        raise UserError(f"{path} is not a file of weights: name a folder or a .safetensors, .pth or .pt file")
+    if not path.is_dir():
         raise UserError(f"{path} is missing: name a file or a folder of weights")
-    if path.suffix == ".safetensors":
-        return _safetensors(path)
-    if path.suffix in (".pth", ".pt"):
-        return _pickled(path)
-    raise UserError(f"{path} is no file of weights: name a folder or a .safetensors, .pth or .pt file")
+    if not (path / PARTS).is_dir():
+        return {name: tensor for shard in shards(path) for name, tensor in _safetensors(shard).items()}
+    return _parts(path / PARTS)
 
 
 def shards(folder: Path) -> list[Path]:
-    """The files of a folder's weights; raises UserError where one is missing or the index is damaged."""
+    """Lists the files of a folder's weights; raises UserError if one is missing or the index is damaged."""
     found = [folder / "model.safetensors"]
     index = folder / INDEX
     if index.exists():
@@ -70,16 +70,16 @@ def shards(folder: Path) -> list[Path]:
             raise UserError(f"{index} does not map weights to files: fetch the folder again") from None
     for shard in found:
         if not shard.is_file():
-            raise UserError(f"{shard} is missing: name a whole folder, or fetch it again")
+            raise UserError(f"{shard} is missing: name a complete folder, or fetch it again")
     return found
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; raises UserError for everything else."""
+    """Reads a JSON object; raises UserError for everything else."""
     try:
         value = json.loads(path.read_bytes())
     except FileNotFoundError:
-        raise UserError(f"{path} is missing: name a whole folder, or fetch it again") from None
+        raise UserError(f"{path} is missing: name a complete folder, or fetch it again") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}): check that it is a file of a folder") from None
     except ValueError as error:
@@ -91,27 +91,31 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def _safetensors(path: Path) -> dict[str, Tensor]:
     def read(name: str) -> np.ndarray:
-        # Opened each time: pages of a mapped file stay in memory for as long as it is open.
-        with _damage_told(path), safe_open(path, framework="numpy") as file:
+        # Opened each time, because pages of a mapped file stay in memory while it is open.
+        with _report_damage(path), safe_open(path, framework="numpy") as file:
             return file.get_tensor(name)
 
-    with _damage_told(path), safe_open(path, framework="numpy") as file:
+    with _report_damage(path), safe_open(path, framework="numpy") as file:
         names = list(file.keys())
         shapes = {name: tuple(file.get_slice(name).get_shape()) for name in names}
-    return {name: Tensor(shape, lambda name=name: read(name)) for name, shape in shapes.items()}
+    return {name: Tensor(shape, functools.partial(read, name)) for name, shape in shapes.items()}
 
 
 def _parts(folder: Path) -> dict[str, Tensor]:
     load = functools.lru_cache(maxsize=1)(load_weights)  # tensors are read part by part
+
+    def read(part: Path, path: str) -> np.ndarray:
+        return np.asarray(load(part)[path])
+
     return {
-        path: Tensor(shape, lambda part=part, path=path: np.asarray(load(part)[path]))
+        path: Tensor(shape, functools.partial(read, part, path))
         for part in sorted(folder.iterdir())
         for path, shape in weight_shapes(part).items()
     }
 
 
 @contextlib.contextmanager
-def _damage_told(path: Path):
+def _report_damage(path: Path):
     """Turns what safetensors raises into one line that names the file."""
     try:
         yield
@@ -126,23 +130,23 @@ def _pickled(path: Path) -> dict[str, Tensor]:
         raise UserError(f"{path} needs PyTorch to be read: pip install 'favchat_jax[convert]'") from None
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of a pickle's protocol, before it is refused
+            warnings.simplefilter("ignore")  # a warning about a pickle's protocol precedes its refusal
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception as error:  # The unpickler raises many kinds for a damaged file.
+    except Exception as error:  # The unpickler raises many types for a damaged file.
         if re.search("unsupported global|allowed global", str(error), re.IGNORECASE):
             refused = "would run code when read, which is refused"
         elif _is_plain_pickle(path):
             refused = "is a plain pickle, which can run code when read and is refused"
         else:
-            raise UserError(f"{path} is damaged, or no file of PyTorch's{_reason(error)}: fetch it again") from None
-        raise UserError(f"{path} {refused}: save its tensors alone with torch.save where you trust it") from None
+            raise UserError(f"{path} is damaged or not a PyTorch file{_reason(error)}: fetch it again") from None
+        raise UserError(f"{path} {refused}: if you trust it, save only its tensors with torch.save") from None
     content = content if isinstance(content, dict) else {}
     state = next((content[key] for key in STATE_DICTS if isinstance(content.get(key), dict)), content)
     tensors = {}
     for name, value in state.items():
         if not isinstance(value, torch.Tensor):
-            raise UserError(f"{path}: {name} is a {type(value).__name__}, not a tensor: save the state dict alone")
-        tensors[str(name)] = Tensor(tuple(value.shape), lambda value=value: _as_numpy(value))
+            raise UserError(f"{path}: {name} is a {type(value).__name__}, not a tensor: save only the state dict")
+        tensors[str(name)] = Tensor(tuple(value.shape), functools.partial(_as_numpy, value))
     if not tensors:
         raise UserError(f"{path} holds no state dict: name a checkpoint of weights")
     return tensors
@@ -152,25 +156,25 @@ def _as_numpy(tensor) -> np.ndarray:
     import ml_dtypes
     import torch
 
-    if tensor.dtype == torch.bfloat16:  # which torch does not hand to NumPy
+    if tensor.dtype == torch.bfloat16:  # torch cannot convert it to NumPy
         return tensor.detach().contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
     return tensor.detach().numpy()
 
 
 def _is_plain_pickle(path: Path) -> bool:
-    """Whether a file is one whole pickle and nothing else, as `pickle.dump` writes it; torch.save writes several."""
+    """Returns whether a file is exactly one pickle, as `pickle.dump` writes it; torch.save writes several."""
     try:
         with path.open("rb") as file:
             for _ in pickletools.genops(file):  # names each operation, runs none
                 pass
             return not file.read(1)
-    except Exception:  # not a pickle: pickletools raises many kinds
+    except Exception:  # not a pickle: pickletools raises many types
         return False
 
 
 def _reason(error: Exception) -> str:
-    """The first sentence of an error in brackets; nothing where it is not one, or is torch's advice to run code."""
-    if isinstance(error, OSError):  # EINVAL: a seek in a file that was cut short, of which it says nothing
+    """Returns the first sentence of an error in brackets; empty if it is no sentence or torch's advice to run code."""
+    if isinstance(error, OSError):  # EINVAL comes from a truncated file and says nothing about it
         return "" if error.errno in (None, errno.EINVAL) else f" ({error.strerror})"
     sentence = str(error).strip().splitlines()[0].split(". ")[0] if str(error).strip() else ""
     tells = " " in sentence and len(sentence) <= 160 and not sentence.startswith("Weights only load failed")

@@ -1,8 +1,8 @@
-"""A folder that holds part of a model for good: a converted encoder, a run's frozen weights.
+"""Reads and writes weights folders, which hold a converted encoder or a run's frozen weights.
 
     DIR/weights/ (Orbax)   DIR/leaves.json (shape, dtype, checksum of each leaf)   DIR/config.json
 
-The checksums are there because Orbax restores flipped bits without an error.
+Orbax restores flipped bits without an error, hence the checksums.
 """
 
 import contextlib
@@ -24,35 +24,33 @@ from favchat_jax.files import replace_folder
 
 Weights = Mapping[str, jax.Array]
 
-ORBAX_ERRORS = (ValueError, RuntimeError)  # that Orbax raises besides OSError when it cannot write
-
-
-RESTORE = "copy the whole workdir again, or train again"
+ORBAX_ERRORS = (ValueError, RuntimeError)  # raised by Orbax, besides OSError, when it cannot write
+RESTORE = "copy the complete workdir again, or train again"
 
 
 class DamagedError(Exception):
     """A checkpoint does not read back as it was written."""
 
 
-def whole(array: Any) -> np.ndarray:
-    """Gathers an array into host memory from all its shards; every process of a run has to call it."""
+def gathered(array: Any) -> np.ndarray:
+    """Gathers an array into host memory from all its shards. Every process of a run has to call it."""
     if isinstance(array, jax.Array) and not array.is_fully_addressable and not array.is_fully_replicated:
         array = multihost_utils.process_allgather(array, tiled=True)
     return np.asarray(array)
 
 
 def describe_leaves(tree: Any) -> dict[str, dict]:
-    """Path -> shape, dtype and CRC-32 of each leaf's bytes."""
+    """Computes path -> shape, dtype and CRC-32 of each leaf's bytes."""
     leaves = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        array = np.ascontiguousarray(whole(leaf))
-        crc = zlib.crc32(array.reshape(-1).view(np.uint8))
+        array = np.ascontiguousarray(gathered(leaf))
+        crc = zlib.crc32(array.reshape(-1).view(np.uint8).data)
         leaves[jax.tree_util.keystr(path)] = {"shape": list(array.shape), "dtype": str(array.dtype), "crc32": crc}
     return leaves
 
 
 def check_leaves(tree: Any, leaves: Mapping[str, dict]) -> None:
-    """Raises DamagedError where a leaf of `tree` differs from its description in `leaves`."""
+    """Raises DamagedError if a leaf of `tree` differs from its description in `leaves`."""
     found = describe_leaves(tree)
     wrong = [path for path in sorted(found.keys() | leaves.keys()) if found.get(path) != leaves.get(path)]
     if wrong:
@@ -61,11 +59,11 @@ def check_leaves(tree: Any, leaves: Mapping[str, dict]) -> None:
 
 def save_weights(folder: str | Path, weights: Weights, config: Mapping[str, Any]) -> None:
     """Writes a weights folder completely or not at all. Every process of a run has to call it; the first one writes."""
-    tree = unflatten_dict({path: whole(leaf) for path, leaf in weights.items()}, sep="/")
+    tree = unflatten_dict({path: gathered(leaf) for path, leaf in weights.items()}, sep="/")
     if jax.process_index():
         return
     alone = ocp.options.MultiprocessingOptions(primary_host=0, active_processes={0}, barrier_sync_key_prefix="alone")
-    # Uncompressed: random bits hardly shrink, and trying takes twice the time.
+    # Uncompressed, because weights hardly shrink and compression doubles the time.
     handler = ocp.PyTreeCheckpointHandler(use_compression=False, multiprocessing_options=alone)
     with (
         replace_folder(folder, *ORBAX_ERRORS) as draft,
@@ -77,7 +75,7 @@ def save_weights(folder: str | Path, weights: Weights, config: Mapping[str, Any]
 
 
 def load_weights(folder: str | Path) -> dict[str, np.ndarray]:
-    """Reads a weights folder as a flat dictionary in host memory; raises UserError where it is missing or damaged."""
+    """Reads a weights folder as a flat dictionary in host memory; raises UserError if it is missing or damaged."""
     folder = Path(folder).absolute()
     leaves = _leaves(folder)
     try:
@@ -85,18 +83,18 @@ def load_weights(folder: str | Path) -> dict[str, np.ndarray]:
             tree = checkpointer.restore(folder / "weights", abstract(leaves))
         weights = flatten_dict(tree, sep="/")
         check_leaves(weights, leaves)
-    except Exception as error:  # Orbax raises many kinds for a damaged file, none of them its own.
+    except Exception as error:  # Orbax raises many types for a damaged file.
         raise UserError(f"{folder} is damaged ({one_line(error)}): make or copy it again") from None
     return weights
 
 
 def is_weights_folder(folder: str | Path) -> bool:
-    """Whether a folder is one; of a run, whether it is self-contained, as tools.export_orbax writes it."""
+    """Returns whether a folder is a weights folder, such as a run that tools.export_orbax wrote."""
     return (Path(folder) / "leaves.json").exists()
 
 
 def weight_shapes(folder: str | Path) -> dict[str, tuple[int, ...]]:
-    """Path -> shape of a weights folder's leaves; raises UserError where it is missing or damaged."""
+    """Reads path -> shape of a weights folder's leaves; raises UserError if it is missing or damaged."""
     return {path[2:-2]: tuple(leaf["shape"]) for path, leaf in _leaves(Path(folder)).items()}
 
 
@@ -112,6 +110,6 @@ def _leaves(folder: Path) -> dict[str, dict]:
 
 
 def abstract(leaves: Mapping[str, dict]) -> dict:
-    """The nested tree of host arrays that Orbax restores into; keys of `leaves` read like ['umt/norm/scale']."""
+    """Makes the nested tree of host arrays that Orbax restores into; keys of `leaves` look like ['umt/norm/scale']."""
     flat = {path[2:-2]: np.empty(leaf["shape"], jnp.dtype(leaf["dtype"])) for path, leaf in leaves.items()}
     return unflatten_dict(flat, sep="/")

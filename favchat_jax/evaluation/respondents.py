@@ -50,7 +50,9 @@ class Respondent(Protocol):
             VideoError: a clip cannot be decoded.
         """
 
-    def answer(self, asks: Sequence[Ask], frames: Sequence[Any], max_new_tokens: int) -> Sequence[list[str] | Unanswered]:
+    def answer(
+        self, asks: Sequence[Ask], frames: Sequence[Any], max_new_tokens: int
+    ) -> Sequence[list[str] | Unanswered]:
         """Returns the answers to each ask's conversations."""
 
     def likelihoods(self, asks: Sequence[Ask], frames: Sequence[Any], answers: Sequence[str]) -> list[list[float]]:

@@ -16,6 +16,7 @@ from jax import export
 from jax.sharding import Mesh
 
 from favchat_jax import sharding, stages
+from favchat_jax.checkpoints.initial import new_state
 from favchat_jax.checkpoints.mistral_folder import read_config
 from favchat_jax.checkpoints.run import weight_shapes
 from favchat_jax.config import Config
@@ -27,7 +28,7 @@ from favchat_jax.models.mistral import MistralConfig
 from favchat_jax.planning import cost
 from favchat_jax.planning.targets import GIB, devices, find
 from favchat_jax.training.optimizer import make_optimizer, schedule
-from favchat_jax.training.step import batch_loss, make_step, new_state
+from favchat_jax.training.step import batch_loss, make_step
 
 # Triton chooses its matrix products by timing them on a GPU. Those of cuBLAS take as much memory or more.
 OPTIONS = {"cuda": {"xla_gpu_enable_triton_gemm": False}}
@@ -277,7 +278,7 @@ def load(artefact: bytes) -> export.Exported:
 def model_and_weights(config: Config) -> tuple[favchat.FaVChat, dict[str, jax.ShapeDtypeStruct]]:
     """Returns the model of a config in its training form, and the shapes of its weights by path."""
     model = build(config)
-    return model, weight_shapes(model, config)
+    return model, weight_shapes(model, config.model)
 
 
 def language_model(config: Config) -> MistralConfig:

@@ -16,6 +16,7 @@ from flax.traverse_util import flatten_dict
 from jax.sharding import SingleDeviceSharding
 
 from favchat_jax import stages
+from favchat_jax.checkpoints.initial import new_state
 from favchat_jax.config import Config
 from favchat_jax.errors import UserError
 from favchat_jax.generation.decoding import Decoder, Decoding
@@ -24,7 +25,6 @@ from favchat_jax.planning import cost, plan
 from favchat_jax.planning.targets import GIB, devices, find
 from favchat_jax.rl import policy
 from favchat_jax.training.optimizer import make_optimizer
-from favchat_jax.training.step import new_state
 
 PROMPT = 256  # tokens of a prompt: a clip's visual tokens, the instruction and a question
 END = 2  # Mistral's end-of-text token

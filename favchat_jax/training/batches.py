@@ -1,28 +1,29 @@
-"""A stage's clips as batches on this host's devices."""
+"""Opens a stage's clips as batches on this host, and fetches them."""
+
+import time
 
 import jax
 
 from favchat_jax import stages
 from favchat_jax.checkpoints.run import Assembly
-from favchat_jax.config import Config
-from favchat_jax.data.conversation import Conversation, PromptEncoder
-from favchat_jax.data.loader import BatchIterator, training_batches
+from favchat_jax.data.loader import Batch, BatchIterator, training_batches
 from favchat_jax.data.sources import open_dataset, prepare, training_split
 from favchat_jax.data.video import Augment
 from favchat_jax.processes import first_alone
+from favchat_jax.training.metrics import Pending
 
 
-def open_batches(config: Config, parts: Assembly) -> BatchIterator:
-    """The stage's training stream on this host, from its data set, which is packed first where it is not yet."""
-    data, qformer, hosts = config.data, config.model.qformer, jax.process_count()
+def open_batches(parts: Assembly) -> BatchIterator:
+    """Opens the training stream of a stage; packs its data set first if it is not packed yet."""
+    config, data, hosts = parts.config, parts.config.data, jax.process_count()
     text = stages.STAGES[config.stage].text
     assert text is not None, "stage grpo draws its own text"
     first_alone(lambda: prepare(data.name, data.root or None, data.packed))
     augment = Augment(scale=(0.5, 1.0) if data.random_crop else (1.0, 1.0), flip=data.flip)
     return training_batches(
         open_dataset(data.name, data.packed, training_split(data.name, config.stage)),
-        Conversation(parts.tokenizer, qformer.queries + qformer.extra_queries),
-        PromptEncoder(parts.prompt_tokenizer, data.prompt_length),
+        parts.conversation,
+        parts.prompt,
         text=text,
         frames=config.model.frames,
         size=config.model.image_size,
@@ -36,3 +37,14 @@ def open_batches(config: Config, parts: Assembly) -> BatchIterator:
         process_index=jax.process_index(),
         process_count=hosts,
     )
+
+
+def next_batch(batches: BatchIterator, pending: Pending | None) -> tuple[Batch, float]:
+    """Returns the next batch, and an upper bound of the seconds that the device waited for it.
+
+    The device is idle as soon as the pending step is done.
+    """
+    started = time.perf_counter()
+    batch = next(batches)
+    idle = pending is None or pending.values["loss"].is_ready()  # type: ignore[attr-defined]
+    return batch, time.perf_counter() - started if idle else 0.0

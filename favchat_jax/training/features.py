@@ -1,7 +1,7 @@
-"""The frozen encoders' features of each clip, kept beside the run, so that later epochs do not run the encoders.
+"""Keeps the frozen encoders' features of each clip beside the run, so that later epochs do not run the encoders.
 
-From stage 3 on nothing in the encoders and in v1's fusion learns, so that the same frames of a clip have the same
-features in every epoch. Q-Formers, which read the question and have dropout, still run in each step.
+From stage 3 on, the encoders and the fusion are frozen, so a clip's frames have the same features in every epoch. The
+Q-Formers read the question and have dropout, so they still run in each step.
 """
 
 import hashlib
@@ -18,8 +18,8 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from favchat_jax import sharding
+from favchat_jax.checkpoints.run import Assembly
 from favchat_jax.checkpoints.weights_folder import Weights
-from favchat_jax.config import Config
 from favchat_jax.data.loader import Batch
 from favchat_jax.files import draft_file
 from favchat_jax.models.favchat import ClipFeatures, FaVChat
@@ -27,11 +27,13 @@ from favchat_jax.stages import ENCODING, group_of
 
 
 class KeptFeatures:
-    """A folder with a file of features for every clip that a run has seen.
+    """A folder with one file of features for every clip that a run has seen.
 
     Args:
-        folder: where they lie; made where it is missing.
-        model: whose `encode` makes them, of `frozen`, its weights by path, on `mesh`.
+        folder: place of the files; made if it is missing.
+        model: its `encode` computes the features.
+        frozen: its frozen weights by path.
+        mesh: devices that encode.
         frames: shape of a batch's frames, [B, T, H, W, 3].
     """
 
@@ -45,7 +47,7 @@ class KeptFeatures:
         self._tree = jax.tree.structure(shapes)
 
     def of(self, batch: Batch) -> ClipFeatures:
-        """A batch's features in host memory; where a clip has none yet, all of its frames are encoded."""
+        """Returns a batch's features in host memory; encodes the batch if a clip has none yet."""
         rows = [row for name in batch.ids if (row := self._read(name)) is not None]
         if len(rows) < len(batch.ids):
             frames = sharding.place_batch({"frames": batch.arrays["frames"]}, self._mesh)["frames"]
@@ -66,21 +68,25 @@ class KeptFeatures:
         return [stored[key] for key in sorted(stored, key=int)]
 
     def _write(self, name: str, row: list[np.ndarray]) -> None:
-        with draft_file(self._file(name), sync=False) as draft:  # a damaged file is made again
+        with draft_file(self._file(name), sync=False) as draft:  # a damaged file is written again
             save_file({str(i): np.ascontiguousarray(leaf) for i, leaf in enumerate(row)}, draft)
 
 
 def placement(
-    config: Config, workdir: Path, model: FaVChat, frozen: dict[str, jax.Array], mesh: Mesh
+    parts: Assembly, workdir: Path, frozen: dict[str, jax.Array], mesh: Mesh
 ) -> Callable[[Batch], dict[str, Any]]:
-    """What a step takes of a batch, on its devices: all arrays, or kept features in place of the frames."""
-    size = config.model.image_size
-    frames = (config.batch, config.model.frames, size, size, 3)
-    kept = KeptFeatures(workdir / "features", model, frozen, mesh, frames) if config.data.keep_features else None
+    """Returns a function that places a batch on its devices, with kept features instead of frames if so configured."""
+    config, kept = parts.config, None
+    if config.data.keep_features:
+        size = config.model.image_size
+        frames = (config.batch, config.model.frames, size, size, 3)
+        kept = KeptFeatures(workdir / "features", parts.model, frozen, mesh, frames)
 
     def place(batch: Batch) -> dict[str, Any]:
-        left_out = ("length", "frames") if kept else ("length",)
-        arrays = {name: array for name, array in batch.arrays.items() if name not in left_out}
-        return sharding.place_batch({**arrays, "features": kept.of(batch)} if kept else arrays, mesh)
+        arrays: dict[str, Any] = {name: array for name, array in batch.arrays.items() if name != "length"}
+        if kept:
+            del arrays["frames"]
+            arrays["features"] = kept.of(batch)
+        return sharding.place_batch(arrays, mesh)
 
     return place

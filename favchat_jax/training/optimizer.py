@@ -1,4 +1,4 @@
-"""The optimiser that moves a stage's weights, and its learning rate by step (FaVChat v1, Section 5.1)."""
+"""Builds a stage's optimiser and its learning-rate schedule (FaVChat v1, Section 5.1)."""
 
 import re
 from collections.abc import Mapping
@@ -12,23 +12,22 @@ from optax.contrib import MuonDimensionNumbers, muon
 from favchat_jax.config import OptimizerConfig
 from favchat_jax.stages import GROUPS
 
-ADAM_SHARE = 0.1  # of Muon's rate, for the weights that it does not move
+ADAM_SHARE = 0.1  # AdamW's rate as a share of Muon's, for weights that are not matrices
 
 
 def schedule(optimizer: OptimizerConfig, steps: int) -> optax.Schedule:
-    """Linear warm-up to the peak, then a cosine down to a floor (VideoChat2's: floor 0.25 of the peak)."""
+    """Builds a linear warm-up to the peak and a cosine down to a floor (VideoChat2's is 0.25 of the peak)."""
     warmup = max(1, round(optimizer.warmup * steps))
     rate = optimizer.learning_rate
     return optax.warmup_cosine_decay_schedule(0.0, rate, warmup, max(steps, warmup + 1), rate * optimizer.floor)
 
 
 def make_optimizer(optimizer: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """The optimiser of a config, after clipping by global norm.
+    """Builds a config's optimiser, which first clips gradients by their global norm.
 
-    `adamw` is VideoChat2's; weight decay spares one-dimensional weights (biases and norm scales). `muon`
-    (github: KellerJordan/Muon) moves kernels by orthogonalised momentum, all other weights by AdamW at a tenth of the
-    rate: the embedded preset's, which learns more a step with it. The encoders are moved by AdamW in any case,
-    at `encoder_rate` of the rate.
+    `adamw` is VideoChat2's, without weight decay of biases and norm scales. `muon` (github: KellerJordan/Muon) updates
+    kernels by orthogonalised momentum and all other weights by AdamW at a tenth of the rate; the embedded preset learns
+    more per step with it. The encoders always use AdamW, at `encoder_rate` times the rate.
     """
     rate = schedule(optimizer, steps)
     return optax.chain(
@@ -71,8 +70,10 @@ def _muon(optimizer: OptimizerConfig, rate: optax.Schedule) -> optax.GradientTra
 
 
 def _stacked(inner: optax.GradientTransformation) -> optax.GradientTransformation:
-    """`inner` on a flat dictionary in which kernels of one shape lie in one array: otherwise every kernel's
-    orthogonalisation is compiled by itself, which takes a third of a step's compilation."""
+    """Applies `inner` to a flat dictionary in which kernels of one shape are stacked to one array.
+
+    Otherwise each kernel's orthogonalisation is compiled separately, which takes a third of a step's compilation.
+    """
 
     def stack(weights):
         if weights is None:

@@ -1,4 +1,4 @@
-"""Compiled programs: kept in the workdir, so that a run that goes on compiles nothing anew, and traced on request."""
+"""Keeps compiled programs in the workdir, so that a resumed run compiles nothing again, and traces steps on request."""
 
 import contextlib
 import hashlib
@@ -12,18 +12,18 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from favchat_jax.errors import UserError
 
-WARM_UP = 2  # steps before a trace begins: they compile and fill queues
+WARM_UP = 2  # steps before a trace begins, which compile and fill queues
 
 
 def keep_programs(workdir: Path) -> None:
-    """Keeps what is compiled from now on in `workdir/compiled`, unless JAX_COMPILATION_CACHE_DIR names another place.
+    """Keeps programs compiled from now on in `workdir/compiled`, unless JAX_COMPILATION_CACHE_DIR names another place.
 
-    Programs for a CPU hold its own instructions, so those of each kind of processor have a folder of their own.
+    CPU programs contain instructions of that processor, so each type of processor has its own folder.
     """
     if os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         return
     jax.config.update("jax_compilation_cache_dir", str(workdir / "compiled" / _machine()))
-    compilation_cache.reset_cache()  # of the stage before, if this process trained one
+    compilation_cache.reset_cache()  # an earlier stage of this process used another folder
 
 
 def _machine() -> str:
@@ -41,11 +41,11 @@ def tracing(workdir: Path, steps: int, first: int) -> Iterator[Callable[[int, An
 
     Args:
         workdir: of the run.
-        steps: how many; 0 for no trace.
-        first: the step that the run starts from; the trace begins `WARM_UP` steps later.
+        steps: number of traced steps; 0 for no trace.
+        first: step at which the run starts; the trace begins `WARM_UP` steps later.
 
     Yields:
-        A function to be called before each step with its number and the state, which is waited for at both ends.
+        A function to call before each step with its number and the state. It waits for the state at both ends.
 
     Raises:
         UserError: the trace cannot be written.

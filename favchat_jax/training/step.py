@@ -1,10 +1,11 @@
-"""The compiled training step: loss over answer tokens, gradients of the trainable weights only, one update.
+"""Compiles the training step: the loss over answer tokens, gradients of the trainable weights, one update.
 
-Frozen weights are an argument of the compiled function, merged with the trainable ones inside the loss, so that they
-get neither gradients nor moments and no residual of a frozen tower is kept.
+Frozen weights are a separate argument of the compiled function and join the trainable ones inside the loss. They have
+neither gradients nor moments, and no activation of a frozen encoder is kept for the backward pass.
 """
 
 from collections.abc import Callable, Mapping
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from favchat_jax.checkpoints.store import TrainState
-from favchat_jax.models.favchat import FaVChat
+from favchat_jax.models.favchat import FaVChat, Output
 from favchat_jax.models.kernels.attention import compiling_for
 from favchat_jax.models.likelihood import target_log_probabilities
 from favchat_jax.sharding import one_device, partitions, state_partitions
@@ -24,17 +25,10 @@ from favchat_jax.sharding import one_device, partitions, state_partitions
 Weights = Mapping[str, Array]
 
 
-def new_state(trainable: Weights, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
-    """The state before the first step."""
-    return TrainState(
-        jnp.zeros((), jnp.int32), trainable, optimizer.init(trainable), jax.random.key_data(jax.random.key(seed))
-    )
-
-
 def next_token_targets(
     tokens: Int[Array, "... L"], loss_mask: Bool[Array, "... L"]
 ) -> tuple[Int[Array, "... L"], Bool[Array, "... L"]]:
-    """Position i predicts token i + 1, and counts where that token is part of an answer."""
+    """Returns each position's target, the next token, and whether that token is part of an answer."""
     last = [(0, 0)] * (tokens.ndim - 1) + [(0, 1)]
     return jnp.pad(tokens[..., 1:], last), jnp.pad(loss_mask[..., 1:], last)
 
@@ -46,7 +40,7 @@ def chunked_cross_entropy(
     counted: Bool[Array, "R L"],
     chunk: int,
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """Sums of cross-entropy and of hits over counted positions; arguments as of `target_log_probabilities`.
+    """Sums cross-entropy and hits over counted positions; takes the arguments of `target_log_probabilities`.
 
     Returns:
         (sum of -log p(target), number of targets that are the likeliest token).
@@ -58,37 +52,31 @@ def chunked_cross_entropy(
 def batch_loss(
     model: FaVChat, weights: Weights, batch: Mapping[str, Array], key: Array, chunk: int
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
-    """Summed cross-entropy of a batch's answer tokens, with dropout, and the sums that metrics are made of."""
-    params = unflatten_dict(dict(weights), sep="/")
+    """Computes the summed cross-entropy of a batch's answer tokens, with dropout, and the sums for the metrics."""
+    params = {"params": unflatten_dict(dict(weights), sep="/")}
     body_key, head_key = jax.random.split(key)
-    output = model.apply(
-        {"params": params},
-        batch["features"] if "features" in batch else batch["frames"],
-        batch["tokens"],
-        batch["prompt"],
-        batch["prompt_mask"],
-        deterministic=False,
-        rngs={"dropout": body_key},
-    )
+    clips = batch["features"] if "features" in batch else batch["frames"]
+    inputs = (clips, batch["tokens"], batch["prompt"], batch["prompt_mask"])
+    output = cast(Output, model.apply(params, *inputs, deterministic=False, rngs={"dropout": body_key}))
+
+    def head(hidden: Array) -> Array:
+        return cast(Array, model.apply(params, hidden, False, method="logits", rngs={"dropout": head_key}))
+
     targets, counted = next_token_targets(batch["tokens"], batch["loss_mask"])
-
-    def head(hidden):
-        return model.apply({"params": params}, hidden, False, method="logits", rngs={"dropout": head_key})
-
-    flat = (rearrange(x, "B Q ... -> (B Q) ...") for x in (output.hidden, targets, counted))
-    loss, hits = chunked_cross_entropy(head, *flat, chunk)
+    hidden, targets, counted = (rearrange(x, "B Q ... -> (B Q) ...") for x in (output.hidden, targets, counted))
+    loss, hits = chunked_cross_entropy(head, hidden, targets, counted, chunk)
     asked = jnp.any(batch["loss_mask"], axis=-1)
     streams = jnp.sum(jnp.mean(output.stream_weights, axis=2) * asked[..., None], axis=(0, 1))
     return loss, {"hits": hits, "streams": streams, "questions": jnp.sum(asked)}
 
 
 def compiler_options(platform: str | None = None) -> dict[str, bool] | None:
-    """What compiled training steps ask of XLA: on a CPU its older code generator, whose fusions run a third faster.
+    """Returns XLA's options for training steps: on a CPU its older code generator, whose fusions run a third faster.
 
-    Since jaxlib 0.11.1 XLA lacks that generator, and the compiler refuses the option.
+    XLA dropped that generator with jaxlib 0.11.1, and the compiler refuses the option since then.
 
     Args:
-        platform: what is compiled for; by default what is here.
+        platform: target of the compilation; by default this process's backend.
     """
     known = jaxlib.version.__version_info__ < (0, 11, 1)
     return {"xla_cpu_use_fusion_emitters": False} if known and (platform or jax.default_backend()) == "cpu" else None
@@ -106,13 +94,13 @@ def make_step(
     """Compiles one update: (state, frozen, batch) -> (state, metrics). The state is donated.
 
     Args:
-        model: the model that is trained.
+        model: the model to train.
         optimizer: moves the trainable weights.
         rate: learning rate by step, for the metrics.
-        accumulate: parts that the batch is cut into along its clips; gradients are summed over them, so that the
-            result is that of the whole batch.
-        chunk: positions whose scores exist at once.
-        mesh: devices that share the work, on which state, frozen weights and batch lie; by default the first device.
+        accumulate: number of parts into which a batch is cut along its clips. Their gradients are summed, so the result
+            is that of the undivided batch.
+        chunk: number of positions whose scores exist at once.
+        mesh: devices that hold the state, the frozen weights and the batch; by default the first device.
     """
     mesh = mesh or one_device()
     platform = mesh.devices.flat[0].platform
@@ -131,13 +119,13 @@ def make_step(
         def gradient(trainable, part, key):
             with compiling_for(platform), jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
                 value, grads = jax.value_and_grad(part_loss, has_aux=True)(trainable, part, key)
-            # Each device sums its own shards alone, in place of the whole gradient everywhere.
+            # Each device sums only its own shards of the gradient.
             return value, jax.lax.with_sharding_constraint(grads, partitions(grads, mesh))
 
         if accumulate == 1:
             (loss, sums), grads = gradient(state.trainable, batch, key)
         else:
-            # Every part has clips of every device.
+            # Interleaved, so that every part has clips of every device.
             parts = jax.tree.map(lambda x: rearrange(x, "(B A) ... -> A B ...", A=accumulate), dict(batch))
 
             def add(total, part_and_key):

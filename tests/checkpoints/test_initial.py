@@ -10,7 +10,7 @@ from favchat_jax.checkpoints import initial as initial_room
 from favchat_jax.checkpoints import mistral_folder, store
 from favchat_jax.checkpoints import run as assembly
 from favchat_jax.checkpoints.initial import initial_weights
-from favchat_jax.checkpoints.store import frozen_weights, load_run_weights
+from favchat_jax.checkpoints.run import load_frozen, load_trained
 from favchat_jax.checkpoints.weights_folder import save_weights
 from favchat_jax.errors import UserError
 from tests.conftest import damage, newest, same_weights
@@ -21,7 +21,7 @@ from tools import export_orbax, export_pytorch
 def start(small_world):
     """The weights that stage 1 starts from, all drawn afresh but the language model's."""
     config = small_world.config("stage1")
-    return initial_weights(config, assembly.assemble(config).model)
+    return initial_weights(assembly.assemble(config))
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def runs(trained):
 
 
 def initial(config):
-    return initial_weights(config, assembly.assemble(config).model)
+    return initial_weights(assembly.assemble(config))
 
 
 def part(weights: dict, prefix: str) -> dict:
@@ -57,14 +57,14 @@ def test_stage_2_moves_the_adapters_that_it_starts(runs):
 
 
 def test_the_language_model_is_that_of_its_folder_in_every_stage(runs, small_world):
-    base = dict(assembly.load_llm(small_world.llm))
+    base = dict(mistral_folder.each_weight(small_world.llm, prefix="llm/"))
     for weights in runs.values():
         assert all(np.array_equal(weights[path], leaf) for path, leaf in base.items())
 
 
 def test_a_workdir_is_whole_without_the_one_it_started_from(trained, runs, tmp_path):
     copy = trained.copy("stage3", tmp_path)
-    assert "encoders" in {stages.group_of(path) for path in frozen_weights(copy)}
+    assert "encoders" in {stages.group_of(path) for path in load_frozen(copy)}
     assert same_weights(assembly.load_run(copy).weights, runs["stage3"])
 
 
@@ -73,8 +73,8 @@ def test_a_workdir_that_was_half_copied_neither_answers_nor_is_exported(lost, tr
     copy = trained.copy("stage3", tmp_path)
     shutil.rmtree(copy / lost) if lost == "frozen" else (copy / lost).unlink()
     says = {
-        "frozen": "stage3 lacks .* and .* more weights, for it has no frozen/: copy the whole workdir again",
-        "frozen/leaves.json": "frozen/leaves.json is missing: copy the whole workdir again",
+        "frozen": "stage3 lacks .* and .* more weights, because frozen/ is missing: copy the complete workdir again",
+        "frozen/leaves.json": "frozen/leaves.json is missing: copy the complete workdir again",
     }[lost]
     for use in (
         assembly.load_run,
@@ -87,12 +87,12 @@ def test_a_workdir_that_was_half_copied_neither_answers_nor_is_exported(lost, tr
 
 
 def test_a_stage_does_not_draw_afresh_what_the_stage_before_has_lost(small_world, trained, monkeypatch):
-    whole = load_run_weights(trained.folder / "stage2")
+    whole = load_trained(trained.folder / "stage2")
     lost = next(path for path in whole if path.startswith("umt/"))
     kept = {path: leaf for path, leaf in whole.items() if path != lost}
-    monkeypatch.setattr(store, "frozen_weights", lambda workdir: kept)
+    monkeypatch.setattr(assembly, "load_frozen", lambda workdir: kept)
     monkeypatch.setattr(store.Checkpoints, "load_trainable", lambda self: {})
-    with pytest.raises(UserError, match=f"stage2 lacks {lost}.*: copy the whole workdir again"):
+    with pytest.raises(UserError, match=f"stage2 lacks {lost}.*: copy the complete workdir again"):
         initial(small_world.config("stage3", init__from_run=str(trained.folder / "stage2")))
 
 
@@ -158,13 +158,13 @@ def test_without_a_face_stream_its_weights_in_a_folder_are_left_out(small_world,
 
 def test_a_folder_with_weights_that_the_model_has_not_is_a_users_error(small_world, tmp_path):
     save_weights(tmp_path / "umt", {"umt/extra/kernel": np.ones(3, np.float32)}, {})
-    with pytest.raises(UserError, match="umt holds umt/extra/kernel, which this model has not"):
+    with pytest.raises(UserError, match="umt holds umt/extra/kernel, which this model lacks"):
         initial(small_world.config("stage1", init__umt=str(tmp_path / "umt")))
 
 
 def test_a_folder_with_weights_of_another_size_is_a_users_error_that_names_the_first(small_world, runs):
     other = small_world.config("stage1", model__umt__width=24, init__umt="")
-    shapes = assembly.weight_shapes(assembly.assemble(other).model, other)
+    shapes = assembly.assemble(other).shapes
     path = next(path for path in shapes if shapes[path].shape != runs["stage1"][path].shape)
     with pytest.raises(UserError, match=f"{path} has shape .*, expected "), pytest.MonkeyPatch.context() as patch:
         patch.setattr(initial_room, "load_weights", lambda _: {path: runs["stage1"][path]})

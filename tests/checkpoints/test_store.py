@@ -9,12 +9,12 @@ import numpy as np
 import optax
 import pytest
 
-from favchat_jax.checkpoints.store import Checkpoints
+from favchat_jax.checkpoints.initial import new_state
+from favchat_jax.checkpoints.store import Checkpoints, TrainState
 from favchat_jax.checkpoints.weights_folder import load_weights, save_weights
 from favchat_jax.checkpoints.workdir import load_config
 from favchat_jax.convert.folder import replacing
 from favchat_jax.errors import UserError
-from favchat_jax.training.step import TrainState, new_state
 from tests.conftest import damage, fill
 
 ITERATOR = {
@@ -118,7 +118,9 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_resumed(item, harm,
     harm(saved / "checkpoints" / "6" / item)
     restored, iterator = restore(saved)
     assert same(restored, state(4)) and iterator["step"] == 4
-    assert f"checkpoint 6 of {saved} is damaged" in warnings.text and "taking the one before" in warnings.text
+    assert (
+        f"checkpoint 6 of {saved} is damaged" in warnings.text and "the one before it is read instead" in warnings.text
+    )
     assert Checkpoints(saved).steps() == [2, 4], "so that step 6 can be saved anew"
     assert (saved / "damaged" / "6").is_dir(), "nothing is thrown away"
 
@@ -159,8 +161,28 @@ def test_with_every_checkpoint_damaged_the_way_out_is_named(saved):
         damage(saved / "checkpoints" / str(step) / "weights")
     with pytest.raises(UserError, match="every checkpoint in .* is damaged"):
         load(saved)
-    with pytest.raises(UserError, match="every checkpoint in .* is damaged"):
+    for _ in range(2):  # nothing is moved, so that the next command does not start again from nothing
+        with pytest.raises(UserError, match="every checkpoint in .* is damaged"):
+            restore(saved)
+    assert Checkpoints(saved).steps() == [2, 4, 6] and not (saved / "damaged").exists()
+
+
+def test_checkpoints_of_another_model_are_refused_and_stay(saved):
+    like = jax.eval_shape(lambda: state(0))
+    like.trainable["adapter/bias"] = jax.ShapeDtypeStruct((99,), jnp.float32)
+    with pytest.raises(UserError, match=r"checkpoint 6 .* is of another model: adapter/bias has shape .* \[99\]"):
+        Checkpoints(saved).restore(like)
+    assert Checkpoints(saved).steps() == [2, 4, 6]
+
+
+def test_a_device_without_memory_does_not_make_a_checkpoint_damaged(saved, monkeypatch):
+    def out_of_memory(*_, **__):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
+
+    monkeypatch.setattr("orbax.checkpoint.CheckpointManager.restore", out_of_memory)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED"):
         restore(saved)
+    assert Checkpoints(saved).steps() == [2, 4, 6]
 
 
 def test_a_damaged_checkpoint_without_one_before_promises_none(tmp_path, warnings):

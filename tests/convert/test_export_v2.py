@@ -11,7 +11,7 @@ import pytest
 import favchat_jax
 from favchat_jax.checkpoints import mistral_folder as mistral
 from favchat_jax.checkpoints.initial import initial_weights
-from favchat_jax.checkpoints.run import assemble, load_run, weight_shapes
+from favchat_jax.checkpoints.run import assemble, load_run
 from favchat_jax.checkpoints.tensors import open_tensors
 from favchat_jax.checkpoints.weights_folder import save_weights
 from favchat_jax.convert import favchat
@@ -40,7 +40,7 @@ def exported(small_world, tmp_path_factory) -> Exported:
     """A self-contained run with random weights, so that parts initialised to zero also affect its answers."""
     place = tmp_path_factory.mktemp("v2")
     config = small_world.config("stage3", "variant=v2")
-    shapes = weight_shapes(assemble(config).model, config)
+    shapes = assemble(config).shapes
     weights = drawn_flat({path: leaf for path, leaf in shapes.items() if group_of(path) != "llm"}, 0.3)
     save_weights(place / "run", weights, config.updated({"llm.path": "llm"}).to_json())
     shutil.copytree(small_world.llm, place / "run" / "llm")
@@ -124,4 +124,4 @@ def test_an_export_is_not_compared_with_a_run_of_the_other_variant(exported, tra
 def test_an_export_cannot_be_the_run_that_a_stage_starts_from(exported, small_world):
     config = small_world.config("stage3", "variant=v2", init__from_run=str(exported.folder))
     with pytest.raises(UserError, match="is an export for PyTorch, not a run"):
-        initial_weights(config, assemble(config).model)
+        initial_weights(assemble(config))

@@ -16,6 +16,7 @@ from einops import rearrange
 from flax.traverse_util import unflatten_dict
 
 from configs import stage2
+from favchat_jax.checkpoints.run import Assembly
 from favchat_jax.config import ABLATIONS, VARIANTS, Config
 from favchat_jax.convert.pytorch.inputs_favchat import Prompts
 from favchat_jax.convert.torch_model import for_torch, torch_favchat
@@ -129,7 +130,7 @@ def test_greedy_answers_are_the_same_over_64_tokens(variant, ablation, seed, tmp
     weights, batch = drawn_weights(config, MISTRAL, 0.3, seed), inputs(config, MISTRAL, seed=seed)
     tokenizer = words(*(f"word{i}" for i in range(MISTRAL.vocab_size - 3)), "<end>")
     tokenizer.eos_token = "<end>"  # outside the model's vocabulary, so that no answer ends
-    sampler = Sampler(config, weights, tokenizer, tokenizer)
+    sampler = Sampler(Assembly(config, MISTRAL, tokenizer, tokenizer), weights)
     questions = [["word3 word5 word5", "word7 word8 word9"], ["word11 word2 word2", "word4 word1 word6"]]
     asked = [[[(question, None)] for question in row] for row in questions]
     blocks = sampler.blocks(sampler.encode(batch["frames"]), asked, Sampling(max_new_tokens=64), 63)

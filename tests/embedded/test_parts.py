@@ -66,7 +66,7 @@ def test_parts_are_folders_of_the_same_kinds_as_published_parts(inside):
 
 
 def test_a_stage_can_start_from_the_parts(inside):
-    shapes = assembly.weight_shapes(assembly.assemble(inside).model, inside)
+    shapes = assembly.assemble(inside).shapes
     for folder in (inside.init.umt, inside.init.facexformer):
         assert all(shapes[path].shape == leaf.shape for path, leaf in load_weights(folder).items())
 
@@ -119,7 +119,7 @@ def test_a_part_in_another_folder_is_neither_made_nor_replaced(inside, made, sma
     assert made == [] and not (tmp_path / "none").exists()
     assert sorted((path, path.stat().st_mtime_ns) for path in own.iterdir()) == before
     with pytest.raises(UserError, match="none is not a weights folder"):
-        initial_weights(config, assembly.assemble(config).model)
+        initial_weights(assembly.assemble(config))
 
 
 def described_in_words(records, tokenizer, visual_tokens=16):

@@ -51,7 +51,7 @@ def test_a_swin_stage_is_its_blocks_one_after_another_in_values_and_gradients(de
     def as_stage(weights, tokens):
         return stage.apply({"params": weights}, tokens)
 
-    np.testing.assert_allclose(as_stage(weights, tokens), one_after_another(weights, tokens), atol=4e-6)
+    np.testing.assert_allclose(as_stage(weights, tokens), one_after_another(weights, tokens), atol=2e-6, rtol=1e-6)
     ours, expected = (
         jax.grad(lambda weights, tokens, of=of: jnp.mean(jnp.sin(of(weights, tokens))), (0, 1))(weights, tokens)
         for of in (as_stage, one_after_another)

@@ -23,10 +23,11 @@ def rows(monkeypatch):
         return {"n": 4, "figures": figure(frames / 10), "groups": {"motion": {"n": 2, "figures": figure(frames / 20)}}}
 
     monkeypatch.setattr(frame_length, "benchmark", SimpleNamespace(run=run))
-    monkeypatch.setattr(frame_length, "Sampler", SimpleNamespace(of=lambda run: run))
-    monkeypatch.setattr(frame_length, "Session", SimpleNamespace(of=lambda run, *_: run.config.model.frames))
+    monkeypatch.setattr(frame_length, "assemble", lambda config: config)
+    monkeypatch.setattr(frame_length, "Sampler", lambda config, weights: config)
+    monkeypatch.setattr(frame_length, "Session", SimpleNamespace(of=lambda config, *_: config.model.frames))
     config = tiny_config().updated({"model.frames": 8, "data.name": "faces"})
-    run = Run(config, weights={}, tokenizer=None, prompt_tokenizer=None)
+    run = Run(SimpleNamespace(config=config), weights={})
     rows = frame_length.sweep(run, [2, 8], limit=3)
     assert asked == [("faces", 3, 2), ("faces", 3, 8)]
     return rows

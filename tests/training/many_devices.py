@@ -16,10 +16,10 @@ import numpy as np
 
 from favchat_jax import processes, sharding
 from favchat_jax.checkpoints import run as assembly
+from favchat_jax.checkpoints.initial import starting_state
 from favchat_jax.checkpoints.store import Checkpoints
 from favchat_jax.config import Config
 from favchat_jax.training.optimizer import make_optimizer, schedule
-from favchat_jax.training.starting import starting_state
 from favchat_jax.training.step import make_step
 
 
@@ -48,7 +48,7 @@ def _run(spec, batches, sizes, jobs):
     for workdir, steps in jobs:
         Path(workdir).mkdir(parents=True, exist_ok=True)
         checkpoints = Checkpoints(workdir, keep=20)
-        state, frozen, _ = starting_state(config, parts.model, optimizer, checkpoints, mesh)
+        state, frozen, _ = starting_state(parts, optimizer, checkpoints, mesh)
         losses.append([])
         for _ in range(steps):
             batch = {name: array[int(state.step)] for name, array in batches.items()}

@@ -49,8 +49,8 @@ def test_a_run_that_keeps_features_learns_what_one_does_that_encodes_each_clip_a
 def test_a_damaged_file_of_features_is_made_again(small_world, tmp_path, encoded):
     config = small_world.config("stage3", **SAME_FRAMES)
     parts, mesh = assembly.assemble(config), sharding.one_device()
-    _, frozen = stages.split(initial_weights(config, parts.model, mesh), "v1", "stage3")
-    with contextlib.closing(open_batches(config, parts)) as batches:
+    _, frozen = stages.split(initial_weights(parts, mesh), "v1", "stage3")
+    with contextlib.closing(open_batches(parts)) as batches:
         batch = next(batches)
     kept = KeptFeatures(tmp_path / "features", parts.model, frozen, mesh, batch.arrays["frames"].shape)
     first = kept.of(batch)

@@ -15,13 +15,13 @@ from jax.sharding import PartitionSpec as P
 from configs import stage2
 from favchat_jax import sharding
 from favchat_jax.checkpoints import run as assembly
+from favchat_jax.checkpoints.initial import new_state
 from favchat_jax.config import ABLATIONS, VARIANTS, Config, MeshConfig
 from favchat_jax.errors import UserError
 from favchat_jax.models import favchat
 from favchat_jax.models.mistral import MistralConfig
 from favchat_jax.training.batches import open_batches
 from favchat_jax.training.optimizer import make_optimizer
-from favchat_jax.training.step import new_state
 from tests.conftest import ROOT
 from tests.models.tiny_parts import MISTRAL, MISTRAL_7B
 
@@ -54,7 +54,7 @@ def test_every_weight_of_every_model_has_one_row_in_the_table(preset, variant, a
     config = config.updated({"model.facexformer.depths": (1, 1, 2, 1), "model.qformer.depth": 2})
     llm = PUBLISHED if preset == "paper" else MISTRAL
     model = favchat.build(config.model, llm, variant=variant, ablation=ablation, lora_rank=2)
-    shapes = assembly.weight_shapes(model, config)
+    shapes = assembly.weight_shapes(model, config.model)
     mesh = abstract_mesh(1, 8, 1)
     specs = {path: shards.spec for path, shards in sharding.partitions(shapes, mesh).items()}
     if preset == "paper":
@@ -101,10 +101,10 @@ def test_moments_lie_as_the_weights_that_they_are_of(name):
 @pytest.mark.parametrize(
     ("sizes", "says"),
     [
-        ((1, 4, 1), "mesh.data=1, mesh.fsdp=4, mesh.tensor=1 needs 4 devices, and 1 are here: choose a smaller mesh"),
-        ((1, -1, -1), "give -1 in one place"),
+        ((1, 4, 1), "mesh.data=1, mesh.fsdp=4, mesh.tensor=1 needs 4 devices, but this run has 1: choose a"),
+        ((1, -1, -1), "give -1 only once"),
         ((0, 1, 1), "data=0: give a number above 0"),
-        ((64, -1, 1), "mesh.data=64, mesh.fsdp=-1, mesh.tensor=1 needs 64 devices, and 1 are here"),
+        ((64, -1, 1), "mesh.data=64, mesh.fsdp=-1, mesh.tensor=1 needs 64 devices, but this run has 1"),
     ],
 )
 def test_a_mesh_that_the_devices_cannot_be_is_refused(sizes, says):
@@ -132,7 +132,7 @@ def spec(small_world, tmp_path_factory):
     """What `many_devices.py` is told but for its runs: stage 2, in which most weights train."""
     changes = {**small_world.changes, "batch": 8, "data.buckets": (160,)}
     config = small_world.config("stage2", batch=8)
-    with contextlib.closing(open_batches(config, assembly.assemble(config))) as stream:
+    with contextlib.closing(open_batches(assembly.assemble(config))) as stream:
         batches = [{k: v for k, v in next(stream).arrays.items() if k != "length"} for _ in range(STEPS + 1)]
     file = tmp_path_factory.mktemp("batches") / "batches.npz"
     np.savez(file, **{name: np.stack([batch[name] for batch in batches]) for name in batches[0]})

@@ -53,7 +53,7 @@ def shapes(small_world):
     def of(stage: str, ablation: str = "none", variant: str = "v1") -> dict[str, jax.ShapeDtypeStruct]:
         if (stage, ablation, variant) not in known:
             config = small_world.config(stage, f"variant={variant},ablation={ablation}")
-            known[stage, ablation, variant] = assembly.weight_shapes(assembly.assemble(config).model, config)
+            known[stage, ablation, variant] = assembly.assemble(config).shapes
         return known[stage, ablation, variant]
 
     return of

@@ -8,10 +8,10 @@ import optax
 import pytest
 
 from favchat_jax.checkpoints import run as assembly
-from favchat_jax.checkpoints.initial import initial_weights
+from favchat_jax.checkpoints.initial import initial_weights, new_state
 from favchat_jax.models.favchat import Output
 from favchat_jax.training.batches import open_batches
-from favchat_jax.training.step import batch_loss, chunked_cross_entropy, make_step, new_state, next_token_targets
+from favchat_jax.training.step import batch_loss, chunked_cross_entropy, make_step, next_token_targets
 
 
 @pytest.fixture(scope="module")
@@ -19,9 +19,9 @@ def scene(small_world):
     """Model, weights and a batch of stage 2."""
     config = small_world.config("stage2")
     parts = assembly.assemble(config)
-    with contextlib.closing(open_batches(config, parts)) as batches:
+    with contextlib.closing(open_batches(parts)) as batches:
         batch = {name: array for name, array in next(batches).arrays.items() if name != "length"}
-    weights = initial_weights(config, parts.model)
+    weights = initial_weights(parts)
     loss = jax.jit(lambda weights, batch: batch_loss(parts.model, weights, batch, jax.random.key(0), chunk=64)[0])
     return parts.model, weights, batch, loss
 

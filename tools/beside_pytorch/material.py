@@ -58,7 +58,7 @@ def make(folder: str, preset: str) -> None:
     shapes = mistral.weight_shapes(mistral.read_config(llm))
     mistral.write_weights(llm, unflatten_dict({path: _drawn(rng, path, shapes[path]) for path in shapes}, sep="/"))
     parts = assembly.assemble(config)
-    weights = initial_weights(config, parts.model)
+    weights = initial_weights(parts)
     # Fresh adapters are zero, which would exclude them from the comparison.
     fresh = {path: _drawn(rng, path, leaf.shape) for path, leaf in weights.items() if path.endswith("lora_b")}
     weights |= {path: jnp.asarray(leaf) for path, leaf in fresh.items()}
@@ -79,7 +79,7 @@ def _drawn(rng: np.random.Generator, path: str, shape: tuple[int, ...]) -> np.nd
 
 def weights(folder: str) -> dict[str, Any]:
     """Returns every weight by path."""
-    return {**dict(assembly.load_llm(str(Path(folder) / "llm"))), **load_weights(Path(folder) / "weights")}
+    return {**dict(mistral.each_weight(Path(folder) / "llm", prefix="llm/")), **load_weights(Path(folder) / "weights")}
 
 
 def batch(config: Config) -> dict[str, np.ndarray]:

@@ -12,11 +12,11 @@ import numpy as np
 
 from favchat_jax import sharding, stages
 from favchat_jax.checkpoints import run as assembly
-from favchat_jax.data.conversation import Conversation, PromptEncoder
+from favchat_jax.checkpoints.initial import new_state
 from favchat_jax.data.loader import training_batches
 from favchat_jax.generation.sampler import Sampler, Sampling
 from favchat_jax.training.optimizer import make_optimizer, schedule
-from favchat_jax.training.step import make_step, new_state
+from favchat_jax.training.step import make_step
 from tools.beside_pytorch import material
 from tools.beside_pytorch.contest import Runs
 
@@ -92,7 +92,7 @@ def _asked(folder: str, preset: str, clips: int):
     config = material.settings(folder, preset)
     parts = assembly.assemble(config)
     weights = {path: jnp.asarray(leaf, config.model.dtype) for path, leaf in material.weights(folder).items()}
-    sampler = Sampler(config, weights, parts.tokenizer, parts.prompt_tokenizer)
+    sampler = Sampler(parts, weights)
     return sampler, sampler.encode(material.frames(config, clips)), weights
 
 
@@ -117,14 +117,13 @@ def loader(folder: str, preset: str, workers: tuple[int, ...], sides: tuple[int,
     """Returns runs that measure the training stream's seconds per clip, by worker processes and clips' size."""
     config = material.settings(folder, preset)
     parts = assembly.assemble(config)
-    qformer = config.model.qformer
 
     def stream(count: int, side: int):
         def run() -> tuple[float, float]:
             batches = training_batches(
                 material.footage(folder, side),
-                Conversation(parts.tokenizer, qformer.queries + qformer.extra_queries),
-                PromptEncoder(parts.prompt_tokenizer, config.data.prompt_length),
+                parts.conversation,
+                parts.prompt,
                 text="qa",
                 frames=config.model.frames,
                 size=config.model.image_size,

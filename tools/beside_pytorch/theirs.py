@@ -20,7 +20,6 @@ from favchat_jax.checkpoints import run as assembly
 from favchat_jax.checkpoints.tensors import read_json
 from favchat_jax.config import Config
 from favchat_jax.convert.torch_model import for_torch, torch_favchat
-from favchat_jax.data.conversation import Conversation, PromptEncoder
 from favchat_jax.data.loader import Example
 from tools.beside_pytorch import material
 from tools.beside_pytorch.contest import Runs
@@ -152,10 +151,9 @@ def loader(folder: str, preset: str, workers: tuple[int, ...], sides: tuple[int,
     jax.config.update("jax_platforms", "cpu")
     config = material.settings(folder, preset)
     parts = assembly.assemble(config)
-    qformer = config.model.qformer
     example = Example(
-        conversation=Conversation(parts.tokenizer, qformer.queries + qformer.extra_queries),
-        prompt=PromptEncoder(parts.prompt_tokenizer, config.data.prompt_length),
+        conversation=parts.conversation,
+        prompt=parts.prompt,
         text="qa",
         frames=config.model.frames,
         size=config.model.image_size,
@@ -223,11 +221,9 @@ def _model(folder: str, preset: str) -> tuple[Any, Any]:
 def _prompt(config: Config, batch: int) -> dict[str, torch.Tensor]:
     """Returns the question for each clip, as the sampler encodes it."""
     parts = assembly.assemble(config)
-    qformer = config.model.qformer
-    conversation = Conversation(parts.tokenizer, qformer.queries + qformer.extra_queries)
     turns = [(material.QUESTION, None)]
-    tokens = conversation.encode(turns, config.model.frames, config.data.buckets[-1]).tokens
-    ids, mask = PromptEncoder(parts.prompt_tokenizer, config.data.prompt_length).encode(material.QUESTION)
+    tokens = parts.conversation.encode(turns, config.model.frames, config.data.buckets[-1]).tokens
+    ids, mask = parts.prompt.encode(material.QUESTION)
     rows = {"input_ids": tokens, "prompt_ids": ids, "prompt_mask": mask}
     return {
         name: torch.tensor(np.broadcast_to(row, (batch, len(row))).copy(), device=DEVICE).long()
