@@ -21,6 +21,9 @@ from favchat_jax.models.kernels.scan import scan_stacked
 from favchat_jax.models.lora import LoRADense
 from favchat_jax.sharding import by_clip
 
+Hidden = Float[Array, "R L D"]  # hidden states
+Positions = Int[Array, "R L"]
+KeyMask = Bool[Array, "R 1 1 L"]  # False at padding
 REFETCH = "fetch the folder again"
 SIZES = (
     "vocab_size",
@@ -155,13 +158,7 @@ class Attention(Part):
         self.v_proj = self.linear("v_proj", config.num_key_value_heads * width)
         self.o_proj = self.linear("o_proj", config.hidden_size)
 
-    def __call__(
-        self,
-        x: Float[Array, "R L D"],
-        positions: Int[Array, "R L"],
-        mask: Bool[Array, "R 1 1 L"] | None,
-        deterministic: bool,
-    ) -> Float[Array, "R L D"]:
+    def __call__(self, x: Hidden, positions: Positions, mask: KeyMask | None, deterministic: bool) -> Hidden:
         projected = (layer(x, deterministic) for layer in (self.q_proj, self.k_proj, self.v_proj))
         query, key, value = (rearrange(y, "R L (A C) -> R L A C", C=self.config.head_dim) for y in projected)
         query, key = (rotate(y, positions, self.config.rope_theta) for y in (query, key))
@@ -185,13 +182,7 @@ class Block(Part):
     """One pre-norm layer: attention, then SwiGLU, each with a residual."""
 
     @nn.compact
-    def __call__(
-        self,
-        x: Float[Array, "R L D"],
-        positions: Int[Array, "R L"],
-        mask: Bool[Array, "R 1 1 L"] | None,
-        deterministic: bool,
-    ) -> Float[Array, "R L D"]:
+    def __call__(self, x: Hidden, positions: Positions, mask: KeyMask | None, deterministic: bool) -> Hidden:
         fields = self.config, self.lora, self.dtype, self.storage
         normed = RMSNorm(self.config.rms_norm_eps, self.dtype, name="input_layernorm")(x)
         x = by_clip(x + Attention(*fields, name="self_attn")(normed, positions, mask, deterministic))

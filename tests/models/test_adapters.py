@@ -49,6 +49,15 @@ def test_a_mixed_token_is_the_weighted_sum_of_both_experts(streams, weights):
     np.testing.assert_allclose(mixed, shares[..., :1] * experts[0] + shares[..., 1:] * experts[1], atol=1e-5)
 
 
+def test_the_gate_is_the_softmax_of_an_mlp_of_both_normed_streams(streams, weights):
+    params = weights["params"]
+    normed = [layer_norm(x, params[f"{name}_norm"]) for name, x in zip(("general", "facial"), streams, strict=True)]
+    hidden = jax.nn.gelu(jnp.concatenate(normed, -1) @ params["gate_in"]["kernel"] + params["gate_in"]["bias"])
+    scores = np.asarray(hidden @ params["gate_out"]["kernel"] + params["gate_out"]["bias"])
+    expected = np.exp(scores) / np.exp(scores).sum(-1, keepdims=True)
+    np.testing.assert_allclose(mix(weights, *streams)[1], expected, atol=1e-6)
+
+
 def test_the_gate_reads_only_the_token_that_it_weighs_of_both_streams(streams, weights):
     _, shares = mix(weights, *streams)
     for stream in range(2):
