@@ -41,7 +41,7 @@ def test_the_export_has_the_runs_config_and_its_weights_bit_for_bit(folder, trai
     assert same_weights(moved.weights, run.weights)
     differing = {name for name, value in vars(moved.config).items() if value != getattr(run.config, name)}
     assert differing == {"llm"} and moved.config.llm.path == str(folder / "llm")
-    assert moved.tokenizer.get_vocab() == run.tokenizer.get_vocab()
+    assert moved.parts.tokenizer.get_vocab() == run.parts.tokenizer.get_vocab()
 
 
 def test_chat_gives_the_same_answer_with_the_export_as_with_the_run(folder, trained, small_world, tmp_path):

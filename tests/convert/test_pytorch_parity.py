@@ -20,6 +20,7 @@ from favchat_jax.checkpoints.run import Assembly
 from favchat_jax.config import ABLATIONS, VARIANTS, Config
 from favchat_jax.convert.pytorch.inputs_favchat import Prompts
 from favchat_jax.convert.torch_model import for_torch, torch_favchat
+from favchat_jax.data.conversation import Conversation, PromptEncoder
 from favchat_jax.generation.sampler import Sampler, Sampling
 from favchat_jax.models import favchat
 from favchat_jax.models.mistral import MistralConfig
@@ -130,14 +131,16 @@ def test_greedy_answers_are_the_same_over_64_tokens(variant, ablation, seed, tmp
     weights, batch = drawn_weights(config, MISTRAL, 0.3, seed), inputs(config, MISTRAL, seed=seed)
     tokenizer = words(*(f"word{i}" for i in range(MISTRAL.vocab_size - 3)), "<end>")
     tokenizer.eos_token = "<end>"  # outside the model's vocabulary, so that no answer ends
-    sampler = Sampler(Assembly(config, MISTRAL, tokenizer, tokenizer), weights)
+    visual, length = config.model.qformer.queries + config.model.qformer.extra_queries, config.data.prompt_length
+    model = favchat.build(config.model, MISTRAL, variant=variant, ablation=ablation)
+    conversation, prompt = Conversation(tokenizer, visual), PromptEncoder(tokenizer, length)
+    sampler = Sampler(Assembly(config, MISTRAL, model, tokenizer, conversation, prompt), weights)
     questions = [["word3 word5 word5", "word7 word8 word9"], ["word11 word2 word2", "word4 word1 word6"]]
     asked = [[[(question, None)] for question in row] for row in questions]
     blocks = sampler.blocks(sampler.encode(batch["frames"]), asked, Sampling(max_new_tokens=64), 63)
     ours = np.concatenate(list(blocks), axis=1)
 
     rows = [question for row in questions for question in row]
-    visual, length = config.model.qformer.queries + config.model.qformer.extra_queries, config.data.prompt_length
     prompts = Prompts(tokenizer, tokenizer, visual, length, longest=10**6)
     prompt_ids, prompt_mask = (torch.stack(x) for x in zip(*map(prompts.for_qformer, rows), strict=True))
     tokens = torch.stack([prompts.conversation((), question, config.model.frames) for question in rows])
