@@ -48,7 +48,7 @@ def starting_state(
     if restored:
         state, iterator_state = restored
         if iterator_state is None:
-            log.warning("another number of processes has read the clips so far: their stream starts anew")
+            log.warning("this run has another number of processes than before: the stream of clips restarts")
         loaded = itertools.chain(each_weight(config.llm.path, dtype, "llm/"), load_frozen(checkpoints.workdir).items())
         frozen = {path: sharding.place(path, leaf, mesh, dtype) for path, leaf in loaded}
         log.info("resuming at step %d", int(state.step))

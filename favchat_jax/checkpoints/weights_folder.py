@@ -2,7 +2,7 @@
 
     DIR/weights/ (Orbax)   DIR/leaves.json (shape, dtype, checksum of each leaf)   DIR/config.json
 
-Orbax restores flipped bits without an error, hence the checksums.
+The checksums detect flipped bits, which Orbax restores without an error.
 """
 
 import contextlib

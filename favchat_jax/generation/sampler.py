@@ -125,7 +125,7 @@ class Sampler:
         return np.pad(tokens, [(0, 0), (0, 0), (0, missing)], constant_values=self.conversation.eos)
 
     def stream(self, features: ClipFeatures, turns: Sequence[Turn], sampling: Sampling) -> Iterator[str]:
-        """Yields the answer to one conversation about one clip, piece by piece as it is written."""
+        """Yields the answer to one conversation about one clip, piece by piece while it is generated."""
         written: list[int] = []
         shown = ""
         for block in self.blocks(features, [[turns]], sampling, 1):

@@ -13,6 +13,7 @@ v2, prompt-guided at three levels (low: CA2, medium: Q-Formers, high: weight ada
 Encoders and v1's fusion run once per clip; all parts that read the question run once per question.
 """
 
+import abc
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -34,6 +35,10 @@ from favchat_jax.models.umt import UMT, VISION_LAYERNORM_EPSILON
 # Published normalisation of both encoders' input (ImageNet's).
 PIXEL_MEAN = (0.485, 0.456, 0.406)
 PIXEL_STD = (0.229, 0.224, 0.225)
+
+Prompt = Int[Array, "B Q P"]  # questions as the Q-Formers read them
+PromptMask = Bool[Array, "B Q P"]  # True at word pieces
+Mixed = tuple[Float[Array, "B Q N D"], Float[Array, "B Q N 2"]]  # visual tokens, weights of both streams in each
 
 
 class ClipFeatures(NamedTuple):
@@ -107,19 +112,15 @@ class FaVChat(nn.Module):
         fused = self.fuse_proj(self.linear_fuse([rearrange(e_i, "B T H W D -> (B T) H W D") for e_i in e]))
         return rearrange(fused, "(B T) H W D -> B T (H W) D", B=e[0].shape[0])
 
+    @abc.abstractmethod
     def encode(self, frames: UInt8[Array, "B T H W 3"]) -> ClipFeatures:
         """Computes the features of clips."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def visual_tokens(
-        self,
-        features: ClipFeatures,
-        prompt: Int[Array, "B Q P"],
-        prompt_mask: Bool[Array, "B Q P"],
-        deterministic: bool = True,
-    ) -> tuple[Float[Array, "B Q N D"], Float[Array, "B Q N 2"]]:
+        self, features: ClipFeatures, prompt: Prompt, prompt_mask: PromptMask, deterministic: bool = True
+    ) -> Mixed:
         """Returns E, and the weights of the general and the facial stream in each token."""
-        raise NotImplementedError
 
     def embed(self, tokens: Int[Array, "B Q L"], visual: Float[Array, " B #Q N D"]) -> Float[Array, "B Q L D"]:
         """Embeds sequences; the n-th placeholder (a negative id) of a sequence becomes its n-th visual token."""
@@ -190,12 +191,8 @@ class FaVChatV1(FaVChat):
         return ClipFeatures(rearrange(e_g, "B T S D -> B (T S) D"), (add_positions(fused),))
 
     def visual_tokens(
-        self,
-        features: ClipFeatures,
-        prompt: Int[Array, "B Q P"],
-        prompt_mask: Bool[Array, "B Q P"],
-        deterministic: bool = True,
-    ) -> tuple[Float[Array, "B Q N D"], Float[Array, "B Q N 2"]]:
+        self, features: ClipFeatures, prompt: Prompt, prompt_mask: PromptMask, deterministic: bool = True
+    ) -> Mixed:
         """Returns E and (w_1, w_2), the weights of the general and the facial stream in each token."""
         (e_fused,) = features.facial
         E_g = self.general_qformer(features.general, prompt, prompt_mask, deterministic=deterministic)
@@ -225,12 +222,8 @@ class FaVChatV2(FaVChat):
         return ClipFeatures(rearrange(e_g, "B T S D -> B (T S) D"), facial)
 
     def visual_tokens(
-        self,
-        features: ClipFeatures,
-        prompt: Int[Array, "B Q P"],
-        prompt_mask: Bool[Array, "B Q P"],
-        deterministic: bool = True,
-    ) -> tuple[Float[Array, "B Q N D"], Float[Array, "B Q N 2"]]:
+        self, features: ClipFeatures, prompt: Prompt, prompt_mask: PromptMask, deterministic: bool = True
+    ) -> Mixed:
         """Returns E and (W_g, W_f), the weights of the general and the facial stream for each question."""
         p_g, p_f = self.general_qformer.embed_prompt(prompt), self.facial_qformer.embed_prompt(prompt)
         facial_mask = None
