@@ -1,9 +1,11 @@
-"""Writes files and folders completely or not at all: each is a draft beside its place first, and is then renamed.
+"""Writes files and folders completely or not at all, and reads those that people and their computers leave.
 
-The draft of `runs/a.json` is `runs/.a.json.draft-favchat`. A place has one draft name, so the next writer overwrites
-the draft of a killed run. A lock on the draft keeps two writers of one place apart.
+What is written is a draft beside its place first, and is then renamed: the draft of `runs/a.json` is
+`runs/.a.json.draft-favchat`. A place has one draft name, so the next writer overwrites the draft of a killed run. A
+lock on the draft keeps two writers of one place apart.
 """
 
+import codecs
 import contextlib
 import errno
 import fcntl
@@ -25,6 +27,41 @@ HINTS = {
     errno.ENAMETOOLONG: "the name is too long: give a shorter one",
 }
 FREE_SPACE = "free disk space, then run the same command again"
+
+# Folders that a NAS, Windows, a file system or an archive of macOS adds to the user's own, in small letters.
+SYSTEM_FOLDERS = {"@eadir", "#recycle", "$recycle.bin", "system volume information", "lost+found", "__macosx"}
+
+
+def is_hidden(path: str | Path) -> bool:
+    """Returns whether a file or folder is not part of the data: hidden, or added by a computer's system.
+
+    macOS writes a file `._NAME` beside each NAME on a foreign disk; its content is no picture or video.
+    """
+    name = Path(path).name
+    return name.startswith(".") or name.lower() in SYSTEM_FOLDERS
+
+
+def read_lines(path: str | Path) -> list[tuple[int, str]]:
+    """Reads a text file's lines that are not blank, each with its number from 1; a byte-order mark is dropped.
+
+    Unlike `str.splitlines`, U+2028 and other separators within a text do not end a line.
+
+    Raises:
+        UserError: the file cannot be read, or a line is not UTF-8.
+    """
+    try:
+        lines = Path(path).read_bytes().removeprefix(codecs.BOM_UTF8).splitlines()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): check its place and permissions") from None
+    texts = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            text = line.decode()
+        except UnicodeDecodeError:
+            raise UserError(f"{path}, line {number} is not UTF-8 text: save the file as UTF-8") from None
+        if text.strip():
+            texts.append((number, text))
+    return texts
 
 
 def replace_file(path: str | Path, content: bytes | str, sync: bool = True) -> None:

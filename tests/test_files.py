@@ -231,3 +231,28 @@ def test_a_folder_is_cleared_away_although_a_thread_still_writes_into_it_after_t
         threading.Thread(target=late, args=(draft,)).start()
         raise ValueError
     assert names(tmp_path) == []
+
+
+def test_hidden_files_and_folders_of_a_system_are_not_data():
+    for name in ("._0.1.jpg", ".DS_Store", ".Trash-1000", "@eaDir", "__MACOSX", "$RECYCLE.BIN", "#recycle"):
+        assert files.is_hidden(Path("faces") / name) and files.is_hidden(name), name
+    for name in ("0.1.jpg", "_0.jpg", "@person", "clip.mp4", "eadir"):
+        assert not files.is_hidden(Path(".cache") / name), name
+
+
+def test_only_a_line_feed_ends_a_line_and_a_byte_order_mark_is_dropped(tmp_path):
+    path = tmp_path / "text"
+    path.write_bytes(b"\xef\xbb\xbf" + "one\u2028still one\x0b\x0c\x1c\x85\r\n\r\n \ntwo".encode())
+    assert files.read_lines(path) == [(1, "one\u2028still one\x0b\x0c\x1c\x85"), (4, "two")]
+    path.write_bytes(b"")
+    assert files.read_lines(path) == []
+
+
+def test_a_text_that_cannot_be_read_is_one_line(tmp_path):
+    path = tmp_path / "text"
+    for content, line in ((b"good\ncaf\xe9\n", 2), ("good\n".encode("utf-16"), 1)):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=f"{path}, line {line} is not UTF-8 text: save the file as UTF-8"):
+            files.read_lines(path)
+    with pytest.raises(UserError, match=f"{tmp_path}/none cannot be read .No such file"):
+        files.read_lines(tmp_path / "none")
