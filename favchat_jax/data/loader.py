@@ -9,8 +9,6 @@ merged. Checkpoints store the iterator's state with the count of dropped records
 from __future__ import annotations
 
 import bisect
-import logging
-import math
 import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,13 +19,12 @@ import numpy as np
 from absl import flags
 
 from favchat_jax.data import reasoning
+from favchat_jax.data.bad_records import BadRecords
 from favchat_jax.data.conversation import Conversation, PromptEncoder
 from favchat_jax.data.record import Record
 from favchat_jax.data.video import Augment, decode
 from favchat_jax.errors import UserError
 from favchat_jax.signals import end_with_parent
-
-log = logging.getLogger("favchat_jax")
 
 # Questions of stage 1; one is drawn for each clip.
 INSTRUCTIONS = (
@@ -39,8 +36,6 @@ INSTRUCTIONS = (
     "Write a description of this video.",
 )
 TEXTS = ("summary", "qa", "face_qa", "reasoning")
-BAD_SHARE = 0.01  # a larger share of bad records stops the run, since the data set is broken
-BAD_AFTER = 100  # records before the share is checked, so that one early bad clip does not stop the run
 
 
 class Source(Protocol):
@@ -205,13 +200,11 @@ def training_batches(
 
 
 class BatchIterator(grain.DatasetIterator):
-    """Drops, counts and reports bad records, and stacks the others to batches.
+    """Drops bad records and stacks the others to batches.
 
     Attributes:
         dataset_length: number of records of the data set, over all hosts.
-        seen: number of records read so far, including bad ones.
-        bad: number of bad records among them.
-        bad_ids: id -> reason of each bad record.
+        counted: the records read so far, with the bad ones.
     """
 
     def __init__(
@@ -228,9 +221,7 @@ class BatchIterator(grain.DatasetIterator):
         super().__init__(examples)
         self._batch, self._buckets, self._pad = batch, buckets, pad
         self.dataset_length, self._records, self._layout = dataset_length, records, layout
-        self.seen = 0
-        self.bad = 0
-        self.bad_ids: dict[str, str] = {}
+        self.counted = BadRecords(records)
 
     def __next__(self) -> Batch:
         """Returns the next batch.
@@ -251,33 +242,14 @@ class BatchIterator(grain.DatasetIterator):
                     )
                 continue
             skipped = 0
-            self.seen += 1
-            name, reason = row["id"], row.get("bad")
-            if reason is None:
+            try:
+                self.counted.add(row["id"], row.get("bad"))
+            except UserError:
+                self.close()
+                raise
+            if "bad" not in row:
                 rows.append(row)
-            else:
-                self.bad += 1
-                if name not in self.bad_ids:
-                    log.warning("record %s is skipped (%d of %d so far): %s", name, self.bad, self.seen, reason)
-                    self.bad_ids[name] = reason
-            self._check_share()
         return self._collate(rows)
-
-    def _check_share(self) -> None:
-        """Raises UserError if too many records are bad."""
-        if self.seen >= self._records:  # all records were read, so the share of distinct bad records is exact
-            too_many = len(self.bad_ids) > BAD_SHARE * self._records
-        else:  # the share is an estimate, so two standard deviations are tolerated
-            expected = BAD_SHARE * self.seen
-            too_many = self.bad > expected + 2 * math.sqrt(expected)
-        if self.seen < BAD_AFTER or not too_many:
-            return
-        self.close()
-        named = ", ".join(list(self.bad_ids)[:5]) + (" and others" if len(self.bad_ids) > 5 else "")
-        raise UserError(
-            f"{self.bad} of {self.seen} records are bad, more than {BAD_SHARE:.0%}: fix or remove {named} "
-            f"(the last: {list(self.bad_ids.values())[-1]})"
-        )
 
     def _collate(self, rows: list[dict[str, Any]]) -> Batch:
         """Stacks examples to a batch, with their text padded to the smallest bucket that holds it."""
@@ -292,8 +264,7 @@ class BatchIterator(grain.DatasetIterator):
 
     def get_state(self) -> dict[str, Any]:
         """Returns the position of the stream as JSON."""
-        counts = {"seen": self.seen, "bad": self.bad, "bad_ids": self.bad_ids}
-        return {"layout": self._layout, "counts": counts, "examples": self._parent.get_state()}
+        return {"layout": self._layout, "counts": self.counted.get_state(), "examples": self._parent.get_state()}
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Resumes the stream at the position that `get_state` returned.
@@ -306,8 +277,7 @@ class BatchIterator(grain.DatasetIterator):
                 f"the checkpoint's data stream was read with {state['layout']}, this run has {self._layout}: "
                 "use the same numbers to resume"
             )
-        self.seen, self.bad = state["counts"]["seen"], state["counts"]["bad"]
-        self.bad_ids = dict(state["counts"]["bad_ids"])
+        self.counted.set_state(state["counts"])
         self._parent.set_state(state["examples"])
 
 

@@ -195,10 +195,10 @@ def test_a_restored_stream_resumes_bit_for_bit_and_is_the_same_for_any_number_of
         stream.close()
         restored = open_stream(source, workers=workers)
         manager.restore(5, args=ocp.args.Composite(data=grain.checkpoint.CheckpointRestore(restored)))
-    assert (restored.seen, restored.bad) == (20 + restored.bad, restored.bad)
+    assert restored.counted.seen == 20 + restored.counted.bad
     assert all(same(next(restored), batch) for batch in expected[5:])
-    assert (restored.seen, restored.bad, restored.bad_ids) == (reference.seen, reference.bad, reference.bad_ids)
-    assert list(restored.bad_ids) == ["clip-20"]
+    assert restored.counted.get_state() == reference.counted.get_state()
+    assert list(restored.counted.reasons) == ["clip-20"]
 
 
 def test_workers_ignore_signals_to_the_process_group(records, open_stream):
@@ -230,10 +230,10 @@ def test_a_bad_record_is_skipped_counted_and_named(records, clip, open_stream, c
     stream = open_stream(source, batch=10)
     seen = {name for _ in range(4) for name in next(stream).ids}
     assert seen == {f"clip-{number}" for number in range(20)}
-    assert stream.bad >= 2 and stream.seen == 40 + stream.bad
-    assert set(stream.bad_ids) == {"clip-30", "clip-31"}
-    assert "clip clip-30 cannot be read as a video" in stream.bad_ids["clip-30"]
-    assert "over the limit of 160" in stream.bad_ids["clip-31"]
+    assert stream.counted.bad >= 2 and stream.counted.seen == 40 + stream.counted.bad
+    assert set(stream.counted.reasons) == {"clip-30", "clip-31"}
+    assert "clip clip-30 cannot be read as a video" in stream.counted.reasons["clip-30"]
+    assert "over the limit of 160" in stream.counted.reasons["clip-31"]
     assert "record clip-30 is skipped" in caplog.text
 
 
@@ -250,7 +250,7 @@ def test_one_percent_of_bad_records_does_not_stop_the_run(clip, open_stream):
     stream = open_stream([*good, record(99, clip=b"bad")], frames=1, size=8)
     for _ in range(60):
         next(stream)
-    assert stream.bad >= 2
+    assert stream.counted.bad >= 2
 
 
 def test_a_data_set_of_only_bad_records_stops_after_a_hundred(open_stream):
