@@ -12,6 +12,7 @@
 import logging
 import re
 from collections import Counter
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from tqdm import tqdm
 from favchat_jax import command_line
 from favchat_jax.checkpoints import mistral_folder
 from favchat_jax.checkpoints.table import Account, Shape, Table, account, check, read
-from favchat_jax.checkpoints.tensors import open_tensors
+from favchat_jax.checkpoints.tensors import Tensor, open_tensors
 from favchat_jax.checkpoints.weights_folder import save_weights
 from favchat_jax.convert import facexformer, qformer, umt, videochat2
 from favchat_jax.convert.mistral import write_copy
@@ -44,14 +45,24 @@ def expected(kind: str, src: Path) -> tuple[Table, dict[str, Shape]]:
     return source.TABLE, source.weight_shapes(*([mistral_folder.read_config(src)] if kind == "mistral" else []))
 
 
-def convert(kind: str, src: Path, out: Path) -> None:
-    """Writes the weights folder for a published file."""
+def convert(kind: str, src: Path, tensors: Mapping[str, Tensor], out: Path) -> None:
+    """Writes the weights folder for a published file with these tensors."""
     table, shapes = expected(kind, src)
     if kind == "mistral":
         write_copy(src, out, partial(tqdm, unit=" parts"))
     else:
-        weights = read(table, open_tensors(src).items(), shapes, src, progress=partial(tqdm, unit=" tensors"))
+        weights = read(table, tensors.items(), shapes, src, progress=partial(tqdm, unit=" tensors"))
         save_weights(out, weights, {"kind": kind, "source": src.name})
+
+
+def other_kinds(kind: str, tensors: Mapping[str, Tensor]) -> list[str]:
+    """Returns the kinds, except `kind`, of which a file has every weight and no unknown one; sizes may differ."""
+    fitting = []  # without mistral, whose table needs the sizes in a folder
+    for other in SOURCES.keys() - {kind, "mistral"}:
+        found = account(SOURCES[other].TABLE, tensors, SOURCES[other].weight_shapes())
+        if found.used and not found.unknown and not found.missing:
+            fitting.append(other)
+    return sorted(fitting)
 
 
 def report(found: Account) -> str:
@@ -84,13 +95,17 @@ def main() -> None:
         raise UserError(f"needed: --kind={'|'.join(SOURCES)} --src=FILE_OR_FOLDER, and --out=DIR or --check")
     if _OUT.value and out.exists():
         raise UserError(f"--out={out} exists already: name a folder that does not, or remove it")
+    (table, shapes), tensors = expected(kind, src), open_tensors(src)
+    found = account(table, tensors, shapes)
     if _CHECK.value:
-        table, shapes = expected(kind, src)
-        found = account(table, open_tensors(src), shapes)
         print(report(found))
+    try:
         check(table, found, src)
+    except UserError as error:
+        others = " and ".join(f"--kind={other}" for other in other_kinds(kind, tensors))
+        raise UserError(f"{error} ({others} can read this file)" if others else str(error)) from None
     if _OUT.value:
-        convert(kind, src, out)
+        convert(kind, src, tensors, out)
         log.info("%s is written", out)
 
 

@@ -1,6 +1,7 @@
-"""Reads files of tensors: safetensors in one file or in shards, PyTorch's `.pth` and `.pt`, Orbax copies.
+"""Reads files of tensors: safetensors in one file or in shards, PyTorch's pickled files, Orbax copies.
 
 Only names and shapes are read at first. Each tensor is read on demand, so a file may be larger than memory.
+Names lose what a training library puts around a model: DistributedDataParallel, DeepSpeed, Lightning, torch.compile.
 """
 
 import contextlib
@@ -8,6 +9,7 @@ import dataclasses
 import errno
 import functools
 import json
+import os
 import pickletools
 import re
 import warnings
@@ -24,8 +26,12 @@ from favchat_jax.errors import UserError
 
 INDEX = "model.safetensors.index.json"
 PARTS = "parts"  # subfolder of an Orbax copy, with one weights folder for each layer
-# Keys of the state dict in checkpoints that have an optimiser and the like besides: FaceXFormer's, VideoChat2's.
-STATE_DICTS = ("state_dict_backbone", "model")
+PICKLED = (".pth", ".pt", ".bin", ".ckpt")
+# Keys of the state dict in checkpoints that have an optimiser and the like besides: FaceXFormer's, VideoChat2's,
+# Lightning's, DeepSpeed's.
+STATE_DICTS = ("state_dict_backbone", "model", "state_dict", "module", "model_state_dict")
+LEADING = r"((module|model)\.)*"  # attributes of wrappers around the whole model, with which every name begins
+WITHIN = r"(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."  # those of torch around any part
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +46,7 @@ class Tensor:
 
 
 def open_tensors(path: str | Path) -> dict[str, Tensor]:
-    """Returns name -> tensor of a `.safetensors` file, a folder of them, a `.pth` or `.pt` file, or an Orbax copy.
+    """Returns name -> tensor of a `.safetensors` file, a folder of them, a pickled file, or an Orbax copy.
 
     Raises:
         UserError: the path is missing, damaged, of another kind, or a pickle that would run code.
@@ -48,10 +54,11 @@ def open_tensors(path: str | Path) -> dict[str, Tensor]:
     path = Path(path)
     if path.is_file():
         if path.suffix == ".safetensors":
-            return _safetensors(path)
-        if path.suffix in (".pth", ".pt"):
-            return _pickled(path)
-        raise UserError(f"{path} is not a file of weights: name a folder or a .safetensors, .pth or .pt file")
+            return _unwrapped(_safetensors(path), path)
+        if path.suffix in PICKLED:
+            return _unwrapped(_pickled(path), path)
+        kinds = ", ".join(PICKLED)
+        raise UserError(f"{path} is not a file of weights: name a folder or a file that ends in .safetensors, {kinds}")
     if not path.is_dir():
         raise UserError(f"{path} is missing: name a file or a folder of weights")
     if not (path / PARTS).is_dir():
@@ -69,6 +76,8 @@ def shards(folder: Path) -> list[Path]:
         except (KeyError, AttributeError, TypeError):
             raise UserError(f"{index} does not map weights to files: fetch the folder again") from None
     for shard in found:
+        if not shard.is_file() and any(folder.glob("*.bin")) and not any(folder.glob("*.safetensors")):
+            raise UserError(f"{folder} holds its weights as .bin files: fetch its .safetensors files, which are read")
         if not shard.is_file():
             raise UserError(f"{shard} is missing: name a complete folder, or fetch it again")
     return found
@@ -140,16 +149,33 @@ def _pickled(path: Path) -> dict[str, Tensor]:
         else:
             raise UserError(f"{path} is damaged or not a PyTorch file{_reason(error)}: fetch it again") from None
         raise UserError(f"{path} {refused}: if you trust it, save only its tensors with torch.save") from None
-    content = content if isinstance(content, dict) else {}
-    state = next((content[key] for key in STATE_DICTS if isinstance(content.get(key), dict)), content)
     tensors = {}
-    for name, value in state.items():
+    for name, value in _state_dict(content).items():
         if not isinstance(value, torch.Tensor):
             raise UserError(f"{path}: {name} is a {type(value).__name__}, not a tensor: save only the state dict")
         tensors[str(name)] = Tensor(tuple(value.shape), functools.partial(_as_numpy, value))
     if not tensors:
         raise UserError(f"{path} holds no state dict: name a checkpoint of weights")
     return tensors
+
+
+def _state_dict(content: Any) -> dict[Any, Any]:
+    """Returns the state dict in a checkpoint; a library may wrap another's checkpoint."""
+    while isinstance(content, dict):
+        inner = next((content[key] for key in STATE_DICTS if isinstance(content.get(key), dict)), None)
+        if inner is None:
+            return content
+        content = inner
+    return {}
+
+
+def _unwrapped(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """Returns the tensors under the names that they have in the model itself."""
+    found = {re.sub(WITHIN, "", name): tensor for name, tensor in tensors.items()}
+    if len(found) < len(tensors):
+        raise UserError(f"{path} holds weights of a compiled model under two names: save the original model's")
+    wrapper = re.match(LEADING, os.path.commonprefix(list(found)))[0]
+    return {name.removeprefix(wrapper): tensor for name, tensor in found.items()}
 
 
 def _as_numpy(tensor) -> np.ndarray:

@@ -27,6 +27,7 @@ IGNORED = (
     (r"vision_encoder\.encoder\.blocks\.23\..*", "the last of 24 blocks, which VideoChat2 does not run"),
     (r"vision_encoder\.encoder\.(img_)?pos_embed", "sinusoids, computed here"),
     (r"vision_temp_embed", "only used in the Q-Former's pretraining"),
+    (r"temp|(vision_proj|text_proj|itm_head)\..*", "losses of the Q-Former's pretraining"),
 )
 TABLE = Table(
     "UMT",

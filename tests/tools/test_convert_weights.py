@@ -18,13 +18,16 @@ from safetensors.numpy import load_file, save_file
 from favchat_jax import command_line
 from favchat_jax.checkpoints import mistral_folder as mistral
 from favchat_jax.checkpoints.table import write
-from favchat_jax.checkpoints.tensors import INDEX
+from favchat_jax.checkpoints.tensors import INDEX, open_tensors
 from favchat_jax.checkpoints.weights_folder import load_weights
 from favchat_jax.convert import facexformer, qformer, umt, videochat2
+from favchat_jax.errors import UserError
 from tests.conftest import damage, fill, start_module
 from tests.convert.test_tables import CASES, weights_for
 from tests.models.tiny_parts import MISTRAL, config_json
 
+# Weights that only the Q-Former's pretraining has; VideoChat2's stage 1 saves them beside the two parts.
+PRETRAINING = ("temp", "vision_temp_embed", "vision_proj.weight", "text_proj.bias", "itm_head.weight", "itm_head.bias")
 PICKLED = {"umt": umt, "qformer": qformer, "facexformer": facexformer, "videochat2": videochat2}
 
 
@@ -66,8 +69,8 @@ def published(kind):
     weights = weights_for(shapes)
     state = {name: torch.from_numpy(tensor) for name, tensor in write(table, weights)}
     extra = {
-        "umt": ["vision_encoder.encoder.blocks.23.norm1.weight", "qformer.cls.predictions.bias", "vision_temp_embed"],
-        "qformer": ["temp", "qformer.bert.embeddings.position_ids", "vision_layernorm.weight", "itm_head.bias"],
+        "umt": ["vision_encoder.encoder.blocks.23.norm1.weight", "qformer.cls.predictions.bias", *PRETRAINING],
+        "qformer": ["qformer.bert.embeddings.position_ids", "vision_layernorm.weight", *PRETRAINING],
         "facexformer": ["backbone.0.1.0.attn.relative_position_index", "backbone.1.bias", "face_decoder.x.weight"],
         "videochat2": ["mistral_model.base_model.model.lm_head.base_layer.weight", "temp"],
     }
@@ -108,6 +111,61 @@ def test_a_pickled_checkpoint_becomes_a_weights_folder_and_check_accounts_for_ev
     assert sum(int(line.split()[0]) for line in lines[:-1]) == len(state)
     extra = len(state) - len(list(write(CASES[kind][0], weights)))
     assert lines[-1].startswith(f"{len(state)} keys: {len(state) - extra} used, {extra} ignored, 0 unknown, 0 of")
+
+
+def prefixed(state, prefix):
+    return {prefix + name: tensor for name, tensor in state.items()}
+
+
+WRAPPED = {
+    "DistributedDataParallel": ("a.pth", lambda state: {"model": prefixed(state, "module.")}),
+    "DeepSpeed": ("model_states.pt", lambda state: {"module": state, "global_steps": 3, "lr_scheduler": None}),
+    "DeepSpeed around DistributedDataParallel": ("a.pt", lambda state: {"module": prefixed(state, "module.")}),
+    "Lightning": ("last.ckpt", lambda state: {"state_dict": prefixed(state, "model."), "epoch": 3, "callbacks": {}}),
+    "a compiled model": ("a.bin", lambda state: prefixed(state, "_orig_mod.")),
+    "a compiled part": ("a.pth", lambda state: {name.replace("s.", "s._orig_mod."): t for name, t in state.items()}),
+    "a compiled model in DistributedDataParallel": ("a.pth", lambda state: prefixed(state, "module._orig_mod.")),
+    "a checkpoint in another": ("a.ckpt", lambda state: {"state_dict": {"model": state}, "optimizer": {"state": {}}}),
+}
+
+
+@pytest.mark.parametrize("library", WRAPPED)
+def test_what_a_training_library_puts_around_the_weights_is_taken_off(library, tmp_path):
+    state = published("umt")[1]
+    name, wrap = WRAPPED[library]
+    torch.save(wrap(state), tmp_path / name)
+    read = {name: np.asarray(tensor) for name, tensor in open_tensors(tmp_path / name).items()}
+    assert same(read, {name: tensor.numpy() for name, tensor in state.items()})
+
+
+def test_wrapped_names_in_safetensors_are_read_and_names_that_two_weights_share_are_refused(tmp_path):
+    one, other = np.ones(2, np.float32), np.zeros(2, np.float32)
+    save_file({"module.a.b": one, "module.model.c": other}, tmp_path / "a.safetensors")
+    assert open_tensors(tmp_path / "a.safetensors").keys() == {"a.b", "model.c"}
+    save_file({}, tmp_path / "a.safetensors")
+    assert open_tensors(tmp_path / "a.safetensors") == {}
+    save_file({"a._orig_mod.b": one, "a.b": other}, tmp_path / "a.safetensors")
+    with pytest.raises(UserError, match="a.safetensors holds weights of a compiled model under two names"):
+        open_tensors(tmp_path / "a.safetensors")
+
+
+STAGES = {  # stage of VideoChat2 -> the kinds that read its file, and the hint for the others
+    "stage 1": (("qformer", "umt"), "--kind=qformer and --kind=umt"),
+    "stage 3": (("videochat2",), "--kind=videochat2"),
+}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("kind", PICKLED)
+def test_a_file_of_another_kind_is_refused_with_the_kinds_that_read_it(kind, stage, convert, tmp_path):
+    parts, kinds = STAGES[stage]
+    state = {name: tensor for part in parts for name, tensor in published(part)[1].items()}
+    torch.save(state, tmp_path / "file.pth")
+    ended = convert(f"--kind={kind}", f"--src={tmp_path}/file.pth", f"--out={tmp_path}/out")
+    if kind in parts:
+        assert ended.code == 0 and same(load_weights(tmp_path / "out"), published(kind)[0])
+    else:
+        assert ended.code == 2 and ended.stderr.endswith(f" ({kinds} can read this file)\n"), ended.stderr
 
 
 def test_safetensors_convert_as_well_and_half_precision_becomes_float32(convert, tmp_path):
@@ -279,7 +337,13 @@ def with_tensors(**change):
     return apply
 
 
+def with_bin(source):
+    for shard in source.glob("*.safetensors"):
+        shard.rename(shard.with_suffix(".bin"))
+
+
 FOLDERS = {
+    "pickled shards": (with_bin, r"mistral holds its weights as \.bin files: fetch its \.safetensors files"),
     "no tokenizer": (lambda source: (source / "tokenizer.json").unlink(), r"mistral holds no tokenizer\.json"),
     "missing shard": (without_shard, r"model-2\.safetensors is missing"),
     "truncated shard": (cut_shard, r"model-2\.safetensors is damaged"),
