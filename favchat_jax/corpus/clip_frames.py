@@ -2,11 +2,12 @@
 
 from pathlib import Path
 
-import av
 import cv2
 import numpy as np
 from jaxtyping import UInt8
 
+from favchat_jax.corpus import footage
+from favchat_jax.data.video import VideoError
 from favchat_jax.errors import UserError
 
 EVERY = 4
@@ -28,15 +29,11 @@ def pictures(path: Path) -> list[bytes]:
     """
     frames = []
     try:
-        # "file:" stops FFmpeg from reading a colon as a protocol. The whitelist keeps playlists off the network.
-        with av.open(f"file:{path}", options={"protocol_whitelist": "file"}) as container:
-            for number, frame in enumerate(container.decode(video=0)):
-                if number % EVERY == 0:
-                    frames.append(_jpeg(frame.to_ndarray(format="bgr24")))
-    except (av.error.FFmpegError, OSError, IndexError) as error:
-        if not frames:
-            reason = getattr(error, "strerror", None) or "it has no video stream"
-            raise ClipError(f"the clip cannot be read ({reason}): run clip again") from None
+        for number, frame in enumerate(footage.frames(path)):
+            if number % EVERY == 0:
+                frames.append(_jpeg(frame.to_ndarray(format="bgr24")))
+    except VideoError as error:
+        raise ClipError(f"{error}; run clip again") from None
     if not frames:
         raise ClipError("the clip holds no frames: run clip again")
     taken = np.unique(np.linspace(0, len(frames) - 1, min(MOST, len(frames))).round().astype(int))

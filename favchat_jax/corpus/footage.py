@@ -13,15 +13,19 @@ import av
 import cv2
 import numpy as np
 from av.video.frame import PictureType
+from av.video.reformatter import Colorspace, VideoReformatter
 
 from favchat_jax.corpus.manifest import FPS
-from favchat_jax.data.video import SMALLEST_SIDE, VideoError, open_video
+from favchat_jax.data.colour import matrix_of, to_rgb
+from favchat_jax.data.picture import RESIZING, display_axes, upright
+from favchat_jax.data.video import SMALLEST_SIDE, VideoError, open_video, read_frames, read_packets
 
 RATE = 25.0  # frames a second of folders of frames, and of files that state no rate
 PICTURES = {".jpg", ".jpeg", ".png", ".bmp"}
 NOT_VIDEOS = re.compile(r"tty|image2|.*_pipe")  # FFmpeg's formats for text and single pictures
 INSTANT = 1e-4  # seconds: times of frames are rounded to ticks
 QUALITY = {"preset": "veryfast", "crf": "18"}  # almost indistinguishable from the original
+AVCOL_SPC_BT709 = 1  # FFmpeg's tag of BT.709's matrix
 LARGEST = 16384  # pixels a side; a larger value means a damaged header, and the frame would not fit in memory
 
 Box = tuple[float, float, float, float]  # top, bottom, left, right as shares of the picture
@@ -55,11 +59,10 @@ def _file_facts(path: Path) -> Facts:
         if NOT_VIDEOS.fullmatch(container.format.name.partition(",")[0]):
             raise VideoError(f"{_shown(path)} holds text or a single picture: give a video file")
         times, frames = [], 0
-        with contextlib.suppress(av.error.InvalidDataError):  # truncated: the part before the cut is good
-            for packet in container.demux(stream):
-                if packet.size and not packet.is_discard:
-                    frames += 1
-                    times += [packet.pts] if packet.pts is not None else []
+        for packet in read_packets(container, stream):
+            if packet.size and not packet.is_discard:
+                frames += 1
+                times += [packet.pts] if packet.pts is not None else []
         _check_size(path, frames, stream.width, stream.height)
         fps = _rate(stream)
         duration = (max(times) - min(times)) * float(stream.time_base) + 1 / fps if times else frames / fps
@@ -113,30 +116,18 @@ def frames(path: Path, start: float | None = None, end: float | None = None) -> 
         first = stream.start_time or 0
         if start:
             container.seek(first + int(start / stream.time_base), stream=stream)
-        for frame in _decoded(container, stream):
+        axes = None
+        for frame in read_frames(container, stream):
+            if frame is None:
+                continue
+            axes = axes or display_axes(frame)
             if frame.pts is not None:
                 moment = float((frame.pts - first) * stream.time_base)
                 if end is not None and moment >= end - INSTANT:
                     return
                 if start and moment < start - INSTANT:
                     continue
-            yield _upright(frame)
-
-
-def _decoded(container: av.container.InputContainer, stream: av.VideoStream) -> Iterator[av.VideoFrame]:
-    with contextlib.suppress(av.error.InvalidDataError):  # from reading: the file is truncated
-        for packet in container.demux(stream):
-            with contextlib.suppress(av.error.InvalidDataError):  # from decoding: neighbouring frames may be good
-                yield from packet.decode()
-
-
-def _upright(frame: av.VideoFrame) -> av.VideoFrame:
-    """Returns the frame as a player shows it, rotated by quarter turns."""
-    turns = round(frame.rotation / 90)
-    if not turns:
-        return frame
-    picture = np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24"), turns))
-    return _at(av.VideoFrame.from_ndarray(picture, format="rgb24"), frame.pts, frame.time_base)
+            yield upright(frame, axes)
 
 
 def _at(frame: av.VideoFrame, pts: int | None, time_base: Fraction) -> av.VideoFrame:
@@ -148,12 +139,13 @@ def crop(frame: av.VideoFrame, box: Box) -> av.VideoFrame:
     """Returns the part of a frame inside a box."""
     top, bottom = (round(share * frame.height) for share in box[:2])
     left, right = (round(share * frame.width) for share in box[2:])
-    picture = frame.to_ndarray(format="rgb24")[top : max(bottom, top + 2), left : max(right, left + 2)]
+    rgb = to_rgb(VideoReformatter(), frame, frame.width, frame.height, RESIZING)
+    picture = rgb[top : max(bottom, top + 2), left : max(right, left + 2)]
     return _at(av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24"), frame.pts, frame.time_base)
 
 
 def encode(pictures: Iterable[av.VideoFrame], fps: float, largest_side: int) -> tuple[bytes, int]:
-    """Encodes pictures as H.264 mp4 at a constant rate; pictures over `largest_side` pixels are shrunk.
+    """Encodes pictures as H.264 mp4 at a constant rate, in BT.709's colours; those over `largest_side` are shrunk.
 
     With one thread and no dates, equal frames give equal bytes.
 
@@ -172,7 +164,14 @@ def encode(pictures: Iterable[av.VideoFrame], fps: float, largest_side: int) -> 
                 stream.width, stream.height = width, height
                 stream.pix_fmt = "yuv420p"
                 stream.thread_count = 1
-            frame = picture.reformat(stream.width, stream.height, "yuv420p")
+                stream.codec_context.colorspace = AVCOL_SPC_BT709
+            frame = picture.reformat(
+                stream.width,
+                stream.height,
+                "yuv420p",
+                src_colorspace=matrix_of(picture),
+                dst_colorspace=Colorspace.ITU709,
+            )
             frame.pts, frame.pict_type = None, PictureType.NONE
             container.mux(stream.encode(frame))
             count += 1

@@ -1,4 +1,4 @@
-"""Turns decoded frames into upright RGB squares: display matrix, bicubic resize, random crop and mirror image.
+"""Turns decoded frames into upright RGB squares: one field, display matrix, bicubic resize, random crop, mirror image.
 
 The transform is VideoChat2's (Ask-Anything, video_chat2/dataset/__init__.py): it squashes the full picture to a square
 or, for training, takes torchvision's random resized crop. It is the same for all frames of a clip.
@@ -7,17 +7,21 @@ or, for training, takes torchvision's random resized crop. It is the same for al
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from fractions import Fraction
 
 import av
 import numpy as np
+from av.filter import Graph
 from av.video.reformatter import Interpolation, VideoReformatter
 from jaxtyping import UInt8
 
+from favchat_jax.data.colour import READABLE, is_hdr, to_rgb
+
 # Full chroma resolution keeps small coloured detail. Without resizing it only takes a slower path.
 RESIZING = Interpolation.BICUBIC | Interpolation.FULL_CHR_H_INT
+EXIF = 31  # FFmpeg's AV_FRAME_DATA_EXIF
+Axes = tuple[tuple[float, float], tuple[float, float]]
 _OF_THREAD = threading.local()  # holds a VideoReformatter, so that clips of one size share swscale's set-up
 
 
@@ -54,16 +58,16 @@ class Squares:
     def __call__(self, frame: av.VideoFrame) -> UInt8[np.ndarray, "H W 3"]:
         if not self._begun:
             self._begin(frame)
-        width, height = self._scaled
+        frame = one_field(frame)
         flags = Interpolation.BICUBIC if (frame.width, frame.height) == self._scaled else RESIZING
-        picture = self._reformatter.reformat(frame, width, height, "rgb24", interpolation=flags, threads=1).to_ndarray()
+        picture = to_rgb(self._reformatter, frame, *self._scaled, flags)
         if self._turned:
             picture = picture.swapaxes(0, 1)
         return picture[self._rows, self._columns][:: self._down, :: self._across]
 
     def _begin(self, frame: av.VideoFrame) -> None:
         """Computes from the first frame the transform of all frames."""
-        x_axis, y_axis = _display_axes(frame)
+        x_axis, y_axis = display_axes(frame)
         self._turned = abs(x_axis[1]) > abs(x_axis[0])
         if self._turned:
             x_axis, y_axis = y_axis, x_axis
@@ -84,14 +88,54 @@ class Squares:
         self._begun = True
 
 
-def _display_axes(frame: av.VideoFrame) -> tuple[tuple[float, float], tuple[float, float]]:
+def upright(frame: av.VideoFrame, axes: Axes) -> av.VideoFrame:
+    """Returns a frame as a player shows it: of one moment, in standard dynamic range, turned and mirrored by its axes.
+
+    A frame that is so already is returned itself. Others become RGB; `pts` and `time_base` stay.
+    """
+    x_axis, y_axis = axes
+    shown_already = x_axis[0] > 0 and y_axis[1] > 0 and not frame.interlaced_frame and not is_hdr(frame)
+    if shown_already and int(frame.colorspace) in READABLE:
+        return frame
+    picture = to_rgb(VideoReformatter(), one_field(frame), frame.width, frame.height, RESIZING)
+    if abs(x_axis[1]) > abs(x_axis[0]):
+        picture, x_axis, y_axis = picture.swapaxes(0, 1), y_axis, x_axis
+    picture = picture[:: -1 if y_axis[1] < 0 else 1, :: -1 if x_axis[0] < 0 else 1]
+    shown = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
+    shown.pts, shown.time_base = frame.pts, frame.time_base
+    return shown
+
+
+def one_field(frame: av.VideoFrame) -> av.VideoFrame:
+    """Returns the upper field of an interlaced frame, which shows one moment in half of the lines; others unchanged."""
+    return _filtered(frame, ("field", "type=top")) if frame.interlaced_frame else frame
+
+
+def display_axes(frame: av.VideoFrame) -> Axes:
     """Returns the displayed directions of the stored picture's x and y axes: right is (1, 0), down is (0, 1)."""
-    stored: Mapping[str, Any] = frame.side_data
-    data = stored.get("DISPLAYMATRIX")
+    # PyAV 18 crashes on a colour profile with a name, and does not know EXIF.
+    known = _filtered(frame, ("sidedata", "mode=delete:type=ICC_PROFILE"), ("sidedata", f"mode=delete:type={EXIF}"))
+    try:
+        data = known.side_data.get("DISPLAYMATRIX")
+    except ValueError:  # another kind that PyAV does not know: it still tells quarter turns
+        turns = round(frame.rotation / 90) % 4
+        return ((1, 0), (0, -1), (-1, 0), (0, 1))[turns], ((0, 1), (1, 0), (0, -1), (-1, 0))[turns]
     if data is None:
         return (1, 0), (0, 1)
     matrix = np.frombuffer(data, np.int32).tolist()
     return (matrix[0], matrix[1]), (matrix[3], matrix[4])
+
+
+def _filtered(frame: av.VideoFrame, *filters: tuple[str, str]) -> av.VideoFrame:
+    """Returns a frame after FFmpeg's filters, each given by its name and options."""
+    graph = Graph()
+    unit = frame.time_base or Fraction(1, 25)
+    source = graph.add_buffer(width=frame.width, height=frame.height, format=frame.format.name, time_base=unit)
+    graph.link_nodes(source, *(graph.add(*each) for each in filters), graph.add("buffersink")).configure()
+    graph.push(frame)
+    result = graph.pull()
+    assert isinstance(result, av.VideoFrame)
+    return result
 
 
 def _random_box(

@@ -1,8 +1,8 @@
-"""Decodes T sampled frames of an encoded video on one thread, and decodes as few other frames as possible.
+"""Decodes T sampled frames of an encoded video on one thread. They equal those of plain decoding from start to end.
 
-The first pass reads only packet headers, which give the exact time of every frame and keyframe, also at variable frame
-rates. The second pass decodes from the last keyframe before each wanted frame; the decoder drops unwanted frames that
-no other frame refers to. Sampling is VideoChat2's (`rand`, `middle`; Ask-Anything,
+Most files state in their packet headers which frames they hold and at which keyframes decoding can begin. Then decoding
+starts at the last keyframe before each wanted frame and skips frames that no other frame refers to. All other files are
+decoded in order, from the first packet to the last. Sampling is VideoChat2's (`rand`, `middle`; Ask-Anything,
 video_chat2/dataset/video_utils.py), and so is resizing: bicubic, squashed to a square.
 """
 
@@ -13,7 +13,6 @@ import functools
 import io
 import os
 import stat
-from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,24 +21,25 @@ from typing import Any
 import av
 import numpy as np
 from av.container import InputContainer
-from av.error import FFmpegError, InvalidDataError
+from av.error import FFmpegError
 from av.stream import Disposition
 from jaxtyping import Float, Int, UInt8
 
+from favchat_jax.data.keyframes import Reader, read_timeline
 from favchat_jax.data.picture import Augment, Squares
 from favchat_jax.errors import UserError
 
 SMALLEST_SIDE = 8  # pixels; swscale's chroma filters fail below this, and such pictures show nothing
 KEPT_BYTES = 16 << 20  # packets of a video up to this size stay in memory between the two passes
-NEAR = 64  # packets; in a larger video, skipping reaches a keyframe this close, and seeking a more distant one
-# Opening a file normally decodes up to 20 frames to guess how far frames are reordered. Streams almost always state it,
-# so the first attempt skips the guess; a stream that needs it is opened again with it.
+# Opening a file normally decodes up to 20 frames to guess how far frames are reordered. Frames that are identified by
+# their times do not need the guess.
 QUICK_PROBE = {"skip_frame": "all", "analyzeduration": "1"}
 FULL_PROBE: dict[str, str] = {}
 # PyAV 18 cannot open a file whose metadata are not UTF-8 without this; PyAV 19 can, and has no such argument.
 LENIENT_METADATA: dict[str, Any] = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
 
 Picture = Callable[[av.VideoFrame], UInt8[np.ndarray, "H W 3"]]
+Choose = Callable[[int], list[int]]  # number of frames -> indices of the wanted ones
 
 
 class VideoError(UserError):
@@ -48,34 +48,14 @@ class VideoError(UserError):
 
 @dataclass(frozen=True)
 class Clip:
-    """Holds sampled RGB frames, and the time of each in seconds after the first frame of the video."""
+    """Holds sampled RGB frames, and the time of each in seconds after the first frame of the video.
+
+    `damaged` counts the packets that could not be decoded: their frames are left out before sampling.
+    """
 
     frames: UInt8[np.ndarray, "T H W 3"]
     seconds: Float[np.ndarray, " T"]
-
-
-@dataclass(frozen=True)
-class _Keyframe:
-    """Holds the presentation time, the seek time and the packet's index of a keyframe, at which decoding can begin."""
-
-    time: int
-    seek: int
-    position: int
-
-
-@dataclass(frozen=True)
-class _Timeline:
-    """Holds the presentation times of all frames and all keyframes, both sorted; `unit` is one tick in seconds.
-
-    `timed` is False for a stream without times (raw streams, some AVI): its frames are identified by counting.
-    `packets` holds all packets of a stream of at most KEPT_BYTES, else None.
-    """
-
-    times: list[int]
-    keys: list[_Keyframe]
-    packets: list[av.Packet] | None
-    unit: float
-    timed: bool
+    damaged: int = 0
 
 
 def frame_indices(
@@ -135,40 +115,110 @@ def decode(
             raise VideoError(f"{label} is {frame.width}x{frame.height} pixels: give a video of at least {limit}")
         return squares(frame)
 
-    choose = functools.cache(lambda total: frame_indices(total, frames, sampling, rng))  # both attempts use one draw
-    for probe in (QUICK_PROBE, FULL_PROBE):
-        try:
-            timeline, found = _sample(source, probe, label, choose, picture)
-        except VideoError:
-            if probe is FULL_PROBE:
-                raise
-            continue
-        indices = choose(len(timeline.times)).tolist()
-        if found.keys() == set(indices):
-            break
-    if not found:
-        raise VideoError(f"no frame of {label} can be decoded, so the file is damaged: give an intact video file")
-    times = np.array([timeline.times[index] - timeline.times[0] for index in indices])
+    @functools.cache  # every attempt uses one draw
+    def choose(total: int) -> list[int]:
+        return frame_indices(total, frames, sampling, rng).tolist()
+
+    found = _from_keyframes(source, label, choose, picture) or _in_order(source, label, choose, picture)
+    if not found.pictures:
+        raise VideoError(f"{label} holds no video frames that can be decoded: {_advice(source)}")
+    indices = choose(len(found.seconds))
     return Clip(
-        frames=np.stack([_nearest(found, index) for index in indices]),
-        seconds=(times * timeline.unit).astype(np.float32),
+        frames=np.stack([found.pictures[index] for index in indices]),
+        seconds=np.array([found.seconds[index] for index in indices], np.float32),
+        damaged=found.damaged,
     )
 
 
-def _sample(
-    source: bytes | str, probe: dict[str, str], label: str, choose: Callable[[int], np.ndarray], picture: Picture
-) -> tuple[_Timeline, dict[int, UInt8[np.ndarray, "H W 3"]]]:
-    """Returns the times of all frames, and index -> picture of the chosen frames that can be decoded."""
-    with _open(source, probe, label) as container:
+@dataclass(frozen=True)
+class _Found:
+    """Holds the pictures of the wanted frames by index, and the seconds of all frames after the first."""
+
+    pictures: dict[int, UInt8[np.ndarray, "H W 3"]]
+    seconds: list[float]
+    damaged: int = 0
+
+
+def _from_keyframes(source: bytes | str, label: str, choose: Choose, picture: Picture) -> _Found | None:
+    """Decodes the wanted frames from their keyframes; returns None where that may not give those of plain decoding."""
+    if _container_format(source) is None:
+        return None
+    try:
+        with _open(source, QUICK_PROBE, label) as container:
+            stream = _video_stream(container, label)
+            timeline = read_timeline(container, stream, KEPT_BYTES)
+            if timeline is None:
+                return None
+            wanted = choose(len(timeline.times))
+            found = {}
+            for index, frame in Reader(container, stream, timeline).frames(wanted):
+                if frame.is_corrupt:
+                    return None
+                found[index] = picture(frame)
+    except VideoError:  # plain decoding raises it again, or knows better
+        return None
+    if found.keys() != set(wanted):
+        return None
+    return _Found(found, [(time - timeline.times[0]) * timeline.unit for time in timeline.times])
+
+
+def _in_order(source: bytes | str, label: str, choose: Choose, picture: Picture) -> _Found:
+    """Decodes the video from its first packet to its last.
+
+    The number of packets nearly always is the number of frames. Where it is not, the video is decoded once more.
+    """
+    with _open(source, FULL_PROBE, label) as container:
         stream = _video_stream(container, label)
-        timeline = _read_timeline(container, stream)
-        if not timeline.times:
-            raise VideoError(f"{label} holds no video frames, so it is truncated or empty: give an intact video file")
-        indices = choose(len(timeline.times)).tolist()
-        if timeline.timed:
-            return timeline, _read_frames(container, stream, timeline, indices, picture)
-    with _open(source, probe, label) as container:  # reopened, since untimed streams often cannot seek to their start
-        return timeline, _count_frames(container, _video_stream(container, label), set(indices), picture)
+        total = sum(packet.size > 0 and not packet.is_discard for packet in read_packets(container, stream))
+    while True:
+        found = _decode_all(source, label, set(choose(max(total, 1))), picture)
+        if len(found.seconds) in (0, total):
+            return found
+        total = len(found.seconds)
+
+
+def _decode_all(source: bytes | str, label: str, wanted: set[int], picture: Picture) -> _Found:
+    """Decodes all frames and returns the pictures of the wanted ones."""
+    pictures: dict[int, np.ndarray] = {}
+    times: list[float | None] = []
+    damaged = 0
+    with _open(source, FULL_PROBE, label) as container:
+        stream = _video_stream(container, label)
+        rate = float(stream.average_rate or 25)
+        for frame in read_frames(container, stream):
+            if frame is None:
+                damaged += 1
+                continue
+            if len(times) in wanted:
+                pictures[len(times)] = picture(frame)
+            damaged += frame.is_corrupt
+            times.append(frame.time)
+    known = [time for time in times if time is not None]
+    if len(known) < len(times) or known != sorted(known):  # no times, or times that start over
+        known = [number / rate for number in range(len(times))]
+    return _Found(pictures, [time - known[0] for time in known], damaged)
+
+
+def read_packets(container: InputContainer, stream: av.VideoStream) -> Iterator[av.Packet]:
+    """Yields the packets of a stream up to its end, or up to where the file is truncated."""
+    reading = True
+    while reading:
+        reading = False
+        try:
+            yield from container.demux(stream)
+        except IndexError:  # PyAV fails at a packet of a stream that begins later in the file; the next is read
+            reading = True
+        except FFmpegError:
+            return
+
+
+def read_frames(container: InputContainer, stream: av.VideoStream) -> Iterator[av.VideoFrame | None]:
+    """Yields the frames of plain decoding, in order of showing, and None for a packet that cannot be decoded."""
+    for packet in read_packets(container, stream):
+        try:
+            yield from packet.decode()
+        except FFmpegError:  # the frames around it may still be usable
+            yield None
 
 
 def _check_file(source: bytes | str, label: str) -> None:
@@ -189,11 +239,11 @@ def _check_file(source: bytes | str, label: str) -> None:
 
 
 def _container_format(source: bytes | str) -> str | None:
-    """Recognises mp4 by its first bytes: FFmpeg's own detection takes a tenth of a short clip's time."""
-    if isinstance(source, str):
-        with open(source, "rb", buffering=0) as file:
-            source = file.read(8)
-    return "mov" if source[4:8] == b"ftyp" else None
+    """Recognises mp4 and Matroska by their first bytes: FFmpeg's own detection takes a tenth of a short clip's time."""
+    head = _first_bytes(source, 8)
+    if head[4:8] == b"ftyp":
+        return "mov"
+    return "matroska" if head[:4] == b"\x1a\x45\xdf\xa3" else None
 
 
 @contextlib.contextmanager
@@ -232,148 +282,16 @@ def _video_stream(container: InputContainer, label: str) -> av.VideoStream:
     raise VideoError(f"{label} has no video stream (only sound, or nothing): give a video file")
 
 
-def _read_timeline(container: InputContainer, stream: av.VideoStream) -> _Timeline:
-    """Reads all packets of the stream without decoding."""
-    times: list[int | None] = []
-    keys: list[_Keyframe] = []
-    packets: list[av.Packet] = []
-    position = size = 0
-    try:
-        for packet in container.demux(stream):
-            if not packet.size:
-                continue
-            size += packet.size
-            if size <= KEPT_BYTES:
-                packets.append(packet)
-            if not packet.is_discard:
-                time = packet.pts
-                times.append(time)
-                if packet.is_keyframe and time is not None:
-                    keys.append(_Keyframe(time, time if packet.dts is None else min(time, packet.dts), position))
-            position += 1
-    except InvalidDataError:
-        pass  # a truncated file: its first part is still usable
-    known = [time for time in times if time is not None]
-    timed = bool(keys) and len(known) == len(times)
-    unit = stream.time_base if timed else None
-    return _Timeline(
-        times=sorted(known) if timed else list(range(len(times))),
-        keys=sorted(keys, key=lambda key: key.time),
-        packets=packets if size <= KEPT_BYTES else None,
-        unit=float(unit or 1 / (stream.average_rate or 25)),
-        timed=timed,
-    )
+def _advice(source: bytes | str) -> str:
+    """Says why a file that FFmpeg opens has no frames, and what to do."""
+    head = _first_bytes(source, 21)
+    if head[:4] == b"RIFF" and head[8:16] == b"WEBPVP8X" and head[20] & 2:
+        return "FFmpeg does not read animated WebP; convert it to mp4 or GIF"
+    return "it is truncated, empty or damaged; give an intact video file"
 
 
-def _read_frames(
-    container: InputContainer,
-    stream: av.VideoStream,
-    timeline: _Timeline,
-    indices: list[int],
-    picture: Picture,
-) -> dict[int, UInt8[np.ndarray, "H W 3"]]:
-    """Decodes the frames of `indices`, run by run from their keyframes. Frames that cannot be decoded are missing."""
-    found: dict[int, np.ndarray] = {}
-    runs: dict[int, dict[int, int]] = {}  # keyframe -> {time: index} of the wanted frames that follow it
-    key_times = [key.time for key in timeline.keys]
-    for index in indices:
-        time = timeline.times[index]
-        runs.setdefault(max(bisect_right(key_times, time) - 1, 0), {})[time] = index
-    reader = _Reader(container, stream, timeline.packets)
-    for key, wanted in runs.items():
-        for time, frame in reader.decode_run(timeline.keys[key], set(wanted)):
-            found[wanted[time]] = picture(frame)
-    return found
-
-
-def _count_frames(
-    container: InputContainer, stream: av.VideoStream, wanted: set[int], picture: Picture
-) -> dict[int, UInt8[np.ndarray, "H W 3"]]:
-    """Decodes from the start up to the last wanted frame: the only way if packets have no times."""
-    found: dict[int, np.ndarray] = {}
-    decoded = (frame for packet in container.demux(stream) for frame in _decode_packet(packet))
-    for index, frame in zip(range(max(wanted) + 1), decoded, strict=False):
-        if index in wanted:
-            found[index] = picture(frame)
-    return found
-
-
-def _decode_packet(packet: av.Packet) -> list[av.VideoFrame]:
-    try:
-        return packet.decode()
-    except InvalidDataError:  # a damaged part: the frames around it may still be usable
-        return []
-
-
-class _Reader:
-    """Decodes runs of a stream that start at keyframes.
-
-    It finds a keyframe in the list of kept packets, or else skips packets or seeks, whichever is cheaper.
-    """
-
-    def __init__(self, container: InputContainer, stream: av.VideoStream, packets: list[av.Packet] | None):
-        self._container, self._stream, self._kept = container, stream, packets
-        self._packets: Iterator[av.Packet] = iter(())
-        self._position: int | None = None  # index of the next packet in the stream; None before the first seek
-
-    def decode_run(self, key: _Keyframe, wanted: set[int]) -> Iterator[tuple[int, av.VideoFrame]]:
-        """Yields the wanted times and their frames; decodes from `key` to the last of their packets."""
-        packet = self._go_to(key)
-        context = self._stream.codec_context
-        context.flush_buffers()
-        unfed: set[int | None] = set(wanted)
-        while packet is not None and packet.size:
-            # The decoder skips unwanted frames that no other frame refers to.
-            context.skip_frame = "DEFAULT" if packet.pts in unfed else "NONREF"
-            unfed.discard(packet.pts)
-            for frame in _decode_packet(packet):
-                if frame.pts in wanted:
-                    yield frame.pts, frame
-            packet = self._next() if unfed else None
-        # Draining returns the frames that the decoder holds back for reordering.
-        with contextlib.suppress(InvalidDataError):
-            yield from ((frame.pts, frame) for frame in context.decode(None) if frame.pts in wanted)
-
-    def _go_to(self, key: _Keyframe) -> av.Packet | None:
-        """Returns the packet of a keyframe, or None if the stream does not contain it."""
-        if self._kept is not None:
-            self._packets = iter(self._kept[key.position :])
-            return next(self._packets)
-        if self._position is None or not 0 <= key.position - self._position <= NEAR:
-            self._seek(key.seek)
-        packet = self._skip_to(key)
-        if packet is None:  # the container's index is wrong: search for the keyframe from the start
-            self._seek(0)
-            packet = self._skip_to(key)
-        if packet is not None:
-            self._position = key.position + 1
-        return packet
-
-    def _seek(self, time: int) -> None:
-        self._container.seek(time, stream=self._stream)
-        self._packets = iter(self._container.demux(self._stream))
-
-    def _skip_to(self, key: _Keyframe) -> av.Packet | None:
-        while (packet := self._next()) is not None and packet.size:
-            if packet.is_keyframe and packet.pts == key.time:
-                return packet
-            if packet.is_keyframe and packet.pts is not None and packet.pts > key.time:
-                return None
-        return None
-
-    def _next(self) -> av.Packet | None:
-        try:
-            packet = next(self._packets, None)
-        except InvalidDataError:
-            return None
-        if self._position is not None:
-            self._position += 1
-        return packet
-
-
-def _nearest(found: dict[int, np.ndarray], index: int) -> UInt8[np.ndarray, "H W 3"]:
-    """Returns the frame, or if it could not be decoded the last frame before it, or the first after it."""
-    if index in found:
-        return found[index]
-    before = [other for other in found if other < index]
-    return found[max(before) if before else min(found)]
+def _first_bytes(source: bytes | str, count: int) -> bytes:
+    if isinstance(source, bytes):
+        return source[:count]
+    with open(source, "rb", buffering=0) as file:
+        return file.read(count)

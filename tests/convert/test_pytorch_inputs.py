@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from favchat_jax.convert.pytorch.inputs_favchat import Prompts, read_frames
+from favchat_jax.convert.pytorch.inputs_favchat import Prompts
+from favchat_jax.convert.pytorch.video_favchat import read_frames
 from favchat_jax.data.conversation import Conversation, PromptEncoder
 from favchat_jax.data.video import decode
 from tests.data.test_video import FORMATS, LOSSLESS, noise

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from av.video.reformatter import Interpolation
 
-from favchat_jax.data import picture, video
+from favchat_jax.data import keyframes, picture, video
 from favchat_jax.data.video import Augment, VideoError, decode, frame_indices
 from favchat_jax.embedded import faces as rendered_faces
 from favchat_jax.errors import UserError
@@ -50,13 +50,13 @@ class Spy:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch):
         self.packets = 0
-        original = video._decode_packet
+        original = keyframes.decode_packet
 
         def counted(packet: av.Packet) -> list[av.VideoFrame]:
             self.packets += 1
             return original(packet)
 
-        monkeypatch.setattr(video, "_decode_packet", counted)
+        monkeypatch.setattr(keyframes, "decode_packet", counted)
 
 
 def test_middle_takes_the_middle_frame_of_each_equal_interval():

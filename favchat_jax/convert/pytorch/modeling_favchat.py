@@ -20,8 +20,9 @@ from transformers import MistralForCausalLM, PreTrainedTokenizerFast
 from .configuration_favchat import FaVChatConfig
 from .encoders_favchat import UMT, FaceXFormerEncoder, ProjectedMaps
 from .guidance_favchat import PromptGuidedFusion, TokenMLP, WeightAdapters
-from .inputs_favchat import Prompts, read_frames
+from .inputs_favchat import Prompts
 from .qformer_favchat import GatedMixture, GranularityFusion, QFormer, ScalarMixture, add_positions
+from .video_favchat import read_frames
 
 # Published input normalisation of both encoders (ImageNet).
 PIXEL_MEAN = (0.485, 0.456, 0.406)
