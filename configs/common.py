@@ -158,6 +158,7 @@ def _data(preset: str) -> ConfigDict:
 
 def _optimizer() -> ConfigDict:
     """Returns the optimizer's settings. The paper gives only the learning rates; the rest is VideoChat2's."""
+    data.missing_share = 0.2  # share of the clips that may be missing: published videos vanish from YouTube
     return ConfigDict(
         {
             "name": "adamw",  # or muon

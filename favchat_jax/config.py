@@ -137,6 +137,7 @@ class DataConfig(Section):
     name: str  # name of a data set in `data/sources`, or NAME/SIZE
     root: str = ""  # folder of the published data set; empty if the data set needs no folder
     packed: str  # folder of the packed (ArrayRecord) data sets
+    missing_share: Share = 0.2  # largest share of the clips that may be missing in `root`; they are left out
     # A clip is divided into `frames` equal parts, and each part gives a random frame or its middle one.
     sampling: Literal["rand", "middle"] = "rand"
     random_crop: bool = False  # whether training frames are randomly cropped

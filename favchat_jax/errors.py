@@ -2,8 +2,11 @@
 
 import ast
 import contextlib
+from collections.abc import Sequence
 
 LONGEST = 200  # characters kept of another library's message
+
+NAMED = 20  # names in a message before the rest is only counted
 
 
 class UserError(ValueError):
@@ -26,3 +29,9 @@ def one_line(error: BaseException) -> str:
     lines = text.strip().splitlines()
     line = " ".join(lines[0].split()) if lines else type(error).__name__
     return line if len(line) <= LONGEST else line[: LONGEST - 3] + "..."
+
+
+def listed(names: Sequence[str]) -> str:
+    """Returns the first `NAMED` names with commas, and the number of the others."""
+    others = len(names) - NAMED
+    return ", ".join(names[:NAMED]) + (f" and {others} others" if others > 0 else "")

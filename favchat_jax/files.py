@@ -9,6 +9,8 @@ import codecs
 import contextlib
 import errno
 import fcntl
+import functools
+import logging
 import os
 import shutil
 import time
@@ -16,6 +18,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from favchat_jax.errors import RunError, UserError, one_line
+
+log = logging.getLogger("favchat_jax")
 
 HINTS = {
     errno.ENOENT: "its folder is missing or takes no files: name another place",
@@ -145,7 +149,9 @@ def write_errors(place: str | Path, *also: type[Exception]) -> Iterator[None]:
     except (UserError, RunError):
         raise
     except Exception as error:
-        if not isinstance(error, (OSError, *also)):
+        # Some libraries report a full disk only as text.
+        full = any(os.strerror(number) in str(error) for number in (errno.ENOSPC, errno.EDQUOT))
+        if not (full or isinstance(error, (OSError, *also))):
             raise
         hint = HINTS.get(getattr(error, "errno", 0), FREE_SPACE)
         raise UserError(f"could not write {place} ({one_line(error)}): {hint}") from None
@@ -168,11 +174,10 @@ def _lock(path: Path, draft: Path, *, folder: bool) -> int:
         lock = os.open(draft, os.O_RDONLY if folder else os.O_RDWR | os.O_CREAT, 0o666)
         try:
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | (fcntl.LOCK_NB if folder else 0))
+                if not lock_file(lock, wait=not folder):
+                    return lock
             except BlockingIOError:
                 raise UserError(f"another process is writing {path}: wait for it, or name another") from None
-            except OSError:  # some network file systems have no locks
-                return lock
             with contextlib.suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(lock), draft.stat()):
                     return lock
@@ -180,6 +185,29 @@ def _lock(path: Path, draft: Path, *, folder: bool) -> int:
             os.close(lock)
             raise
         os.close(lock)  # the previous writer has renamed or removed this draft: make another
+
+
+def lock_file(file: int, *, wait: bool = True) -> bool:
+    """Locks an open file or folder until it is closed or the process ends; returns whether it is locked.
+
+    Some network file systems have no locks. There the writer goes on without one, after one warning per process.
+
+    Raises:
+        BlockingIOError: another process holds the lock, and `wait` is False.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        raise
+    except OSError as error:
+        _warn_of_no_locks(error.strerror)
+        return False
+    return True
+
+
+@functools.cache
+def _warn_of_no_locks(reason: str) -> None:
+    log.warning("files cannot be locked here (%s): let only one process write in a folder", reason)
 
 
 def _settle(path: Path, before: Path) -> None:

@@ -173,6 +173,8 @@ def test_only_the_errors_of_writing_are_turned_into_a_line(tmp_path):
         write_errors("x", ValueError),
     ):
         raise ValueError("no bucket\nand a long trace")
+    with pytest.raises(UserError, match="could not write x .close.. failed: No space.*: free disk"), write_errors("x"):
+        raise RuntimeError("close() failed: No space left on device; at byte 8192")
     with pytest.raises(UserError, match=r"could not write x .Read-only.*: the place is read-only"), write_errors("x"):
         raise OSError(errno.EROFS, os.strerror(errno.EROFS), "x")
 
@@ -212,14 +214,18 @@ def test_a_second_process_waits_for_the_first_with_a_file_and_is_refused_with_a_
     assert (tmp_path / "out" / "text").read_text() == "first" and names(tmp_path) == ["file", "out"]
 
 
-def test_writing_works_where_a_file_system_has_no_locks(tmp_path, monkeypatch):
+def test_writing_works_where_a_file_system_has_no_locks_and_says_so_once(tmp_path, monkeypatch, caplog):
     def no_locks(*_):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
     monkeypatch.setattr(files.fcntl, "flock", no_locks)
+    files._warn_of_no_locks.cache_clear()
     replace_file(tmp_path / "file", "x")
     write_folder(tmp_path / "out", "x")
     assert names(tmp_path) == ["file", "out"]
+    assert [record.message for record in caplog.records] == [
+        "files cannot be locked here (No locks available): let only one process write in a folder"
+    ]
 
 
 def test_a_folder_is_cleared_away_although_a_thread_still_writes_into_it_after_the_failure(tmp_path):

@@ -18,7 +18,7 @@ def open_batches(parts: Assembly) -> BatchIterator:
     config, data, hosts = parts.config, parts.config.data, jax.process_count()
     text = stages.STAGES[config.stage].text
     assert text is not None, "stage grpo draws its own text"
-    first_alone(lambda: prepare(data.name, data.root or None, data.packed))
+    first_alone(lambda: prepare(data.name, data.root or None, data.packed, missing_share=data.missing_share))
     augment = Augment(scale=(0.5, 1.0) if data.random_crop else (1.0, 1.0), flip=data.flip)
     return training_batches(
         open_dataset(data.name, data.packed, training_split(data.name, config.stage)),

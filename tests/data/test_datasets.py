@@ -180,9 +180,12 @@ def test_celebvhq_keeps_a_source_video_in_one_split_and_never_leaves_train_empty
 @pytest.mark.parametrize(
     ("spoil", "named"),
     [
-        (lambda root: (root / "celebvhq_info.json").unlink(), "celebvhq_info.json: No such file"),
+        (
+            lambda root: [(root / name).unlink() for name in ("celebvhq_info.json", "qa.jsonl")],
+            "celebvhq_info.json: No such file.*name the folder that holds celebvhq_info.json or qa.jsonl",
+        ),
         (lambda root: (root / "celebvhq_info.json").write_text("{"), "celebvhq_info.json is not CelebV-HQ's"),
-        (lambda root: (root / "clips" / "video0_0.mp4").unlink(), "video0_0.mp4 does not exist: add the clip"),
+        (lambda root: (root / "clips" / "video0_0.mp4").unlink(), "1 of 4 clips are missing: video0_0; add them"),
         (lambda root: (root / "qa.jsonl").write_text('{"clip": "a"}\n'), "qa.jsonl, line 1"),
         (
             lambda root: edit(root, lambda i: i["clips"]["video0_0"]["attributes"]["appearance"].pop()),

@@ -45,7 +45,7 @@ def prepare(name: str, root: str | None, data_dir: str, **options: Any) -> str:
         name: one of SOURCES, or NAME/SIZE for a source with several sizes.
         root: folder of the source's files; unused if clips are drawn.
         data_dir: folder of packed data sets.
-        options: options of the builder.
+        options: options of the builder, such as `missing_share`, the largest share of clips that may be missing.
 
     Raises:
         UserError: the name is unknown, or files in `root` are missing or malformed.

@@ -23,7 +23,7 @@ from favchat_jax.data import vocabulary
 from favchat_jax.data.record import Question, Record
 from favchat_jax.data.sources.celebvhq import label_text
 from favchat_jax.data.storage import RecordBuilder, pack
-from favchat_jax.errors import UserError
+from favchat_jax.errors import UserError, listed
 
 RECORDS = "records.jsonl"
 PARTS = ("train_rl", "train_celebvhq", "train_other", "heldout")
@@ -66,9 +66,9 @@ class Corpus(RecordBuilder, skip_registration=True):  # type: ignore[call-arg]  
         Raises:
             UserError: a clip is missing, or there are no training clips.
         """
-        for row in self._rows:
-            if not (self._root / row["video"]).is_file():
-                raise UserError(f"{self._root / row['video']} is missing: run clip again")
+        missing = [row["video"] for row in self._rows if not (self._root / row["video"]).is_file()]
+        if missing:
+            raise UserError(f"{len(missing)} clips are missing in {self._root}: {listed(missing)}; run clip again")
         counts = {part: sum(row["part"] == part for row in self._rows) for part in PARTS}
         if not any(counts[part] for part in PARTS[:3]):
             raise UserError(f"{self._root / RECORDS} holds no training clips: annotate more, or hold out fewer")
