@@ -1,12 +1,13 @@
 """Decodes single frames from the keyframe before each, in files whose packets promise the frames of plain decoding.
 
 A container of trusted times (mp4, mov, Matroska, WebM) and a codec whose keyframes are known to begin anew make that
-promise. An edit list, frames that share a time, and a stream that begins within a group of pictures break it.
+promise. An edit list, frames that share a time, and a stream that begins within a group of pictures break it, and so
+does damage on the way to a wanted frame. Damage in packets that are not decoded stays unnoticed.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -16,8 +17,12 @@ from av.container import InputContainer
 NEAR = 64  # packets; in a larger video, skipping reaches a keyframe this close, and seeking a more distant one
 # Codecs of which all keyframes are checked; True where the decoder may skip frames that no other frame refers to.
 # HEVC's marks of such frames hold within a temporal layer only, and the AV1 decoder cannot change its mind.
-CODECS = {"h264": True, "hevc": False, "vp9": True, "av1": False, "mjpeg": False}
+CODECS = {"h264": True, "hevc": False, "vp9": True, "av1": False}
 IDR, IRAP = {5}, set(range(16, 24))  # types of the NAL units of H.264 and HEVC at which decoding can begin
+
+
+class DamagedError(Exception):
+    """Raised where decoding from keyframes meets damage, so that plain decoding must say which frames there are."""
 
 
 @dataclass(frozen=True)
@@ -140,19 +145,27 @@ class Reader:
         """Yields the frames of `indices` with their index.
 
         Raises:
-            FFmpegError: a packet on the way to one of them is damaged.
+            DamagedError: a frame on the way to one of them is missing or only patched up.
+            FFmpegError: a packet on the way cannot be read or decoded.
         """
+        times, key_times = self._timeline.times, [key.time for key in self._timeline.keys]
         runs: dict[int, dict[int, int]] = {}  # keyframe -> {time: index} of the wanted frames that follow it
-        key_times = [key.time for key in self._timeline.keys]
         for index in indices:
-            time = self._timeline.times[index]
-            runs.setdefault(bisect_right(key_times, time) - 1, {})[time] = index
+            runs.setdefault(bisect_right(key_times, times[index]) - 1, {})[times[index]] = index
         for key, wanted in runs.items():
+            begin, end = key_times[key], max(wanted)
+            missing = set(wanted if self._skips else times[bisect_left(times, begin) : bisect_right(times, end)])
             for frame in self._decode_run(self._timeline.keys[key], set(wanted)):
-                yield wanted[frame.pts], frame
+                missing.discard(frame.pts)
+                if frame.is_corrupt:
+                    raise DamagedError
+                if frame.pts in wanted:
+                    yield wanted[frame.pts], frame
+            if missing:
+                raise DamagedError
 
     def _decode_run(self, key: Keyframe, wanted: set[int]) -> Iterator[av.VideoFrame]:
-        """Yields the frames of the wanted times; decodes from `key` to the last of their packets."""
+        """Decodes from `key` to the last packet of the wanted times."""
         packet = self._go_to(key)
         context = self._stream.codec_context
         context.flush_buffers()
@@ -160,10 +173,9 @@ class Reader:
         while packet is not None and packet.size:
             context.skip_frame = "NONREF" if self._skips and packet.pts not in unfed else "DEFAULT"
             unfed.discard(packet.pts)
-            yield from (frame for frame in decode_packet(packet) if frame.pts in wanted)
+            yield from decode_packet(packet)
             packet = self._next() if unfed else None
-        # Draining returns the frames that the decoder holds back for reordering.
-        yield from (frame for frame in context.decode(None) if frame.pts in wanted)
+        yield from context.decode(None)  # the frames that the decoder holds back for reordering
 
     def _go_to(self, key: Keyframe) -> av.Packet | None:
         """Returns the packet of a keyframe, or None if the stream does not contain it."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import io
+import logging
 import os
 import stat
 from collections.abc import Callable, Iterator
@@ -25,9 +26,11 @@ from av.error import FFmpegError
 from av.stream import Disposition
 from jaxtyping import Float, Int, UInt8
 
-from favchat_jax.data.keyframes import Reader, read_timeline
+from favchat_jax.data.keyframes import DamagedError, Reader, read_timeline
 from favchat_jax.data.picture import Augment, Squares
 from favchat_jax.errors import UserError
+
+log = logging.getLogger("favchat_jax")
 
 SMALLEST_SIDE = 8  # pixels; swscale's chroma filters fail below this, and such pictures show nothing
 KEPT_BYTES = 16 << 20  # packets of a video up to this size stay in memory between the two passes
@@ -50,7 +53,8 @@ class VideoError(UserError):
 class Clip:
     """Holds sampled RGB frames, and the time of each in seconds after the first frame of the video.
 
-    `damaged` counts the packets that could not be decoded: their frames are left out before sampling.
+    `damaged` counts packets that cannot be decoded, whose frames are left out before sampling, and frames that the
+    decoder could only patch up.
     """
 
     frames: UInt8[np.ndarray, "T H W 3"]
@@ -122,12 +126,19 @@ def decode(
     found = _from_keyframes(source, label, choose, picture) or _in_order(source, label, choose, picture)
     if not found.pictures:
         raise VideoError(f"{label} holds no video frames that can be decoded: {_advice(source)}")
+    if found.damaged:
+        _report_damage(label, found.damaged)
     indices = choose(len(found.seconds))
     return Clip(
         frames=np.stack([found.pictures[index] for index in indices]),
         seconds=np.array([found.seconds[index] for index in indices], np.float32),
         damaged=found.damaged,
     )
+
+
+@functools.lru_cache(maxsize=1024)  # one line a clip, however often a process reads it
+def _report_damage(label: str, damaged: int) -> None:
+    log.warning("%s: %d damaged frames are left out or shown as far as they can be decoded", label, damaged)
 
 
 @dataclass(frozen=True)
@@ -150,14 +161,8 @@ def _from_keyframes(source: bytes | str, label: str, choose: Choose, picture: Pi
             if timeline is None:
                 return None
             wanted = choose(len(timeline.times))
-            found = {}
-            for index, frame in Reader(container, stream, timeline).frames(wanted):
-                if frame.is_corrupt:
-                    return None
-                found[index] = picture(frame)
-    except VideoError:  # plain decoding raises it again, or knows better
-        return None
-    if found.keys() != set(wanted):
+            found = {index: picture(frame) for index, frame in Reader(container, stream, timeline).frames(wanted)}
+    except (VideoError, DamagedError):  # plain decoding raises it again, or knows better
         return None
     return _Found(found, [(time - timeline.times[0]) * timeline.unit for time in timeline.times])
 

@@ -73,6 +73,7 @@ def _packets(container):
             break
     else:
         return
+    stream.codec_context.thread_count = 1  # more would patch up damaged frames in another way
     reading = True
     while reading:
         reading = False
