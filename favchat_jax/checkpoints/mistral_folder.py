@@ -20,6 +20,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.typing import DTypeLike
 from safetensors.numpy import save_file
+from transformers import PreTrainedTokenizerBase
 
 from favchat_jax.checkpoints.table import (
     Row,
@@ -90,6 +91,21 @@ def _check_fit(config: MistralConfig, fields: Mapping[str, Any], path: Path) -> 
         raise UserError(f"{path}: head_dim is {config.head_dim}, an odd number that cannot be rotated: {REFETCH}")
     if activation != "silu":
         raise UserError(f"{path}: hidden_act is {activation!r}, but Mistral's is 'silu': {REFETCH}")
+
+
+def check_tokenizer(folder: str | Path, tokenizer: PreTrainedTokenizerBase, config: MistralConfig) -> None:
+    """Raises UserError if the folder's tokenizer has a token that its embedding lacks, which would be read as NaN."""
+    tokens = token_count(tokenizer)
+    if tokens > config.vocab_size:
+        raise UserError(
+            f"the tokenizer in {folder} has {tokens} tokens but vocab_size in its config.json is {config.vocab_size}: "
+            "remove the added tokens, or name a model whose embedding was resized for them"
+        )
+
+
+def token_count(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Returns the number of rows that an embedding needs: 1 more than the largest id, since ids may have gaps."""
+    return max(tokenizer.get_vocab().values(), default=-1) + 1
 
 
 def each_weight(

@@ -75,14 +75,15 @@ def assemble(config: Config) -> Assembly:
     """Builds the model of a config and loads its tokenizers from the folders that the config names.
 
     Raises:
-        UserError: a folder is missing or damaged, or the Q-Formers' tokenizer has more tokens than their vocabulary.
+        UserError: a folder is missing or damaged, or a tokenizer has more tokens than the embedding that it is for.
     """
     llm, tokenizer = mistral_folder.read_config(config.llm.path), load_tokenizer(config.llm.path)
+    mistral_folder.check_tokenizer(config.llm.path, tokenizer, llm)
     prompt_tokenizer = load_tokenizer(config.prompt_tokenizer) if config.prompt_tokenizer else tokenizer
-    qformer = config.model.qformer
-    if len(prompt_tokenizer) > qformer.vocabulary:
+    qformer, tokens = config.model.qformer, mistral_folder.token_count(prompt_tokenizer)
+    if tokens > qformer.vocabulary:
         raise UserError(
-            f"prompt_tokenizer has {len(prompt_tokenizer)} tokens but model.qformer.vocabulary is "
+            f"prompt_tokenizer has {tokens} tokens but model.qformer.vocabulary is "
             f"{qformer.vocabulary}: name the tokenizer that the Q-Former was trained with"
         )
     conversation = Conversation(tokenizer, qformer.queries + qformer.extra_queries)

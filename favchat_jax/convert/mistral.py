@@ -6,11 +6,19 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from favchat_jax.checkpoints.mistral_folder import TABLE, fingerprint, is_copy, read_config, weight_shapes
+from favchat_jax.checkpoints.mistral_folder import (
+    TABLE,
+    check_tokenizer,
+    fingerprint,
+    is_copy,
+    read_config,
+    weight_shapes,
+)
 from favchat_jax.checkpoints.table import account, check, finite, slots
 from favchat_jax.checkpoints.tensors import PARTS, open_tensors
 from favchat_jax.checkpoints.weights_folder import save_weights
 from favchat_jax.convert.folder import copy_tokenizer, replacing
+from favchat_jax.data.conversation import load_tokenizer
 from favchat_jax.errors import UserError
 
 WRITERS = 2  # parts that are read, checked and written in parallel
@@ -25,13 +33,15 @@ def write_copy(folder: Path, out: Path, progress: Callable[[Iterable], Iterable]
         progress: wraps the parts as they are written, for example `tqdm`.
 
     Raises:
-        UserError: as in `read_weights`; or the tokenizer is missing, or the disk is full.
+        UserError: as in `read_weights`; or the tokenizer is missing or larger than the embedding, or the disk is full.
     """
     if is_copy(folder):
         raise UserError(f"{folder} is a copy already: name the Hugging Face folder")
     if not (Path(folder) / "tokenizer.json").is_file():
         raise UserError(f"{folder} holds no tokenizer.json, which the copy needs: fetch it again")
-    shapes, tensors = weight_shapes(read_config(folder)), open_tensors(folder)
+    config = read_config(folder)
+    check_tokenizer(folder, load_tokenizer(folder), config)
+    shapes, tensors = weight_shapes(config), open_tensors(folder)
     check(TABLE, account(TABLE, tensors, shapes), folder)
     parts: dict[str, list[str]] = {}
     for name, slot in slots(TABLE, shapes).items():

@@ -1,5 +1,6 @@
 import json
 import shutil
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -222,6 +223,26 @@ def test_a_workdir_with_a_damaged_file_is_a_users_error_that_names_it(name, cont
 def test_a_prompt_tokenizer_with_more_words_than_the_qformer_is_a_users_error(small_world):
     with pytest.raises(UserError, match="prompt_tokenizer has 512 tokens but model.qformer.vocabulary is 100"):
         assembly.assemble(small_world.config("stage1", model__qformer__vocabulary=100))
+
+
+def test_a_language_models_tokenizer_with_an_id_beyond_its_embedding_is_a_users_error(small_world, trained, tmp_path):
+    folder = Path(shutil.copytree(small_world.llm, tmp_path / "mistral"))
+    size = json.loads((folder / "config.json").read_text())["vocab_size"]
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    added = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
+    tokenizer["added_tokens"].append({"id": size, "content": " hair", **added})
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    says = f"the tokenizer in {folder} has 513 tokens but vocab_size in its config.json is 512: "
+    config = small_world.config("stage1", llm__path=str(folder), prompt_tokenizer=small_world.llm)
+    with pytest.raises(UserError, match=says):
+        assembly.assemble(config)
+    with pytest.raises(UserError, match="prompt_tokenizer has 513 tokens but model.qformer.vocabulary is 512"):
+        assembly.assemble(small_world.config("stage1", prompt_tokenizer=str(folder)))
+    workdir = trained.copy("stage3", tmp_path)  # refused at answering too
+    fields = json.loads((workdir / "config.json").read_text())
+    (workdir / "config.json").write_text(json.dumps({**fields, "llm": {"path": str(folder)}}))
+    with pytest.raises(UserError, match=says):
+        assembly.load_run(workdir)
 
 
 def test_a_run_answers_with_the_newest_weights(trained, runs):

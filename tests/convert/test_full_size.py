@@ -18,6 +18,7 @@ from favchat_jax.checkpoints import mistral_folder as mistral
 from favchat_jax.checkpoints.table import slots
 from favchat_jax.checkpoints.tensors import INDEX, open_tensors
 from tests.conftest import start_module
+from tests.data.tokenizers_for_tests import words
 from tests.models.tiny_parts import MISTRAL_7B
 
 SHARD_BYTES = 10**9  # the test itself holds one shard in memory
@@ -26,7 +27,7 @@ SHARD_BYTES = 10**9  # the test itself holds one shard in memory
 def make_folder(folder: Path) -> None:
     """Writes a Hugging Face folder of random bfloat16 weights in shards, like the published Mistral-7B."""
     folder.mkdir()
-    (folder / "tokenizer.json").write_text("{}")
+    words("hair").save_pretrained(folder)
     (folder / "config.json").write_text(json.dumps(MISTRAL_7B))
     shapes = mistral.weight_shapes(mistral.read_config(folder))
     rng, where, shard, size = np.random.default_rng(0), {}, {}, 0

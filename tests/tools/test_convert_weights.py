@@ -24,6 +24,7 @@ from favchat_jax.convert import facexformer, qformer, umt, videochat2
 from favchat_jax.errors import UserError
 from tests.conftest import damage, fill, start_module
 from tests.convert.test_tables import CASES, weights_for
+from tests.data.tokenizers_for_tests import words
 from tests.models.tiny_parts import MISTRAL, config_json
 
 # Weights that only the Q-Former's pretraining has; VideoChat2's stage 1 saves them beside the two parts.
@@ -84,7 +85,7 @@ def folder(tmp_path):
     source = tmp_path / "mistral"
     source.mkdir()
     (source / "config.json").write_text(json.dumps(config_json(MISTRAL)))
-    (source / "tokenizer.json").write_text("{}")
+    words("hair", "mood").save_pretrained(source)
     tensors = dict(write(mistral.TABLE, weights))
     shards = {"model-1.safetensors": sorted(tensors)[:9], "model-2.safetensors": sorted(tensors)[9:]}
     for shard, names in shards.items():
@@ -342,7 +343,15 @@ def with_bin(source):
         shard.rename(shard.with_suffix(".bin"))
 
 
+def with_tokens(source):
+    words(*map(str, range(30))).save_pretrained(source)
+
+
 FOLDERS = {
+    "more tokens than the embedding": (
+        with_tokens,
+        r"mistral has 33 tokens but vocab_size in its config\.json is 23: ",
+    ),
     "pickled shards": (with_bin, r"mistral holds its weights as \.bin files: fetch its \.safetensors files"),
     "no tokenizer": (lambda source: (source / "tokenizer.json").unlink(), r"mistral holds no tokenizer\.json"),
     "missing shard": (without_shard, r"model-2\.safetensors is missing"),
