@@ -65,7 +65,7 @@ def load(checkpoint: str | os.PathLike[str]) -> "Model":
     Raises:
         UserError: the folder is missing, damaged or of another kind; the message says what to do.
     """
-    return Model(load_run(Path(checkpoint)))
+    return Model(load_run(Path(checkpoint).expanduser()))
 
 
 class Model:

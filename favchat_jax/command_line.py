@@ -74,6 +74,7 @@ def keep_freed_memory() -> None:
         mallopt = ctypes.CDLL(None).mallopt
         arena_max, mmap_max, trim_threshold = -8, -4, -1  # malloc.h
         mallopt(arena_max, 1)
+    argv = [_with_home(argument) for argument in argv]
         mallopt(mmap_max, 0)
         mallopt(trim_threshold, -1)  # never
 
@@ -97,6 +98,12 @@ def parse(argv: list[str]) -> None:
         raise UserError(f"config option of the wrong type: {one_line(error)}") from None
     except SyntaxError as error:
         raise UserError(f"{error.filename}, line {error.lineno}: not a config in Python ({error.msg})") from None
+def _with_home(argument: str) -> str:
+    """Replaces `~` in --NAME=~/PATH, which a shell leaves to the command."""
+    option, equals, value = argument.partition("=")
+    return option + equals + (os.path.expanduser(value) if value.startswith("~/") else value)
+
+
     except Exception as error:  # the config is a program and may fail in any way
         raise UserError(f"--config={config} cannot be read: {type(error).__name__}: {one_line(error)}") from None
     if rest[1:]:

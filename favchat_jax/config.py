@@ -20,6 +20,7 @@ from favchat_jax.section import (
     Count,
     CountOrZero,
     NotNegative,
+    Place,
     Positive,
     Section,
     Share,
@@ -135,8 +136,8 @@ class DataConfig(Section):
     """The clips, and how they become batches."""
 
     name: str  # name of a data set in `data/sources`, or NAME/SIZE
-    root: str = ""  # folder of the published data set; empty if the data set needs no folder
-    packed: str  # folder of the packed (ArrayRecord) data sets
+    root: Place = ""  # folder of the published data set; empty if the data set needs no folder
+    packed: Place  # folder of the packed (ArrayRecord) data sets
     missing_share: Share = 0.2  # largest share of the clips that may be missing in `root`; they are left out
     # A clip is divided into `frames` equal parts, and each part gives a random frame or its middle one.
     sampling: Literal["rand", "middle"] = "rand"
@@ -176,7 +177,7 @@ class OptimizerConfig(Section):
 class LLMConfig(Section):
     """The language model."""
 
-    path: str  # Hugging Face folder
+    path: Place  # Hugging Face folder
     storage: Storage = "full"  # width of the frozen kernels in memory during training
 
 
@@ -184,11 +185,11 @@ class LLMConfig(Section):
 class InitConfig(Section):
     """Sources of the initial weights; parts without a source are drawn."""
 
-    umt: str = ""  # weights folder
-    facexformer: str = ""  # weights folder
-    qformer: str = ""  # a weights folder, or a workdir whose two Q-Formers are used
-    videochat2: str = ""  # weights folder with VideoChat2's encoder, Q-Former, projection and LoRA
-    from_run: str = ""  # workdir of the previous stage
+    umt: Place = ""  # weights folder
+    facexformer: Place = ""  # weights folder
+    qformer: Place = ""  # a weights folder, or a workdir whose two Q-Formers are used
+    videochat2: Place = ""  # weights folder with VideoChat2's encoder, Q-Former, projection and LoRA
+    from_run: Place = ""  # workdir of the previous stage
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -268,7 +269,7 @@ class Config(Section):
     data: DataConfig
     optimizer: OptimizerConfig
     llm: LLMConfig
-    prompt_tokenizer: str = ""  # tokenizer folder for the Q-Formers' prompt; empty for the language model's
+    prompt_tokenizer: Place = ""  # tokenizer folder for the Q-Formers' prompt; empty for the language model's
     init: InitConfig
     steps: CountOrZero  # length of the run; 0 uses `epochs`
     epochs: float  # length of the run in passes over the data

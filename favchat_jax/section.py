@@ -7,6 +7,7 @@ A field's type is int, float, bool, str, a tuple of these, a `Literal`, a dictio
 import dataclasses
 import json
 import math
+import os
 import types
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal, Self, Union, get_args, get_origin
@@ -39,6 +40,8 @@ CountOrZero = Annotated[int, at_least(0)]
 Positive = Annotated[float, Allowed(lambda value: 0 < value < math.inf, ": give a number above 0")]
 NotNegative = Annotated[float, Allowed(lambda value: 0 <= value < math.inf, ": give a number of at least 0")]
 Share = Annotated[float, Allowed(lambda value: 0 <= value <= 1, " is a share: give a number from 0 to 1")]
+# A file or folder; `~` at its start becomes the user's home. Empty if it is not set.
+Place = Annotated[str, Allowed(lambda path: "\0" not in path, ": a path has no zero character; remove it")]
 ShareBelowOne = Annotated[float, Allowed(lambda value: 0 <= value < 1, " is a share: give 0 to less than 1")]
 
 
@@ -52,7 +55,10 @@ class Section:
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
-            _check(field.name, getattr(self, field.name), field.type)
+            value = getattr(self, field.name)
+            _check(field.name, value, field.type)
+            if value and _required(field.type) is Place:
+                object.__setattr__(self, field.name, os.path.expanduser(value))
 
     @classmethod
     def read(cls, fields: Mapping[str, Any], *, ignore_unknown: bool = False) -> Self:
@@ -68,6 +74,17 @@ class Section:
             if name not in fields and field.default is field.default_factory is dataclasses.MISSING:
                 raise UserError(f"{name} is missing in the config")
         return cls(**{k: _read(k, v, known[k].type, ignore_unknown) for k, v in fields.items() if k in known})
+
+    def places(self) -> dict[str, str]:
+        """Returns the files and folders that the section and its sections name, by path of the field."""
+        found = {}
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, Section):
+                found |= {f"{field.name}.{name}": place for name, place in value.places().items()}
+            elif value and _required(field.type) is Place:
+                found[field.name] = value
+        return found
 
     def to_json(self) -> dict[str, Any]:
         """Returns the fields as JSON: nested dictionaries, lists for tuples, without fields that are None."""

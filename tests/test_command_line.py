@@ -51,6 +51,16 @@ def test_a_command_that_did_its_work_exits_with_0(capsys, options):
 
 
 @pytest.mark.parametrize(
+def test_the_tilde_of_an_option_is_the_users_home(capsys, options, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/ada")
+    place = flags.DEFINE_string("place", None, "A path.", flag_values=flags.FLAGS)
+    seen = []
+    arguments = [CONFIG, "--config.data.root=~/clips", "--place=~/run"]
+    assert ending(capsys, lambda: seen.append((options.value.data.root, place.value)), *arguments) == (0, "")
+    assert seen == [("/home/ada/clips", "/home/ada/run")]
+    assert ending(capsys, lambda: seen.append(place.value), "--place=~") == (0, "") and seen[-1] == "~"
+
+
     ("error", "code", "line"),
     [
         (UserError("clip.mp4 is empty: give another"), 2, "clip.mp4 is empty: give another"),

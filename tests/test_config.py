@@ -169,3 +169,21 @@ def test_the_default_workdir_names_preset_variant_ablation_and_stage():
     assert str(config_of(grpo, "preset=paper,variant=v2,ablation=no_face").default_workdir) == (
         "runs/paper-v2-no_face/grpo"
     )
+
+
+def test_the_tilde_of_a_path_is_the_home_of_the_user_who_set_it(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/ada")
+    file = stage3.get_config("preset=paper")
+    file.llm.path, file.data.root, file.init.from_run = "~/mistral", "~", "runs/~/x"
+    config = Config.from_ml_collections(file).updated({"prompt_tokenizer": "~/bert"})
+    monkeypatch.setenv("HOME", "/home/bob")
+    config = Config.from_json(config.to_json())
+    assert config.places() == {
+        "llm.path": "/home/ada/mistral",
+        "prompt_tokenizer": "/home/ada/bert",
+        "data.root": "/home/ada",
+        "data.packed": "runs/data",
+        "init.from_run": "runs/~/x",
+    }
+    with pytest.raises(UserError, match="^llm.path=.*: a path has no zero character"):
+        config.updated({"llm.path": "a\0b"})

@@ -114,15 +114,12 @@ def initialise(model: favchat.FaVChat, sizes: ModelConfig, seed: int) -> dict:
 
 
 def open_run(workdir: str | Path) -> Assembly:
-    """Assembles the model of a workdir or of an exported folder, in which paths are relative to it.
+    """Assembles the model of a workdir or of an exported folder.
 
     Raises:
         UserError: it is another kind of folder, or the language model's folder is missing or has changed since.
     """
     workdir, config = Path(workdir), stored_config(workdir)
-    if is_weights_folder(workdir):
-        prompt_tokenizer = config.prompt_tokenizer and str(workdir / config.prompt_tokenizer)
-        config = config.updated({"llm.path": str(workdir / config.llm.path), "prompt_tokenizer": prompt_tokenizer})
     parts = assemble(config)
     check_llm(workdir, config.llm.path, parts.fingerprint)
     return parts

@@ -1,20 +1,25 @@
 """Identifies the run in a workdir: its config, and the language model that it was trained on.
 
-WORKDIR/config.json   WORKDIR/llm.json (the language model's folder and fingerprint)
+WORKDIR/config.json   WORKDIR/llm.json (the language model's folder and fingerprint, and where the run was started)
 WORKDIR/checkpoints/STEP/ (`store.py`)   WORKDIR/frozen/ (weights that never change in a run, `weights_folder.py`)
 WORKDIR/metrics.jsonl   tensorboard/   compiled/
 """
 
+import contextlib
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from favchat_jax.checkpoints.weights_folder import RESTORE
+from favchat_jax.checkpoints import mistral_folder
+from favchat_jax.checkpoints.weights_folder import RESTORE, is_weights_folder
 from favchat_jax.config import Config
 from favchat_jax.errors import UserError, one_line
 from favchat_jax.files import replace_file
 from favchat_jax.processes import is_first
+
+INSIDE = ("llm.path", "prompt_tokenizer")  # what an exported folder holds, and every answer needs
 
 # Fields with which a run may resume at other values. They change how it is computed or reported, not what it learns;
 # only the random numbers of dropout depend on `accumulate` and `mesh`.
@@ -23,6 +28,7 @@ FREE = (
     "model.remat",
     "accumulate",
     "loss_chunk",
+    "data.missing_share",
     "data.keep_features",
     "log_every",
     "checkpoint_every",
@@ -47,8 +53,16 @@ def load_config(folder: str | Path) -> dict[str, Any]:
 
 
 def stored_config(workdir: str | Path) -> Config:
-    """Reads the config of a run; raises UserError if the folder is of another kind or its config.json is damaged."""
-    workdir, fields = Path(workdir), load_config(workdir)
+    """Reads the config of a run; folders that it names are found from any working directory, see `_located`.
+
+    Raises:
+        UserError: the folder is of another kind, or its config.json is damaged.
+    """
+    return _located(Path(workdir), _read_config(Path(workdir)))
+
+
+def _read_config(workdir: Path) -> Config:
+    fields = load_config(workdir)
     kinds = {"favchat": "an export for PyTorch", "mistral": "a language model's folder"}
     what = kinds.get(str(fields.get("model_type")))
     if fields.keys() & {"kind", "of"}:
@@ -59,6 +73,56 @@ def stored_config(workdir: str | Path) -> Config:
         return Config.from_json(fields)
     except UserError as error:
         raise UserError(f"{workdir}/config.json is damaged ({error}): {RESTORE}") from None
+
+
+def _located(workdir: Path, config: Config) -> Config:
+    """Returns a run's config with each file and folder at the first place where it exists; others stay unchanged.
+
+    Of an exported folder, paths are relative to it. A language model's folder must have the run's fingerprint, if one
+    of the places has it.
+    """
+    places = config.places()
+    if is_weights_folder(workdir):
+        return config.updated({field: str(workdir / places[field]) for field in INSIDE if field in places})
+    llm = _read_llm(workdir)
+    found = {}
+    for field, path in places.items():
+        candidates = [place for place in _candidates(path, workdir, llm, field in INSIDE) if os.path.exists(place)]
+        if field == "llm.path":
+            candidates.sort(key=lambda folder: _fingerprint(folder) != llm.get("fingerprint"))
+        if candidates:
+            found[field] = str(candidates[0])
+    return config.updated(found)
+
+
+def _candidates(path: str, workdir: Path, llm: dict[str, Any], shortened: bool) -> Iterator[Path]:
+    """Yields where a path of a run may be: seen from where the run was started, from here, and from the workdir.
+
+    The last finds what was moved together with the workdir: the path below any folder that holds the workdir, and with
+    `shortened` also its last parts alone.
+    """
+    given, here = Path(path), Path.cwd()
+    started_in = Path(llm.get("started_in", here))
+    yield given if started_in == here else started_in / given
+    yield given
+    parts = given.parts[given.is_absolute() :]
+    for skipped in range(len(parts) if shortened else 1):
+        for folder in workdir.absolute().parents[:-1]:  # without the root of the file system
+            yield folder.joinpath(*parts[skipped:])
+
+
+def _read_llm(workdir: Path) -> dict[str, Any]:
+    """Returns the content of llm.json; empty if it is missing or damaged."""
+    with contextlib.suppress(OSError, ValueError, TypeError):
+        return dict(json.loads((workdir / "llm.json").read_text()))
+    return {}
+
+
+def _fingerprint(folder: Path) -> str:
+    """Returns a language model's fingerprint; empty if the folder holds none."""
+    with contextlib.suppress(OSError, UserError):
+        return mistral_folder.fingerprint(folder)
+    return ""
 
 
 def claim(workdir: Path, config: Config, fingerprint: str) -> None:
@@ -79,8 +143,10 @@ def claim(workdir: Path, config: Config, fingerprint: str) -> None:
         (workdir / "metrics.jsonl").touch()
     except OSError as error:
         raise UserError(f"workdir {workdir} cannot be written ({error.strerror}): choose another --workdir") from None
-    if (workdir / "config.json").exists() and any((workdir / "checkpoints").glob("[0-9]*")):
-        found = differing(stored_config(workdir).to_json(), config.to_json())
+    if has_steps(workdir):
+        before, now = stored_config(workdir).places(), config.places()
+        same = {field: now[field] for field in before.keys() & now.keys() if _is_same(before[field], now[field])}
+        found = differing(_read_config(workdir).updated(same).to_json(), config.to_json())
         fields = sorted(field for field in found if not field.startswith(FREE))
         if fields:
             raise UserError(
@@ -89,8 +155,20 @@ def claim(workdir: Path, config: Config, fingerprint: str) -> None:
             )
         check_llm(workdir, config.llm.path, fingerprint)
     elif is_first():
-        replace_file(workdir / "llm.json", json.dumps({"path": config.llm.path, "fingerprint": fingerprint}))
+        llm = {"path": config.llm.path, "fingerprint": fingerprint, "started_in": os.getcwd()}
+        replace_file(workdir / "llm.json", json.dumps(llm))
         replace_file(workdir / "config.json", json.dumps(config.to_json(), indent=1))
+
+
+def _is_same(one: str, other: str) -> bool:
+    with contextlib.suppress(OSError):
+        return os.path.samefile(one, other)
+    return False
+
+
+def has_steps(workdir: Path) -> bool:
+    """Returns whether a workdir has a checkpoint, so that it belongs to a run."""
+    return (workdir / "config.json").exists() and any((workdir / "checkpoints").glob("[0-9]*"))
 
 
 def differing(one: Any, other: Any, path: str = "") -> Iterator[str]:
@@ -104,11 +182,10 @@ def differing(one: Any, other: Any, path: str = "") -> Iterator[str]:
 
 def check_llm(workdir: Path, folder: str, fingerprint: str) -> None:
     """Raises UserError unless the language model's folder has the fingerprint that the run started with."""
-    try:
-        expected = json.loads((workdir / "llm.json").read_text())["fingerprint"]
-    except FileNotFoundError:
-        raise UserError(f"{workdir} holds no checkpoint: train it first") from None
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{workdir}/llm.json is damaged: delete the workdir and train again") from None
+    if not (workdir / "llm.json").exists():
+        raise UserError(f"{workdir} holds no checkpoint: train it first")
+    expected = _read_llm(workdir).get("fingerprint")
+    if expected is None:
+        raise UserError(f"{workdir}/llm.json is damaged: delete the workdir and train again")
     if fingerprint != expected:
         raise UserError(f"{folder} is not the language model that {workdir} was trained on: restore that folder")

@@ -7,16 +7,16 @@ from typing import Any, Literal, Self
 from ml_collections import ConfigDict
 
 from favchat_jax.errors import UserError
-from favchat_jax.section import Count, CountOrZero, NotNegative, Positive, Section
+from favchat_jax.section import Count, CountOrZero, NotNegative, Place, Positive, Section
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BenchmarkData(Section):
     """Names the place of a benchmark's clips."""
 
-    root: str = ""  # folder of the published data set; empty if the benchmark needs no folder
+    root: Place = ""  # folder of the published data set; empty if the benchmark needs no folder
     name: str | None = None  # name of a data set of `data/sources`
-    packed: str | None = None  # folder of packed data sets
+    packed: Place | None = None  # folder of packed data sets
     split: str | None = None  # split of the data set
     images: str | None = None  # folder of YouTube Faces' frames, below `root`
 

@@ -1,8 +1,12 @@
 import json
 import re
+import shutil
+from pathlib import Path
 
 import pytest
 
+from favchat_jax.checkpoints.mistral_folder import fingerprint
+from favchat_jax.checkpoints.run import open_run
 from favchat_jax.checkpoints.workdir import claim, stored_config
 from favchat_jax.errors import UserError
 
@@ -42,3 +46,72 @@ def test_a_config_that_no_run_can_have_made_is_damaged(field, value, started):
     (started / "config.json").write_text(json.dumps({**written, field: value}))
     with pytest.raises(UserError, match=f"config.json is damaged \\({field}={value!r}|{field}={value}.*copy the whole"):
         stored_config(started)
+
+
+@pytest.fixture
+def project(small_world, tmp_path, monkeypatch):
+    """A folder with a language model and a run that names it by a relative path, as seen from that folder."""
+    folder = tmp_path / "project"
+    shutil.copytree(small_world.llm, folder / "parts" / "mistral")
+    monkeypatch.chdir(folder)
+    start(small_world, Path("runs/one"), "parts/mistral")
+    return folder
+
+
+def start(small_world, workdir: Path, llm: str) -> None:
+    claim(workdir, config_with(small_world, llm), fingerprint(llm))
+    (workdir / "checkpoints" / "2").mkdir(parents=True)
+
+
+def config_with(small_world, llm: str):
+    return small_world.config("stage1", llm__path=llm, prompt_tokenizer=llm)
+
+
+def named(workdir: Path) -> set[str]:
+    config = stored_config(workdir)
+    return {config.llm.path, config.prompt_tokenizer}
+
+
+def test_a_run_with_relative_paths_is_opened_from_any_working_directory(project, small_world, tmp_path, monkeypatch):
+    assert named(project / "runs" / "one") == {"parts/mistral"}
+    start(small_world, tmp_path / "scratch", "parts/mistral")  # not beside its parts
+    monkeypatch.chdir("/")
+    for workdir in (project / "runs" / "one", tmp_path / "scratch"):
+        assert named(workdir) == {str(project / "parts" / "mistral")}
+        assert open_run(workdir).fingerprint == fingerprint(small_world.llm)
+
+
+@pytest.mark.parametrize("llm", ["parts/mistral", "{}/parts/mistral"], ids=["relative", "absolute"])
+def test_a_run_that_moved_together_with_its_parts_is_opened(llm, project, small_world, tmp_path, monkeypatch):
+    start(small_world, Path("runs/two"), llm.format(project))
+    moved = project.rename(tmp_path / "moved")
+    monkeypatch.chdir("/")
+    assert named(moved / "runs" / "two") == {str(moved / "parts" / "mistral")}
+    (moved / "parts" / "mistral").rename(moved / "mistral")  # now by the end of the path alone
+    assert named(moved / "runs" / "two") == {str(moved / "mistral")}
+
+
+def test_a_run_of_an_older_version_finds_its_parts_beside_the_workdir(project, monkeypatch):
+    llm = project / "runs" / "one" / "llm.json"
+    llm.write_text(json.dumps({"path": "parts/mistral", "fingerprint": json.loads(llm.read_text())["fingerprint"]}))
+    monkeypatch.chdir("/")
+    assert named(project / "runs" / "one") == {str(project / "parts" / "mistral")}
+
+
+def test_of_several_language_models_the_one_of_the_run_is_taken(project, tmp_path, monkeypatch):
+    copy = Path(shutil.copytree(project, tmp_path / "copy"))
+    changed = project / "parts" / "mistral" / "config.json"
+    changed.write_text(changed.read_text() + "\n")
+    monkeypatch.chdir("/")
+    assert stored_config(copy / "runs" / "one").llm.path == str(copy / "parts" / "mistral")
+    shutil.rmtree(copy / "parts")
+    with pytest.raises(UserError, match=f"{project}/parts/mistral is not the language model that .*/one was trained"):
+        open_run(copy / "runs" / "one")
+
+
+def test_a_run_goes_on_from_another_folder_with_another_name_of_the_same_place(project, small_world, monkeypatch):
+    monkeypatch.chdir("/")
+    workdir, llm = project / "runs" / "one", str(project / "parts" / "mistral")
+    claim(workdir, config_with(small_world, llm), fingerprint(llm))
+    with pytest.raises(UserError, match=r"fields differ: llm.path \(parts/mistral there, /.* here\), prompt_token"):
+        claim(workdir, config_with(small_world, small_world.llm), fingerprint(llm))
