@@ -147,7 +147,9 @@ def _data(preset: str) -> ConfigDict:
     data.keep_features = False
     data.questions = 1  # questions per clip in a batch; they share the clip's encoders
     data.buckets = (128, 256, 512)  # lengths that sequences are padded to, including visual tokens
-    data.prompt_length = 32  # tokens of the question for a Q-Former, truncated on the left
+    # Tokens of the question for a Q-Former, truncated on the left. MAFW's question has 40 word pieces of
+    # bert-base-uncased; VideoChat2's stage 3 has room for 512.
+    data.prompt_length = 64
     data.workers = 8
     if preset == "tiny":
         data.name = "rendered_faces"
@@ -201,4 +203,4 @@ def _embedded(config: ConfigDict) -> None:
     config.checkpoint_every = 100
     config.loss_chunk = 4096
     config.data.buckets = (48, 128)  # questions, summaries
-    config.data.prompt_length = 24
+    config.data.prompt_length = 32  # the longest question of stage 1

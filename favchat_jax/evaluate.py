@@ -17,11 +17,13 @@ from favchat_jax.api import Model
 from favchat_jax.checkpoints.run import Run, load_run
 from favchat_jax.checkpoints.store import Checkpoints
 from favchat_jax.checkpoints.weights_folder import describe_leaves, is_weights_folder
+from favchat_jax.embedded.prepare import PRESET
 from favchat_jax.errors import UserError
 from favchat_jax.evaluation import result as results
 from favchat_jax.evaluation.benchmarks import benchmark_of
 from favchat_jax.evaluation.config import EvaluationConfig
 from favchat_jax.evaluation.judge import Judge
+from favchat_jax.evaluation.questions import check_benchmark
 from favchat_jax.evaluation.respondents import FaVChat, OpenAIServer, Respondent
 from favchat_jax.evaluation.session import Journal, Session
 from favchat_jax.stages import group_of
@@ -68,6 +70,8 @@ def evaluate(
 def respondent_of(checkpoint: str | Path, config: EvaluationConfig) -> FaVChat:
     """Loads a checkpoint that answers in batches of the config's size."""
     run = load_run(checkpoint)
+    if run.config.preset != PRESET:  # the embedded model's tokenizer spells these questions by letters
+        check_benchmark(run.parts, config)
     return FaVChat(Model(run).sampler, config.batch, config.questions, identity_of(checkpoint, run))
 
 

@@ -23,10 +23,11 @@ from favchat_jax import command_line, processes
 from favchat_jax.checkpoints.initial import starting_state
 from favchat_jax.checkpoints.run import assemble
 from favchat_jax.checkpoints.store import Checkpoints
-from favchat_jax.checkpoints.workdir import claim
+from favchat_jax.checkpoints.workdir import claim, has_steps
 from favchat_jax.config import Config
-from favchat_jax.embedded.prepare import prepare
+from favchat_jax.embedded.prepare import PRESET, prepare
 from favchat_jax.errors import UserError
+from favchat_jax.evaluation.questions import check_training
 from favchat_jax.rl import de_grpo
 from favchat_jax.sharding import training_mesh
 from favchat_jax.signals import termination
@@ -94,6 +95,8 @@ def train(config: Config, workdir: Path, mesh: Mesh, profile: int = 0) -> Outcom
     """
     # Model
     parts = assemble(config)
+    if not has_steps(workdir):
+        check_training(parts, benchmarks=config.preset != PRESET)
     claim(workdir, config, parts.fingerprint)
     keep_programs(workdir)
 

@@ -10,7 +10,7 @@ exact, and a prompt for generation is exactly the beginning of a training sequen
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -175,12 +175,27 @@ class PromptEncoder:
 
     def encode(self, question: str) -> tuple[Int32[np.ndarray, " P"], Bool[np.ndarray, " P"]]:
         """Returns token ids, padded on the right, and the mask of those that are not padding."""
-        room = self.length - len(self._start) - len(self._end)
-        ids = self._tokenizer.encode(question.strip(), add_special_tokens=False).ids
-        ids = [*self._start, *ids[max(len(ids) - room, 0) :], *self._end]
+        ids = [*self._start, *self._ids(question)[self.cut(question) :], *self._end]
         padded = np.full(self.length, self._pad, np.int32)
         padded[: len(ids)] = ids
         return padded, np.arange(self.length) < len(ids)
+
+    def cut(self, question: str) -> int:
+        """Returns how many tokens at the start of a question are cut off."""
+        room = self.length - len(self._start) - len(self._end)
+        return max(len(self._ids(question)) - room, 0)
+
+    def check_whole(self, questions: Iterable[str]) -> None:
+        """Raises UserError if the start of one of the questions is cut off."""
+        for question in questions:
+            if cut := self.cut(question):
+                raise UserError(
+                    f"data.prompt_length={self.length} cuts the first {cut} tokens off {question!r}: "
+                    f"give at least {self.length + cut}"
+                )
+
+    def _ids(self, question: str) -> list[int]:
+        return self._tokenizer.encode(question.strip(), add_special_tokens=False).ids
 
 
 def _detached(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:

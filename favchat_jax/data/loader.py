@@ -36,6 +36,7 @@ INSTRUCTIONS = (
     "Write a description of this video.",
 )
 TEXTS = ("summary", "qa", "face_qa", "reasoning")
+FIXED_QUESTIONS = {"summary": INSTRUCTIONS, "reasoning": (reasoning.QUESTION,)}  # those that no record brings
 
 
 class Source(Protocol):

@@ -5,6 +5,8 @@ nothing compiles twice. `generation/decoding.py` holds the compiled functions.
 """
 
 import dataclasses
+import functools
+import logging
 from collections.abc import Iterator, Sequence
 
 import jax
@@ -18,6 +20,8 @@ from favchat_jax.models.favchat import ClipFeatures
 
 Turn = tuple[str, str | None]
 SHORTEST_STEP = 16  # fewest tokens between two buckets of prompts
+
+log = logging.getLogger("favchat_jax")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +53,7 @@ class Sampler:
         sizes = parts.config.model
         self.frames, self.image_size = sizes.frames, sizes.image_size
         self.tokenizer, self.conversation, self.prompt = parts.tokenizer, parts.conversation, parts.prompt
+        self._reads_questions = sizes.qformer.prompt
         self._longest = max(parts.config.data.buckets)
         self._decoder = Decoder(parts.config, parts.llm, self.conversation.eos)
         self.load(weights)
@@ -185,6 +190,9 @@ class Sampler:
     ) -> tuple[Int[np.ndarray, "B Q P"], Bool[np.ndarray, "B Q P"]]:
         """Encodes questions for the Q-Formers: ids, and True at those that are not padding."""
         encoded = [[self.prompt.encode(question) for question in asked] for asked in questions]
+        for question in (question for asked in questions for question in asked if self._reads_questions):
+            if cut := self.prompt.cut(question):
+                _warn_of_cut(question, cut)
         ids, masks = (np.array([[prompt[part] for prompt in asked] for asked in encoded]) for part in (0, 1))
         return ids, masks
 
@@ -197,3 +205,8 @@ class Sampler:
         for i, j in np.ndindex(tokens.shape[:2]):
             tokens[i, j, : len(sequences[i][j])] = sequences[i][j]
         return tokens
+
+
+@functools.lru_cache(maxsize=1000)  # one warning for a question, however often it is asked
+def _warn_of_cut(question: str, cut: int) -> None:
+    log.warning("the Q-Formers miss the first %d tokens of this question, ask a shorter one: %s", cut, question)

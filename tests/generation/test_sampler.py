@@ -164,6 +164,15 @@ def test_greedy_answers_of_v2_are_those_of_full_forward_passes_too(tmp_path):
     assert sampler.answer(sampler.encode(setting.frames), conversations, GREEDY)[1] == expected
 
 
+def test_a_question_that_the_qformers_read_in_part_is_answered_with_one_warning(sampler, features, caplog):
+    long = f"Tell me {'really ' * 40}who this is."
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            sampler.stream_weights(features, [[QUESTIONS[2], long]] * 2)
+    (line,) = [record.getMessage() for record in caplog.records if "Q-Formers" in record.getMessage()]
+    assert line.startswith(f"the Q-Formers miss the first {sampler.prompt.cut(long)} tokens") and line.endswith(long)
+
+
 def test_stream_weights_are_those_of_the_complete_model(setting, sampler, features):
     weights = sampler.stream_weights(features, [QUESTIONS[:2]] * 2)
     prompts, masks = zip(*(setting.prompt.encode(question) for question in QUESTIONS[:2]), strict=True)

@@ -30,7 +30,7 @@ class FaVChatConfig(MistralConfig):
         ablation="none",
         frames=16,
         image_size=224,
-        prompt_length=32,
+        prompt_length=64,
         umt=None,
         no_face_taps=(6, 12, 18, 23),
         facexformer=None,
