@@ -27,6 +27,14 @@ if TYPE_CHECKING:
 VISUAL_PLACEHOLDER = -1  # token id that the model replaces by a visual token's vector
 
 
+class ContextError(UserError):
+    """Raised where a conversation is longer than the context; `length` is the conversation's in tokens."""
+
+    def __init__(self, message: str, length: int):
+        super().__init__(message)
+        self.length = length
+
+
 @dataclass(frozen=True)
 class Encoded:
     """A tokenised conversation; `loss_mask` marks the tokens to be learned: answers and the `</s>` after each."""
@@ -100,7 +108,8 @@ class Conversation:
             seconds: times of the frames; required with `times=True`.
 
         Raises:
-            UserError: a question or answer is empty, or the conversation is longer than `max_length`.
+            ContextError: the conversation is longer than `max_length`.
+            UserError: a question or answer is empty or holds what is no character.
         """
         pieces = [(self._opening(frames, seconds), False)]
         for number, (question, answer) in enumerate(turns):
@@ -109,7 +118,7 @@ class Conversation:
             pieces += self._turn(question, answer)
         length = sum(len(ids) for ids, _ in pieces)
         if length > max_length:
-            raise UserError(self._too_long(turns, length, max_length))
+            raise ContextError(self._too_long(turns, length, max_length), length)
         return Encoded(
             tokens=np.array([token for ids, _ in pieces for token in ids], np.int32),
             loss_mask=np.repeat([learned for _, learned in pieces], [len(ids) for ids, _ in pieces]),

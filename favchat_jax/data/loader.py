@@ -9,6 +9,9 @@ merged. Checkpoints store the iterator's state with the count of dropped records
 from __future__ import annotations
 
 import bisect
+import contextlib
+import re
+import shutil
 import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,7 +23,7 @@ from absl import flags
 
 from favchat_jax.data import reasoning
 from favchat_jax.data.bad_records import BadRecords
-from favchat_jax.data.conversation import Conversation, PromptEncoder
+from favchat_jax.data.conversation import ContextError, Conversation, PromptEncoder
 from favchat_jax.data.record import Record
 from favchat_jax.data.video import Augment, decode
 from favchat_jax.errors import UserError
@@ -37,6 +40,10 @@ INSTRUCTIONS = (
 )
 TEXTS = ("summary", "qa", "face_qa", "reasoning")
 FIXED_QUESTIONS = {"summary": INSTRUCTIONS, "reasoning": (reasoning.QUESTION,)}  # those that no record brings
+
+ROUND = 32  # tokens; lengths of buckets that are proposed are multiples of it
+SHARED_MEMORY = "/dev/shm"  # worker processes pass their clips through it
+FEWER_WORKERS = "set --config.data.workers=0, or start the container with --shm-size=2g"
 
 
 class Source(Protocol):
@@ -66,8 +73,8 @@ class Batch:
 class Example(grain.transforms.RandomMap):
     """Encodes one record in a worker, as arrays of Q rows with the text padded to the record's longest.
 
-    A bad record (a clip that cannot be decoded, a text over the limit) becomes {"id", "bad": reason}. A record without
-    the requested text becomes {"id", "skip": reason}.
+    A bad record (a clip that cannot be decoded) becomes {"id", "bad": reason}, with {"length": tokens} if its text is
+    over the limit. A record without the requested text becomes {"id", "skip": reason}.
 
     Attributes:
         text: `summary`, one instruction and the record's summary; `qa`, up to Q of its questions, drawn at random;
@@ -93,6 +100,8 @@ class Example(grain.transforms.RandomMap):
             return {"id": record.id, "skip": f"no text for {self.text}"}
         try:
             return {"id": record.id, **self._encode(record, turns, rng)}
+        except ContextError as error:
+            return {"id": record.id, "bad": str(error), "length": error.length}
         except UserError as error:
             return {"id": record.id, "bad": str(error)}
 
@@ -188,6 +197,8 @@ def training_batches(
     stream = examples.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4))
     if workers:
         ready = -(-batch // workers) + 1  # a complete batch is ready while the device works on the previous one
+        # A worker holds one more clip that it is making.
+        _check_shared_memory(workers, workers * (ready + 1) * (frames * size * size * 3 + 5 * asked * longest))
         stream = stream.mp_prefetch(grain.MultiprocessingOptions(workers, ready), worker_init_fn=_start_worker)
     return BatchIterator(
         iter(stream),
@@ -223,6 +234,7 @@ class BatchIterator(grain.DatasetIterator):
         self._batch, self._buckets, self._pad = batch, buckets, pad
         self.dataset_length, self._records, self._layout = dataset_length, records, layout
         self.counted = BadRecords(records)
+        self._too_long = 0  # tokens of the longest text that no bucket holds
 
     def __next__(self) -> Batch:
         """Returns the next batch.
@@ -233,7 +245,7 @@ class BatchIterator(grain.DatasetIterator):
         rows: list[dict[str, Any]] = []
         skipped = 0
         while len(rows) < self._batch:
-            row = next(self._parent)
+            row = self._next_row()
             if "skip" in row:
                 skipped += 1
                 if skipped > 2 * self._records:  # so many in a row include every record at least once
@@ -243,14 +255,40 @@ class BatchIterator(grain.DatasetIterator):
                     )
                 continue
             skipped = 0
+            if "bad" in row:
+                self._too_long = max(self._too_long, row.get("length", 0))
             try:
                 self.counted.add(row["id"], row.get("bad"))
-            except UserError:
+            except UserError as error:
                 self.close()
-                raise
+                raise UserError(f"{error}{self._longer_bucket()}") from None
             if "bad" not in row:
                 rows.append(row)
         return self._collate(rows)
+
+    def _longer_bucket(self) -> str:
+        """Says which buckets would hold the texts that were too long, if there were any."""
+        if not self._too_long:
+            return ""
+        lengths = ",".join(map(str, [*self._buckets, -(-self._too_long // ROUND) * ROUND]))
+        return f"; the longest text so far needs {self._too_long} tokens: set --config.data.buckets=({lengths})"
+
+    def _next_row(self) -> dict[str, Any]:
+        """Returns the next example of the workers.
+
+        Raises:
+            UserError: a worker died.
+        """
+        try:
+            return next(self._parent)
+        except RuntimeError as error:  # Grain's
+            died = re.search(r"terminated unexpectedly with exit code (-?\d+)", str(error))
+            if died is None:
+                raise
+            self.close()
+            reasons = {-signal.SIGBUS: f"{SHARED_MEMORY} is full", -signal.SIGKILL: "killed, as when memory runs out"}
+            reason = reasons.get(int(died[1]), f"exit code {died[1]}")
+            raise UserError(f"a process that decodes clips died ({reason}): {FEWER_WORKERS}") from None
 
     def _collate(self, rows: list[dict[str, Any]]) -> Batch:
         """Stacks examples to a batch, with their text padded to the smallest bucket that holds it."""
@@ -280,6 +318,17 @@ class BatchIterator(grain.DatasetIterator):
             )
         self.counted.set_state(state["counts"])
         self._parent.set_state(state["examples"])
+
+
+def _check_shared_memory(workers: int, needed: int) -> None:
+    """Raises UserError if the workers' clips do not fit in shared memory, where writing would kill a worker."""
+    with contextlib.suppress(OSError):  # another system
+        free = shutil.disk_usage(SHARED_MEMORY).free
+        if free < needed:
+            raise UserError(
+                f"{SHARED_MEMORY} has {free / 1e6:.1f} MB left, but data.workers={workers} need {needed / 1e6:.1f} MB "
+                f"there for clips: {FEWER_WORKERS}"
+            )
 
 
 def _start_worker(index: int, count: int) -> None:

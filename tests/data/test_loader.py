@@ -2,12 +2,14 @@ import contextlib
 import dataclasses
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
 import textwrap
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import grain
 import numpy as np
@@ -257,6 +259,48 @@ def test_a_data_set_of_only_bad_records_stops_after_a_hundred(open_stream):
     stream = open_stream([record(number, clip=b"bad") for number in range(7)])
     with pytest.raises(UserError, match="100 of 100 records are bad"):
         next(stream)
+
+
+def test_texts_that_no_bucket_holds_stop_the_run_with_the_length_that_would(clip, open_stream):
+    def with_summary(number: int) -> Record:
+        return Record(**{**vars(record(number, clip=clip)), "summary": "word " * (30 + number)})
+
+    stream = open_stream([with_summary(number) for number in range(3)], text="summary", buckets=[48, 64], size=8)
+    said = (
+        "100 of 100 records are bad.*the longest text so far needs ([0-9]+) tokens: set --config.data.buckets=.(.*).$"
+    )
+    with pytest.raises(UserError, match=said) as error:
+        next(stream)
+    needed, lengths = re.search(said, str(error.value)).groups()
+    buckets = [int(length) for length in lengths.split(",")]
+    assert buckets[:2] == [48, 64] and buckets[2] % 32 == 0 and 0 <= buckets[2] - int(needed) < 32
+    stream = open_stream([with_summary(number) for number in range(3)], text="summary", buckets=buckets, size=8)
+    assert next(stream).arrays["tokens"].shape[2] == buckets[2]
+
+
+def test_workers_whose_clips_do_not_fit_in_shared_memory_are_refused(records, open_stream, monkeypatch):
+    def free(path):
+        assert path == "/dev/shm"
+        return SimpleNamespace(free=50_000)
+
+    monkeypatch.setattr(loader.shutil, "disk_usage", free)
+    said = "^/dev/shm has 0.1 MB left, but data.workers=2 need .* set --config.data.workers=0, or .* --shm-size=2g$"
+    with pytest.raises(UserError, match=said):
+        open_stream(records, size=64, workers=2)
+    open_stream(records, size=64)  # a thread of this process needs none
+
+
+def test_a_worker_that_died_as_of_full_shared_memory_is_one_line(records, open_stream):
+    before = set(multiprocessing.active_children())
+    stream = open_stream(records, workers=1)
+    next(stream)
+    for worker in set(multiprocessing.active_children()) - before:
+        os.kill(worker.pid, signal.SIGBUS)
+    with pytest.raises(
+        UserError, match="^a process that decodes clips died ./dev/shm is full.: set --config.data"
+    ):
+        for _ in range(20):  # batches that were ready come first
+            next(stream)
 
 
 def test_a_bug_in_the_program_does_not_count_as_a_bad_record(records, open_stream, monkeypatch):
