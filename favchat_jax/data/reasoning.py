@@ -2,7 +2,7 @@
 
 The cold start of the reinforcement stage learns them. They come from a clip's target strings and differ in wording and
 completeness on purpose, so that the reinforcement stage finds better and worse ones among a policy's responses.
-`answer_of` reads the answer alone.
+`answer_of` reads the answer alone, also from models that mark their thoughts otherwise.
 """
 
 import re
@@ -19,6 +19,16 @@ ANSWERS = (
     "The person has {attributes} and looks {emotion}.",
     "{attributes}",
 )
+
+# The marks of a thought: <think>, <thinking>, [THINK], ◁think▷, <seed:think>, <|begin_of_thought|> and their like.
+_NAME = r"(?:think|thinking|thoughts?|reasoning|reflection|analysis|scratchpad|rationale)"
+THOUGHT = re.compile(rf"(?:<\|?|\[|◁)(?:\w+:|begin_of_)?{_NAME}(?:\|?>|\]|▷)", re.IGNORECASE)
+THOUGHT_END = re.compile(rf"(?:<\|?|\[|◁)(?:/|end_of_)(?:\w+:)?{_NAME}(?:\|?>|\]|▷)", re.IGNORECASE)
+ANSWER = re.compile(r"<answer>|<\|begin_of_(?:solution|box)\|>", re.IGNORECASE)
+ANSWER_END = re.compile(r"</answer>|<\|end_of_(?:solution|box)\|>", re.IGNORECASE)
+# gpt-oss thinks in a channel of its own; servers that do not parse it leave the marks, or their text alone.
+CHANNEL = re.compile(r"<\|channel\|>analysis<\|message\|>|^analysis(?=.*assistantfinal)", re.DOTALL)
+LAST_CHANNEL = re.compile(r"<\|channel\|>final<\|message\|>|assistantfinal")
 
 
 def has_face_and_targets(record: Record) -> bool:
@@ -42,13 +52,21 @@ def from_summary(summary: str, targets: dict[str, str], rng: np.random.Generator
 
 
 def answer_of(response: str) -> str:
-    """Returns the answer in a response: the last `<answer>` up to `</answer>`, or to the end if it was cut off.
+    """Returns the answer in a response, without the thoughts before it.
 
-    The last tag counts, since a thought may quote an answer and then reject it. Without a tag, the entire response is
-    the answer.
+    The answer is the last `<answer>` after the thoughts, up to `</answer>`, or to the end if it was cut off. The last
+    tag counts, since a thought may quote an answer and then reject it. Without a tag, the answer is all that is no
+    thought. A thought without an end is one that was cut off, and a response of it alone has the answer "".
     """
-    last = re.split(r"<answer>", response, flags=re.IGNORECASE)[-1]
-    return re.split(r"</answer>", last, flags=re.IGNORECASE)[0].strip()
+    if CHANNEL.search(response):
+        _, *last = LAST_CHANNEL.split(response, maxsplit=1)
+        return re.sub(r"<\|\w+\|>", "", last[0]).strip() if last else ""
+    last = THOUGHT_END.split(response)[-1]
+    if ANSWER.search(last):
+        return ANSWER_END.split(ANSWER.split(last)[-1])[0].strip()
+    said = ANSWER_END.split(THOUGHT.split(last)[0])[0].strip()
+    first, *thoughts = THOUGHT.split(response)
+    return said or (answer_of(first) if thoughts else "")  # some explain an answer afterwards
 
 
 def _some(text: str, rng: np.random.Generator) -> str:

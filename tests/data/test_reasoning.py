@@ -74,3 +74,34 @@ def test_only_faces_with_all_three_targets_have_responses(of, possible):
 )
 def test_the_answer_is_the_text_of_the_last_answer_tag_or_the_full_response(response, answer):
     assert reasoning.answer_of(response) == answer
+
+
+@pytest.mark.parametrize(
+    ("response", "answer"),
+    [
+        ("<think>angry?</think>\n\nsad", "sad"),
+        ("angry? no.</think>sad", "sad"),  # where the template of the prompt opens the thought
+        ("<think>angry? the brows are", ""),  # cut off
+        ("sad<think>because of the tears</think>", "sad"),
+        ("<think>one</think>sad <think>two</think> or angry", "or angry"),
+        ("<think>the <think>inner</think> and the outer</think> sad", "sad"),
+        ("<think>not <answer>happy</answer>", "happy"),  # the end of the thought is missing
+        ("<THINKING>angry?</THINKING>sad", "sad"),
+        ("[THINK]angry?[/THINK]sad", "sad"),
+        ("◁think▷angry?◁/think▷sad", "sad"),
+        ("<seed:think>angry?</seed:think>sad", "sad"),
+        ("<|begin_of_thought|>angry?<|end_of_thought|> <|begin_of_solution|>sad<|end_of_solution|>", "sad"),
+        ("<reasoning>angry?</reasoning><answer>sad</answer>", "sad"),
+        ("<|begin_of_box|>sad<|end_of_box|>", "sad"),
+        (
+            "<|channel|>analysis<|message|>angry?<|end|><|start|>assistant<|channel|>final<|message|>sad<|return|>",
+            "sad",
+        ),
+        ("<|channel|>analysis<|message|>angry? the brows", ""),
+        ("analysisAngry? No.assistantfinalsad", "sad"),
+        ("I think <b>sad</b> [thin]", "I think <b>sad</b> [thin]"),
+        ("</think>", ""),
+    ],
+)
+def test_thoughts_of_any_model_are_no_part_of_the_answer(response, answer):
+    assert reasoning.answer_of(response) == answer

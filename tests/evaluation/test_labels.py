@@ -1,13 +1,42 @@
 """Reading classes from free text: emotions, and whether two faces are the same person's."""
 
+import json
+from pathlib import Path
+
 import pytest
 
-from favchat_jax.evaluation import labels
 from favchat_jax.evaluation.benchmarks.dfew import CLASSES as DFEW
 from favchat_jax.evaluation.benchmarks.mafw import CLASSES as MAFW
-from favchat_jax.evaluation.labels import SYNONYMS, decide, emotion_names, says_same
+from favchat_jax.evaluation.labels import SYNONYMS, decide, emotion_mentions, emotion_names, says_same
 
 SEVEN, ELEVEN = emotion_names(DFEW), emotion_names(MAFW)
+
+
+def answers(name):
+    """Returns the rows of a file of answers as people and models word them, with their labels."""
+    lines = Path(__file__).with_name(f"{name}_answers.jsonl").read_text().split("\n")
+    return [json.loads(line) for line in lines if line]
+
+
+def misread(rows, read, expected):
+    """Returns the answers that are not read as expected, and those of them that are read as another label."""
+    found = [(row["text"], read(row), row[expected]) for row in rows]
+    missed = [row for row in found if row[1] != row[2]]
+    return missed, [row for row in missed if row[1] is not None]
+
+
+def test_at_least_97_of_100_emotions_are_read_right_and_the_others_are_left_undecided():
+    rows, names = answers("emotion"), {"dfew": SEVEN, "mafw": ELEVEN}
+    missed, wrong = misread(rows, lambda row: decide(row["text"], names[row["set"]]), "label")
+    assert len(rows) >= 450 and not wrong, wrong
+    assert len(missed) <= 0.03 * len(rows), missed
+
+
+def test_at_least_97_of_100_verdicts_on_two_faces_are_read_right_and_the_others_are_left_undecided():
+    rows = answers("same")
+    missed, wrong = misread(rows, lambda row: says_same(row["text"]), "same")
+    assert len(rows) >= 450 and not wrong, wrong
+    assert len(missed) <= 0.03 * len(rows), missed
 
 
 @pytest.mark.parametrize(
@@ -72,7 +101,7 @@ def test_an_answer_with_several_emotions_and_no_decision_has_no_class(text):
 
 def test_all_mentioned_emotions_are_found_in_order_and_negated_ones_are_marked():
     text = "first surprised, then happy, then amazed again, never angry."
-    found = [(label, negated) for _, label, negated in labels._mentions(text, SEVEN)]
+    found = [(mention.label, mention.denied) for mention in emotion_mentions(text, SEVEN)]
     assert found == [("surprise", False), ("happy", False), ("surprise", False), ("angry", True)]
 
 
