@@ -9,6 +9,7 @@ Importing the package is quick: JAX and the model's code are imported when `load
 """
 
 import os
+import sys
 from typing import TYPE_CHECKING, Any
 
 from favchat_jax.errors import UserError
@@ -16,11 +17,16 @@ from favchat_jax.errors import UserError
 # transformers reads it when it is imported, and would otherwise print that PyTorch is missing.
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
+if sys.argv[:1] == ["-m"]:  # Python is about to run a command of this package, whose imports take seconds
+    from favchat_jax.signals import end_at_interrupt
+
+    end_at_interrupt("favchat")
+
 if TYPE_CHECKING:
-    from favchat_jax.api import EncodedClip, Model, load
+    from favchat_jax.api import Dialogue, EncodedClip, Model, load
 
 __version__ = "0.1.0"
-__all__ = ["EncodedClip", "Model", "UserError", "__version__", "load"]
+__all__ = ["Dialogue", "EncodedClip", "Model", "UserError", "__version__", "load"]
 
 
 def __getattr__(name: str) -> Any:

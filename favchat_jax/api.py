@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Float, UInt8
 
 from favchat_jax.checkpoints.run import Run, load_run
+from favchat_jax.data.conversation import ContextError
 from favchat_jax.data.video import decode
 from favchat_jax.errors import UserError
 from favchat_jax.generation.sampler import Sampler, Sampling, Turn
@@ -140,6 +141,10 @@ class Model:
         turns = _asked(history, question)
         yield from self.sampler.stream(self.encode(video).features, turns, Sampling(**sampling))
 
+    def dialogue(self, video: Video, **sampling: Unpack[Options]) -> "Dialogue":
+        """Starts a conversation about one video, whose answers have the turns before in mind; see `Dialogue`."""
+        return Dialogue(self, self.encode(video), **sampling)
+
     def stream_weights(self, video: Video, question: str) -> tuple[float, float]:
         """Returns the weights of the general and the facial stream, w_1 and w_2 of Eq. 3.
 
@@ -176,6 +181,52 @@ class Model:
             conversations = [_asked(history, one) for one in _filled(asked, len(questions))]
             answers += self.sampler.answer(features, [conversations], sampling)[0][: len(asked)]
         return answers[0] if isinstance(question, str) else answers
+
+
+class Dialogue:
+    """A conversation about one clip. Each answer has the turns before it in mind, as far as the context reaches.
+
+    Args:
+        model: the checkpoint that answers.
+        clip: the clip.
+        sampling: see `Options`.
+
+    Attributes:
+        turns: questions and answers that the next answer has in mind, the oldest first.
+    """
+
+    def __init__(self, model: Model, clip: EncodedClip, **sampling: Unpack[Options]):
+        self._model, self._clip, self._sampling = model, clip, sampling
+        self.turns: list[tuple[str, str]] = []
+
+    def reset(self) -> None:
+        """Forgets all turns."""
+        self.turns = []
+
+    def ask(self, question: str) -> Iterator[str]:
+        """Yields the answer piece by piece. Where the context is full, the oldest turns are forgotten.
+
+        An empty answer does not become a turn.
+
+        Raises:
+            UserError: the question is empty, or alone is longer than the context.
+        """
+        turns = self.turns
+        while True:
+            try:
+                answer = self._model.stream(self._clip, question, history=turns, **self._sampling)
+                pieces = [next(answer)]
+                break
+            except ContextError:
+                if not turns:
+                    raise
+                turns = turns[1:]
+        yield pieces[0]
+        for piece in answer:
+            pieces.append(piece)
+            yield piece
+        said = "".join(pieces).strip()
+        self.turns = turns + ([(question, said)] if said else [])
 
 
 def _asked(history: Turns, question: str) -> list[Turn]:

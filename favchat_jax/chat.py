@@ -1,9 +1,13 @@
 """Asks a checkpoint about a video: python -m favchat_jax.chat --checkpoint=DIR --video=F [--question=Q]
 
-With --question, only the answer goes to stdout. Without it, chat reads one question a line; an empty line ends it.
+With --question or --questions, only answers go to stdout. Without them, chat reads one question a line. In this
+conversation, /reset forgets the earlier turns, /help lists the commands, and an empty line, quit or exit ends it.
 """
 
+import contextlib
+import json
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 from absl import flags
@@ -12,25 +16,45 @@ import favchat_jax
 from favchat_jax import command_line
 from favchat_jax.data.reasoning import answer_of
 from favchat_jax.data.video import decode
+from favchat_jax.embedded.notice import unlike_training
 from favchat_jax.errors import UserError
+from favchat_jax.files import read_lines
+from favchat_jax.training.programs import keep_programs, user_cache
+
+HELP = "/reset forgets the earlier turns; an empty line, quit or exit ends the conversation"
+EMPTY = "the answer is empty: ask in other words"
 
 
-def converse(model: favchat_jax.Model, video: str, **sampling: Any) -> None:
-    """Answers questions from stdin one after another, each with the turns before it, streamed to stdout."""
-    clip = model.encode(video)
-    history: list[tuple[str, str]] = []
-    while question := _read("question> "):
-        answer = ""
+def converse(dialogue: favchat_jax.Dialogue) -> None:
+    """Answers questions from stdin one after another, streamed to stdout."""
+    while (question := _read("question> ")) not in ("", "quit", "exit", "/quit", "/exit"):
+        if question.startswith("/"):
+            if question == "/reset":
+                dialogue.reset()
+            _say("the conversation begins anew" if question == "/reset" else HELP)
+            continue
+        answer, before = "", len(dialogue.turns)
         try:
-            for piece in model.stream(clip, question, history=history, **sampling):
+            for piece in dialogue.ask(question):
                 print(piece, end="", flush=True)
                 answer += piece
-        except UserError as error:  # the conversation is longer than the context
-            print(f"chat: {error}", file=sys.stderr)
+        except UserError as error:
+            _say(error)
             continue
-        print()
-        if answer.strip():  # a conversation cannot contain an empty answer
-            history.append((question, answer))
+        print(flush=True)
+        if not answer.strip():
+            _say(EMPTY)
+        if forgotten := before + bool(answer.strip()) - len(dialogue.turns):
+            _say(f"the context is full: {forgotten} earlier {'turn is' if forgotten == 1 else 'turns are'} forgotten")
+
+
+def answer_all(model: favchat_jax.Model, video: str, questions: list[str], **sampling: Any) -> None:
+    """Prints the answer to each question, one a line, or as JSON with its question."""
+    for question, answer in zip(questions, model.answer(video, questions, **sampling), strict=True):
+        if not answer.strip():
+            _say(EMPTY)
+        text = answer_of(answer) if _ANSWER_ONLY.value else answer
+        print(json.dumps({"question": question, "answer": text}, ensure_ascii=False) if _JSON.value else text)
 
 
 def _read(prompt: str) -> str:
@@ -39,14 +63,45 @@ def _read(prompt: str) -> str:
     return sys.stdin.readline().strip()
 
 
-def main() -> None:
-    """Answers the question of the flags, or starts a conversation."""
-    if not _CHECKPOINT.value or not _VIDEO.value:
-        raise UserError("needed: --checkpoint=WORKDIR --video=FILE, and --question=TEXT for a single answer")
+def _say(message: object) -> None:
+    print(f"chat: {message}", file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def _waiting(message: str) -> Iterator[None]:
+    """Shows a message on a terminal while something takes seconds."""
+    shown = sys.stderr.isatty()
+    if shown:
+        print(f"{message} ...", end="", file=sys.stderr, flush=True)
+    try:
+        yield
+    finally:
+        if shown:
+            print("\r\033[K", end="", file=sys.stderr, flush=True)
+
+
+def _questions() -> list[str]:
+    """Returns the questions of the flags; none stand for a conversation."""
+    if _QUESTION.value is not None and _QUESTIONS.value:
+        raise UserError("--question and --questions exclude each other: give one of them")
     if _QUESTION.value is not None and not _QUESTION.value.strip():
         raise UserError("--question is empty: ask something, or leave it out for a conversation")
-    if _ANSWER_ONLY.value and _QUESTION.value is None:
-        raise UserError("--answer_only drops the thought before a single answer: give --question=TEXT with it")
+    if _QUESTIONS.value:
+        questions = [line.strip() for _, line in read_lines(_QUESTIONS.value)]
+        if not questions:
+            raise UserError(f"--questions={_QUESTIONS.value} holds no question: write one a line")
+        return questions
+    for option in (_ANSWER_ONLY, _JSON):
+        if option.value and _QUESTION.value is None:
+            raise UserError(f"--{option.name} changes how an answer is printed: give --question or --questions with it")
+    return [] if _QUESTION.value is None else [_QUESTION.value]
+
+
+def main() -> None:
+    """Answers the questions of the flags, or starts a conversation."""
+    if not _CHECKPOINT.value or not _VIDEO.value:
+        raise UserError("needed: --checkpoint=WORKDIR --video=FILE, and --question=TEXT for a single answer")
+    questions = _questions()
     sampling: dict[str, Any] = {
         "max_new_tokens": _MAX_NEW_TOKENS.value,
         "temperature": _TEMPERATURE.value,
@@ -55,18 +110,27 @@ def main() -> None:
     }
     # The video is opened first, because loading a checkpoint takes longer than refusing a bad file.
     decode(_VIDEO.value, frames=1, size=16)
-    model = favchat_jax.load(_CHECKPOINT.value)
-    if _QUESTION.value is None:
-        converse(model, _VIDEO.value, **sampling)
-    else:
-        answer = model.answer(_VIDEO.value, _QUESTION.value, **sampling)
-        print(answer_of(answer) if _ANSWER_ONLY.value else answer)
+    if cache := user_cache():
+        keep_programs(cache, seconds=0.1)
+    with _waiting(f"loading {_CHECKPOINT.value}"):
+        model = favchat_jax.load(_CHECKPOINT.value)
+    if notice := unlike_training(model.config, _VIDEO.value):
+        _say(notice)
+    if questions:
+        with _waiting("answering; the first answer compiles the model"):
+            answer_all(model, _VIDEO.value, questions, **sampling)
+        return
+    with _waiting("reading the video"):
+        dialogue = model.dialogue(_VIDEO.value, **sampling)
+    converse(dialogue)
 
 
 if __name__ == "__main__":
     _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Workdir of a stage")
     _VIDEO = flags.DEFINE_string("video", None, "Video file")
     _QUESTION = flags.DEFINE_string("question", None, "Question; without it, a conversation")
+    _QUESTIONS = flags.DEFINE_string("questions", None, "File with one question a line; prints one answer a line")
+    _JSON = flags.DEFINE_bool("json", False, "Print each answer as a line of JSON with its question")
     _MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 64, "Longest answer, in tokens", lower_bound=1)
     _TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 is greedy", lower_bound=0.0)
     _TOP_P = flags.DEFINE_float("top_p", 1.0, "Nucleus", lower_bound=0.0, upper_bound=1.0)

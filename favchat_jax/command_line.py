@@ -14,12 +14,13 @@ from absl import logging as absl_logging
 from ml_collections import config_flags
 
 from favchat_jax.errors import RunError, UserError, one_line
+from favchat_jax.signals import end_at_interrupt
 
 HELP = {f"{dashes}{name}" for name in ("help", "helpfull", "helpshort", "h") for dashes in ("-", "--")}
 
 
 def start(main: Callable[[], None], argv: list[str] | None = None) -> None:
-    """Parses the command line, runs `main`, and ends the process with the fitting exit code.
+    """Parses the command line, runs `main`, and ends the process with the fitting exit code, 130 after Ctrl-C.
 
     Only an error of the software itself ends with a traceback.
     """
@@ -27,6 +28,7 @@ def start(main: Callable[[], None], argv: list[str] | None = None) -> None:
     _set_up_logging()
     argv = sys.argv if argv is None else argv
     name = Path(argv[0]).stem
+    end_at_interrupt(name)
     if HELP & set(argv[1:]):
         print(f"{sys.modules['__main__'].__doc__}\n{flags.FLAGS.main_module_help()}")
         sys.exit(0)
@@ -43,8 +45,6 @@ def start(main: Callable[[], None], argv: list[str] | None = None) -> None:
             raise
         hint = "make room, and run the same command again" if full else "the run needs to read and write here"
         _end(name, f"{error.filename or 'the disk'}: {error.strerror}; {hint}", 2)
-    except KeyboardInterrupt:
-        _end(name, "interrupted", 130)
     sys.exit(0)
 
 
@@ -57,12 +57,6 @@ def _set_up_logging() -> None:
     # their event loop. The same error is also raised and reported in one line.
     absl_logging.set_verbosity(absl_logging.FATAL)
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
-    sys.unraisablehook = _report_unraisable
-
-
-def _report_unraisable(unraisable) -> None:
-    if str(unraisable.exc_value) != "Event loop is closed":
-        sys.__unraisablehook__(unraisable)
 
 
 def keep_freed_memory() -> None:
@@ -74,13 +68,13 @@ def keep_freed_memory() -> None:
         mallopt = ctypes.CDLL(None).mallopt
         arena_max, mmap_max, trim_threshold = -8, -4, -1  # malloc.h
         mallopt(arena_max, 1)
-    argv = [_with_home(argument) for argument in argv]
         mallopt(mmap_max, 0)
         mallopt(trim_threshold, -1)  # never
 
 
 def parse(argv: list[str]) -> None:
     """Parses the flags; every mistake becomes a UserError of one line."""
+    argv = [_with_home(argument) for argument in argv]
     config = _config_named(argv)
     if config is not None:
         _check_config_file(config)
@@ -98,16 +92,16 @@ def parse(argv: list[str]) -> None:
         raise UserError(f"config option of the wrong type: {one_line(error)}") from None
     except SyntaxError as error:
         raise UserError(f"{error.filename}, line {error.lineno}: not a config in Python ({error.msg})") from None
-def _with_home(argument: str) -> str:
-    """Replaces `~` in --NAME=~/PATH, which a shell leaves to the command."""
-    option, equals, value = argument.partition("=")
-    return option + equals + (os.path.expanduser(value) if value.startswith("~/") else value)
-
-
     except Exception as error:  # the config is a program and may fail in any way
         raise UserError(f"--config={config} cannot be read: {type(error).__name__}: {one_line(error)}") from None
     if rest[1:]:
         raise UserError(f"unexpected argument {rest[1]!r}: options are written --name=value (see --help)")
+
+
+def _with_home(argument: str) -> str:
+    """Replaces `~` in --NAME=~/PATH, which a shell leaves to the command."""
+    option, equals, value = argument.partition("=")
+    return option + equals + (os.path.expanduser(value) if value.startswith("~/") else value)
 
 
 def check_kind(holder: flags.FlagHolder, field: str, choices: str) -> None:

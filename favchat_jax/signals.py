@@ -5,10 +5,13 @@ import logging
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
+from types import TracebackType
 
 log = logging.getLogger("favchat_jax")
+INTERRUPTED = 130  # exit code of a process that Ctrl-C ended, as shells count
 
 
 @contextlib.contextmanager
@@ -45,6 +48,34 @@ def termination(meanwhile: str) -> Iterator[threading.Event]:
             signal.signal(number, handler)
     if interrupted.is_set():
         raise KeyboardInterrupt
+
+
+def end_at_interrupt(name: str) -> None:
+    """Makes a Ctrl-C that nothing handles end this process at once, with one line and exit code 130.
+
+    A normal end would take away threads of the compiler while they work, which crashes. Python itself drops a Ctrl-C
+    that arrives within a callback, such as JAX's of the garbage collector.
+
+    Args:
+        name: the command, named in the line.
+    """
+    others, dropped = sys.excepthook, sys.unraisablehook
+
+    def end(kind: type[BaseException], error: BaseException | None, traceback: TracebackType | None) -> None:
+        if not issubclass(kind, KeyboardInterrupt):
+            return others(kind, error, traceback)
+        print(f"{name}: interrupted", file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):  # nothing reads it any more
+            sys.stdout.flush()
+        os._exit(INTERRUPTED)
+
+    def end_dropped(unraisable: "sys.UnraisableHookArgs") -> None:
+        if issubclass(unraisable.exc_type, KeyboardInterrupt):
+            end(unraisable.exc_type, None, None)
+        elif str(unraisable.exc_value) != "Event loop is closed":  # of Orbax' threads after a failed write
+            dropped(unraisable)
+
+    sys.excepthook, sys.unraisablehook = end, end_dropped
 
 
 def end_with_parent() -> None:

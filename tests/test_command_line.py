@@ -19,6 +19,7 @@ def quiet_set_up(monkeypatch):
     """The process' logging and memory stay as they are."""
     monkeypatch.setattr(command_line, "_set_up_logging", lambda: None)
     monkeypatch.setattr(command_line, "keep_freed_memory", lambda: None)
+    monkeypatch.setattr(command_line, "end_at_interrupt", lambda name: None)
 
 
 @pytest.fixture
@@ -50,7 +51,6 @@ def test_a_command_that_did_its_work_exits_with_0(capsys, options):
     assert (seen[0].batch, seen[0].data.buckets, flags.FLAGS.port) == (3, (64, 96), 7)
 
 
-@pytest.mark.parametrize(
 def test_the_tilde_of_an_option_is_the_users_home(capsys, options, monkeypatch):
     monkeypatch.setenv("HOME", "/home/ada")
     place = flags.DEFINE_string("place", None, "A path.", flag_values=flags.FLAGS)
@@ -61,11 +61,11 @@ def test_the_tilde_of_an_option_is_the_users_home(capsys, options, monkeypatch):
     assert ending(capsys, lambda: seen.append(place.value), "--place=~") == (0, "") and seen[-1] == "~"
 
 
+@pytest.mark.parametrize(
     ("error", "code", "line"),
     [
         (UserError("clip.mp4 is empty: give another"), 2, "clip.mp4 is empty: give another"),
         (RunError("the loss of step 3 is nan"), 1, "the loss of step 3 is nan"),
-        (KeyboardInterrupt(), 130, "interrupted"),
         (OSError(errno.ENOSPC, "No space left on device"), 2, "the disk: No space left on device; make room"),
         (PermissionError(errno.EACCES, "Permission denied", "runs/x"), 2, "runs/x: Permission denied"),
     ],

@@ -43,6 +43,7 @@ def command(capsys, monkeypatch):
     """Runs `python -m favchat_jax.NAME ARGUMENTS` within this process, which costs no start."""
     monkeypatch.setattr(command_line, "_set_up_logging", lambda: None)
     monkeypatch.setattr(command_line, "keep_freed_memory", lambda: None)
+    monkeypatch.setattr(command_line, "end_at_interrupt", lambda name: None)
     monkeypatch.chdir(ROOT)
 
     def run(name: str, *arguments: object) -> Ended:
@@ -230,7 +231,10 @@ def test_chat_refuses_a_video_that_is_missing_or_a_folder(command, tmp_path):
         (["--temperature=-1"], "temperature"),
         (["--top_p=1.5"], "top_p"),
         (["--seed=x"], "seed"),
-        (["--answer_only"], "--answer_only .* give --question=TEXT with it"),
+        (["--answer_only"], "--answer_only .* give --question or --questions with it"),
+        (["--json"], "--json .* give --question or --questions with it"),
+        (["--question=a", "--questions=b"], "exclude each other"),
+        (["--questions=none.txt"], "none.txt cannot be read"),
         (["What", "is", "this?"], "unexpected argument 'What'"),
     ],
 )
@@ -273,7 +277,7 @@ def test_chat_prints_the_answer_alone(start, video, checkpoint):
     stdout, stderr = process.communicate(timeout=200)
     answer = favchat_jax.load(checkpoint).answer(video, "What colour is the hair?", max_new_tokens=6)
     assert stdout == f"{answer}\n"
-    assert (process.returncode, stderr) == (0, "")
+    assert (process.returncode, stderr) == (0, "" if answer else "chat: the answer is empty: ask in other words\n")
 
 
 def test_chat_can_leave_out_the_thought(video, checkpoint, command, monkeypatch):
@@ -293,13 +297,39 @@ def test_a_conversation_answers_each_line_with_the_turns_before_it_in_mind(video
         stdin=subprocess.PIPE,
     )
     questions = ["What colour is the hair?", "why " * 400, "And the eyes?"]
-    stdout, stderr = process.communicate("\n".join([*questions, "", "never read"]), timeout=200)
+    lines = [*questions, "/reset", questions[2], "quit", "never read"]
+    stdout, stderr = process.communicate("\n".join(lines), timeout=200)
     model = favchat_jax.load(checkpoint)
     first = "".join(model.stream(video, questions[0], max_new_tokens=5))
-    before = [(questions[0], first)] if first.strip() else []  # a turn without an answer is not told again
+    before = [(questions[0], first.strip())] if first.strip() else []  # a turn without an answer is not told again
     second = "".join(model.stream(video, questions[2], history=before, max_new_tokens=5))
-    assert process.returncode == 0 and stdout == f"{first}\n{second}\n"
-    assert stderr.count("\n") == 1 and "over the limit of 160; shorten the text" in stderr
+    anew = "".join(model.stream(video, questions[2], max_new_tokens=5))
+    assert process.returncode == 0 and stdout == f"{first}\n{second}\n{anew}\n"
+    assert "over the limit of 160; shorten the text" in stderr and "the conversation begins anew" in stderr
+
+
+def test_chat_answers_a_file_of_questions_as_lines_or_as_json(command, video, checkpoint, tmp_path):
+    questions = ["What colour is the hair?", "And the eyes?"]
+    (tmp_path / "asked.txt").write_text("\ufeff" + "\n\n".join(questions) + "\n")
+    common = [f"--checkpoint={checkpoint}", f"--video={video}", "--max_new_tokens=5"]
+    ended = command("chat", *common, f"--questions={tmp_path}/asked.txt")
+    answers = favchat_jax.load(checkpoint).answer(video, questions, max_new_tokens=5)
+    assert (ended.code, ended.stdout) == (0, "".join(f"{answer}\n" for answer in answers))
+    ended = command("chat", *common, f"--questions={tmp_path}/asked.txt", "--json")
+    expected = [{"question": question, "answer": said} for question, said in zip(questions, answers, strict=True)]
+    assert [json.loads(line) for line in ended.stdout.splitlines()] == expected
+
+
+def test_a_question_in_another_encoding_is_refused(command, video, checkpoint):
+    question = b"caf\xe9?".decode("utf-8", "surrogateescape")
+    ended = command("chat", f"--checkpoint={checkpoint}", f"--video={video}", f"--question={question}")
+    assert ended.is_refusal("is not text in UTF-8")
+
+
+def test_the_embedded_model_warns_about_a_video_that_is_not_rendered(command, checkpoint, tmp_path):
+    (tmp_path / "mine.mp4").write_bytes(encode_video(4))
+    arguments = [f"--checkpoint={checkpoint}", f"--video={tmp_path}/mine.mp4", "--question=Who?", "--max_new_tokens=2"]
+    assert "has seen rendered faces only" in command("chat", *arguments).stderr
 
 
 # evaluate

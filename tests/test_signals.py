@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from favchat_jax.signals import termination
-from tests.conftest import ROOT
+from tests.conftest import ROOT, start_module
 
 pytestmark = pytest.mark.usefixtures("heeded")
 
@@ -104,3 +104,36 @@ def test_a_worker_ends_with_a_parent_that_is_killed(tmp_path):
         time.sleep(0.05)
     os.kill(worker, signal.SIGKILL)
     pytest.fail("the worker lives on")
+
+
+INTERRUPTED = {
+    "in the work": "raise KeyboardInterrupt",
+    "in a callback, where Python drops it": """
+import gc
+def callback(*_):
+    gc.callbacks.clear()
+    raise KeyboardInterrupt
+gc.callbacks.append(callback)
+gc.collect()
+import time
+time.sleep(60)
+""",
+}
+
+
+@pytest.mark.parametrize("where", INTERRUPTED)
+def test_ctrl_c_ends_a_process_at_once_in_one_line(where):
+    start = "from favchat_jax.signals import end_at_interrupt\nend_at_interrupt('chat')\nprint('an answer')\n"
+    ended = subprocess.run([sys.executable, "-c", start + INTERRUPTED[where]], capture_output=True, text=True, cwd=ROOT)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (130, "an answer\n", "chat: interrupted\n")
+
+
+@pytest.mark.parametrize("seconds", [0.15, 1.0, 2.5])
+def test_a_command_can_be_interrupted_from_its_first_moments(seconds):
+    process = start_module("favchat_jax.chat", "--checkpoint=missing", "--video=missing")
+    time.sleep(seconds)
+    process.send_signal(signal.SIGINT)
+    stdout, stderr = process.communicate(timeout=60)
+    # Before Python has found the package, Ctrl-C ends it Python's way; later than all imports, the refusal is printed.
+    assert stdout == "" and process.returncode in (130, 2, -signal.SIGINT), stderr
+    assert process.returncode != 130 or stderr.count("\n") == 1

@@ -1,4 +1,4 @@
-"""Keeps compiled programs in the workdir, so that a resumed run compiles nothing again, and traces steps on request."""
+"""Keeps compiled programs, so that a second start compiles nothing again, and traces steps on request."""
 
 import contextlib
 import hashlib
@@ -15,15 +15,30 @@ from favchat_jax.errors import UserError
 WARM_UP = 2  # steps before a trace begins, which compile and fill queues
 
 
-def keep_programs(workdir: Path) -> None:
-    """Keeps programs compiled from now on in `workdir/compiled`, unless JAX_COMPILATION_CACHE_DIR names another place.
+def keep_programs(folder: Path, seconds: float = 1.0) -> None:
+    """Keeps programs compiled from now on in `folder/compiled`, unless JAX_COMPILATION_CACHE_DIR names another place.
 
     CPU programs contain instructions of that processor, so each type of processor has its own folder.
+
+    Args:
+        folder: the workdir in training, the user's cache in answering.
+        seconds: shortest compilation whose program is kept.
     """
     if os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         return
-    jax.config.update("jax_compilation_cache_dir", str(workdir / "compiled" / _machine()))
+    jax.config.update("jax_compilation_cache_dir", str(folder / "compiled" / _machine()))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", seconds)
     compilation_cache.reset_cache()  # an earlier stage of this process used another folder
+
+
+def user_cache() -> Path | None:
+    """Makes the user's cache of this package, `~/.cache/favchat_jax`; returns None if it cannot be written."""
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "favchat_jax"
+    with contextlib.suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+        if os.access(folder, os.W_OK):
+            return folder
+    return None
 
 
 def _machine() -> str:
