@@ -147,7 +147,7 @@ class Conversation:
         return [(asked, False), ([*self._ids(answer), self.eos], True)]
 
     def _ids(self, text: str) -> list[int]:
-        return self._tokenizer.encode(self._space + text.strip(), add_special_tokens=False).ids
+        return _token_ids(self._tokenizer, self._space + text.strip())
 
     def _too_long(self, turns: Sequence[tuple[str, str | None]], length: int, max_length: int) -> str:
         question, answer = turns[-1]
@@ -204,7 +204,14 @@ class PromptEncoder:
                 )
 
     def _ids(self, question: str) -> list[int]:
-        return self._tokenizer.encode(question.strip(), add_special_tokens=False).ids
+        return _token_ids(self._tokenizer, question.strip())
+
+
+def _token_ids(tokenizer: Tokenizer, text: str) -> list[int]:
+    try:
+        return tokenizer.encode(text, add_special_tokens=False).ids
+    except TypeError:  # half of a surrogate pair: bytes of another encoding, or a damaged text
+        raise UserError(f"{ascii(text.strip())} is not text in UTF-8: write it in UTF-8") from None
 
 
 def _detached(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
