@@ -94,6 +94,7 @@ def _model(preset: str, variant: str) -> ConfigDict:
             "extra_queries": 64,
             "vocabulary": 30523,  # bert-base-uncased and [DEC]
             "dropout": 0.1,
+            "drop_path": 0.0,  # 0.2 in VideoChat2's instruction tuning
             "prompt": True,  # a choice: both Q-Formers read the question, in v1 too
         }
     )

@@ -93,6 +93,7 @@ class QFormerConfig(Section):
     extra_queries: CountOrZero  # additional learned queries
     vocabulary: Count  # tokens in the embedding of the prompt
     dropout: ShareBelowOne  # probability
+    drop_path: ShareBelowOne = 0.0  # probability in the last layer that a branch is left out, while they train
     prompt: bool  # whether they read the question, which v2 requires
 
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict
 from transformers import PreTrainedTokenizerBase
 
+from favchat_jax import stages
 from favchat_jax.checkpoints import mistral_folder
 from favchat_jax.checkpoints.store import Checkpoints
 from favchat_jax.checkpoints.weights_folder import RESTORE, is_weights_folder, load_weights
@@ -21,7 +22,6 @@ from favchat_jax.data.conversation import Conversation, PromptEncoder, load_toke
 from favchat_jax.errors import UserError
 from favchat_jax.models import favchat
 from favchat_jax.models.mistral import MistralConfig
-from favchat_jax.stages import group_of
 
 Weights = dict[str, Any]
 Shapes = dict[str, jax.ShapeDtypeStruct]
@@ -88,8 +88,9 @@ def assemble(config: Config) -> Assembly:
         )
     conversation = Conversation(tokenizer, qformer.queries + qformer.extra_queries)
     prompt = PromptEncoder(prompt_tokenizer, config.data.prompt_length)
+    trains_qformers = "qformers" in stages.TRAINS[config.variant][config.stage]
     model = favchat.build(
-        config.model,
+        config.model if trains_qformers else config.model.updated({"qformer.drop_path": 0.0}),
         llm,
         variant=config.variant,
         ablation=config.ablation,
@@ -154,7 +155,7 @@ def load_trained(workdir: str | Path, shapes: Mapping[str, Any] | None = None) -
             weights |= checkpoints.load_trainable()
     if shapes is None:
         return weights
-    missing = sorted(path for path in shapes if path not in weights and group_of(path) != "llm")
+    missing = sorted(path for path in shapes if path not in weights and stages.group_of(path) != "llm")
     if missing:
         where = "" if is_weights_folder(workdir) or (workdir / "frozen").exists() else ", because frozen/ is missing"
         count = f" and {len(missing) - 1} more weights" if len(missing) > 1 else ""

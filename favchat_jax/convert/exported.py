@@ -152,6 +152,7 @@ def favchat_config(config: Config, llm: Mapping[str, Any], dtype: str) -> dict[s
     """Returns a run's exported config.json; `llm` holds the fields of its language model's config.json."""
     model = config.model
     umt = {name: value for name, value in model.umt.to_json().items() if name != "depth"}  # of the published model
+    qformer = {name: value for name, value in model.qformer.to_json().items() if name != "drop_path"}  # of training
     return {
         **llm,
         "architectures": ["FaVChatForConditionalGeneration"],
@@ -170,7 +171,7 @@ def favchat_config(config: Config, llm: Mapping[str, Any], dtype: str) -> dict[s
         "no_face_taps": list(model.no_face_taps),
         "facexformer": model.facexformer.to_json(),
         "fusion": model.fusion.to_json(),
-        "qformer": model.qformer.to_json(),
+        "qformer": qformer,
         "adapter": model.adapter.to_json(),
     }
 
