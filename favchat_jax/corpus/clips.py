@@ -139,8 +139,15 @@ def _detector(name: str, model: str, smallest: float) -> Detector:
 
 
 def _frames(row: dict[str, Any], start: float | None = None) -> Iterator[av.VideoFrame]:
+    """Returns the frames of a row's part of the video, cut to a square like CelebV-HQ's if the row has a box.
+
+    A model sees every clip as a square, so only a square box leaves faces their shape.
+    """
     pictures = footage.frames(Path(row["path"]), row["start"] if start is None else start, row["end"])
-    return (footage.crop(picture, json.loads(row["box"])) for picture in pictures) if row["box"] else pictures
+    if not row["box"]:
+        return pictures
+    box = json.loads(row["box"])
+    return (footage.crop(picture, box, square=True) for picture in pictures)
 
 
 def look_for_faces(pictures: Iterator[av.VideoFrame], detector: Detector, every: int) -> Sighting:

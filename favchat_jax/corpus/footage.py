@@ -19,6 +19,7 @@ from favchat_jax.corpus.manifest import FPS
 from favchat_jax.data.colour import matrix_of, to_rgb
 from favchat_jax.data.picture import RESIZING, display_axes, upright
 from favchat_jax.data.video import SMALLEST_SIDE, VideoError, open_video, read_frames, read_packets
+from favchat_jax.files import is_hidden
 
 RATE = 25.0  # frames a second of folders of frames, and of files that state no rate
 PICTURES = {".jpg", ".jpeg", ".png", ".bmp"}
@@ -135,10 +136,14 @@ def _at(frame: av.VideoFrame, pts: int | None, time_base: Fraction) -> av.VideoF
     return frame
 
 
-def crop(frame: av.VideoFrame, box: Box) -> av.VideoFrame:
-    """Returns the part of a frame inside a box."""
+def crop(frame: av.VideoFrame, box: Box, *, square: bool = False) -> av.VideoFrame:
+    """Returns the part of a frame inside a box, or the largest square in the middle of the box."""
     top, bottom = (round(share * frame.height) for share in box[:2])
     left, right = (round(share * frame.width) for share in box[2:])
+    if square:
+        half = min(bottom - top, right - left) // 2
+        top, left = (top + bottom) // 2 - half, (left + right) // 2 - half
+        bottom, right = top + 2 * half, left + 2 * half
     rgb = to_rgb(VideoReformatter(), frame, frame.width, frame.height, RESIZING)
     picture = rgb[top : max(bottom, top + 2), left : max(right, left + 2)]
     return _at(av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24"), frame.pts, frame.time_base)
@@ -191,7 +196,8 @@ def _encoded_size(picture: av.VideoFrame, largest_side: int) -> tuple[int, int]:
 
 def frame_files(folder: Path) -> list[Path]:
     """Returns the pictures of a folder, ordered by the numbers in their names."""
-    files = [file for file in folder.iterdir() if file.suffix.lower() in PICTURES and file.is_file()]
+    files = [file for file in folder.iterdir() if file.suffix.lower() in PICTURES and not is_hidden(file)]
+    files = [file for file in files if file.is_file()]
     return sorted(files, key=lambda file: ([int(number) for number in re.findall(r"\d+", file.stem)], file.name))
 
 

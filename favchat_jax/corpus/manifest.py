@@ -37,7 +37,7 @@ GROUP = 1000  # rows written at a time
 _SHARED = [("id", pa.string()), ("source", pa.string()), ("group", pa.string()), ("attributes", pa.string())]
 SCHEMAS = {
     # The clip is a part of the file: `start` to `end` in seconds, and `box`, JSON [top, bottom, left, right] in shares
-    # of the picture. Null and "" stand for the entire video and picture.
+    # of the picture, of which the largest square is cut. Null and "" stand for the entire video and picture.
     MANIFEST: pa.schema(
         [
             *_SHARED,

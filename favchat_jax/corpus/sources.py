@@ -22,8 +22,10 @@ from favchat_jax.corpus.manifest import SOURCES, is_box, is_time
 from favchat_jax.data import vocabulary
 from favchat_jax.data.sources import celebvhq
 from favchat_jax.errors import UserError
+from favchat_jax.files import is_hidden
 
 VIDEOS = {".mp4", ".avi", ".mkv", ".mov", ".webm", ".m4v", ".mpg", ".mpeg", ".flv", ".wmv", ".ts", ".3gp"}
+MARGIN = 0.02  # share of the picture: `expand` in download_and_process.py of github.com/CelebV-HQ/CelebV-HQ
 # Classes of other sources that CelebV-HQ has a label for.
 HMDB51_ACTIONS = {"chew", "drink", "eat", "kiss", "laugh", "smile", "smoke", "talk"}
 FERV39K_EMOTIONS = {
@@ -123,11 +125,7 @@ def _id(video: Found) -> str:
 
 def _celebvhq(root: Path) -> Iterator[Found]:
     info = root / celebvhq.INFO
-    try:
-        entries = celebvhq.read_annotation(info.read_text(encoding="utf-8"), info)
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "not UTF-8 text"
-        raise UserError(f"{info}: {reason}; --source must be the folder that holds {celebvhq.INFO}") from None
+    entries = celebvhq.read_annotation(celebvhq.read_info(info), info)
     videos = {path.stem: path for path in _files(root) if path.suffix.lower() in VIDEOS}
     for clip, entry in entries.items():
         try:
@@ -167,7 +165,14 @@ def _cut_from(videos: dict[str, Path], video: Found, entry: dict) -> Found:
         valid = False
     if not valid:
         return replace(video, problem="its duration or bbox is not a time in seconds or a box in shares of the picture")
-    return replace(video, path=full, start=start, end=end, box="" if box == [0, 1, 0, 1] else json.dumps(box))
+    return replace(video, path=full, start=start, end=end, box="" if box == [0, 1, 0, 1] else json.dumps(_widened(box)))
+
+
+def _widened(box: list[float]) -> list[float]:
+    """Returns a box with `MARGIN` more on each side, as CelebV-HQ's authors widen theirs; `clips` cuts a square."""
+    top, bottom, left, right = box
+    sides = max(top - MARGIN, 0.0), min(bottom + MARGIN, 1.0), max(left - MARGIN, 0.0), min(right + MARGIN, 1.0)
+    return [round(side, 6) for side in sides]
 
 
 def _hmdb51(root: Path) -> Iterator[Found]:
@@ -252,16 +257,16 @@ def _folder(root: Path) -> Iterator[Found]:
 def _files(root: Path) -> Iterator[Path]:
     """Yields all files below a folder that are not hidden, in a fixed order."""
     for folder, below, files in os.walk(root):
-        below[:] = sorted(name for name in below if not name.startswith("."))
-        yield from (Path(folder, name) for name in sorted(files) if not name.startswith("."))
+        below[:] = sorted(name for name in below if not is_hidden(name))
+        yield from (Path(folder, name) for name in sorted(files) if not is_hidden(name))
 
 
 def _below(folder: Path) -> list[Path]:
-    return sorted(folder.iterdir()) if folder.is_dir() else []
+    return sorted(path for path in folder.iterdir() if not is_hidden(path)) if folder.is_dir() else []
 
 
 def _folders(folder: Path) -> list[Path]:
-    return [path for path in _below(folder) if path.is_dir() and not path.name.startswith(".")]
+    return [path for path in _below(folder) if path.is_dir()]
 
 
 LAYOUTS: dict[str, Callable[[Path], Iterator[Found]]] = {

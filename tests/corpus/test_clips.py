@@ -159,10 +159,11 @@ def test_celebvhq_clips_are_cut_and_cropped_out_of_full_videos(tmp_path):
     row = build(tmp_path / "raw", tmp_path / "out")[0]["video.mp4"]
     with av.open(str(tmp_path / "out" / row["path"])) as container:
         pictures = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
-    assert pictures[0].shape == (48, 90, 3) and len(pictures) == row["frames"] == 25
+    assert pictures[0].shape == (50, 50, 3) and len(pictures) == row["frames"] == 25
     full = encode_video(75, width=120, options={**EXACT, "g": "10"})
     with av.open(io.BytesIO(full)) as container:
-        wanted = [frame.to_ndarray(format="rgb24")[:48, 30:] for frame in container.decode(video=0)][13:38]
+        # As the authors' script: the box widened to rows 0 to 50 and columns 28 to 120, and the square in its middle.
+        wanted = [frame.to_ndarray(format="rgb24")[:50, 49:99] for frame in container.decode(video=0)][13:38]
     assert np.abs(np.stack(pictures).astype(int) - np.stack(wanted)).mean() < 3  # from 0.5 s: frame 13 of 25 a second
 
 
@@ -275,7 +276,19 @@ def test_a_clip_that_would_be_too_small_to_read_is_dropped(tmp_path):
     write(tmp_path / "raw" / "celebvhq_info.json", celebvhq_info(c=celebvhq_entry(bbox=box)))
     write(tmp_path / "raw" / "video.mp4", encode_video(40))
     kept, dropped = build(tmp_path / "raw", tmp_path / "out")
-    assert not kept and "its clip would be 96x2 pixels" in dropped["video.mp4"]
+    assert not kept and "its clip would be 4x4 pixels" in dropped["video.mp4"]
+
+
+def test_a_circle_in_celebvhqs_box_is_round_in_what_a_model_sees(tmp_path):
+    def circle(number: int, width: int, height: int) -> np.ndarray:
+        return cv2.circle(np.full((height, width, 3), 40, np.uint8), (96, 90), 22, (240, 240, 240), -1)
+
+    box = {"top": 0.3, "bottom": 0.7, "left": 0.2, "right": 0.4}
+    write(tmp_path / "raw" / "celebvhq_info.json", celebvhq_info(a=celebvhq_entry(bbox=box)))
+    write(tmp_path / "raw" / "video.mp4", encode_video(50, width=320, height=180, picture=circle))
+    row = build(tmp_path / "raw", tmp_path / "out")[0]["video.mp4"]
+    rows, columns = np.where(decode(tmp_path / "out" / row["path"], frames=1, size=224).frames[0].mean(-1) > 140)
+    assert np.ptp(columns) / np.ptp(rows) == pytest.approx(1, abs=0.03)
 
 
 def edited(out, change):

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from favchat_jax.corpus import sources
+from favchat_jax.corpus import footage, sources
 from favchat_jax.corpus.manifest import MANIFEST, read_table
 from favchat_jax.corpus.scan import scan
 from favchat_jax.errors import UserError
@@ -33,11 +33,11 @@ def test_celebvhq_clips_are_named_by_their_ids_and_grouped_by_source_video(tmp_p
 
 def test_celebvhq_clips_are_cut_from_full_videos_if_only_those_exist(tmp_path):
     uncropped = celebvhq_entry(bbox={"top": 0, "bottom": 1, "left": 0, "right": 1})
-    write(tmp_path / "celebvhq_info.json", celebvhq_info(video_0=celebvhq_entry(), video_1=uncropped))
+    write(tmp_path / "celebvhq_info.json", "\ufeff" + celebvhq_info(video_0=celebvhq_entry(), video_1=uncropped))
     full = write(tmp_path / "raw" / "video.mp4", b"x")
     videos = found(tmp_path)
     assert (videos["video_0"].path, videos["video_0"].start, videos["video_0"].end) == (full, 0.5, 1.5)
-    assert videos["video_0"].box == "[0.0, 0.5, 0.25, 1.0]" and videos["video_1"].box == ""
+    assert videos["video_0"].box == "[0.0, 0.52, 0.23, 1.0]" and videos["video_1"].box == ""
 
 
 @pytest.mark.parametrize(
@@ -64,6 +64,17 @@ def test_a_name_that_no_file_can_have_is_recorded(tmp_path, name):
     (row,) = scan([str(tmp_path / "raw")], tmp_path / "out")
     assert row["status"] == "unreadable" and row["id"].startswith("celebvhq-")
     assert [row["id"] for row in read_table(tmp_path / "out", MANIFEST)] == [row["id"]]
+
+
+def test_what_a_computers_system_adds_to_folders_is_no_video(tmp_path):
+    for name in ("Ann/0/0.1.jpg", "Ann/0/._0.1.jpg", "Ann/@eaDir/0.1.jpg", "Ann/.x/0.1.jpg", "@eaDir/0/0.1.jpg"):
+        write(tmp_path / "faces" / name, b"x")
+    videos = sources.find(f"youtube_faces:{tmp_path / 'faces'}")
+    assert [str(video.path.relative_to(tmp_path)) for video in videos] == ["faces/Ann/0"]
+    assert [file.name for file in footage.frame_files(videos[0].path)] == ["0.1.jpg"]
+    for name in ("a.mp4", "._a.mp4", "__MACOSX/a.mp4", "$RECYCLE.BIN/b.mp4"):
+        write(tmp_path / "videos" / name, b"x")
+    assert list(found(tmp_path / "videos")) == ["a.mp4"]
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "[" * 100_000, '{"clips": {}}'], ids=lambda text: text[:15])
