@@ -1,5 +1,6 @@
 """The command `favchat COMMAND --option=value ...`, the same as `python -m favchat_jax.COMMAND --option=value ...`."""
 
+import difflib
 import os
 import runpy
 import sys
@@ -23,7 +24,9 @@ def main() -> None:
         print(favchat_jax.__version__)
         sys.exit(0)
     if arguments[0] not in COMMANDS:
-        print(f"favchat: unknown command {arguments[0]!r}: choose one of {', '.join(COMMANDS)}", file=sys.stderr)
+        meant = difflib.get_close_matches(arguments[0], COMMANDS, n=1)
+        hint = f"did you mean {meant[0]}?" if meant else f"choose one of {', '.join(COMMANDS)}"
+        print(f"favchat: unknown command {arguments[0]!r}: {hint}", file=sys.stderr)
         sys.exit(2)
     del sys.argv[1]
     sys.path.insert(0, os.getcwd())  # as with `python -m`, so that a config may import others of the clone

@@ -5,6 +5,7 @@ import ctypes
 import errno
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -87,7 +88,7 @@ def parse(argv: list[str]) -> None:
     except (AttributeError, KeyError) as error:  # an override of an unknown field
         if getattr(error, "name", None) == "get_config":
             raise UserError(f"--config={config} has no get_config(); configs/ holds those to choose from") from None
-        raise UserError(f"unknown config option: {one_line(error)}") from None
+        raise UserError(_unknown_field(error, argv)) from None
     except (TypeError, ValueError) as error:
         raise UserError(f"config option of the wrong type: {one_line(error)}") from None
     except SyntaxError as error:
@@ -152,10 +153,32 @@ def _refusal_of(error: BaseException | None) -> str | None:
     return None
 
 
+def _unknown_field(error: Exception, argv: list[str]) -> str:
+    """Names the option that overrides a field which the config lacks, with the field that was perhaps meant."""
+    field = one_line(error).strip("'\"")
+    options = [argument.partition("=")[0] for argument in argv]
+    option = next((option for option in options if field in option.lstrip("-").split(".")[1:]), field)
+    meant = re.search(r'Did you mean "([^"]+)"', str(error))
+    return f"unknown config option: {option}" + (f"; did you mean {meant[1]}?" if meant else " (see --print_config)")
+
+
+# Parts of the flags library's messages, and what the value should have been.
+EXPECTED = {
+    "Non-boolean argument": "True or False",
+    "invalid literal for int": "a whole number",
+    "could not convert string to float": "a number",
+    "as a ConfigDict": "a section: set one of its fields, as in --config.SECTION.FIELD=VALUE",
+}
+
+
 def _flag_mistake(error: flags.Error) -> str:
     lines = str(error).strip().splitlines()
     if "parsing config file" in lines[0]:  # a traceback follows
         return f"{lines[0]} {lines[-1]}; expected is a get_config() like those of the files in configs/"
+    option, _, reason = lines[0].removeprefix("flag ").partition(": ")
+    for part, expected in EXPECTED.items():
+        if part in reason:
+            return f"{option} is not {expected}"
     return f"{one_line(error)} (see --help)"
 
 

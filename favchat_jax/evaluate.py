@@ -101,12 +101,18 @@ def table(result: results.Result) -> str:
 
 def main() -> None:
     """Evaluates the model that the flags name."""
-    if _CONFIG.value is None or not _OUT.value or not (_CHECKPOINT.value or _MODEL.value):
-        raise UserError("needed: --config=configs/eval/rendered.py --checkpoint=WORKDIR --out=FILE.json")
+    needed = "needed: --config=configs/eval/rendered.py --checkpoint=WORKDIR --out=FILE.json"
+    if _CONFIG.value is None:
+        raise UserError(needed)
+    command_line.check_kind(_CONFIG, "benchmark", "configs/eval/*.py")
+    config = EvaluationConfig.from_ml_collections(_CONFIG.value)
+    if _PRINT_CONFIG.value:
+        print(json.dumps(config.to_json(), indent=1))
+        return
+    if not _OUT.value or not (_CHECKPOINT.value or _MODEL.value):
+        raise UserError(needed)
     if _CHECKPOINT.value and _MODEL.value:
         raise UserError("--checkpoint and --model both name the model: give one (--describer=DIR adds descriptions)")
-    command_line.check_kind(_CONFIG, "benchmark", "configs/eval")
-    config = EvaluationConfig.from_ml_collections(_CONFIG.value)
     command_line.check_output("--out", _OUT.value)
     out = Path(_OUT.value)
     journal = out.with_name(f"{out.name}.answers.jsonl")
@@ -122,4 +128,5 @@ if __name__ == "__main__":
     _MODEL = flags.DEFINE_string("model", None, "openai:URL#NAME: evaluate a server's model instead of a checkpoint")
     _DESCRIBER = flags.DEFINE_string("describer", None, "Workdir of a stage whose descriptions precede the questions")
     _OUT = flags.DEFINE_string("out", None, "JSON file of the result")
+    _PRINT_CONFIG = flags.DEFINE_bool("print_config", False, "Print the config with the options given, and end")
     command_line.start(main)

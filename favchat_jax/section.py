@@ -77,7 +77,7 @@ class Section:
 
     def places(self) -> dict[str, str]:
         """Returns the files and folders that the section and its sections name, by path of the field."""
-        found = {}
+        found: dict[str, str] = {}
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if isinstance(value, Section):
@@ -115,6 +115,8 @@ def _read(name: str, value: Any, kind: Any, ignore_unknown: bool) -> Any:
         if isinstance(kind, type) and issubclass(kind, Section) and isinstance(value, Mapping):
             return kind.read(value, ignore_unknown=ignore_unknown)
         if get_origin(kind) is Mapping and value is not None:
+            if not isinstance(value, Mapping):
+                raise UserError(f"{name}={value!r} is not a section of fields")
             return {key: _read(key, item, get_args(kind)[1], ignore_unknown) for key, item in value.items()}
     except UserError as error:
         raise UserError(f"{name}.{error}") from None

@@ -9,6 +9,7 @@ the last trained batch. With the same config and number of processes, a run resu
 """
 
 import contextlib
+import json
 import logging
 import time
 from pathlib import Path
@@ -23,7 +24,7 @@ from favchat_jax import command_line, processes
 from favchat_jax.checkpoints.initial import starting_state
 from favchat_jax.checkpoints.run import assemble
 from favchat_jax.checkpoints.store import Checkpoints
-from favchat_jax.checkpoints.workdir import claim, has_steps
+from favchat_jax.checkpoints.workdir import claim, has_steps, occupied
 from favchat_jax.config import Config
 from favchat_jax.embedded.prepare import PRESET, prepare
 from favchat_jax.errors import UserError
@@ -68,8 +69,10 @@ def train_stage(config: Config, workdir: Path, profile: int = 0) -> Outcome:
 def _run(config: Config, workdir: Path, mesh: Mesh, profile: int = 0) -> Outcome:
     """Trains one stage and reports how it ended."""
     started = time.perf_counter()
-    outcome = de_grpo.train(config, workdir, mesh) if config.stage == "grpo" else train(config, workdir, mesh, profile)
-    if outcome.resumed_at == outcome.steps:
+    with occupied(workdir):
+        reinforced = config.stage == "grpo"
+        outcome = de_grpo.train(config, workdir, mesh) if reinforced else train(config, workdir, mesh, profile)
+    if outcome.resumed_at >= outcome.steps:
         log.info("%s in %s is already finished at step %d", config.stage, workdir, outcome.steps)
     elif outcome.finished:
         seconds = time.perf_counter() - started
@@ -160,6 +163,9 @@ def main() -> None:
         raise UserError("--config is missing: for example --config=configs/stage3.py")
     command_line.check_kind(_CONFIG, "stage", "configs/stage1.py, stage2.py, stage3.py, coldstart.py, grpo.py")
     config = Config.from_ml_collections(_CONFIG.value)
+    if _PRINT_CONFIG.value:
+        print(json.dumps(config.to_json(), indent=1))
+        return
     with processes.joined(_PROCESSES.value):
         train_stage(config, Path(_WORKDIR.value or config.default_workdir), _PROFILE.value)
 
@@ -179,5 +185,8 @@ if __name__ == "__main__":
         "processes",
         "",
         "For a run on several hosts, on each: auto (the cluster's own settings) or HOST:PORT,COUNT,INDEX",
+    )
+    _PRINT_CONFIG = flags.DEFINE_bool(
+        "print_config", False, "Print the config with the options given, and train nothing"
     )
     command_line.start(main)

@@ -80,7 +80,7 @@ def checkpoint(trained) -> Path:
 
 MISTAKES = {
     "--config is missing: for example --config=configs/stage3.py": [],
-    "unknown config option: batchsize": ["--config=configs/stage3.py", "--config.batchsize=3"],
+    "unknown config option: --config.batchsize": ["--config=configs/stage3.py", "--config.batchsize=3"],
     "--config.batch=many": ["--config=configs/stage3.py", "--config.batch=many"],
     "'batch'": ["--config=configs/stage3.py", "--batch=3"],
     "unexpected argument 'stage2'": ["--config=configs/stage3.py", "stage2"],
@@ -231,6 +231,9 @@ def test_chat_refuses_a_video_that_is_missing_or_a_folder(command, tmp_path):
         (["--temperature=-1"], "temperature"),
         (["--top_p=1.5"], "top_p"),
         (["--seed=x"], "seed"),
+        (["--seed=99999999999999999999"], "seed=9+: give a number of 64 bits"),
+        (["--temperature=nan"], "temperature=nan"),
+        (["--max_new_tokens=1000000000"], "max_new_tokens=1000000000: give 1 to 4096 tokens"),
         (["--answer_only"], "--answer_only .* give --question or --questions with it"),
         (["--json"], "--json .* give --question or --questions with it"),
         (["--question=a", "--questions=b"], "exclude each other"),
@@ -367,7 +370,7 @@ def test_evaluate_refuses_mistakes(command, small_world, checkpoint, tmp_path):
     assert evaluate(out, "--checkpoint=nowhere").is_refusal("nowhere is not a workdir")
     assert evaluate(out, good, "--config.benchmark=dfew2").is_refusal("benchmark 'dfew2' is unknown")
     assert evaluate(out, good, "--config.data.split=test").is_refusal("has no split 'test'")
-    assert evaluate(out, good, "--config.nothing=1").is_refusal("unknown config option: nothing")
+    assert evaluate(out, good, "--config.nothing=1").is_refusal("unknown config option: --config.nothing")
     (tmp_path / "file").write_text("in the way")
     assert evaluate(good, f"--out={tmp_path / 'file' / 'r.json'}").is_refusal("--out=.*/file/r.json cannot be written")
     assert evaluate(out, good, "--config.batch=0").is_refusal("batch=0 is too small: give at least 1")
@@ -375,6 +378,13 @@ def test_evaluate_refuses_mistakes(command, small_world, checkpoint, tmp_path):
     stage = command("evaluate", "--config=configs/stage3.py", out, good)
     assert stage.is_refusal("--config=configs/stage3.py has no benchmark, .*: choose one of configs/eval")
     assert not (tmp_path / "result.json").exists()
+
+
+def test_print_config_prints_the_config_that_the_options_make(command):
+    ended = command("train", "--config=configs/stage1.py", "--config.batch=3", "--print_config")
+    assert (ended.code, json.loads(ended.stdout)["batch"], json.loads(ended.stdout)["stage"]) == (0, 3, "stage1")
+    ended = command("evaluate", "--config=configs/eval/dfew.py", "--config.data.root=/data", "--print_config")
+    assert (ended.code, json.loads(ended.stdout)["data"]["root"]) == (0, "/data")
 
 
 def test_train_refuses_a_config_of_another_kind(command):

@@ -146,7 +146,7 @@ class Checkpoints:
 
         def read(step: int, leaves: Mapping) -> dict[str, jax.Array]:
             item = ocp.args.Composite(weights=ocp.args.StandardRestore(abstract(leaves["weights"])))
-            weights = flatten_dict(self._open().restore(step, args=item).weights, sep="/")
+            weights = flatten_dict(self._open(read_only=True).restore(step, args=item).weights, sep="/")
             check_leaves(weights, leaves["weights"])
             return weights
 
@@ -193,9 +193,15 @@ class Checkpoints:
 
         first_alone(move)
 
-    def _open(self) -> ocp.CheckpointManager:
+    def _open(self, read_only: bool = False) -> ocp.CheckpointManager:
+        """Returns Orbax' manager, made at its first use. One that writes removes what an interrupted run left."""
         if self._manager is None:
-            options = ocp.CheckpointManagerOptions(max_to_keep=self._keep, cleanup_tmp_directories=True)
+            options = ocp.CheckpointManagerOptions(
+                max_to_keep=None if read_only else self._keep,
+                cleanup_tmp_directories=not read_only,
+                read_only=read_only,
+                create=not read_only,
+            )
             self._manager = ocp.CheckpointManager(self._folder, options=options)
         return self._manager
 

@@ -8,6 +8,7 @@ WORKDIR/metrics.jsonl   tensorboard/   compiled/
 import contextlib
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from favchat_jax.checkpoints import mistral_folder
 from favchat_jax.checkpoints.weights_folder import RESTORE, is_weights_folder
 from favchat_jax.config import Config
 from favchat_jax.errors import UserError, one_line
-from favchat_jax.files import replace_file
+from favchat_jax.files import lock_file, replace_file
 from favchat_jax.processes import is_first
 
 INSIDE = ("llm.path", "prompt_tokenizer")  # what an exported folder holds, and every answer needs
@@ -123,6 +124,43 @@ def _fingerprint(folder: Path) -> str:
     with contextlib.suppress(OSError, UserError):
         return mistral_folder.fingerprint(folder)
     return ""
+
+
+@contextlib.contextmanager
+def occupied(workdir: Path) -> Iterator[None]:
+    """Makes a workdir, and keeps other processes from training in it meanwhile.
+
+    If the run is refused before its first step, the folders that were made for it are removed.
+
+    Raises:
+        UserError: the workdir cannot be made, or another process is training in it.
+    """
+    if not is_first():  # of several processes of a run, the first speaks for all
+        yield
+        return
+    made = [folder for folder in (workdir, *workdir.parents) if not folder.exists()]
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        place = os.open(workdir, os.O_RDONLY)
+    except OSError as error:
+        raise UserError(f"workdir {workdir} cannot be written ({error.strerror}): choose another --workdir") from None
+    try:
+        try:
+            lock_file(place, wait=False)
+        except BlockingIOError:
+            message = f"another process is training in {workdir}: wait for it, or choose another --workdir"
+            raise UserError(message) from None
+        yield
+    except UserError:
+        metrics = workdir / "metrics.jsonl"
+        if made and not (metrics.exists() and metrics.stat().st_size):
+            shutil.rmtree(workdir, ignore_errors=True)
+            for folder in made[1:]:
+                with contextlib.suppress(OSError):
+                    folder.rmdir()
+        raise
+    finally:
+        os.close(place)
 
 
 def claim(workdir: Path, config: Config, fingerprint: str) -> None:

@@ -35,6 +35,9 @@ def stage_config(stage: str, argument: str) -> Config:
     """Returns the config of a stage from its file in `configs/`; the argument is the text after the file's colon."""
     try:
         file = importlib.import_module(f"configs.{stage}").get_config(argument)
+    except ModuleNotFoundError:  # the package is installed without the clone's configs
+        message = f"{stage} must be trained first, and its config configs/{stage}.py is not here: run in a clone"
+        raise UserError(f"{message}, or name a finished run with --config.init.from_run=WORKDIR") from None
     except ValueError as error:
         raise UserError(str(error)) from None
     return Config.from_ml_collections(file)

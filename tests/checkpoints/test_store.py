@@ -133,6 +133,15 @@ def test_answering_takes_the_checkpoint_before_a_damaged_one_and_moves_nothing(h
     assert Checkpoints(saved).steps() == [2, 4, 6]
 
 
+def test_reading_leaves_a_checkpoint_that_another_process_is_writing(saved):
+    unfinished = saved / "checkpoints" / "9.orbax-checkpoint-tmp"
+    (unfinished / "weights").mkdir(parents=True)
+    before = sorted(saved.rglob("*"))
+    with Checkpoints(saved) as checkpoints:
+        checkpoints.load_trainable()
+    assert sorted(saved.rglob("*")) == before
+
+
 @pytest.mark.parametrize("name", ["leaves", "data"])
 def test_a_checkpoint_whose_record_is_damaged_is_passed_over(name, saved, warnings):
     (saved / "checkpoints" / "6" / name / "metadata").write_bytes(b"\xff\x00{")

@@ -7,7 +7,7 @@ import pytest
 
 from favchat_jax.checkpoints.mistral_folder import fingerprint
 from favchat_jax.checkpoints.run import open_run
-from favchat_jax.checkpoints.workdir import claim, stored_config
+from favchat_jax.checkpoints.workdir import claim, occupied, stored_config
 from favchat_jax.errors import UserError
 
 
@@ -115,3 +115,21 @@ def test_a_run_goes_on_from_another_folder_with_another_name_of_the_same_place(p
     claim(workdir, config_with(small_world, llm), fingerprint(llm))
     with pytest.raises(UserError, match=r"fields differ: llm.path \(parts/mistral there, /.* here\), prompt_token"):
         claim(workdir, config_with(small_world, small_world.llm), fingerprint(llm))
+
+
+def test_a_second_process_is_kept_out_of_a_workdir_before_it_writes_anything(tmp_path):
+    workdir = tmp_path / "run"
+    with occupied(workdir):
+        with pytest.raises(UserError, match="another process is training in .*run: wait for it"), occupied(workdir):
+            pytest.fail("both are in")
+        assert workdir.is_dir() and not list(workdir.iterdir())
+    with occupied(workdir):
+        pass
+
+
+def test_a_refused_run_leaves_no_folder_behind_and_one_with_steps_stays(tmp_path):
+    for steps in ("", "{}\n"):
+        with pytest.raises(UserError, match="no"), occupied(tmp_path / "runs" / "new" / "stage1"):
+            (tmp_path / "runs" / "new" / "stage1" / "metrics.jsonl").write_text(steps)
+            raise UserError("no")
+        assert (tmp_path / "runs").exists() == bool(steps)
