@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import Any
 
 import av
 import numpy as np
@@ -116,7 +117,7 @@ def display_axes(frame: av.VideoFrame) -> Axes:
     # PyAV 18 crashes on a colour profile with a name, and does not know EXIF.
     known = _filtered(frame, ("sidedata", "mode=delete:type=ICC_PROFILE"), ("sidedata", f"mode=delete:type={EXIF}"))
     try:
-        data = known.side_data.get("DISPLAYMATRIX")
+        data: Any = known.side_data.get("DISPLAYMATRIX")
     except ValueError:  # another kind that PyAV does not know: it still tells quarter turns
         turns = round(frame.rotation / 90) % 4
         return ((1, 0), (0, -1), (-1, 0), (0, 1))[turns], ((0, 1), (1, 0), (0, -1), (-1, 0))[turns]
@@ -130,7 +131,7 @@ def _filtered(frame: av.VideoFrame, *filters: tuple[str, str]) -> av.VideoFrame:
     """Returns a frame after FFmpeg's filters, each given by its name and options."""
     graph = Graph()
     unit = frame.time_base or Fraction(1, 25)
-    source = graph.add_buffer(width=frame.width, height=frame.height, format=frame.format.name, time_base=unit)
+    source = graph.add_buffer(width=frame.width, height=frame.height, format=frame.format, time_base=unit)
     graph.link_nodes(source, *(graph.add(*each) for each in filters), graph.add("buffersink")).configure()
     graph.push(frame)
     result = graph.pull()

@@ -290,7 +290,7 @@ def _video_stream(container: InputContainer, label: str) -> av.VideoStream:
 def _advice(source: bytes | str) -> str:
     """Says why a file that FFmpeg opens has no frames, and what to do."""
     head = _first_bytes(source, 21)
-    if head[:4] == b"RIFF" and head[8:16] == b"WEBPVP8X" and head[20] & 2:
+    if head[:4] == b"RIFF" and head[8:16] == b"WEBPVP8X" and len(head) > 20 and head[20] & 2:
         return "FFmpeg does not read animated WebP; convert it to mp4 or GIF"
     return "it is truncated, empty or damaged; give an intact video file"
 

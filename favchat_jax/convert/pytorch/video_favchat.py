@@ -73,6 +73,8 @@ def _packets(container):
             break
     else:
         return
+    if stream.codec_context is None:
+        raise ValueError("the video uses a codec that this FFmpeg lacks: re-encode it, for example as H.264")
     stream.codec_context.thread_count = 1  # more would patch up damaged frames in another way
     reading = True
     while reading:
@@ -138,7 +140,7 @@ def _display_axes(frame):
 def _filtered(frame, *filters):
     graph = Graph()
     unit = frame.time_base or Fraction(1, 25)
-    source = graph.add_buffer(width=frame.width, height=frame.height, format=frame.format.name, time_base=unit)
+    source = graph.add_buffer(width=frame.width, height=frame.height, format=frame.format, time_base=unit)
     graph.link_nodes(source, *(graph.add(*each) for each in filters), graph.add("buffersink")).configure()
     graph.push(frame)
     return graph.pull()
