@@ -2,21 +2,24 @@
 
 import dataclasses
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TypedDict, Unpack, overload
+from typing import Any, TypeAlias, TypedDict, TypeVar, Unpack, overload
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, UInt8
 
 from favchat_jax.checkpoints.run import Run, load_run
 from favchat_jax.data.conversation import ContextError
-from favchat_jax.data.video import decode
+from favchat_jax.data.video import Clip, decode
 from favchat_jax.errors import UserError
 from favchat_jax.generation.sampler import Sampler, Sampling, Turn
 from favchat_jax.models.favchat import ClipFeatures
 
+T = TypeVar("T")
 BATCH = 8  # number of clips, or of questions about one clip, in a batch
 DECODERS = 4  # threads that decode a batch
 
@@ -29,26 +32,29 @@ class EncodedClip:
         frames: sampled frames, RGB, resized to the model's square input.
         seconds: time of each frame from the start of the video.
         features: the encoders' output, a batch of one.
+        model: identity of the model that encoded it; others refuse it.
     """
 
     frames: UInt8[np.ndarray, "T H W 3"]
     seconds: Float[np.ndarray, " T"]
     features: ClipFeatures
+    model: object  # identity of the model that encoded it
 
 
 # A path or the bytes of a file that FFmpeg reads (a video, a single image), or the result of `Model.encode`.
-Video = str | os.PathLike[str] | bytes | EncodedClip
+Video: TypeAlias = str | os.PathLike[str] | bytes | EncodedClip
 Turns = Sequence[tuple[str, str]]  # questions with their answers
+Several: TypeAlias = list[T] | tuple[T, ...]
 
 
 class Options(TypedDict, total=False):
-    """Options of sampling.
+    """How an answer is drawn. A new `max_new_tokens` compiles the model again.
 
     Attributes:
-        max_new_tokens: longest answer, in tokens; 64 by default.
+        max_new_tokens: longest answer, 1 to 4096 tokens; 64 by default.
         temperature: 0, the default, takes the likeliest token; a higher one divides the scores before a token is drawn.
         top_p: draw among the likeliest tokens whose probabilities add up to this; 1 by default.
-        seed: seed of sampled tokens; 0 by default.
+        seed: seed of the draws, 64 bits; 0 by default.
     """
 
     max_new_tokens: int
@@ -66,6 +72,8 @@ def load(checkpoint: str | os.PathLike[str]) -> "Model":
     Raises:
         UserError: the folder is missing, damaged or of another kind; the message says what to do.
     """
+    if not checkpoint:
+        raise UserError("the checkpoint's folder is empty text: name a stage's workdir")
     return Model(load_run(Path(checkpoint).expanduser()))
 
 
@@ -85,71 +93,72 @@ class Model:
     def __init__(self, run: Run):
         self.config = run.config
         self.sampler = Sampler(run.parts, run.weights)
+        self._identity = object()
 
     def __repr__(self) -> str:
         config = self.config
         return f"Model(preset={config.preset}, variant={config.variant}, ablation={config.ablation}, {config.stage})"
 
     @overload
-    def answer(self, video: Video, question: str, *, history: Turns = (), **sampling: Unpack[Options]) -> str: ...
+    def answer(self, video: Video, question: str, *, history: Turns = (), **options: Unpack[Options]) -> str: ...
 
     @overload
     def answer(
-        self,
-        video: Video | Sequence[Video],
-        question: str | Sequence[str],
-        *,
-        history: Turns = (),
-        **sampling: Unpack[Options],
-    ) -> str | list[str]: ...
+        self, video: Video, question: Several[str], *, history: Turns = (), **options: Unpack[Options]
+    ) -> list[str]: ...
 
-    def answer(self, video, question, *, history=(), **sampling):
+    @overload
+    def answer(
+        self, video: Several[Video], question: str | Several[str], *, history: Turns = (), **options: Unpack[Options]
+    ) -> list[str]: ...
+
+    def answer(self, video, question, *, history=(), **options):
         """Answers one question about one video, or many at once.
 
         Args:
-            video: one video, or a list.
-            question: one question, or a list. One video takes any number of questions. A list of videos takes one
+            video: one video, or a list or tuple of them.
+            question: one question, or a list or tuple. One video takes any number of questions. Several videos take one
                 question for all, or one for each.
-            history: earlier questions with their answers.
-            sampling: see `Options`.
+            history: earlier questions with their answers, the same for all.
+            options: see `Options`.
 
         Returns:
             The answer to one question about one video; otherwise a list with the answer to each pair.
 
         Raises:
-            UserError: a video cannot be read, a question is empty, a text is longer than the context, or the lists have
-                different lengths.
+            UserError: a video cannot be read, a question is empty, a text is longer than the context, an option is out
+                of range, or the lists have different lengths. Nothing is answered then, or the answers are lost.
+            TypeError: an argument has a type that is not listed here.
         """
-        drawing = Sampling(**sampling)
+        sampling = _sampling(options)
+        questions = [_question(one) for one in (question if isinstance(question, list | tuple) else [question])]
+        for one in questions:
+            self.sampler.check(_asked(history, one))
         if not isinstance(video, list | tuple):
-            return self._about_one(video, question, history, drawing)
-        questions = [question] * len(video) if isinstance(question, str) else list(question)
+            answers = self._about_one(video, questions, history, sampling)
+            return answers[0] if isinstance(question, str) else answers
+        if isinstance(question, str):
+            questions *= len(video)
         if len(questions) != len(video):
-            raise UserError(f"{len(video)} videos and {len(questions)} questions: give one question for each video")
-        answers = []
-        for pairs in _batches(list(zip(video, questions, strict=True))):
-            with ThreadPoolExecutor(DECODERS) as pool:
-                frames = list(pool.map(lambda pair: self._frames(pair[0])[0], pairs))
-            features = self.sampler.encode(np.stack(_filled(frames, len(video))))
-            conversations = [[_asked(history, asked)] for _, asked in _filled(pairs, len(video))]
-            said = self.sampler.answer(features, conversations, drawing)
-            answers += [texts[0] for texts in said[: len(pairs)]]
-        return answers
+            raise UserError(f"{len(video)} videos, {len(questions)} questions: give one for each video, or one for all")
+        return self._about_each(video, questions, history, sampling)
 
-    def stream(self, video: Video, question: str, *, history: Turns = (), **sampling: Unpack[Options]) -> Iterator[str]:
-        """Yields the answer to one question piece by piece; takes the arguments of `answer` and raises its errors."""
-        turns = _asked(history, question)
-        yield from self.sampler.stream(self.encode(video).features, turns, Sampling(**sampling))
+    def stream(self, video: Video, question: str, *, history: Turns = (), **options: Unpack[Options]) -> Iterator[str]:
+        """Returns an iterator over the pieces of an answer; takes the arguments of `answer` and raises its errors."""
+        sampling, turns = _sampling(options), _asked(history, _question(question))
+        self.sampler.check(turns)
+        return self.sampler.stream(self.encode(video).features, turns, sampling)
 
-    def dialogue(self, video: Video, **sampling: Unpack[Options]) -> "Dialogue":
+    def dialogue(self, video: Video, **options: Unpack[Options]) -> "Dialogue":
         """Starts a conversation about one video, whose answers have the turns before in mind; see `Dialogue`."""
-        return Dialogue(self, self.encode(video), **sampling)
+        return Dialogue(self, self.encode(video), **options)
 
     def stream_weights(self, video: Video, question: str) -> tuple[float, float]:
         """Returns the weights of the general and the facial stream, w_1 and w_2 of Eq. 3.
 
         They are averages over visual tokens in v1, and the question's weights in v2.
         """
+        self.sampler.check([(_question(question), None)])
         general, facial = self.sampler.stream_weights(self.encode(video).features, [[question]])[0, 0]
         return float(general), float(facial)
 
@@ -160,27 +169,52 @@ class Model:
             UserError: the video cannot be read.
         """
         if isinstance(video, EncodedClip):
+            if video.model is not self._identity:
+                raise UserError("the clip was encoded by another model: pass the video's file, or encode it again")
             return video
-        frames, seconds = self._frames(video)
-        return EncodedClip(frames, seconds, self.sampler.encode(frames[None]))
+        clip = self._decode(video)
+        return EncodedClip(clip.frames, clip.seconds, self.sampler.encode(clip.frames[None]), self._identity)
 
-    def _frames(self, video: Video) -> tuple[UInt8[np.ndarray, "T H W 3"], Float[np.ndarray, " T"]]:
-        if isinstance(video, EncodedClip):
-            return video.frames, video.seconds
-        clip = decode(
-            video if isinstance(video, bytes) else Path(video), frames=self.sampler.frames, size=self.sampler.image_size
-        )
-        return clip.frames, clip.seconds
+    def _decode(self, video: str | os.PathLike[str] | bytes, name: str | None = None) -> Clip:
+        if not isinstance(video, str | os.PathLike | bytes):
+            kinds = "a path, the bytes of a file or an EncodedClip"
+            raise TypeError(f"a video is {kinds}, not {type(video).__name__}")
+        if not video:
+            raise UserError("the video is empty: give a path or the bytes of a file")
+        source = video if isinstance(video, bytes) else Path(video)
+        name = name if isinstance(video, bytes) else None
+        return decode(source, frames=self.sampler.frames, size=self.sampler.image_size, name=name)
 
-    def _about_one(
-        self, video: Video, question: str | Sequence[str], history: Turns, sampling: Sampling
-    ) -> str | list[str]:
-        questions = [question] if isinstance(question, str) else list(question)
+    def _about_one(self, video: Video, questions: list[str], history: Turns, sampling: Sampling) -> list[str]:
         features, answers = self.encode(video).features, []
-        for asked in _batches(questions):
-            conversations = [_asked(history, one) for one in _filled(asked, len(questions))]
-            answers += self.sampler.answer(features, [conversations], sampling)[0][: len(asked)]
-        return answers[0] if isinstance(question, str) else answers
+        for batch in _batches(questions):
+            conversations = [_asked(history, one) for one in _filled(batch, len(questions))]
+            answers += self.sampler.answer(features, [conversations], sampling)[0][: len(batch)]
+        return answers
+
+    def _about_each(
+        self, videos: Sequence[Video], questions: list[str], history: Turns, sampling: Sampling
+    ) -> list[str]:
+        answers = []
+        for numbers in _batches(range(len(videos))):
+            filled = _filled(numbers, len(videos))
+            features = self._features([(videos[number], f"video {number + 1} of {len(videos)}") for number in filled])
+            said = self.sampler.answer(features, [[_asked(history, questions[number])] for number in filled], sampling)
+            answers += [texts[0] for texts in said[: len(numbers)]]
+        return answers
+
+    def _features(self, videos: list[tuple[Video, str]]) -> ClipFeatures:
+        """Encodes named videos as one batch; those that are encoded already are not read again."""
+        if all(isinstance(video, EncodedClip) for video, _ in videos):
+            features = [self.encode(video).features for video, _ in videos]
+            return jax.tree.map(lambda *parts: jnp.concatenate(parts), *features)
+
+        def frames(named: tuple[Video, str]) -> UInt8[np.ndarray, "T H W 3"]:
+            video, name = named
+            return self.encode(video).frames if isinstance(video, EncodedClip) else self._decode(video, name).frames
+
+        with ThreadPoolExecutor(DECODERS) as pool:
+            return self.sampler.encode(np.stack(list(pool.map(frames, videos))))
 
 
 class Dialogue:
@@ -189,14 +223,14 @@ class Dialogue:
     Args:
         model: the checkpoint that answers.
         clip: the clip.
-        sampling: see `Options`.
+        options: see `Options`.
 
     Attributes:
         turns: questions and answers that the next answer has in mind, the oldest first.
     """
 
-    def __init__(self, model: Model, clip: EncodedClip, **sampling: Unpack[Options]):
-        self._model, self._clip, self._sampling = model, clip, sampling
+    def __init__(self, model: Model, clip: EncodedClip, **options: Unpack[Options]):
+        self._model, self._clip, self._options = model, clip, options
         self.turns: list[tuple[str, str]] = []
 
     def reset(self) -> None:
@@ -214,30 +248,43 @@ class Dialogue:
         turns = self.turns
         while True:
             try:
-                answer = self._model.stream(self._clip, question, history=turns, **self._sampling)
-                pieces = [next(answer)]
+                pieces = self._model.stream(self._clip, question, history=turns, **self._options)
                 break
             except ContextError:
                 if not turns:
                     raise
                 turns = turns[1:]
-        yield pieces[0]
-        for piece in answer:
-            pieces.append(piece)
+        answer = ""
+        for piece in pieces:
+            answer += piece
             yield piece
-        said = "".join(pieces).strip()
-        self.turns = turns + ([(question, said)] if said else [])
+        self.turns = turns + ([(question, answer.strip())] if answer.strip() else [])
+
+
+def _sampling(options: Mapping[str, Any]) -> Sampling:
+    if unknown := sorted(options.keys() - Options.__annotations__.keys()):
+        raise TypeError(f"unknown option {unknown[0]}: the options are {', '.join(Options.__annotations__)}")
+    return Sampling(**options)
+
+
+def _question(question: str) -> str:
+    if not isinstance(question, str):
+        raise TypeError(f"a question is text, not {type(question).__name__}")
+    return question
 
 
 def _asked(history: Turns, question: str) -> list[Turn]:
-    return [*history, (question, None)]
+    pairs = isinstance(history, list | tuple) and all(isinstance(turn, list | tuple) for turn in history)
+    if not pairs or not all(len(turn) == 2 and all(isinstance(text, str) for text in turn) for turn in history):
+        raise TypeError("history is a list of pairs of texts: questions with their answers")
+    return [*((asked, answer) for asked, answer in history), (question, None)]
 
 
-def _batches(items: list) -> Iterator[list]:
+def _batches(items: Sequence[Any]) -> Iterator[Sequence[Any]]:
     for start in range(0, len(items), BATCH):
         yield items[start : start + BATCH]
 
 
-def _filled(batch: list, total: int) -> list:
+def _filled(batch: Sequence[Any], total: int) -> Sequence[Any]:
     """Fills up a batch if there are several, so that all have one shape and compile once."""
     return [*batch, *[batch[-1]] * (BATCH - len(batch))] if total > BATCH else batch

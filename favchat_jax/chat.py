@@ -19,6 +19,7 @@ from favchat_jax.data.video import decode
 from favchat_jax.embedded.notice import unlike_training
 from favchat_jax.errors import UserError
 from favchat_jax.files import read_lines
+from favchat_jax.generation.sampler import Sampling
 from favchat_jax.training.programs import keep_programs, user_cache
 
 HELP = "/reset forgets the earlier turns; an empty line, quit or exit ends the conversation"
@@ -108,6 +109,7 @@ def main() -> None:
         "top_p": _TOP_P.value,
         "seed": _SEED.value,
     }
+    Sampling(**sampling)  # refused before any work
     # The video is opened first, because loading a checkpoint takes longer than refusing a bad file.
     decode(_VIDEO.value, frames=1, size=16)
     if cache := user_cache():
@@ -131,9 +133,9 @@ if __name__ == "__main__":
     _QUESTION = flags.DEFINE_string("question", None, "Question; without it, a conversation")
     _QUESTIONS = flags.DEFINE_string("questions", None, "File with one question a line; prints one answer a line")
     _JSON = flags.DEFINE_bool("json", False, "Print each answer as a line of JSON with its question")
-    _MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 64, "Longest answer, in tokens", lower_bound=1)
-    _TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 is greedy", lower_bound=0.0)
-    _TOP_P = flags.DEFINE_float("top_p", 1.0, "Nucleus", lower_bound=0.0, upper_bound=1.0)
+    _MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 64, "Longest answer, in tokens")
+    _TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 is greedy")
+    _TOP_P = flags.DEFINE_float("top_p", 1.0, "Nucleus")
     _ANSWER_ONLY = flags.DEFINE_bool("answer_only", False, "Print the text in <answer>, without the thought")
     _SEED = flags.DEFINE_integer("seed", 0, "Of the draws at temperatures above 0")
     command_line.start(main)

@@ -86,13 +86,83 @@ def test_an_encoded_clip_holds_the_frames_that_the_model_saw(model, clips):
         ("nowhere.mp4", "Which hair?", "nowhere.mp4"),
         (0, "  ", "the question is empty"),
         (0, LONG, "over the limit"),
-        ([0, 1], ["Which hair?"], "2 videos and 1 questions"),
+        ([0, 1], ["Which hair?"], "2 videos, 1 questions: give one for each video, or one for all"),
+        (b"", "Which hair?", "the video is empty"),
     ],
 )
 def test_what_cannot_be_answered_is_a_user_error(model, clips, video, question, message):
     video = [clips[i] for i in video] if isinstance(video, list) else clips[video] if video == 0 else video
     with pytest.raises(favchat_jax.UserError, match=message):
         model.answer(video, question)
+
+
+OUT_OF_RANGE = {
+    "max_new_tokens": (0, -1, 10**9),
+    "temperature": (-1.0, float("nan"), float("inf")),
+    "top_p": (-0.1, 2.0, float("nan")),
+    "seed": (2**64, -(2**64)),
+}
+
+
+@pytest.mark.parametrize("option", OUT_OF_RANGE)
+def test_an_option_out_of_range_is_a_user_error_that_names_it(model, clips, option):
+    for value in OUT_OF_RANGE[option]:
+        with pytest.raises(favchat_jax.UserError, match=f"^{option}="):
+            model.answer(clips[0], "Which hair?", **{option: value})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((None, "Which hair?"), "a video is a path, the bytes of a file or an EncodedClip, not NoneType"),
+        ((0, None), "a question is text, not NoneType"),
+        ((0, ["Which hair?", b"why"]), "a question is text, not bytes"),
+    ],
+)
+def test_an_argument_of_another_type_is_named(model, clips, arguments, message):
+    video, question = arguments
+    with pytest.raises(TypeError, match=message):
+        model.answer(clips[0] if video == 0 else video, question)
+
+
+@pytest.mark.parametrize("history", ["hi", ["ab"], [("Which hair?",)], None, [("Which hair?", None)]])
+def test_a_history_that_is_no_list_of_pairs_is_named(model, clips, history):
+    with pytest.raises(TypeError, match="history is a list of pairs of texts"):
+        model.answer(clips[0], "And eyes?", history=history)
+
+
+def test_an_unknown_option_is_named_with_those_there_are(model, clips):
+    with pytest.raises(
+        TypeError, match="unknown option top_k: the options are max_new_tokens, temperature, top_p, seed"
+    ):
+        model.answer(clips[0], "Which hair?", top_k=3)
+
+
+def test_a_stream_is_refused_when_it_is_asked_for_and_has_no_empty_pieces(model, clips):
+    with pytest.raises(favchat_jax.UserError, match="nowhere.mp4"):
+        model.stream("nowhere.mp4", "Which hair?")
+    with pytest.raises(favchat_jax.UserError, match="the question is empty"):
+        model.stream_weights(clips[0], " ")
+    assert all(model.stream(clips[0], "Which hair?", temperature=1.5, seed=3))
+
+
+def test_a_bad_video_among_many_is_named_by_its_number(model, clips):
+    with open(clips[0], "rb") as file:
+        good = file.read()
+    with pytest.raises(favchat_jax.UserError, match="^video 2 of 3 "):
+        model.answer([good, b"x", good], "Which hair?")
+
+
+def test_encoded_clips_are_not_encoded_again_and_only_serve_their_model(model, clips, trained, monkeypatch):
+    encoded = [model.encode(clip) for clip in clips]
+    expected = model.answer(clips, "Which hair?", max_new_tokens=4)
+    with monkeypatch.context() as patch:
+        patch.setattr(model.sampler, "encode", lambda frames: pytest.fail("encoded again"))
+        assert model.answer(encoded, "Which hair?", max_new_tokens=4) == expected
+    assert model.answer([encoded[0], *clips[1:]], "Which hair?", max_new_tokens=4) == expected
+    other = favchat_jax.load(trained.folder / "stage3")
+    with pytest.raises(favchat_jax.UserError, match="encoded by another model"):
+        other.answer(encoded[0], "Which hair?")
 
 
 def test_a_folder_without_a_checkpoint_is_a_user_error(tmp_path):

@@ -27,7 +27,6 @@ def scripted(model, small_world, monkeypatch) -> Callable[[str], tuple[favchat_j
         seen: list[list[str]] = []
 
         def stream(features, turns, sampling):
-            model.sampler._encoded(turns)
             seen.append([question for question, _ in turns])
             yield said
 

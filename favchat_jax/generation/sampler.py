@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import logging
 from collections.abc import Iterator, Sequence
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
@@ -17,15 +18,17 @@ from jaxtyping import Array, Bool, Float, Int, UInt8
 from favchat_jax.checkpoints.run import Assembly
 from favchat_jax.generation.decoding import Decoder
 from favchat_jax.models.favchat import ClipFeatures
+from favchat_jax.section import Allowed, NotNegative, Section, Share
 
 Turn = tuple[str, str | None]
+LONGEST = 4096  # tokens of an answer, for which the cache keeps room
 SHORTEST_STEP = 16  # fewest tokens between two buckets of prompts
 
 log = logging.getLogger("favchat_jax")
 
 
 @dataclasses.dataclass(frozen=True)
-class Sampling:
+class Sampling(Section):
     """How tokens are drawn.
 
     Attributes:
@@ -35,10 +38,10 @@ class Sampling:
         seed: of the draws.
     """
 
-    max_new_tokens: int = 64
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int = 0
+    max_new_tokens: Annotated[int, Allowed(lambda n: 1 <= n <= LONGEST, f": give 1 to {LONGEST} tokens")] = 64
+    temperature: NotNegative = 0.0
+    top_p: Share = 1.0
+    seed: Annotated[int, Allowed(lambda seed: -(2**63) <= seed < 2**63, ": give a number of 64 bits")] = 0
 
 
 class Sampler:
@@ -66,6 +69,10 @@ class Sampler:
     def encode(self, frames: UInt8[np.ndarray, "B T H W 3"]) -> ClipFeatures:
         """Runs the encoders once; the result serves any number of questions about these clips."""
         return self._decoder.encode(self._params, frames)
+
+    def check(self, turns: Sequence[Turn]) -> None:
+        """Raises UserError if a question is empty or the conversation is longer than the largest bucket."""
+        self._encoded(turns)
 
     def stream_weights(self, features: ClipFeatures, questions: Sequence[Sequence[str]]) -> Float[np.ndarray, "B Q 2"]:
         """Returns the average weights of the general and the facial stream in the visual tokens of each question.
@@ -136,10 +143,11 @@ class Sampler:
         for block in self.blocks(features, [[turns]], sampling, 1):
             written.extend(block[0])
             text = self.text(np.array(written))
-            if not text.endswith("\ufffd"):  # the last character still lacks some of its bytes
+            if len(text) > len(shown) and not text.endswith("\ufffd"):  # the last character lacks some of its bytes
                 yield text[len(shown) :]
                 shown = text
-        yield self.text(np.array(written))[len(shown) :]
+        if rest := self.text(np.array(written))[len(shown) :]:
+            yield rest
 
     def blocks(
         self,
