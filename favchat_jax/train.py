@@ -24,8 +24,9 @@ from favchat_jax import command_line, processes
 from favchat_jax.checkpoints.initial import starting_state
 from favchat_jax.checkpoints.run import assemble
 from favchat_jax.checkpoints.store import Checkpoints
-from favchat_jax.checkpoints.workdir import claim, has_steps, occupied
+from favchat_jax.checkpoints.workdir import check_config, claim, has_steps, occupied
 from favchat_jax.config import Config
+from favchat_jax.data.sources import builder_of
 from favchat_jax.embedded.prepare import PRESET, prepare
 from favchat_jax.errors import UserError
 from favchat_jax.evaluation.questions import check_training
@@ -53,25 +54,27 @@ def train_stage(config: Config, workdir: Path, profile: int = 0) -> Outcome:
         UserError: an input is missing and cannot be made here; the message names the command that makes it.
     """
     mesh = training_mesh(config)
+    builder_of(config.data.name)  # mistakes are refused before anything is made
     if config.stage == "grpo":
-        de_grpo.load_rewards(config.reinforcement)  # refused before anything is made
+        de_grpo.load_rewards(config.reinforcement)
         if profile:
             raise UserError("--profile traces the stages that learn from text; grpo is not one of them")
-    for earlier in prepare(config):
-        folder = earlier.default_workdir
-        log.info("%s of %s needs %s, which is trained first", config.stage, config.variant, folder)
-        outcome = _run(earlier, folder, training_mesh(earlier))
-        if not outcome.finished:
-            return outcome
-    return _run(config, workdir, mesh, profile)
+    with occupied(workdir):
+        check_config(workdir, config)
+        for earlier in prepare(config):
+            folder = earlier.default_workdir
+            log.info("%s of %s needs %s, which is trained first", config.stage, config.variant, folder)
+            with occupied(folder):
+                outcome = _run(earlier, folder, training_mesh(earlier))
+            if not outcome.finished:
+                return outcome
+        return _run(config, workdir, mesh, profile)
 
 
 def _run(config: Config, workdir: Path, mesh: Mesh, profile: int = 0) -> Outcome:
     """Trains one stage and reports how it ended."""
     started = time.perf_counter()
-    with occupied(workdir):
-        reinforced = config.stage == "grpo"
-        outcome = de_grpo.train(config, workdir, mesh) if reinforced else train(config, workdir, mesh, profile)
+    outcome = de_grpo.train(config, workdir, mesh) if config.stage == "grpo" else train(config, workdir, mesh, profile)
     if outcome.resumed_at >= outcome.steps:
         log.info("%s in %s is already finished at step %d", config.stage, workdir, outcome.steps)
     elif outcome.finished:

@@ -154,6 +154,14 @@ def test_train_refuses_a_workdir_of_another_config_or_that_is_a_file(command, sm
     assert ended.is_refusal(f"workdir {video} cannot be written")
 
 
+def test_a_workdir_of_another_config_is_refused_before_anything_is_made_for_it(
+    command, small_world, trained, monkeypatch
+):
+    monkeypatch.setattr("favchat_jax.train.prepare", lambda config: pytest.fail("made"))
+    ended = command("train", *small_world.flags("stage1", seed=5), f"--workdir={trained.folder / 'stage1'}")
+    assert ended.is_refusal("these fields differ: seed")
+
+
 def test_train_on_a_finished_stage_exits_with_0(command, small_world, trained, caplog):
     caplog.set_level(logging.INFO, "favchat_jax")
     ended = command("train", *small_world.flags("stage1"), f"--workdir={trained.folder / 'stage1'}")

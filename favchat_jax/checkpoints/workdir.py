@@ -182,20 +182,27 @@ def claim(workdir: Path, config: Config, fingerprint: str) -> None:
     except OSError as error:
         raise UserError(f"workdir {workdir} cannot be written ({error.strerror}): choose another --workdir") from None
     if has_steps(workdir):
-        before, now = stored_config(workdir).places(), config.places()
-        same = {field: now[field] for field in before.keys() & now.keys() if _is_same(before[field], now[field])}
-        found = differing(_read_config(workdir).updated(same).to_json(), config.to_json())
-        fields = sorted(field for field in found if not field.startswith(FREE))
-        if fields:
-            raise UserError(
-                f"{workdir} was made with another config; these fields differ: {', '.join(fields)}. "
-                "Choose another --workdir or the same values"
-            )
+        check_config(workdir, config)
         check_llm(workdir, config.llm.path, fingerprint)
     elif is_first():
         llm = {"path": config.llm.path, "fingerprint": fingerprint, "started_in": os.getcwd()}
         replace_file(workdir / "llm.json", json.dumps(llm))
         replace_file(workdir / "config.json", json.dumps(config.to_json(), indent=1))
+
+
+def check_config(workdir: Path, config: Config) -> None:
+    """Raises UserError if a workdir has steps of a run of another config, with the fields that differ."""
+    if not has_steps(workdir):
+        return
+    before, now = stored_config(workdir).places(), config.places()
+    same = {field: now[field] for field in before.keys() & now.keys() if _is_same(before[field], now[field])}
+    found = differing(_read_config(workdir).updated(same).to_json(), config.to_json())
+    fields = sorted(field for field in found if not field.startswith(FREE))
+    if fields:
+        raise UserError(
+            f"{workdir} was made with another config; these fields differ: {', '.join(fields)}. "
+            "Choose another --workdir or the same values"
+        )
 
 
 def _is_same(one: str, other: str) -> bool:
