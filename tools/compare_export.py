@@ -5,10 +5,12 @@ starting from the encoded clip. The command prints how many answers are identica
 """
 
 import json
-import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from absl import flags
+from tqdm import tqdm
 
 import favchat_jax
 from configs.eval import rendered
@@ -22,6 +24,9 @@ from favchat_jax.errors import RunError, UserError
 from favchat_jax.evaluation.config import EvaluationConfig
 from favchat_jax.evaluation.session import Session
 
+WORKERS = 4  # questions that the exported model answers side by side, at most; each needs memory for its activations
+DIFFERING = {"dtype", "auto_map"}  # fields that --dtype or another version of tools.export_pytorch may have changed
+
 
 def compare(checkpoint: str | Path, export: str | Path, clips: int) -> list[dict[str, str]]:
     """Returns rows of clip, question, expected, answer (ours) and exported (PyTorch's)."""
@@ -32,23 +37,43 @@ def compare(checkpoint: str | Path, export: str | Path, clips: int) -> list[dict
     rows = benchmark.run(config, Session.of(favchat_jax.load(checkpoint).sampler, config))["samples"]
     source = open_dataset(config.data.name, config.data.packed, config.data.split)
     encoded = {record.id: record.clip for record in (source[i] for i in range(len(source)))}
-    from transformers import AutoModelForCausalLM  # imported here, since it imports PyTorch
+    asked = [(encoded[row["clip"]], row["question"]) for row in rows]
+    answers = _answers(export, asked, config.max_new_tokens)
+    return [{**row, "exported": answer} for row, answer in zip(rows, answers, strict=True)]
+
+
+def _answers(export: str | Path, asked: Sequence[tuple[bytes, str]], max_new_tokens: int) -> list[str]:
+    """Returns the exported model's answers to questions about encoded clips, answered side by side.
+
+    Several cores answer several questions: a small model's operators are too short to share them among cores, and
+    PyTorch's threads then wait for each other most of the time.
+    """
+    import torch  # imported here, since the rest runs without PyTorch
+    from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(export, trust_remote_code=True)
-    started = time.perf_counter()
-    for row in rows:
-        row["exported"] = model.answer(encoded[row["clip"]], row["question"], max_new_tokens=config.max_new_tokens)
-    print(f"PyTorch: {len(rows)} questions in {time.perf_counter() - started:.0f} s")
-    return rows
+    cores = torch.get_num_threads()
+    workers = min(cores, WORKERS)
+    torch.set_num_threads(max(1, cores // workers))
+
+    def answer(pair: tuple[bytes, str]) -> str:
+        return model.answer(*pair, max_new_tokens=max_new_tokens)
+
+    try:
+        first = answer(asked[0])  # before the others, since it loads the tokenizers
+        with ThreadPoolExecutor(workers) as pool:
+            rest = pool.map(answer, asked[1:])
+            return [first, *tqdm(rest, total=len(asked) - 1, desc="PyTorch", unit="question", mininterval=1)]
+    finally:
+        torch.set_num_threads(cores)
 
 
 def _check_same_model(checkpoint: str | Path, export: str | Path) -> None:
     """Raises UserError if an export has another variant, ablation or size than a run."""
     expected = json.loads(json.dumps(favchat_config(open_run(checkpoint).config, {}, "")))
     found = read_json(Path(export) / "config.json")
-    del expected["dtype"]  # --dtype of the export can change it
     for name in expected:
-        if found.get(name) != expected[name]:
+        if name not in DIFFERING and found.get(name) != expected[name]:
             raise UserError(
                 f"--export={export} has {name}={found.get(name)}, --checkpoint={checkpoint} has {expected[name]}: "
                 "export that checkpoint with tools.export_pytorch"

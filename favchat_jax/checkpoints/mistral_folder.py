@@ -19,7 +19,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.typing import DTypeLike
-from safetensors.numpy import save_file
 from transformers import PreTrainedTokenizerBase
 
 from favchat_jax.checkpoints.table import (
@@ -31,7 +30,7 @@ from favchat_jax.checkpoints.table import (
     prefixed,
     write,
 )
-from favchat_jax.checkpoints.tensors import open_tensors, read_json, shards
+from favchat_jax.checkpoints.tensors import open_tensors, read_json, save_tensors, shards
 from favchat_jax.errors import UserError
 from favchat_jax.models.mistral import REFETCH, LoRA, Mistral, MistralConfig
 
@@ -133,8 +132,7 @@ def read_weights(folder: str | Path, dtype=np.float32) -> dict:
 
 def write_weights(folder: str | Path, tree: Mapping) -> None:
     """Writes `Mistral`'s tree (stacked layers, no adapters) as `folder/model.safetensors` under published names."""
-    tensors = dict(write(TABLE, flatten_dict(tree, sep="/")))
-    save_file(tensors, Path(folder) / "model.safetensors", metadata={"format": "pt"})
+    save_tensors(dict(write(TABLE, flatten_dict(tree, sep="/"))), Path(folder) / "model.safetensors")
 
 
 def is_copy(folder: str | Path) -> bool:

@@ -14,12 +14,13 @@ import pickletools
 import re
 import warnings
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
 from favchat_jax.checkpoints.weights_folder import load_weights, weight_shapes
 from favchat_jax.errors import UserError
@@ -81,6 +82,15 @@ def shards(folder: Path) -> list[Path]:
         if not shard.is_file():
             raise UserError(f"{shard} is missing: name a complete folder, or fetch it again")
     return found
+
+
+def save_tensors(tensors: Mapping[str, np.ndarray], path: str | Path) -> None:
+    """Writes a safetensors file that PyTorch reads too. Whoever may read a new file of this user may read it."""
+    path = Path(path)
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(dict(tensors), path, metadata={"format": "pt"})
+    path.chmod(mode)  # the library's files are the writer's alone
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -1,17 +1,21 @@
 """Exports a run as a folder for PyTorch, with published names.
 
     DIR/config.json, generation_config.json     FaVChat's config, for `AutoModelForCausalLM.from_pretrained(DIR, ...)`
-    DIR/*_favchat.py                            the model's code, for `trust_remote_code=True`
+    DIR/processor_config.json                   the processor's, for `AutoProcessor`
+    DIR/tokenizer.json, tokenizer_config.json   the language model's tokenizer, for `AutoTokenizer`
+    DIR/*_favchat.py, requirements.txt          the model's code, for `trust_remote_code=True`, and what it needs
     DIR/model.safetensors.index.json            the file of each weight, below `llm/` or `visual.safetensors`
     DIR/llm/                                    the language model with its adapters merged, a Hugging Face folder
     DIR/visual.safetensors                      all other weights under the names of `convert/favchat.py`
     DIR/adapter/                                the same adapters for PEFT, on the original language model
+    DIR/README.md                               the model card
     DIR/prompt_tokenizer/                       the tokenizer of the Q-Formers
 
 Weights pass through this package's tables tensor by tensor. Memory holds one shard of the language model at a time.
 """
 
 import json
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,15 +23,15 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from safetensors.numpy import save_file
 from tqdm import tqdm
 
 from favchat_jax.checkpoints import mistral_folder as mistral
 from favchat_jax.checkpoints.table import Slot, account, check, finite, slots, write
-from favchat_jax.checkpoints.tensors import INDEX, open_tensors, read_json
+from favchat_jax.checkpoints.tensors import INDEX, open_tensors, read_json, save_tensors
 from favchat_jax.config import Config
-from favchat_jax.convert import favchat, lora
+from favchat_jax.convert import card, favchat, lora
 from favchat_jax.convert.folder import copy_tokenizer
+from favchat_jax.data.conversation import load_tokenizer
 from favchat_jax.errors import UserError
 from favchat_jax.models.lora import merge
 from favchat_jax.models.mistral import LoRA
@@ -37,6 +41,7 @@ Weights = Mapping[str, Any]
 SHARD_BYTES = 5 * 10**9
 MODEL_FILES = Path(__file__).parent / "pytorch"
 VISUAL = "visual.safetensors"
+PROCESSOR = {"AutoProcessor": "processing_favchat.FaVChatProcessor"}
 
 
 def write_folder(folder: Path, config: Config, weights: Weights, tokenizer: Any, dtype: str) -> None:
@@ -57,22 +62,26 @@ def write_folder(folder: Path, config: Config, weights: Weights, tokenizer: Any,
     where = {name: f"llm/{file}" for name, file in _write_llm(folder / "llm", config, adapters, dtype).items()}
 
     tensors = dict(write(favchat.TABLE, _cast(visual, dtype)))
-    save_file(tensors, folder / VISUAL, metadata={"format": "pt"})
+    save_tensors(tensors, folder / VISUAL)
     where |= {name: VISUAL for name in tensors}
     if adapters:
         _write_adapter(folder / "adapter", config, _cast(adapters, dtype))
 
     copy_tokenizer(config.llm.path, folder / "llm")
-    copy_tokenizer(config.prompt_tokenizer or config.llm.path, folder / "prompt_tokenizer")
+    write_tokenizer(folder, config.llm.path)
+    write_tokenizer(folder / "prompt_tokenizer", config.prompt_tokenizer or config.llm.path)
     for file in MODEL_FILES.glob("*_favchat.py"):
         shutil.copyfile(file, folder / file.name)
-    (folder / "README.md").write_text(_model_card(config, bool(adapters)))
+    (folder / "README.md").write_text(card.model_card(config, bool(adapters)))
+    (folder / "requirements.txt").write_text(card.REQUIREMENTS)
+    llm = _llm_config(config.llm.path)
+    _write_json(folder / "processor_config.json", _processor_config(config, llm))
     generation = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     for place in (folder, folder / "llm"):
         _write_json(place / "generation_config.json", generation)
     _write_json(folder / INDEX, {"metadata": {}, "weight_map": where})
     # Written last, since it marks the folder as an export.
-    _write_json(folder / "config.json", favchat_config(config, _llm_config(config.llm.path), dtype))
+    _write_json(folder / "config.json", favchat_config(config, llm, dtype))
 
 
 def is_exported(folder: Path) -> bool:
@@ -102,7 +111,7 @@ def _write_llm(folder: Path, config: Config, adapters: Weights, dtype: str) -> d
                 weight = _merged(slot.transform.ours(tensor), slot, adapters, config.model.lora.alpha)
                 shard[name] = np.ascontiguousarray(slot.transform.published(weight).astype(jnp.dtype(dtype)))
                 bar.update()
-            save_file(shard, folder / file, metadata={"format": "pt"})
+            save_tensors(shard, folder / file)
             where |= dict.fromkeys(names, file)
     if len(shards) > 1:
         _write_json(folder / INDEX, {"metadata": {}, "weight_map": where})
@@ -138,8 +147,28 @@ def _write_adapter(folder: Path, config: Config, adapters: Weights) -> None:
     folder.mkdir()
     section = config.model.lora
     settings = LoRA(section.rank, section.alpha, section.dropout, section.targets)
-    save_file(dict(write(lora.TABLE, adapters)), folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    _write_json(folder / "adapter_config.json", lora.adapter_config(settings, config.llm.path))
+    base = base_name(config.llm.path)
+    save_tensors(dict(write(lora.TABLE, adapters)), folder / "adapter_model.safetensors")
+    _write_json(folder / "adapter_config.json", lora.adapter_config(settings, base))
+    (folder / "README.md").write_text(card.adapter_card(base))
+
+
+def base_name(folder: str) -> str:
+    """Returns the name under which transformers finds a language model's folder from any place.
+
+    It is the repository of a folder in Hugging Face's cache, and otherwise the complete path. Of a copy, which only
+    this package reads, it is that of the folder that it was made from.
+    """
+    if mistral.is_copy(folder):
+        folder = read_json(Path(folder) / "copy.json").get("source", folder)
+    cached = re.search(r"models--([^/]+)--([^/]+)/snapshots/", str(Path(folder).absolute()))
+    return f"{cached[1]}/{cached[2]}" if cached else str(Path(folder).resolve())
+
+
+def write_tokenizer(folder: Path, source: str) -> None:
+    """Writes a tokenizer that transformers reads from tokenizer.json alone, without a template for conversations."""
+    load_tokenizer(source).save_pretrained(folder)
+    (folder / "chat_template.jinja").unlink(missing_ok=True)  # of another conversation than FaVChat's
 
 
 def _llm_config(source: str) -> dict[str, Any]:
@@ -150,7 +179,7 @@ def _llm_config(source: str) -> dict[str, Any]:
 
 def favchat_config(config: Config, llm: Mapping[str, Any], dtype: str) -> dict[str, Any]:
     """Returns a run's exported config.json; `llm` holds the fields of its language model's config.json."""
-    model = config.model
+    model, code = config.model, "modeling_favchat.FaVChatForConditionalGeneration"
     umt = {name: value for name, value in model.umt.to_json().items() if name != "depth"}  # of the published model
     qformer = {name: value for name, value in model.qformer.to_json().items() if name != "drop_path"}  # of training
     return {
@@ -158,7 +187,9 @@ def favchat_config(config: Config, llm: Mapping[str, Any], dtype: str) -> dict[s
         "architectures": ["FaVChatForConditionalGeneration"],
         "auto_map": {
             "AutoConfig": "configuration_favchat.FaVChatConfig",
-            "AutoModelForCausalLM": "modeling_favchat.FaVChatForConditionalGeneration",
+            "AutoModelForCausalLM": code,
+            "AutoModelForImageTextToText": code,
+            **PROCESSOR,
         },
         "model_type": "favchat",
         "dtype": dtype,
@@ -176,40 +207,23 @@ def favchat_config(config: Config, llm: Mapping[str, Any], dtype: str) -> dict[s
     }
 
 
+def _processor_config(config: Config, llm: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a run's exported processor_config.json."""
+    qformer = config.model.qformer
+    return {
+        "processor_class": "FaVChatProcessor",
+        "auto_map": PROCESSOR,
+        "frames": config.model.frames,
+        "image_size": config.model.image_size,
+        "visual_tokens": qformer.queries + qformer.extra_queries,
+        "prompt_length": config.data.prompt_length,
+        "longest": llm["max_position_embeddings"],
+    }
+
+
 def _cast(weights: Weights, dtype: str) -> dict[str, np.ndarray]:
     return {path: np.asarray(leaf).astype(jnp.dtype(dtype)) for path, leaf in weights.items()}
 
 
 def _write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=1))
-
-
-def _model_card(config: Config, adapters: bool) -> str:
-    model, ablation = config.model, "" if config.ablation == "none" else f", ablation {config.ablation}"
-    adapter = "| `adapter/` | the same LoRA for PEFT, on the original language model (not for `llm/`) |\n" * adapters
-    return f"""\
----
-library_name: transformers
-pipeline_tag: video-text-to-text
----
-
-# FaVChat {config.variant}, preset {config.preset}, {config.stage}{ablation}
-
-A video language model for fine-grained questions about faces, trained with favchat_jax and exported to PyTorch.
-
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)
-    print(model.answer("clip.mp4", "What color is the hair?"))
-
-`answer` takes the path of a video, or frames (uint8 [{model.frames}, {model.image_size}, {model.image_size}, 3], RGB),
-earlier turns, and what transformers' `generate` takes. It needs torch, transformers 5 and, for video files, PyAV
-(`pip install av`).
-
-| part | content |
-|---|---|
-| `llm/` | the language model with LoRA merged, a standard Mistral folder |
-{adapter}| `visual.safetensors` | encoders, fusion, Q-Formers, mixture; published parts under their published names |
-| `prompt_tokenizer/` | the tokenizer of the question that the Q-Formers read |
-| `*_favchat.py` | the model |
-"""

@@ -62,4 +62,5 @@ def write_copy(folder: Path, out: Path, progress: Callable[[Iterable], Iterable]
                 raise
         copy_tokenizer(folder, draft)
         shutil.copyfile(folder / "config.json", draft / "config.json")
-        (draft / "copy.json").write_text(json.dumps({"fingerprint": fingerprint(folder)}))
+        source = {"fingerprint": fingerprint(folder), "source": str(Path(folder).resolve())}
+        (draft / "copy.json").write_text(json.dumps(source))

@@ -15,10 +15,11 @@ import numpy as np
 from flax.traverse_util import unflatten_dict
 from jax.sharding import Mesh
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
 from favchat_jax import sharding
 from favchat_jax.checkpoints.run import Assembly
+from favchat_jax.checkpoints.tensors import save_tensors
 from favchat_jax.checkpoints.weights_folder import Weights
 from favchat_jax.data.loader import Batch
 from favchat_jax.files import draft_file
@@ -69,7 +70,7 @@ class KeptFeatures:
 
     def _write(self, name: str, row: list[np.ndarray]) -> None:
         with draft_file(self._file(name), sync=False) as draft:  # a damaged file is written again
-            save_file({str(i): np.ascontiguousarray(leaf) for i, leaf in enumerate(row)}, draft)
+            save_tensors({str(i): np.ascontiguousarray(leaf) for i, leaf in enumerate(row)}, draft)
 
 
 def placement(

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,8 +13,9 @@ import numpy as np
 import peft
 import pytest
 import torch
+from PIL import Image
 from safetensors import safe_open
-from transformers import MistralForCausalLM
+from transformers import AutoTokenizer, MistralForCausalLM, pipeline
 
 import favchat_jax
 from favchat_jax.checkpoints import mistral_folder as mistral
@@ -21,12 +23,15 @@ from favchat_jax.checkpoints.run import load_run
 from favchat_jax.checkpoints.table import Table, read
 from favchat_jax.checkpoints.tensors import INDEX, open_tensors
 from favchat_jax.convert import exported, favchat, lora
+from favchat_jax.convert.exported import base_name
 from favchat_jax.convert.mistral import write_copy
 from favchat_jax.convert.pytorch.modeling_favchat import FaVChatForConditionalGeneration
+from favchat_jax.convert.pytorch.processing_favchat import FaVChatProcessor
 from favchat_jax.data.sources import open_dataset
 from favchat_jax.errors import UserError
 from favchat_jax.generation.sampler import Sampling
-from tests.conftest import DATA, check_refusals, fill, same_weights
+from tests.conftest import DATA, ROOT, check_refusals, fill, same_weights
+from tests.data.tokenizers_for_tests import TEXT, bert, byte_pairs
 from tools import export_orbax
 from tools.export_pytorch import export
 
@@ -41,10 +46,16 @@ class Blocked:
             raise ImportError(f"{name} is blocked")
 
 sys.meta_path.insert(0, Blocked())
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoProcessor, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
-print(model.answer(*sys.argv[2:4], max_new_tokens=12))
+folder, clip, question = sys.argv[1:]
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+answer = model.answer(clip, question, max_new_tokens=12)
+written = model.generate(**processor(videos=clip, text=question), max_new_tokens=12, do_sample=False)
+assert processor.text(written[0]) == tokenizer.decode(written[0], skip_special_tokens=True).strip() == answer
+print(answer)
 """
 
 
@@ -84,6 +95,7 @@ def alone(folder: Path, place: Path) -> str:
     ended = subprocess.run(
         [sys.executable, "-c", ALONE, str(folder), str(place / "clip.mp4"), QUESTION],
         cwd=place,
+        stdin=subprocess.DEVNULL,
         env={**environment, "HF_MODULES_CACHE": str(place / "modules"), "HF_HUB_OFFLINE": "1"},
         capture_output=True,
         text=True,
@@ -130,15 +142,75 @@ def test_the_models_weights_are_exactly_those_of_the_two_files(folder):
     assert FaVChatForConditionalGeneration.from_pretrained(folder).state_dict().keys() == names
 
 
-def test_the_adapter_on_its_base_gives_the_logits_of_the_merged_language_model(folder, small_world):
+def test_the_moved_adapter_finds_its_base_and_gives_the_logits_of_the_merged_language_model(
+    folder, small_world, tmp_path, monkeypatch
+):
     tokens = torch.arange(40)[None]
-    base = MistralForCausalLM.from_pretrained(small_world.llm)
+    moved = shutil.copytree(folder / "adapter", tmp_path / "adapter")
+    monkeypatch.chdir(tmp_path)
     with torch.no_grad():
-        alone = base(tokens).logits
-        adapted = peft.PeftModel.from_pretrained(base, folder / "adapter")(tokens).logits
+        alone = MistralForCausalLM.from_pretrained(small_world.llm)(tokens).logits
+        adapted = peft.AutoPeftModelForCausalLM.from_pretrained(moved)(tokens).logits
         merged = MistralForCausalLM.from_pretrained(folder / "llm")(tokens).logits
     assert (adapted - merged).abs().max() <= 1e-5 * merged.abs().max()
     assert (adapted - alone).abs().max() > 1e-4 * merged.abs().max(), "stage 3 has moved the adapter"
+
+
+def test_the_base_of_the_adapters_has_a_name_that_holds_from_any_place(small_world, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert base_name("runs/mistral") == str(tmp_path / "runs" / "mistral")
+    cached = "hub/models--mistralai--Mistral-7B-Instruct-v0.2/snapshots/3ad372f/"
+    assert base_name(cached) == "mistralai/Mistral-7B-Instruct-v0.2"
+    write_copy(Path(small_world.llm), tmp_path / "copy")
+    assert base_name("copy") == str(Path(small_world.llm).resolve())  # transformers reads no copy
+
+
+def test_whoever_may_read_a_new_file_may_read_every_file(folder):
+    (folder.parent / "new").touch()
+    mode = (folder.parent / "new").stat().st_mode
+    assert {path.name for path in folder.rglob("*") if path.is_file() and path.stat().st_mode != mode} == set()
+
+
+@pytest.mark.parametrize("tokenizer", [byte_pairs("v0.2"), byte_pairs("v0.3"), bert("hair", "is")])
+def test_an_exported_tokenizer_reads_as_its_source_whatever_class_the_source_names(tokenizer, tmp_path):
+    tokenizer.chat_template = "another conversation"
+    tokenizer.save_pretrained(tmp_path / "source")
+    fields = json.loads((tmp_path / "source" / "tokenizer_config.json").read_text())
+    fields["tokenizer_class"] = "BertTokenizer" if tokenizer.cls_token else "LlamaTokenizer"
+    (tmp_path / "source" / "tokenizer_config.json").write_text(json.dumps(fields))
+    exported.write_tokenizer(tmp_path / "out", str(tmp_path / "source"))
+    auto = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert auto.get_vocab() == tokenizer.get_vocab() and auto.chat_template is None
+    for text in (*TEXT, "<s>[INST] café"):
+        assert auto(text).input_ids == tokenizer(text).input_ids
+
+
+def test_the_needed_packages_are_those_of_the_project(folder):
+    needed = (folder / "requirements.txt").read_text().splitlines()
+    project = (ROOT / "requirements.txt").read_text()
+    assert [line for line in needed if line.startswith("av>=18,")]
+    assert all(line in project for line in needed if not line.startswith(("torch", "transformers")))
+
+
+def test_the_cards_pipeline_answers_about_a_picture(folder, model):
+    tag = re.search("^pipeline_tag: (.*)$", (folder / "README.md").read_text(), re.MULTILINE)[1]
+    processor = FaVChatProcessor.from_pretrained(folder)
+    pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
+    ask = pipeline(tag, model=model, processor=processor)
+    (said,) = ask(images=Image.fromarray(pixels), text=QUESTION, max_new_tokens=12, return_full_text=False)
+    frames = np.stack([pixels] * model.config.frames)
+    assert said["generated_text"] == model.answer(frames, QUESTION, max_new_tokens=12)
+
+
+def test_the_processor_prepares_several_questions_at_once(folder, model, clips):
+    processor, files = FaVChatProcessor.from_pretrained(folder), [clip.clip for clip in clips[:3]]
+    questions = [QUESTION, "Which color is the hair of the person in this video?", "Is there a hat?"]
+    written = model.generate(**processor(videos=files, text=questions), max_new_tokens=12, do_sample=False)
+    expected = [model.answer(*pair, max_new_tokens=12) for pair in zip(files, questions, strict=True)]
+    assert [processor.text(row) for row in written] == expected
+    for bad, says in (((files, QUESTION), "3 videos and 1 questions"), ((files[0], " "), "the question is empty")):
+        with pytest.raises(ValueError, match=says):
+            processor(videos=bad[0], text=bad[1])
 
 
 def test_stage_1_has_no_adapter_and_its_language_model_is_the_base(trained, small_world, tmp_path):

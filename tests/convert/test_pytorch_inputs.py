@@ -83,6 +83,15 @@ def test_the_qformers_read_the_same_word_pieces(tokenizer, length):
             np.testing.assert_array_equal(theirs, ours)
 
 
+def test_a_question_that_the_qformers_read_in_part_is_a_warning_and_no_text_a_value_error():
+    prompts = Prompts(byte_pairs(), bert("what", "hair"), visual_tokens=5, prompt_length=4, longest=500)
+    with pytest.warns(UserWarning, match="the Q-Formers miss the first 2 tokens of this question"):
+        prompts.for_qformer("what hair what hair")
+    for read in (prompts.for_qformer, lambda text: prompts.conversation([], text, 8)):
+        with pytest.raises(ValueError, match="'caf.udce9' is not text in UTF-8"):
+            read("caf\udce9")
+
+
 def test_an_answer_ends_at_its_end_token():
     tokenizer = byte_pairs()
     prompts = Prompts(tokenizer, tokenizer, visual_tokens=5, prompt_length=8, longest=500)

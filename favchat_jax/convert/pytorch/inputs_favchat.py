@@ -1,5 +1,7 @@
 """Inputs of FaVChat in PyTorch: the conversation's tokens and the Q-Formers' prompt."""
 
+import warnings
+
 import torch
 from tokenizers import Tokenizer
 
@@ -55,8 +57,12 @@ class Prompts:
     def for_qformer(self, question):
         """Returns the question's token ids [P], cut on the left and padded on the right, and their mask."""
         room = self.prompt_length - len(self._start) - len(self._end)
-        ids = self._prompt_engine.encode(question.strip(), add_special_tokens=False).ids
-        ids = [*self._start, *ids[max(len(ids) - room, 0) :], *self._end]
+        ids = _encoded(self._prompt_engine, question.strip())
+        cut = max(len(ids) - room, 0)
+        if cut:
+            text = f"the Q-Formers miss the first {cut} tokens of this question, ask a shorter one: {question}"
+            warnings.warn(text, stacklevel=2)
+        ids = [*self._start, *ids[cut:], *self._end]
         padded = torch.tensor(ids + [self._pad] * (self.prompt_length - len(ids)))
         return padded, torch.arange(self.prompt_length) < len(ids)
 
@@ -68,7 +74,14 @@ class Prompts:
         return self.tokenizer.decode(tokens, skip_special_tokens=True).strip()
 
     def _ids(self, text):
-        return self._engine.encode(self._space + text.strip(), add_special_tokens=False).ids
+        return _encoded(self._engine, self._space + text.strip())
+
+
+def _encoded(engine, text):
+    try:
+        return engine.encode(text, add_special_tokens=False).ids
+    except TypeError:  # half of a surrogate pair
+        raise ValueError(f"{ascii(text.strip())} is not text in UTF-8: write it in UTF-8") from None
 
 
 def _detached(tokenizer):

@@ -11,18 +11,15 @@ Modules have the names of the published weights, and the language model is trans
 the union of the exported `llm/` and `visual.safetensors`.
 """
 
-import os
-
 import torch
 from torch import nn
-from transformers import MistralForCausalLM, PreTrainedTokenizerFast
+from transformers import MistralForCausalLM
 
 from .configuration_favchat import FaVChatConfig
 from .encoders_favchat import UMT, FaceXFormerEncoder, ProjectedMaps
 from .guidance_favchat import PromptGuidedFusion, TokenMLP, WeightAdapters
-from .inputs_favchat import Prompts
+from .processing_favchat import FaVChatProcessor
 from .qformer_favchat import GatedMixture, GranularityFusion, QFormer, ScalarMixture, add_positions
-from .video_favchat import read_frames
 
 # Published input normalisation of both encoders (ImageNet).
 PIXEL_MEAN = (0.485, 0.456, 0.406)
@@ -176,43 +173,23 @@ class FaVChatForConditionalGeneration(MistralForCausalLM):
         return super().generate(inputs_embeds=self.embed(input_ids, visual), **kwargs)
 
     @property
-    def prompts(self):
-        """The two tokenizers, read from the model's folder at the first use."""
-        if "_prompts" not in self.__dict__:
-            folder = self.config.name_or_path
-            sizes = self.config.qformer
-            self._prompts = Prompts(
-                PreTrainedTokenizerFast.from_pretrained(folder, subfolder="llm"),
-                PreTrainedTokenizerFast.from_pretrained(folder, subfolder="prompt_tokenizer"),
-                visual_tokens=sizes["queries"] + sizes["extra_queries"],
-                prompt_length=self.config.prompt_length,
-                longest=self.config.max_position_embeddings,
-            )
-        return self._prompts
+    def processor(self):
+        """The processor, read from the model's folder at the first use."""
+        if "_processor" not in self.__dict__:
+            # The folder's code is running already: without the argument, transformers asks again whether it may.
+            self._processor = FaVChatProcessor.from_pretrained(self.config.name_or_path, trust_remote_code=True)
+        return self._processor
 
     def answer(self, video, question, turns=(), max_new_tokens=64, **kwargs):
         """Answers a question about a video, as a text.
 
         Args:
-            video: path of a video file, its bytes, or an array of frames [T, H, W, 3] uint8, RGB.
+            video: path of a video file, its bytes, a PIL image, or an array of frames [T, H, W, 3] uint8, RGB.
             question: the question.
             turns: earlier (question, answer) pairs.
             max_new_tokens: longest answer in tokens.
             kwargs: arguments of transformers' `generate`; decoding is greedy by default.
         """
-        if not question.strip():
-            raise ValueError("the question is empty: ask something")
-        if isinstance(video, (str, bytes, os.PathLike)):
-            video = read_frames(video, self.config.frames, self.config.image_size)
-        frames = torch.as_tensor(video)
-        tokens = self.prompts.conversation(turns, question, len(frames), answer=max_new_tokens)
-        prompt_ids, prompt_mask = self.prompts.for_qformer(question)
-        written = self.generate(
-            tokens[None].to(self.device),
-            frames=frames[None].to(self.device),
-            prompt_ids=prompt_ids[None].to(self.device),
-            prompt_mask=prompt_mask[None].to(self.device),
-            max_new_tokens=max_new_tokens,
-            **{"do_sample": False, **kwargs},
-        )
-        return self.prompts.text(written[0])
+        inputs = self.processor(videos=[video], text=[question], turns=turns, answer=max_new_tokens).to(self.device)
+        written = self.generate(**inputs, max_new_tokens=max_new_tokens, **{"do_sample": False, **kwargs})
+        return self.processor.text(written[0])
