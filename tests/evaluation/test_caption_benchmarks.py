@@ -170,11 +170,20 @@ def test_missing_clips_are_listed_and_the_others_scored(broken):
         ("held_out_qa", "qa.jsonl", "{\n", "line 1 is damaged"),
         ("held_out_qa", "qa.jsonl", '{"clip": "a", "video": "v"}', "line 1 is damaged .KeyError"),
         ("held_out_qa", "qa.jsonl", "", "holds no questions"),
+        (
+            "held_out_qa",
+            "qa.jsonl",
+            '{"clip": "a", "video": "v", "qa": [{"q": "\\ud83d", "a": "b"}]}',
+            "line 1 is damaged",
+        ),
+        ("held_out_qa", "qa.jsonl", "\ufeff\n".encode("utf-16"), "line 1 is not UTF-8 text: save the file as UTF-8"),
     ],
 )
 def test_malformed_annotations_are_refused_with_the_file_and_the_problem(name, file, content, says, broken):
     root = broken(name)
-    (root / file).unlink() if content is None else (root / file).write_text(content)
+    (root / file).unlink() if content is None else (root / file).write_bytes(
+        content if isinstance(content, bytes) else content.encode()
+    )
     with pytest.raises(UserError, match=says):
         BENCHMARKS[name][0].run(config_of(name, root), session(Scripted(lambda *_: "")))
 
@@ -198,3 +207,17 @@ def test_the_seed_decides_which_questions_within_the_limit_are_drawn(folders):
     everything = questions(0, 0)
     assert questions(7, 0) == questions(7, 0) != questions(7, 1)
     assert len(questions(7, 1)) == 7 and set(questions(7, 1)) <= set(everything) and questions(2000, 0) == everything
+
+
+def test_lines_of_one_clip_are_joined_and_only_line_feeds_end_them(broken):
+    root = broken("held_out_qa")
+    first = json.loads((root / "qa.jsonl").read_text().splitlines()[0])
+    questions = [{"q": f"{number}?\u2028", "a": "yes"} for number in range(2)]
+    lines = [json.dumps({**first, "qa": [one]}, ensure_ascii=False) for one in questions]
+    (root / "qa.jsonl").write_text("\ufeff" + "\r\n".join(lines), encoding="utf-8")
+    config = config_of("held_out_qa", root)
+    rows = held_out_qa.run(config, session(Scripted(lambda *_: "")))["samples"]
+    assert [row["question"] for row in rows] == ["0?\u2028", "1?\u2028"]
+    (root / "qa.jsonl").write_text("\n".join([lines[0], lines[1].replace('"video": "', '"video": "x')]))
+    with pytest.raises(UserError, match="line 2 is damaged .* has another video in an earlier line"):
+        held_out_qa.run(config, session(Scripted(lambda *_: "")))

@@ -167,13 +167,30 @@ def test_a_malformed_fold_of_dfew_is_refused_with_its_line(content, says, broken
         ("00001.mp4 joy", "line 1: label 'joy' is not one of anger"),
         ("00001.mp4", "line 1: expected a clip and its label"),
         ("00001 anger", "line 1: expected a clip and its label"),
+        (b"00001.mp4 anger\n\xd6\xd0.mp4 anger", "line 2 is not UTF-8 text"),
     ],
 )
 def test_a_malformed_fold_of_mafw_is_refused_with_its_line(line, says, broken):
     root = broken("mafw")
-    (root / "Train & Test Set" / "single" / "no_caption" / "set_1" / "test.txt").write_text(line)
+    path = root / "Train & Test Set" / "single" / "no_caption" / "set_1" / "test.txt"
+    path.write_bytes(line if isinstance(line, bytes) else line.encode())
     with pytest.raises(UserError, match=says):
         evaluated("mafw", config_of("mafw", root), Scripted(lambda *_: ""))
+
+
+@pytest.mark.parametrize("parts", [("Train _ Test Set", "data/clips"), ("Labels", "data/clips/unzip"), (".", "clips")])
+def test_mafw_is_read_under_other_names_of_its_folders_and_with_byte_order_marks(parts, broken):
+    root = broken("mafw")
+    lists, clips = (root / part for part in parts)
+    for path in (root / "Train & Test Set").rglob("test.txt"):
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    lists.mkdir(exist_ok=True)
+    (root / "Train & Test Set" / "single").rename(lists / "single")
+    (root / "data" / "clips").rename(root / "all")
+    clips.parent.mkdir(parents=True, exist_ok=True)
+    (root / "all").rename(clips)
+    result = evaluated("mafw", config_of("mafw", root), Scripted(lambda *_: "anger"))
+    assert (result["n"], result["missing"]) == (10, [])
 
 
 @pytest.mark.parametrize("name", BENCHMARKS)

@@ -125,3 +125,16 @@ def test_folders_that_lack_frames_or_pairs_are_refused(folder, tmp_path):
     (tmp_path / "splits.txt").write_text("1, 1, A/0, A/1, 1\n")
     with pytest.raises(UserError, match="holds none of the 1 pairs"):
         youtube_faces.run(config_of(tmp_path, pairs="splits"), session(Scripted(knows)))
+
+
+def test_what_computers_and_editors_add_changes_no_pair(folder, tmp_path):
+    root = shutil.copytree(folder, tmp_path / "ytf")
+    images = root / "frame_images_DB"
+    for hidden in (images / "@eaDir" / "0", images / ".Trash" / "1", images / "Person_0001" / "@eaDir"):
+        hidden.mkdir(parents=True)
+        (hidden / "0.1.jpg").write_bytes(b"x")
+    lines = (root / "splits.txt").read_text().splitlines(keepends=True)
+    (root / "splits.txt").write_text("".join(lines[1:]), encoding="utf-8-sig")  # without the header
+    for pairs in ("segments", "splits"):
+        result = youtube_faces.run(config_of(root, pairs=pairs), session(Scripted(knows)))
+        assert (result["n"], result["complete"]) == (12, True)

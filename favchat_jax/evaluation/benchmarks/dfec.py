@@ -55,7 +55,7 @@ def run(config: EvaluationConfig, session: Session) -> Result:
 
 def _read(path: Path) -> list[dict[str, str]]:
     try:
-        listed = json.loads(path.read_text(encoding="utf-8"))
+        listed = json.loads(path.read_text(encoding="utf-8-sig"))
     except ValueError as error:
         raise UserError(f"{path} is not valid JSON ({error}): copy it again") from None
     if not isinstance(listed, list) or not listed:

@@ -1,6 +1,6 @@
 """Runs the test of the paper's later version: questions about your own clips, scored from 0 to 10 by a judge.
 
-    ROOT/qa.jsonl    one line per clip: {"clip": ID, "video": "clips/ID.mp4", "qa": [{"q": ..., "a": ...}], ...}
+    ROOT/qa.jsonl    lines of clips: {"clip": ID, "video": "clips/ID.mp4", "qa": [{"q": ..., "a": ...}], ...}
     ROOT/clips/ID.mp4
 
 The layout is that of clips for training (`data.root` of celebvhq). The authors' 2,000 samples are not published. With
@@ -22,6 +22,7 @@ from favchat_jax.evaluation.layout import described, first_of, root_of
 from favchat_jax.evaluation.respondents import Ask
 from favchat_jax.evaluation.result import Result
 from favchat_jax.evaluation.session import Session, present
+from favchat_jax.files import read_lines
 
 SOURCE = "write one line per clip with clip, video, and qa, a list of q and a"
 LAYOUT = "qa.jsonl and clips/"
@@ -51,16 +52,16 @@ def run(config: EvaluationConfig, session: Session) -> Result:
 
 
 def _read(path: Path) -> dict[str, dict[str, Any]]:
-    clips = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        if not line.strip():
-            continue
+    """Reads the questions of each clip, whose lines are joined."""
+    clips: dict[str, dict[str, Any]] = {}
+    for number, line in read_lines(path):
         try:
             row = json.loads(line)
-            clips[row["clip"]] = {
-                "video": str(row["video"]),
-                "qa": [{"q": str(pair["q"]), "a": str(pair["a"])} for pair in row["qa"]],
-            }
+            json.dumps(row, ensure_ascii=False).encode()  # fails for half of a surrogate pair
+            clip = clips.setdefault(str(row["clip"]), {"video": str(row["video"]), "qa": []})
+            clip["qa"] += [{"q": str(pair["q"]), "a": str(pair["a"])} for pair in row["qa"]]
+            if clip["video"] != str(row["video"]):
+                raise ValueError(f"clip {row['clip']} has another video in an earlier line")
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path}, line {number} is damaged ({type(error).__name__}: {error}); {SOURCE}") from None
     if not any(clip["qa"] for clip in clips.values()):

@@ -29,6 +29,7 @@ from favchat_jax.evaluation.metrics import auc, mean_figure, roc, statistic_figu
 from favchat_jax.evaluation.respondents import Ask
 from favchat_jax.evaluation.result import Result, make_result
 from favchat_jax.evaluation.session import Session
+from favchat_jax.files import is_hidden, read_lines
 
 SOURCE = "ask for it at https://www.cs.tau.ac.il/~wolf/ytfaces"
 LAYOUT = "frame_images_DB/ and splits.txt"
@@ -131,9 +132,9 @@ def _folders(pairs: Sequence[Pair]) -> list[Path]:
 def _read(path: Path, images: Path) -> list[Pair]:
     """Reads the pairs of splits.txt; a header line is skipped."""
     pairs = []
-    for number, line in enumerate(path.read_text().splitlines(), 1):
+    for number, line in read_lines(path):
         fields = [field.strip() for field in line.split(",")]
-        if not line.strip() or (number == 1 and not fields[0].isdigit()):
+        if number == 1 and not fields[0].isdigit():
             continue
         if len(fields) != 5 or fields[4] not in ("0", "1"):
             raise UserError(
@@ -152,8 +153,8 @@ def _full_clip(folder: Path, name: str) -> Footage | None:
 
 def _segments(images: Path, length: int, seed: int) -> list[Pair]:
     people = {}
-    for person in sorted(path for path in images.iterdir() if path.is_dir()):
-        videos = sorted((path for path in person.iterdir() if path.is_dir()), key=lambda p: (len(p.name), p.name))
+    for person in _folders_in(images):
+        videos = sorted(_folders_in(person), key=lambda path: (len(path.name), path.name))
         if videos:
             people[person.name] = _two_segments(videos, length)
     if len(people) < 2:
@@ -166,6 +167,10 @@ def _segments(images: Path, length: int, seed: int) -> list[Pair]:
     same = [Pair(f"{name} {name}", people[name], True, "same") for name in names]
     different = [Pair(f"{a} {b}", (people[a][0], people[b][1]), False, "different") for a, b in others.items()]
     return [pair for both in zip(same, sorted(different, key=lambda pair: pair.id), strict=True) for pair in both]
+
+
+def _folders_in(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.is_dir() and not is_hidden(path))
 
 
 def _two_segments(videos: Sequence[Path], length: int) -> tuple[Footage, Footage]:
