@@ -17,6 +17,7 @@ from absl import flags
 
 import favchat_jax
 from favchat_jax import command_line
+from favchat_jax.data import reasoning
 from favchat_jax.data.sources import open_dataset
 from favchat_jax.errors import RunError
 from tests.conftest import DATA, ROOT, damage, start_module
@@ -261,7 +262,7 @@ def test_chat_refuses_what_is_not_a_workdir_with_a_whole_checkpoint(command, vid
 
     assert chat("nowhere").is_refusal("nowhere/config.json is missing: nowhere is not a workdir")
     assert chat(video).is_refusal("clip.mp4/config.json is missing")
-    assert chat(trained.folder).is_refusal("config.json is missing")
+    assert chat(trained.folder).is_refusal(f"config.json is missing: .*; did you mean {trained.folder}/stage3.$")
     assert chat(small_world.llm).is_refusal("mistral is a language model's folder, not a run")
     copy = trained.copy("stage1", tmp_path)
     shutil.rmtree(copy / "checkpoints")
@@ -296,7 +297,17 @@ def test_chat_can_leave_out_the_thought(video, checkpoint, command, monkeypatch)
     monkeypatch.setattr("favchat_jax.generation.sampler.Sampler.answer", lambda *_: [[said]])
     arguments = [f"--checkpoint={checkpoint}", f"--video={video}", "--question=Which hair?"]
     assert command("chat", *arguments).stdout == f"{said}\n"
-    assert command("chat", *arguments, "--answer_only").stdout == "brown\n"
+    ended = command("chat", *arguments, "--answer_only")
+    assert (ended.stdout, ended.stderr) == ("brown\n", "")
+
+
+def test_chat_says_where_a_response_has_no_answer_in_its_tags(video, checkpoint, command, monkeypatch):
+    monkeypatch.setattr("favchat_jax.generation.sampler.Sampler.answer", lambda *_: [["<think/think> brown"]])
+    arguments = [f"--checkpoint={checkpoint}", f"--video={video}", "--question=Which hair?"]
+    ended = command("chat", *arguments, "--answer_only")
+    assert (ended.code, ended.stdout) == (0, "<think/think> brown\n")
+    assert ended.stderr.startswith("chat: the response has no <answer>;") and reasoning.QUESTION in ended.stderr
+    assert command("chat", *arguments).stderr == ""
 
 
 def test_a_conversation_answers_each_line_with_the_turns_before_it_in_mind(video, checkpoint):

@@ -43,7 +43,9 @@ def load_config(folder: str | Path) -> dict[str, Any]:
     try:
         fields = json.loads(path.read_text())
     except (FileNotFoundError, NotADirectoryError):
-        raise UserError(f"{path} is missing: {folder} is not a workdir or a weights folder") from None
+        inside = sorted(str(found.parent) for found in Path(folder).glob("*/config.json"))
+        hint = f"; did you mean {inside[-1]}?" if inside else ""
+        raise UserError(f"{path} is missing: {folder} is not a workdir or a weights folder{hint}") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}): check its permissions") from None
     except ValueError as error:  # not JSON, or not even text
@@ -228,7 +230,10 @@ def differing(one: Any, other: Any, path: str = "") -> Iterator[str]:
 def check_llm(workdir: Path, folder: str, fingerprint: str) -> None:
     """Raises UserError unless the language model's folder has the fingerprint that the run started with."""
     if not (workdir / "llm.json").exists():
-        raise UserError(f"{workdir} holds no checkpoint: train it first")
+        missing = (
+            "lacks llm.json: copy the workdir again" if has_steps(workdir) else "holds no checkpoint: train it first"
+        )
+        raise UserError(f"{workdir} {missing}")
     expected = _read_llm(workdir).get("fingerprint")
     if expected is None:
         raise UserError(f"{workdir}/llm.json is damaged: delete the workdir and train again")

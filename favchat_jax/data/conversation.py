@@ -143,7 +143,7 @@ class Conversation:
         if answer is None:
             return [(asked, False)]
         if not answer.strip():
-            raise UserError(f"the answer to {question.strip()!r} is empty: give the text to be learned")
+            raise UserError(f"the answer to {question.strip()!r} is empty: give its text")
         return [(asked, False), ([*self._ids(answer), self.eos], True)]
 
     def _ids(self, text: str) -> list[int]:
@@ -152,11 +152,12 @@ class Conversation:
     def _too_long(self, turns: Sequence[tuple[str, str | None]], length: int, max_length: int) -> str:
         question, answer = turns[-1]
         asked, answered = len(self._ids(question)), len(self._ids(answer)) if answer else 0
-        rest = length - asked - answered
-        return (
-            f"the question is {asked} tokens long, its answer {answered}, the clip and the rest {rest}: "
-            f"{length} in all, over the limit of {max_length}; shorten the text"
-        )
+        rest, parts = length - asked - answered, f"the question is {asked} tokens long, its answer {answered}"
+        if len(turns) > 1:
+            earlier = sum(len(self._ids(text)) for turn in turns[:-1] for text in turn if text)
+            rest, parts = rest - earlier, f"{parts}, earlier turns {earlier}"
+        advice = "shorten the text" if len(turns) == 1 else "shorten the text or leave out earlier turns"
+        return f"{parts}, the clip and the rest {rest}: {length} in all, over the limit of {max_length}; {advice}"
 
 
 class PromptEncoder:
