@@ -1,5 +1,7 @@
 """Writes the texts of an export for PyTorch: its model card, the adapters' card and the packages that it needs."""
 
+from pathlib import Path
+
 from favchat_jax.config import Config
 
 # Releases that the tests have passed with; PyAV 17 and older lack what reading a video needs.
@@ -27,7 +29,7 @@ tags:
 
 A video language model for fine-grained questions about faces, trained with favchat_jax and exported to PyTorch.
 
-    pip install -r FOLDER/requirements.txt    # torch, transformers 5 and, for video files, PyAV: 'av>=18'
+It needs torch, transformers 5 and, for video files, PyAV (`av>=18`): `pip install -r FOLDER/requirements.txt`.
 
     from transformers import AutoModelForCausalLM
 
@@ -54,12 +56,12 @@ A video language model for fine-grained questions about faces, trained with favc
 
 
 def adapter_card(base: str) -> str:
-    """Returns the README.md of an export's adapters; `base` is the language model that they were trained on."""
+    """Returns the README.md of an export's adapters; `base` is the repository or the path of the language model."""
+    repository = "" if Path(base).is_absolute() else f"base_model: {base}\n"
     return f"""\
 ---
 library_name: peft
-base_model: {base}
----
+{repository}---
 
 # LoRA of FaVChat's language model
 

@@ -74,14 +74,13 @@ def write_folder(folder: Path, config: Config, weights: Weights, tokenizer: Any,
         shutil.copyfile(file, folder / file.name)
     (folder / "README.md").write_text(card.model_card(config, bool(adapters)))
     (folder / "requirements.txt").write_text(card.REQUIREMENTS)
-    llm = _llm_config(config.llm.path)
-    _write_json(folder / "processor_config.json", _processor_config(config, llm))
+    _write_json(folder / "processor_config.json", _processor_config(config))
     generation = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     for place in (folder, folder / "llm"):
         _write_json(place / "generation_config.json", generation)
     _write_json(folder / INDEX, {"metadata": {}, "weight_map": where})
     # Written last, since it marks the folder as an export.
-    _write_json(folder / "config.json", favchat_config(config, llm, dtype))
+    _write_json(folder / "config.json", favchat_config(config, _llm_config(config.llm.path), dtype))
 
 
 def is_exported(folder: Path) -> bool:
@@ -207,7 +206,7 @@ def favchat_config(config: Config, llm: Mapping[str, Any], dtype: str) -> dict[s
     }
 
 
-def _processor_config(config: Config, llm: Mapping[str, Any]) -> dict[str, Any]:
+def _processor_config(config: Config) -> dict[str, Any]:
     """Returns a run's exported processor_config.json."""
     qformer = config.model.qformer
     return {
@@ -217,7 +216,7 @@ def _processor_config(config: Config, llm: Mapping[str, Any]) -> dict[str, Any]:
         "image_size": config.model.image_size,
         "visual_tokens": qformer.queries + qformer.extra_queries,
         "prompt_length": config.data.prompt_length,
-        "longest": llm["max_position_embeddings"],
+        "longest": mistral.read_config(config.llm.path).max_position_embeddings,
     }
 
 

@@ -3,9 +3,10 @@
     <s> [INST] <Video> (visual tokens) </Video> [/INST] [INST] question [/INST] answer </s> [INST] question ...
 
 Source: Ask-Anything, video_chat2/dataset/it_dataset_mistral.py and models/videochat_mistra/videochat2_it_mistral.py.
-There are two deliberate differences: the sequence starts with the real `<s>` (there: a constant vector), and `</s>`
-follows the answer without a token for the space between them. Every part is tokenised separately, so the loss mask is
-exact, and a prompt for generation is exactly the beginning of a training sequence.
+There are three deliberate differences: the sequence starts with the real `<s>` (there: a constant vector), `</s>`
+follows the answer without a token for the space between them, and a later turn begins like the first (there: with one
+more space). Every part is tokenised separately, so the loss mask is exact, and a prompt for generation is exactly the
+beginning of a training sequence.
 """
 
 from __future__ import annotations
