@@ -10,6 +10,7 @@ from ml_collections.config_dict import placeholder
 
 PRESETS = ("tiny", "base", "paper")
 STAGES = ("stage1", "stage2", "stage3", "coldstart", "grpo")  # each has a file here
+RECIPES = ("ours", "published")  # of coldstart and grpo
 
 
 def get_config(stage: str, argument: str = "") -> ConfigDict:
@@ -26,7 +27,10 @@ def get_config(stage: str, argument: str = "") -> ConfigDict:
     for item in filter(None, argument.split(",")):
         name, _, value = item.partition("=")
         if name not in chosen:
-            raise ValueError(f"config argument {item!r} is unknown: use preset=, variant= or ablation=")
+            raise ValueError(
+                f"config argument {item!r} is unknown: use preset=, variant= or ablation=, "
+                "and recipe= in coldstart and grpo"
+            )
         chosen[name] = value
     if chosen["preset"] not in PRESETS:
         raise ValueError(f"preset={chosen['preset']} is unknown: choose one of {', '.join(PRESETS)}")
@@ -65,6 +69,20 @@ def get_config(stage: str, argument: str = "") -> ConfigDict:
     if config.preset == "tiny":
         _embedded(config)
     return config
+
+
+def split_recipe(argument: str) -> tuple[str, str]:
+    """Splits `recipe=` off the argument of coldstart and grpo; returns the recipe, by default ours, and the rest.
+
+    Raises:
+        ValueError: the recipe is unknown.
+    """
+    items = argument.split(",")
+    rest = [item for item in items if not item.startswith("recipe=")]
+    recipe = next((item.removeprefix("recipe=") for item in items if item not in rest), "ours")
+    if recipe not in RECIPES:
+        raise ValueError(f"recipe={recipe} is unknown: choose one of {', '.join(RECIPES)}")
+    return recipe, ",".join(rest)
 
 
 def _model(preset: str, variant: str) -> ConfigDict:
@@ -141,6 +159,7 @@ def _data(preset: str) -> ConfigDict:
     data.name = "celebvhq"
     data.root = ""  # folder of the source data set; the embedded one needs none
     data.packed = "runs/data"  # folder of the packed (ArrayRecord) data sets
+    data.missing_share = 0.2  # share of the clips that may be missing: published videos vanish from YouTube
     data.sampling = "rand"  # training frames: one at random from each of `frames` equal parts
     data.random_crop = preset == "paper"  # VideoChat2's random resized crop
     data.flip = False  # a flip would swap left and right in the answers
@@ -161,7 +180,6 @@ def _data(preset: str) -> ConfigDict:
 
 def _optimizer() -> ConfigDict:
     """Returns the optimizer's settings. The paper gives only the learning rates; the rest is VideoChat2's."""
-    data.missing_share = 0.2  # share of the clips that may be missing: published videos vanish from YouTube
     return ConfigDict(
         {
             "name": "adamw",  # or muon
@@ -172,6 +190,7 @@ def _optimizer() -> ConfigDict:
             "weight_decay": 0.02,
             "clip_norm": 1.0,
             "warmup": 0.2,  # share of the run: 0.6 of 3 epochs
+            "decay": "cosine",
             "floor": 0.25,  # share of the peak at the end of the cosine
         }
     )

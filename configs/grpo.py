@@ -2,6 +2,7 @@
 
 python -m favchat_jax.train --config=configs/grpo.py
 python -m favchat_jax.train --config=configs/grpo.py --config.rl.data_efficient=False --workdir=runs/tiny-v1/grpo-plain
+python -m favchat_jax.train --config=configs/grpo.py:recipe=published --workdir=DIR    (the authors' public code)
 """
 
 from ml_collections import ConfigDict
@@ -10,6 +11,7 @@ from configs import common
 
 
 def get_config(argument: str = ""):
+    recipe, argument = common.split_recipe(argument)
     config = common.get_config("grpo", argument)
     # The paper's: AdamW with a cosine, its rate, weight decay and clipping.
     config.optimizer.learning_rate = 1e-6
@@ -35,15 +37,16 @@ def get_config(argument: str = ""):
                 "form": {"path": "favchat_jax.rl.rewards:form", "weight": 1.0},
             },
             "shuffled_frames": False,  # also respond to shuffled frames, which the temporal reward needs
+            "prompt": "description",  # or question: each question of a clip, with a request to think first
             "data_efficient": True,  # False: plain GRPO over shuffled epochs
-            "utility": "scale_free",  # or published, the paper's formula
+            "utility": "scale_free",  # or published: judgement and objective of the authors' code
             "pool": {
                 "smoothing": 0.8,
                 "tau_remove": 0.2,
                 "tau_keep": 0.8,
                 "discovery": 2,  # a choice: visits before a sample is judged
                 "rest": 5,  # a choice: iterations for which a cooling sample rests
-                "published_baseline": 0.0,  # baseline of the published utility, whose value head no loss trains
+                "published_baseline": 0.0,  # of the published weights; there a value head that no loss trains
             },
             "split": "train",
             "samples": 10_000,  # the split's first samples that show a face and have all targets
@@ -61,4 +64,21 @@ def get_config(argument: str = ""):
         config.rl.max_new_tokens = 72
         config.rl.samples = 400
         config.rl.measure_every = 5
+    if recipe == "published":
+        _as_published(config)
     return config
+
+
+def _as_published(config: ConfigDict) -> None:
+    """Sets everything that differs in the authors' public code (github.com/heavenhellchen/FaVChat)."""
+    config.optimizer.warmup = 0.0
+    config.batch = 4  # one on each of four GPUs
+    if config.preset != "tiny":
+        config.steps = 2_500  # one epoch
+    config.rl.update({"top_p": 0.95, "shuffled_frames": True, "prompt": "question", "utility": "published"})
+    for name in ("facial", "form", "temporal", "length"):
+        config.rl.rewards[name] = ConfigDict({"path": f"favchat_jax.rl.published:{name}", "weight": 1.0})
+    # Room for the request to think. The embedded language model spells its words out.
+    config.data.prompt_length = max(config.data.prompt_length, 192 if config.preset == "tiny" else 128)
+    if config.preset == "tiny":
+        config.data.buckets = (*config.data.buckets, 256)

@@ -14,7 +14,7 @@ from absl import flags
 
 import favchat_jax
 from favchat_jax import command_line
-from favchat_jax.data.reasoning import answer_of
+from favchat_jax.data import reasoning
 from favchat_jax.data.video import decode
 from favchat_jax.embedded.notice import unlike_training
 from favchat_jax.errors import UserError
@@ -24,6 +24,7 @@ from favchat_jax.training.programs import keep_programs, user_cache
 
 HELP = "/reset forgets the earlier turns; an empty line, quit or exit ends the conversation"
 EMPTY = "the answer is empty: ask in other words"
+UNMARKED = f"the response has no <answer>; coldstart and grpo teach one for this question only: {reasoning.QUESTION}"
 
 
 def converse(dialogue: favchat_jax.Dialogue) -> None:
@@ -54,7 +55,9 @@ def answer_all(model: favchat_jax.Model, video: str, questions: list[str], **sam
     for question, answer in zip(questions, model.answer(video, questions, **sampling), strict=True):
         if not answer.strip():
             _say(EMPTY)
-        text = answer_of(answer) if _ANSWER_ONLY.value else answer
+        elif _ANSWER_ONLY.value and not reasoning.ANSWER.search(answer):
+            _say(UNMARKED)
+        text = reasoning.answer_of(answer) if _ANSWER_ONLY.value else answer
         print(json.dumps({"question": question, "answer": text}, ensure_ascii=False) if _JSON.value else text)
 
 

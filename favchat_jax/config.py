@@ -170,8 +170,9 @@ class OptimizerConfig(Section):
     b2: ShareBelowOne  # decay of the second
     weight_decay: NotNegative  # for matrices only, not for biases and norm scales
     clip_norm: Positive  # gradients are clipped to this global norm
-    warmup: Share  # length of the warm-up as a share of the run
-    floor: Share  # rate at the end of the cosine, as a share of the peak
+    warmup: Share  # length of the warm-up as a share of the run; 0 starts at the peak
+    decay: Literal["cosine", "linear"] = "cosine"  # form of the decay after the warm-up
+    floor: Share  # rate at the end of the decay, as a share of the peak
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -220,7 +221,7 @@ class PoolConfig(Section):
     """Judgement of samples, with the symbols of `rl/pool.py`."""
 
     smoothing: ShareBelowOne = 0.8  # share of the old s in the new s
-    tau_remove: float = 0.2  # a sample whose s is at most this is discarded
+    tau_remove: float = 0.2  # a sample whose s is at most this (published: below this) is discarded
     tau_keep: float = 0.8  # a sample whose s is above this cools down
     discovery: CountOrZero = 2  # visits of a sample before its judgement
     rest: CountOrZero = 5  # iterations in which a cooling sample is not drawn
@@ -240,8 +241,11 @@ class RLConfig(Section):
     top_p: Probability  # nucleus of sampled responses
     rewards: Mapping[str, RewardConfig] = dataclasses.field(hash=False)  # rewards by name
     shuffled_frames: bool  # whether to draw responses to shuffled frames too, for the temporal reward
+    # What a sample asks: to describe its clip, as in the cold start, or each question of it, with a request to think.
+    prompt: Literal["description", "question"] = "description"
     data_efficient: bool  # False for plain GRPO over shuffled epochs
-    utility: Literal["scale_free", "published"]  # this project's scale-free utility or the published one
+    # Draws, judgement, advantages and KL of this project (scale_free), or those of the authors' code.
+    utility: Literal["scale_free", "published"]
     pool: PoolConfig
     split: str  # split of the pool
     samples: CountOrZero  # size of the pool: the first usable samples; 0 for all
@@ -255,6 +259,11 @@ class RLConfig(Section):
             raise UserError("rewards is empty: give at least one, with its path (module:function) and weight")
         for name in self.rewards.keys() & set(MEASURED):
             raise UserError(f"rewards.{name}: this name is taken by another figure; rename the reward")
+
+    @property
+    def published(self) -> bool:
+        """Whether draws, judgement, advantages and KL are those of the authors' code."""
+        return self.utility == "published"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

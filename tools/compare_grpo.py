@@ -30,11 +30,12 @@ def read_runs(workdirs: Sequence[str]) -> Kinds:
     """Returns the measurements of each workdir, by kind of run.
 
     Raises:
-        UserError: a folder holds no reinforcement run, or one without a facial reward, or the runs of a kind were
-            measured at different iterations.
+        UserError: a folder holds no reinforcement run, or one without a facial reward, or the runs have different
+            facial rewards, or those of a kind were measured at different iterations.
     """
     kinds: dict[str, dict[str, Lines]] = {}
     names: dict[str, str] = {}
+    rewards: dict[str, str] = {}
     for folder in workdirs:
         lines = read_lines(Path(folder) / "heldout.jsonl")
         if not lines or not (Path(folder) / "config.json").exists():
@@ -43,6 +44,10 @@ def read_runs(workdirs: Sequence[str]) -> Kinds:
             raise UserError(f"{folder} has no reward named facial in rl.rewards, which this command compares")
         config = json.loads((Path(folder) / "config.json").read_text())
         config.pop("seed")
+        rewards[folder] = config["rl"]["rewards"]["facial"]["path"]
+        if rewards[folder] != rewards[workdirs[0]]:
+            differing = f"{workdirs[0]} has {rewards[workdirs[0]]}, {folder} {rewards[folder]}"
+            raise UserError(f"the facial rewards cannot be compared: {differing}")
         alike = json.dumps(config, sort_keys=True)
         if alike not in names:
             kind = _kind(config)

@@ -7,7 +7,6 @@ checkpoint holds everything that decides the next iteration, so a run resumes to
 """
 
 import functools
-import itertools
 import json
 import logging
 from pathlib import Path
@@ -24,16 +23,14 @@ from favchat_jax.checkpoints.store import Checkpoints, TrainState
 from favchat_jax.checkpoints.weights_folder import load_weights, save_weights
 from favchat_jax.checkpoints.workdir import claim
 from favchat_jax.config import Config, RLConfig
-from favchat_jax.data import reasoning
-from favchat_jax.data.loader import Source
-from favchat_jax.data.record import Record
-from favchat_jax.data.sources import open_dataset, prepare
+from favchat_jax.data.sources import prepare
 from favchat_jax.errors import UserError
 from favchat_jax.rl import rewards
 from favchat_jax.rl.curves import draw_curves
 from favchat_jax.rl.iteration import Iteration
 from favchat_jax.rl.pool import Pool
 from favchat_jax.rl.rollouts import Rollouts
+from favchat_jax.rl.samples import Samples, draw
 from favchat_jax.signals import termination
 from favchat_jax.training.metrics import Metrics, cut_lines
 from favchat_jax.training.optimizer import make_optimizer
@@ -47,7 +44,7 @@ def train(config: Config, workdir: Path, mesh: Mesh) -> Outcome:
     """Trains on one device in `workdir`, from its newest checkpoint if there is one; a step is an iteration.
 
     Raises:
-        UserError: no clip is usable, a reward fails, or as in `favchat_jax.train.train`.
+        UserError: no sample is usable, a reward fails, or as in `favchat_jax.train.train`.
         RunError: the gradient became NaN or infinite.
     """
     settings = config.reinforcement
@@ -58,26 +55,29 @@ def train(config: Config, workdir: Path, mesh: Mesh) -> Outcome:
     claim(workdir, config, parts.fingerprint)
     keep_programs(workdir)
 
-    # Data: clips to learn from, judged in a pool, and held-out ones
-    prepare(config.data.name, config.data.root or None, config.data.packed)
-    clips = UsableClips(config, settings.split, settings.samples)
-    heldout = UsableClips(config, settings.heldout_split, settings.heldout_samples)
-    published = settings.utility == "published"
-    pool = Pool(len(clips), settings.pool, config.seed, efficient=settings.data_efficient, published=published)
+    # Data: samples to learn from, judged in a pool, and held-out ones
+    data = config.data
+    prepare(data.name, data.root or None, data.packed, missing_share=data.missing_share)
+    samples = Samples(parts, settings.split, settings.samples)
+    heldout = Samples(parts, settings.heldout_split, settings.heldout_samples)
+    pool = Pool(
+        len(samples), settings.pool, config.seed, efficient=settings.data_efficient, published=settings.published
+    )
 
     with Checkpoints(workdir, config.checkpoints_kept) as checkpoints:
         # Weights
         optimizer = make_optimizer(config.optimizer, config.steps * settings.updates)
-        state, frozen, pool_state = starting_state(parts, optimizer, checkpoints, mesh)
+        state, frozen, data_state = starting_state(parts, optimizer, checkpoints, mesh)
         step = resumed_at = int(state.step)
-        if pool_state is not None:
-            pool.set_state(pool_state)
+        if data_state is not None:
+            pool.set_state(data_state)
+            samples.set_state(data_state.get("samples"))
         if step == 0:
             save_weights(workdir / "reference", state.trainable, {"of": "the policy that a run started from"})
         reference = {path: jnp.asarray(leaf) for path, leaf in load_weights(workdir / "reference").items()}
 
         # Step
-        rollouts = Rollouts(parts, functions, {**state.trainable, **frozen})
+        rollouts = Rollouts(parts, functions, {**state.trainable, **frozen}, samples.longest_prompt)
         iterate = Iteration(parts, optimizer, rollouts, pool, frozen, reference)
         measure = functools.partial(measure_heldout, config, workdir, rollouts, heldout, frozen)
 
@@ -91,45 +91,55 @@ def train(config: Config, workdir: Path, mesh: Mesh) -> Outcome:
         ):
             if step == 0:
                 measure(state)
-            pool_state = pool.get_state()
+            data_state = _data_state(pool, samples)
             try:
                 while step < steps and not stop.is_set():
-                    samples = pool.draw(config.batch)
-                    if not len(samples):
+                    places, drawn = draw(pool, samples, config.batch)
+                    if not drawn:
                         log.info("the pool ran empty at step %d: every sample was discarded; the run ends here", step)
                         steps = step
                         break
-                    state, values = iterate(state, samples, [clips[i] for i in samples])
-                    step, pool_state = step + 1, pool.get_state()
-                    metrics.add(step, values, len(samples))
+                    state, values = iterate(state, places, drawn)
+                    step, data_state = step + 1, _data_state(pool, samples)
+                    metrics.add(step, values, len(drawn))
                     if step % settings.measure_every == 0:
                         measure(state)
                     if step % config.checkpoint_every == 0:
-                        checkpoints.save(state, pool_state)
+                        checkpoints.save(state, data_state)
                     bar.update()
                     bar.set_postfix(reward=f"{values['reward']:.3f}", kl=f"{values['kl']:.3f}")
                 if step == steps > resumed_at and step % settings.measure_every:
                     measure(state)
-            except UserError:  # a clip or a reward fails: the iterations before are kept
-                _save_last(checkpoints, state, pool_state)
+            except UserError:  # a reward fails, or too many samples are bad: the iterations before are kept
+                _save_last(checkpoints, state, data_state)
                 raise
-            _save_last(checkpoints, state, pool.get_state())
+            _save_last(checkpoints, state, _data_state(pool, samples))
             checkpoints.wait()
     draw_curves(workdir)
     return Outcome(step, steps, resumed_at)
 
 
-def _save_last(checkpoints: Checkpoints, state: TrainState, pool_state: dict[str, Any]) -> None:
+def _data_state(pool: Pool, samples: Samples) -> dict[str, Any]:
+    """Returns everything that decides the next samples, as JSON."""
+    return {**pool.get_state(), "samples": samples.get_state()}
+
+
+def _save_last(checkpoints: Checkpoints, state: TrainState, data_state: dict[str, Any]) -> None:
     """Saves the last iteration unless it is saved already."""
     if int(state.step) not in (0, checkpoints.latest()):
-        checkpoints.save(state, pool_state)
+        checkpoints.save(state, data_state)
 
 
 def measure_heldout(
-    config: Config, workdir: Path, rollouts: Rollouts, clips: Source, frozen: dict[str, jax.Array], state: TrainState
+    config: Config,
+    workdir: Path,
+    rollouts: Rollouts,
+    samples: Samples,
+    frozen: dict[str, jax.Array],
+    state: TrainState,
 ) -> None:
-    """Adds the mean rewards of held-out clips to heldout.jsonl."""
-    step, means = int(state.step), rollouts.measure({**state.trainable, **frozen}, clips)
+    """Adds the mean rewards of held-out samples to heldout.jsonl."""
+    step, means = int(state.step), rollouts.measure({**state.trainable, **frozen}, samples)
     line = {"step": step, "rollouts": step * config.batch * config.reinforcement.group, **means}
     with (workdir / "heldout.jsonl").open("a") as file:
         file.write(json.dumps(line) + "\n")
@@ -139,27 +149,3 @@ def measure_heldout(
 def load_rewards(settings: RLConfig) -> dict[str, tuple[rewards.Reward, float]]:
     """Returns the function and the weight of each reward; raises UserError if one cannot be imported."""
     return {name: (rewards.load(reward.path), reward.weight) for name, reward in settings.rewards.items()}
-
-
-class UsableClips:
-    """Holds the first `limit` clips of a split (0: all) that show a face with all targets; each is read when needed.
-
-    Raises:
-        UserError: the split has no such clip.
-    """
-
-    def __init__(self, config: Config, split: str, limit: int):
-        self._source = open_dataset(config.data.name, config.data.packed, split)
-        usable = (i for i in range(len(self._source)) if reasoning.has_face_and_targets(self._source[i]))
-        self._places = list(itertools.islice(usable, limit or None))
-        if not self._places:
-            raise UserError(
-                f"no clip of split {split} has attribute, emotion and action targets: name another split in "
-                "rl.split or rl.heldout_split"
-            )
-
-    def __len__(self) -> int:
-        return len(self._places)
-
-    def __getitem__(self, index: int) -> Record:
-        return self._source[self._places[index]]

@@ -12,13 +12,13 @@ from jaxtyping import Float, Int
 
 from favchat_jax.checkpoints.run import Assembly
 from favchat_jax.checkpoints.store import TrainState
-from favchat_jax.data.record import Record
 from favchat_jax.errors import RunError
 from favchat_jax.generation.sampler import Sampling
 from favchat_jax.rl.objective import group_advantages
 from favchat_jax.rl.policy import make_score, make_update
 from favchat_jax.rl.pool import Pool
 from favchat_jax.rl.rollouts import Rollouts
+from favchat_jax.rl.samples import Sample
 from favchat_jax.training.step import Weights
 
 UTILITY_BINS = 5
@@ -52,17 +52,17 @@ class Iteration:
         self._update = make_update(parts.model, optimizer, self._settings, config.loss_chunk)
 
     def __call__(
-        self, state: TrainState, samples: Int[np.ndarray, " b"], records: Sequence[Record]
+        self, state: TrainState, places: Int[np.ndarray, " b"], samples: Sequence[Sample]
     ) -> tuple[TrainState, dict[str, float]]:
         """Runs an iteration; returns the state after it and its measurements.
 
         Args:
             state: its memory is donated to the new one.
-            samples: places in the pool.
-            records: their clips.
+            places: of the samples in the pool.
+            samples: at most `config.batch`.
 
         Raises:
-            UserError: a clip or a reward fails; state and pool are as before.
+            UserError: a reward fails; state and pool are as before.
             RunError: the gradient is NaN or infinite.
         """
         started, settings, count = time.perf_counter(), self._settings, len(samples)
@@ -70,7 +70,7 @@ class Iteration:
         # Responses, and their log-probabilities
         seed = self._seed * 1_000_003 + self._pool.iteration
         sampling = Sampling(settings.max_new_tokens, settings.temperature, settings.top_p, seed)
-        rollout = self._rollouts.draw({**state.trainable, **self._frozen}, records, settings.group, sampling)
+        rollout = self._rollouts.draw({**state.trainable, **self._frozen}, samples, settings.group, sampling)
         features = rollout.features
         batch: dict[str, Any] = {**self._rollouts.batch(rollout)}
         batch |= {
@@ -82,22 +82,23 @@ class Iteration:
 
         # Rewards, and the judgement of the samples
         rewards = self._rollouts.rewards(rollout)
-        weights, utility = self._pool.update(samples, rewards["total"], certainty[:count])
+        weights, utility = self._pool.update(places, rewards["total"], certainty[:count])
 
         # Updates; padding has no advantage and does not count
         batch["advantages"] = np.zeros(lengths.shape, np.float32)
-        batch["advantages"][:count] = weights[:, None] * group_advantages(rewards["total"])
+        batch["advantages"][:count] = weights[:, None] * group_advantages(rewards["total"], unbiased=settings.published)
         batch["counted"] = batch["counted"] & (np.arange(len(lengths)) < count)[:, None, None]
         for _ in range(settings.updates):
             state, values = self._update(state, self._frozen, features, batch)
 
         measured = {name: float(value) for name, value in jax.device_get(values).items()}
         if not np.isfinite(measured["gradient_norm"]):
-            clips = ", ".join(record.id for record in records)
+            clips = ", ".join(sample.record.id for sample in samples)
             where = f"step {int(state.step) + 1} is not finite, clips {clips}"
             raise RunError(f"the gradient of {where}: lower optimizer.learning_rate")
         measured |= _figures(rewards, lengths[:count], utility)
-        measured |= {f"share_{name}": number / self._pool.size for name, number in self._pool.counts().items()}
+        states = self._pool.counts()
+        measured |= {f"share_{name}": number / sum(states.values()) for name, number in states.items()}
         return dataclasses.replace(state, step=state.step + 1), {**measured, "seconds": time.perf_counter() - started}
 
 

@@ -11,6 +11,8 @@ the policy pi_ref that the run started from:
 `rl/pool.py` gives each sample its weight w_i, which is 1 in plain GRPO.
 """
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,15 +21,29 @@ from jaxtyping import Array, Bool, Float
 STD_FLOOR = 1e-4
 
 
-def group_advantages(rewards: Float[np.ndarray, "B G"]) -> Float[np.ndarray, "B G"]:
-    """Returns rewards in standard deviations from their group's mean; 0 in a group of equal rewards."""
+def group_advantages(rewards: Float[np.ndarray, "B G"], unbiased: bool = False) -> Float[np.ndarray, "B G"]:
+    """Returns rewards in standard deviations from their group's mean; 0 in a group of equal rewards.
+
+    The variance is a mean over the G responses, or a sum divided by G - 1 if `unbiased`.
+    """
     deviation = rewards - rewards.mean(axis=1, keepdims=True)
-    return deviation / (rewards.std(axis=1, keepdims=True) + STD_FLOOR)
+    return deviation / (rewards.std(axis=1, ddof=int(unbiased), keepdims=True) + STD_FLOOR)
 
 
-def k3(policy: Float[Array, "*B"], reference: Float[Array, "*B"]) -> Float[Array, "*B"]:
-    """Returns Schulman's k3 estimate of KL(policy || reference) from log-probabilities of the policy's tokens."""
+def pairwise(values: Float[np.ndarray, "B G"]) -> Float[np.ndarray, "B P"]:
+    """Returns |difference| of each of the P = G (G - 1) / 2 pairs of a group."""
+    first, second = np.array(list(itertools.combinations(range(values.shape[1]), 2))).T
+    return np.abs(values[:, first] - values[:, second])
+
+
+def k3(policy: Float[Array, "*B"], reference: Float[Array, "*B"], bound: float | None = None) -> Float[Array, "*B"]:
+    """Returns Schulman's k3 estimate of KL(policy || reference) from log-probabilities of the policy's tokens.
+
+    The log ratio is cut to +-`bound`.
+    """
     ratio = reference - policy
+    if bound is not None:
+        ratio = jnp.clip(ratio, -bound, bound)
     return jnp.exp(ratio) - ratio - 1
 
 
@@ -48,6 +64,7 @@ def loss(
     *,
     beta: float,
     clip: float,
+    kl_bound: float | None = None,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """Returns the loss and its parts: `kl`, and `clipped`, the share of tokens beyond the clip.
 
@@ -57,6 +74,7 @@ def loss(
         counted: True at a response's tokens, including its end; a response without any adds nothing.
         beta: weight of the KL penalty.
         clip: c.
+        kl_bound: largest |log ratio| in k3; None for no bound.
     """
 
     def average(values):
@@ -66,6 +84,6 @@ def loss(
     # Not `values * counted` above: padding may hold -inf.
     policy, old, reference = (jnp.where(counted, x, 0.0) for x in (policy, old, reference))
     gain = average(clipped_gain(policy, jax.lax.stop_gradient(old), advantages[..., None], clip))
-    kl = average(k3(policy, reference))
+    kl = average(k3(policy, reference, kl_bound))
     clipped = average((jnp.abs(jnp.exp(policy - old) - 1) > clip).astype(jnp.float32))
     return beta * kl - gain, {"kl": kl, "clipped": clipped}

@@ -15,6 +15,7 @@ from favchat_jax.config import RLConfig
 from favchat_jax.models.favchat import ClipFeatures, FaVChat, Output
 from favchat_jax.models.likelihood import target_log_probabilities
 from favchat_jax.rl import objective
+from favchat_jax.rl.published import KL_BOUND
 from favchat_jax.training.step import Weights, compiler_options, next_token_targets
 
 
@@ -60,13 +61,14 @@ def make_update(
     The state is donated. Besides the arrays of `token_log_probabilities`, the batch has the arguments of the loss:
     old, reference and counted [B, G, L], advantages [B, G].
     """
+    bound = KL_BOUND if settings.published else None
 
     def update(state: TrainState, frozen: Weights, features: ClipFeatures, batch: Mapping[str, Array]):
         def loss(trainable):
             weights = {**trainable, **frozen}
             policy = token_log_probabilities(model, weights, features, batch, settings.temperature, chunk)
             terms = (batch[name] for name in ("old", "reference", "advantages", "counted"))
-            return objective.loss(policy, *terms, beta=settings.beta, clip=settings.clip)
+            return objective.loss(policy, *terms, beta=settings.beta, clip=settings.clip, kl_bound=bound)
 
         (value, parts), gradient = jax.value_and_grad(loss, has_aux=True)(state.trainable)
         moves, moments = optimizer.update(gradient, state.moments, state.trainable)

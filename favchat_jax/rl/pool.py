@@ -14,51 +14,33 @@ over all samples seen:
 
     weight w = delta x utility / (mean of delta x utility over the batch)
 
-The published form (`published_utility`, `published_weights`) multiplies geometric means over all pairs. One tie among
-the responses brings it close to 0, its scale is that of the rewards, and s starts at 0, below tau_remove. It multiplies
-the advantage by tanh(margin - baseline), which can flip its sign. Here, arithmetic means tolerate ties, running means
-make utility free of scale, samples are judged only after their discovery, and no weight is negative.
+The published form (`published.py`) multiplies geometric means over all pairs. One tie among the responses brings it
+close to 0, its scale is that of the rewards, and s starts at 0, below tau_remove. It multiplies the advantage by
+tanh(margin - baseline), which can flip its sign, and it draws all samples once an epoch. Here, arithmetic means
+tolerate ties, running means make utility free of scale, samples are judged only after their discovery, and no weight
+is negative.
 """
 
-import itertools
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
 
 from favchat_jax.config import PoolConfig
+from favchat_jax.errors import UserError
+from favchat_jax.rl import published
+from favchat_jax.rl.objective import pairwise
 
 DISCOVER, EXPLOIT, COOL_DOWN, DISCARD = STATES = ("discover", "exploit", "cool_down", "discard")
 DELTA = {DISCOVER: 1.0, EXPLOIT: 1.0, COOL_DOWN: 0.5, DISCARD: 0.0}
-PAIR_FLOOR = 1e-6  # added to each difference in the published form
 USUAL = 0.5  # utility of a usual sample; the prior of one that was not seen yet
-
-
-def pairwise(values: Float[np.ndarray, "B G"]) -> Float[np.ndarray, "B P"]:
-    """Returns |difference| of each of the P = G (G - 1) / 2 pairs of a group."""
-    first, second = np.array(list(itertools.combinations(range(values.shape[1]), 2))).T
-    return np.abs(values[:, first] - values[:, second])
 
 
 def saturating(values: Float[np.ndarray, " B"], usual: float) -> Float[np.ndarray, " B"]:
     """Returns v / (v + usual): 0 for 0, 1/2 for the usual value, always below 1; 0 if both are 0."""
     total = values + usual
     return np.divide(values, total, out=np.zeros_like(values, dtype=np.float64), where=total > 0)
-
-
-def published_utility(
-    rewards: Float[np.ndarray, "B G"], log_probabilities: Float[np.ndarray, "B G"]
-) -> Float[np.ndarray, " B"]:
-    """Returns the product of the geometric means of (pairwise difference + 1e-6) of rewards and log-probabilities."""
-    means = (np.exp(np.log(pairwise(x) + PAIR_FLOOR).mean(axis=1)) for x in (rewards, log_probabilities))
-    return np.prod(list(means), axis=0)
-
-
-def published_weights(
-    rewards: Float[np.ndarray, "B G"], delta: Float[np.ndarray, " B"], baseline: float
-) -> Float[np.ndarray, " B"]:
-    """Returns tanh(delta x (mean pairwise reward margin - baseline)), negative for a margin below the baseline."""
-    return np.tanh(delta * (pairwise(rewards).mean(axis=1) - baseline))
 
 
 class Pool:
@@ -69,7 +51,7 @@ class Pool:
         settings: thresholds and smoothing.
         seed: of the draws.
         efficient: False for plain GRPO: shuffled epochs, no states, weights of 1.
-        published: whether utility and weights have the published form.
+        published: whether judgements have the published form, which draws in shuffled epochs too.
     """
 
     def __init__(self, size: int, settings: PoolConfig, seed: int, *, efficient: bool = True, published: bool = False):
@@ -78,6 +60,7 @@ class Pool:
         self.visits = np.zeros(size, np.int64)
         self.resting_until = np.zeros(size, np.int64)
         self.discarded = np.zeros(size, bool)
+        self.bad: set[int] = set()
         self.usual: tuple[float, ...] | None = None  # R', P'
         self.iteration = 0
         self._discovery = 1 if published else settings.discovery
@@ -91,23 +74,25 @@ class Pool:
         return np.where(self.discarded, DISCARD, kept).tolist()
 
     def counts(self) -> dict[str, int]:
-        """Returns the number of samples in each state."""
-        states = self.states()
+        """Returns the number of samples in each state, without bad ones."""
+        states = [state for sample, state in enumerate(self.states()) if sample not in self.bad]
         return {state: states.count(state) for state in STATES}
 
     def draw(self, count: int) -> Int[np.ndarray, " count"]:
-        """Draws different samples for the next iteration; fewer than `count`, or none, if more are discarded.
+        """Draws different samples for the next iteration; fewer than `count`, or none, if more are discarded or bad.
 
         A sample is drawn with a probability in proportion to its s (1/2 before its first visit). One that cools down
-        rests first, unless too few others are left.
+        rests first, unless too few others are left. Shuffled epochs repeat the samples of a small pool instead.
         """
         self.iteration += 1
-        if not self.efficient:
-            while len(self._queue) < count:
-                self._queue += self._rng.permutation(self.size).tolist()
-            drawn, self._queue = self._queue[:count], self._queue[count:]
-            return np.array(drawn)
+        return self.draw_more(count, ())
+
+    def draw_more(self, count: int, drawn: Collection[int]) -> Int[np.ndarray, " count"]:
+        """Draws samples for the same iteration, besides those that it has `drawn`, in place of bad ones."""
+        if not self.efficient or self.published:
+            return self._next_of_epoch(count)
         kept = np.flatnonzero(~self.discarded)
+        kept = kept[~np.isin(kept, [*self.bad, *drawn])]
         awake = kept[self.resting_until[kept] < self.iteration]
         if len(awake) < min(count, len(kept)):
             awake = kept
@@ -115,6 +100,18 @@ class Pool:
         # Gumbel keys: the samples with the largest are a draw without replacement in proportion to `hope`.
         keys = np.log(hope) + self._rng.gumbel(size=len(awake))
         return awake[np.argsort(-keys, kind="stable")[:count]]
+
+    def _next_of_epoch(self, count: int) -> Int[np.ndarray, " count"]:
+        usable = self.size - len(self.bad)
+        self._queue = [sample for sample in self._queue if sample not in self.bad]
+        while usable and len(self._queue) < count:
+            self._queue += [sample for sample in self._rng.permutation(self.size).tolist() if sample not in self.bad]
+        drawn, self._queue = self._queue[:count], self._queue[count:]
+        return np.array(drawn, np.int64)
+
+    def leave_out(self, sample: int) -> None:
+        """Never draws a sample again, because it cannot be used."""
+        self.bad.add(sample)
 
     def update(
         self,
@@ -125,27 +122,38 @@ class Pool:
         """Judges samples by their groups of responses; returns each sample's weight w and its utility.
 
         Args:
-            samples: different samples.
+            samples: places in the pool; different ones, except in shuffled epochs.
             rewards: of their responses.
             log_probabilities: mean over each response's tokens, under the policy that answered.
         """
-        settings = self.settings
-        utility = (published_utility if self.published else self._utility)(rewards, log_probabilities)
+        utility = (published.utilities if self.published else self._utility)(rewards, log_probabilities)
         first = self.visits[samples] == 0
         self.visits[samples] += 1
         if not self.efficient:
             return np.ones(len(samples)), utility
+        if self.published:
+            return self._judge_as_published(samples, rewards, utility), utility
+        settings = self.settings
         smoothed = settings.smoothing * self.score[samples] + (1 - settings.smoothing) * utility
-        self.score[samples] = smoothed if self.published else np.where(first, utility, smoothed)
+        self.score[samples] = np.where(first, utility, smoothed)
         judged = self.visits[samples] >= self._discovery
         self.discarded[samples] = judged & (self.score[samples] <= settings.tau_remove)
         states = np.array(self.states())[samples]
         self.resting_until[samples[states == COOL_DOWN]] = self.iteration + settings.rest
-        delta = np.array([DELTA[state] for state in states])
-        if self.published:
-            return published_weights(rewards, delta, settings.published_baseline), utility
-        share = delta * utility
+        share = np.array([DELTA[state] for state in states]) * utility
         return share / share.mean() if share.any() else np.zeros(len(samples)), utility
+
+    def _judge_as_published(
+        self, samples: Int[np.ndarray, " B"], rewards: Float[np.ndarray, "B G"], utility: Float[np.ndarray, " B"]
+    ) -> Float[np.ndarray, " B"]:
+        """Moves the states of samples and returns their weights; `discarded` marks a delta of 0 at the last visit."""
+        settings, score = self.settings, np.zeros(len(samples))
+        for i, sample in enumerate(samples):  # one after another: a small pool may hold a sample twice in a batch
+            self.score[sample] = settings.smoothing * self.score[sample] + (1 - settings.smoothing) * utility[i]
+            score[i] = self.score[sample]
+        delta = published.deltas(score, settings)
+        self.discarded[samples] = delta == 0
+        return published.weights(rewards, delta, settings.published_baseline)
 
     def _utility(
         self, rewards: Float[np.ndarray, "B G"], log_probabilities: Float[np.ndarray, "B G"]
@@ -166,6 +174,7 @@ class Pool:
             "visits": self.visits.tolist(),
             "resting_until": self.resting_until.tolist(),
             "discarded": self.discarded.tolist(),
+            "bad": sorted(self.bad),
             "usual": None if self.usual is None else [float(value) for value in self.usual],
             "iteration": self.iteration,
             "queue": [int(sample) for sample in self._queue],
@@ -173,11 +182,17 @@ class Pool:
         }
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Resumes where `get_state` was called."""
+        """Resumes where `get_state` was called; raises UserError if that pool had another number of samples."""
+        if len(state["score"]) != self.size:
+            raise UserError(
+                f"the checkpoint's pool has {len(state['score'])} samples, this data has {self.size}: "
+                "restore the data as it was, or choose another --workdir"
+            )
         self.score = np.array(state["score"], np.float64)
         self.visits = np.array(state["visits"], np.int64)
         self.resting_until = np.array(state["resting_until"], np.int64)
         self.discarded = np.array(state["discarded"], bool)
+        self.bad = set(state.get("bad", []))  # absent in older checkpoints
         self.usual = None if state["usual"] is None else tuple(state["usual"])
         self.iteration, self._queue = state["iteration"], list(state["queue"])
         self._rng.bit_generator.state = state["rng"]

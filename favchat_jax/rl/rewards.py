@@ -2,12 +2,12 @@
 
 A reward is a pure function of a group, the G responses to one question, so it may compare them. The facial reward
 counts the words that an answer shares with the clip's attributes, emotion and action. The format reward asks for
-`<think>...</think> <answer>...</answer>`. Two optional rewards follow the authors' public code: one for answers that
-need the order of the frames, one for long answers.
+`<think>...</think> <answer>...</answer>`. Two optional rewards are the authors': one for answers that need the order of
+the frames, one for long answers.
 
-As published, each target is compared with all words of an answer. An answer that names all three targets then has too
-many words for each, and the best possible one earns about 0.4. Here, words that another target explains cost nothing,
-and the best possible answer earns 1. `published_facial` is the published form.
+As published (`published.py`), each target is compared with all words of an answer. An answer that names all three
+targets then has too many words for each, and the best possible one earns about 0.4. Here, words that another target
+explains cost nothing, and the best possible answer earns 1.
 
 A config names rewards, including your own, by import path with a weight each (`rl.rewards` in `configs/grpo.py`).
 """
@@ -42,7 +42,8 @@ class Group:
         responses: G texts.
         lengths: number of tokens of each, including its end.
         complete: whether each ended before the limit of its length.
-        shuffled: responses to the question with the clip's frames in another order; empty unless a reward needs them.
+        shuffled: G // 2 responses about the clip's frames in another order; empty unless `rl.shuffled_frames` is set.
+        answer: the expected answer; empty for the request to describe the clip.
     """
 
     id: str
@@ -52,6 +53,7 @@ class Group:
     lengths: tuple[int, ...]
     complete: tuple[bool, ...]
     shuffled: tuple[str, ...] = ()
+    answer: str = ""
 
 
 Reward = Callable[[Group], Sequence[float]]
@@ -68,11 +70,11 @@ def jaccard(one: frozenset[str], other: frozenset[str]) -> float:
     return len(one & other) / len(union) if union else 0.0
 
 
-def facial_score(answer: str, targets: Mapping[str, str], published: bool = False) -> float:
+def facial_score(answer: str, targets: Mapping[str, str]) -> float:
     """Returns 0.4 attributes + 0.3 emotion + 0.3 action, each the Jaccard overlap of the answer with the target.
 
-    Before the comparison with a target, words that only other targets contain are removed from the answer, unless
-    `published`. A target without words is left out, and the other weights are scaled to add up to 1.
+    Before the comparison with a target, words that only other targets contain are removed from the answer. A target
+    without words is left out, and the other weights are scaled to add up to 1.
 
     Raises:
         UserError: no target has any words, so all answers would earn the same.
@@ -84,18 +86,13 @@ def facial_score(answer: str, targets: Mapping[str, str], published: bool = Fals
     said, wanted = words(answer), frozenset().union(*known.values())
     score = 0.0
     for name, weight in TARGET_WEIGHTS.items():
-        score += weight * jaccard(said if published else said - (wanted - known[name]), known[name])
+        score += weight * jaccard(said - (wanted - known[name]), known[name])
     return score / total
 
 
 def facial(group: Group) -> list[float]:
     """Returns the facial reward of each response's answer."""
     return [facial_score(answer_of(response), group.targets) for response in group.responses]
-
-
-def published_facial(group: Group) -> list[float]:
-    """Returns the facial reward with each target compared with all words of the answer."""
-    return [facial_score(answer_of(response), group.targets, published=True) for response in group.responses]
 
 
 def form(group: Group) -> list[float]:
@@ -106,25 +103,26 @@ def form(group: Group) -> list[float]:
     ]
 
 
-def temporal(group: Group, bonus: float = 0.3, share: float = 0.8) -> list[float]:
-    """Returns `bonus` for good responses if the mean facial reward is at least `share` of that for shuffled frames.
+def temporal(group: Group, facial: Reward = facial) -> list[float]:
+    """Returns 0.3 for good responses if the mean facial reward is at least 0.8 of that for shuffled frames, else 0.
 
     Raises:
         ValueError: the group has no responses about shuffled frames.
     """
     if not group.shuffled:
-        raise ValueError("the temporal reward needs responses about shuffled frames")
+        raise ValueError("the temporal reward needs responses about shuffled frames: set rl.shuffled_frames=True")
     earned = facial(group)
     shuffled = facial(dataclasses.replace(group, responses=group.shuffled))
-    ordered = np.mean(earned) >= share * np.mean(shuffled)
-    return [bonus if ordered and reward > GOOD else 0.0 for reward in earned]
+    ordered = np.mean(earned) >= 0.8 * np.mean(shuffled)
+    return [0.3 if ordered and reward > GOOD else 0.0 for reward in earned]
 
 
-def length(group: Group, bonus: float = 0.2, shortest: int = 320, longest: int = 512) -> list[float]:
-    """Returns `bonus` for good responses of `shortest` to `longest` tokens."""
+def length(group: Group, facial: Reward = facial) -> list[float]:
+    """Returns 0.2 for good responses of 320 to 512 tokens if the group has at least two good responses, else 0."""
+    good = [reward > GOOD for reward in facial(group)]
     return [
-        bonus if reward > GOOD and shortest <= tokens <= longest else 0.0
-        for reward, tokens in zip(facial(group), group.lengths, strict=True)
+        0.2 if is_good and sum(good) > 1 and 320 <= tokens <= 512 else 0.0
+        for is_good, tokens in zip(good, group.lengths, strict=True)
     ]
 
 

@@ -16,10 +16,15 @@ ADAM_SHARE = 0.1  # AdamW's rate as a share of Muon's, for weights that are not 
 
 
 def schedule(optimizer: OptimizerConfig, steps: int) -> optax.Schedule:
-    """Builds a linear warm-up to the peak and a cosine down to a floor (VideoChat2's is 0.25 of the peak)."""
-    warmup = max(1, round(optimizer.warmup * steps))
-    rate = optimizer.learning_rate
-    return optax.warmup_cosine_decay_schedule(0.0, rate, warmup, max(steps, warmup + 1), rate * optimizer.floor)
+    """Builds a linear warm-up to the peak and a cosine or a line down to a floor (VideoChat2's: 0.25 of the peak)."""
+    rate, last = optimizer.learning_rate, optimizer.learning_rate * optimizer.floor
+    warmup = max(1, round(optimizer.warmup * steps)) if optimizer.warmup else 0
+    rest = max(1, steps - warmup)
+    falling = {
+        "cosine": optax.cosine_decay_schedule(rate, rest, last / rate),
+        "linear": optax.linear_schedule(rate, last, rest),
+    }[optimizer.decay]
+    return optax.join_schedules([optax.linear_schedule(0.0, rate, warmup), falling], [warmup]) if warmup else falling
 
 
 def make_optimizer(optimizer: OptimizerConfig, steps: int) -> optax.GradientTransformation:

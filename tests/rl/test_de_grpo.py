@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -11,6 +12,7 @@ from flax.traverse_util import unflatten_dict
 from favchat_jax.checkpoints import run as assembly
 from favchat_jax.checkpoints.weights_folder import load_weights
 from favchat_jax.config import VARIANTS
+from favchat_jax.data import reasoning
 from favchat_jax.errors import UserError
 from favchat_jax.generation.sampler import Sampler, Sampling
 from favchat_jax.models import favchat
@@ -18,11 +20,12 @@ from favchat_jax.rl import de_grpo, policy
 from favchat_jax.rl.curves import read_lines
 from favchat_jax.rl.iteration import UTILITY_BINS
 from favchat_jax.rl.pool import STATES
-from favchat_jax.rl.rollouts import Rollouts, response_mask
+from favchat_jax.rl.rollouts import Rollout, Rollouts, response_mask
 from favchat_jax.sharding import training_mesh
 from favchat_jax.training.progress import Outcome
 from tests.conftest import newest, same_weights
 from tests.models.tiny_parts import MISTRAL, drawn_flat, favchat_shapes, tiny_config
+from tests.rl.test_samples import damaged
 
 SMALL = {
     "steps": 4,
@@ -30,8 +33,8 @@ SMALL = {
     "checkpoint_every": 2,
     "rl__group": 3,
     "rl__max_new_tokens": 6,
-    "rl__samples": 5,
-    "rl__heldout_samples": 3,
+    "rl__samples": 6,  # one of them is bad
+    "rl__heldout_samples": 4,  # one of them is bad
     "rl__measure_every": 2,
 }
 
@@ -46,6 +49,23 @@ def count_shuffled(group):
     return [len(group.shuffled)] * len(group.responses)
 
 
+ASKED = []  # groups that `keep_group` was called with
+
+
+def keep_group(group):
+    """Keeps the group and returns favour_short_words."""
+    ASKED.append(group)
+    return favour_short_words(group)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def bad_clips():
+    """Cuts a training clip and a held-out clip short, which all runs here leave out."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        damaged(monkeypatch, 2, heldout=[1])
+        yield
+
+
 @pytest.fixture(scope="module")
 def config_of(small_world, trained, tmp_path_factory):
     """Builds configs of small runs from stage 3, renamed to a cold start; `changes` as in `SmallWorld.config`."""
@@ -54,9 +74,9 @@ def config_of(small_world, trained, tmp_path_factory):
     settings = json.loads((start / "config.json").read_text())
     (start / "config.json").write_text(json.dumps({**settings, "stage": "coldstart"}))
 
-    def config(**changes):
+    def config(argument="", /, **changes):
         ours = {"init__from_run": str(start), "rl__rewards__form__path": "tests.rl.test_de_grpo:favour_short_words"}
-        return small_world.config("grpo", **{**SMALL, **ours, **changes})
+        return small_world.config("grpo", argument, **{**SMALL, **ours, **changes})
 
     return config
 
@@ -71,6 +91,16 @@ def undisturbed(config_of, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("undisturbed") / "grpo"
     assert train(config_of(), workdir) == Outcome(step=4, steps=4, resumed_at=0)
     return workdir
+
+
+def test_a_bad_clip_is_left_out_and_kept_in_mind_by_each_checkpoint(undisturbed):
+    folders = sorted((undisturbed / "checkpoints").glob("*/data/metadata"))
+    states = [json.loads(folder.read_text()) for folder in folders]
+    assert len(states) == 2
+    for state in states:
+        assert len(state["bad"]) == state["samples"]["bad"] == 1 and state["visits"][state["bad"][0]] == 0
+        reason = next(iter(state["samples"]["bad_ids"].values()))
+        assert "cannot be read as a video" in reason
 
 
 def test_a_run_writes_each_reward_the_states_and_curves(undisturbed):
@@ -135,6 +165,19 @@ def test_an_empty_pool_ends_the_run_with_a_message(config_of, tmp_path, caplog):
     assert [line["step"] for line in read_lines(tmp_path / "grpo" / "heldout.jsonl")] == [0, 2, 3]
 
 
+@pytest.mark.slow
+def test_the_published_recipe_asks_questions_and_reinforces_with_its_four_rewards(config_of, tmp_path):
+    ASKED.clear()
+    path = "tests.rl.test_de_grpo:keep_group"
+    config = config_of("recipe=published", steps=2, batch=2, data__buckets=(320,), rl__rewards__form__path=path)
+    assert train(config, tmp_path / "grpo").step == 2
+    lines = read_lines(tmp_path / "grpo" / "metrics.jsonl")
+    assert all(line["rollouts"] == 6 and {"reward_temporal", "reward_length"} <= line.keys() for line in lines)
+    assert all(group.answer and group.question != reasoning.QUESTION for group in ASKED)
+    drawn = [group for group in ASKED if len(group.responses) == 3]
+    assert len(drawn) == 4 and all(len(group.shuffled) == 1 for group in drawn)
+
+
 def test_a_reward_that_cannot_be_imported_is_refused_before_any_work(config_of, tmp_path):
     with pytest.raises(UserError, match="reward 'nowhere:facial' cannot be imported"):
         train(config_of(rl__rewards__facial__path="nowhere:facial"), tmp_path / "grpo")
@@ -154,7 +197,7 @@ def test_the_temporal_reward_gets_responses_about_shuffled_frames_if_the_config_
     settings["rl__rewards__facial__path"] = "tests.rl.test_de_grpo:count_shuffled"
     config = config_of(**settings, rl__shuffled_frames=True, rl__measure_every=5)
     train(config, tmp_path / "with")
-    assert read_lines(tmp_path / "with" / "metrics.jsonl")[0]["reward_facial"] == config.rl.group
+    assert read_lines(tmp_path / "with" / "metrics.jsonl")[0]["reward_facial"] == config.rl.group // 2
     assert [line["facial"] for line in read_lines(tmp_path / "with" / "heldout.jsonl")] == [1, 1], "one greedy response"
 
 
@@ -182,6 +225,29 @@ def test_a_start_of_another_variant_is_refused(small_world, config_of, tmp_path)
     config = small_world.config("grpo", "variant=v2", init__from_run=config_of().init.from_run, **SMALL)
     with pytest.raises(UserError, match="is of variant=v1, this run of variant=v2"):
         train(config, tmp_path / "grpo")
+
+
+def test_prompts_of_different_lengths_are_padded_after_the_response():
+    samples = [SimpleNamespace(tokens=np.array(tokens), prompt=None) for tokens in ([7, 8], [7, 8, 9])]
+    responses = np.array([[[5, 2, 2], [5, 6, 4]]] * 2)
+    rollouts = SimpleNamespace(
+        _longest_prompt=4,
+        _sampler=SimpleNamespace(
+            conversation=SimpleNamespace(pad=0, eos=2),
+            prompt=SimpleNamespace(encode=lambda _: (np.zeros(3, np.int32), np.ones(3, bool))),
+        ),
+    )
+    batch = Rollouts.batch(rollouts, Rollout(samples, 2, None, responses, None))
+    assert batch["tokens"].tolist() == [
+        [[7, 8, 5, 2, 2, 0, 0], [7, 8, 5, 6, 4, 0, 0]],
+        [[7, 8, 9, 5, 2, 2, 0], [7, 8, 9, 5, 6, 4, 0]],
+    ]
+    # A position counts if the token after it belongs to the response.
+    assert batch["counted"].astype(int).tolist() == [
+        [[0, 1, 1, 0, 0, 0, 0], [0, 1, 1, 1, 0, 0, 0]],
+        [[0, 0, 1, 1, 0, 0, 0], [0, 0, 1, 1, 1, 0, 0]],
+    ]
+    assert batch["prompt"].shape == batch["prompt_mask"].shape == (2, 1, 3)
 
 
 def test_a_response_counts_up_to_its_first_end():

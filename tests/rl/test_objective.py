@@ -14,6 +14,11 @@ def test_advantages_are_rewards_in_standard_deviations_from_their_groups_mean():
     np.testing.assert_allclose(advantages, [[-1, 1, -1, 1], [-1, -1, 1, 1]], rtol=3 * STD_FLOOR)
 
 
+def test_unbiased_advantages_divide_the_squares_by_one_response_less():
+    # Deviations -2, 0 and 2: squares 8 over 2.
+    np.testing.assert_allclose(group_advantages(np.array([[0.0, 2.0, 4.0]]), unbiased=True), [[-1, 0, 1]], rtol=1e-4)
+
+
 def test_a_group_of_equal_rewards_has_no_advantage():
     np.testing.assert_allclose(group_advantages(np.full((2, 3), 0.7)), 0, atol=1e-9)
 
@@ -23,6 +28,11 @@ def test_k3_is_zero_for_equal_policies_and_positive_for_others():
     reference = jnp.log(jnp.array([0.5, 0.25, 1.0]))
     # Ratios 1, 1/2 and 2: r - log r - 1.
     np.testing.assert_allclose(k3(policy, reference), [0, 0.5 + np.log(2) - 1, 2 - np.log(2) - 1], atol=1e-6)
+
+
+def test_a_bound_cuts_the_log_ratio_of_k3():
+    policy, reference = jnp.array([-20.0, -1.0, -1.0]), jnp.array([-1.0, -20.0, -2.0])
+    np.testing.assert_allclose(k3(policy, reference, 10.0), [np.exp(10) - 11, np.exp(-10) + 9, np.exp(-1)], rtol=1e-5)
 
 
 def test_k3_is_the_kl_divergence_on_average_over_what_the_policy_draws():

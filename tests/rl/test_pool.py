@@ -6,7 +6,10 @@ import numpy as np
 import pytest
 
 from favchat_jax.config import PoolConfig
-from favchat_jax.rl.pool import Pool, pairwise, published_utility, published_weights, saturating
+from favchat_jax.errors import UserError
+from favchat_jax.rl.objective import pairwise
+from favchat_jax.rl.pool import Pool, saturating
+from favchat_jax.rl.published import utilities
 
 SPREAD = np.array([[0.0, 0.4, 0.8]])  # mean pairwise difference 1.6 / 3
 LOG = np.array([[-1.0, -1.3, -1.6]])  # 1.2 / 3
@@ -45,7 +48,7 @@ def test_utility_does_not_change_with_the_size_of_rewards_or_log_probabilities()
         small, _ = one.update(samples, rewards[step], log[step])[::-1]
         large, _ = other.update(samples, 70 * rewards[step], 0.01 * log[step])[::-1]
         np.testing.assert_allclose(small, large, rtol=1e-9)
-    assert published_utility(70 * rewards[0], log[0])[0] > 10 * published_utility(rewards[0], log[0])[0]
+    assert utilities(70 * rewards[0], log[0])[0] > 10 * utilities(rewards[0], log[0])[0]
 
 
 def test_one_tie_costs_little_but_brings_the_published_utility_close_to_zero():
@@ -54,7 +57,7 @@ def test_one_tie_costs_little_but_brings_the_published_utility_close_to_zero():
     pool = Pool(2, PoolConfig(), seed=0)
     _, utility = pool.update(np.array([0, 1]), np.concatenate([different, tied]), np.concatenate([log, log]))
     assert utility[1] > 0.8 * utility[0]
-    assert published_utility(tied, log)[0] < 0.15 * published_utility(different, log)[0]
+    assert utilities(tied, log)[0] < 0.15 * utilities(different, log)[0]
 
 
 @pytest.mark.parametrize("tied", ["rewards", "log_probabilities"])
@@ -70,12 +73,7 @@ def test_a_group_without_differences_has_no_utility(tied):
 def test_the_published_utility_is_the_product_of_two_geometric_means():
     rewards, log = groups([0.0, 0.1, 0.3]), groups([-1.0, -1.5, -3.0])
     expected = np.cbrt(0.1 * 0.3 * 0.2) * np.cbrt(0.5 * 2.0 * 1.5)
-    np.testing.assert_allclose(published_utility(rewards, log), [expected], rtol=1e-4)
-
-
-def test_published_weights_are_a_tanh_that_is_negative_under_the_baseline():
-    weights = published_weights(groups([0, 0.3], [0, 0.1], [0, 0.9]), np.array([1.0, 1.0, 0.5]), baseline=0.2)
-    np.testing.assert_allclose(weights, np.tanh([0.1, -0.1, 0.35]))
+    np.testing.assert_allclose(utilities(rewards, log), [expected], rtol=1e-4)
 
 
 def visit(pool, sample, utility):
@@ -185,13 +183,36 @@ def test_plain_grpo_visits_every_sample_once_an_epoch_and_weighs_all_alike():
     assert pool.counts()["discard"] == 0
 
 
-def test_the_published_form_discards_a_sample_at_its_first_visit_unless_its_utility_is_above_1():
-    pool = Pool(2, PoolConfig(), seed=0, published=True)
-    weights, utility = pool.update(np.array([0, 1]), groups([0, 0.5], [0, 2.0]), groups([-1, -2], [-1, -3]))
-    np.testing.assert_allclose(utility, [0.5, 4.0], rtol=1e-4)
-    np.testing.assert_allclose(pool.score, [0.1, 0.8], rtol=1e-4)  # from 0: 0.2 x utility
-    assert pool.states() == ["discard", "cool_down"]
-    np.testing.assert_allclose(weights, np.tanh([0.0, 0.5 * 2.0]))
+@pytest.mark.parametrize("efficient", [True, False])
+def test_a_bad_sample_is_never_drawn_again_and_belongs_to_no_state(efficient):
+    pool = Pool(4, PoolConfig(), seed=0, efficient=efficient)
+    drawn = pool.draw(2).tolist()
+    pool.leave_out(drawn[0])
+    more = pool.draw_more(1, drawn[1:]).tolist()
+    assert pool.iteration == 1 and not set(more) & set(drawn)
+    assert {sample for _ in range(20) for sample in pool.draw(2).tolist()} == set(range(4)) - {drawn[0]}
+    assert sum(pool.counts().values()) == 3
+
+
+@pytest.mark.parametrize("efficient", [True, False])
+def test_nothing_is_drawn_if_all_samples_are_bad(efficient):
+    pool = Pool(2, PoolConfig(), seed=0, efficient=efficient)
+    for sample in range(2):
+        pool.leave_out(sample)
+    assert len(pool.draw(2)) == 0
+
+
+def test_a_pool_of_another_size_does_not_resume():
+    with pytest.raises(UserError, match="the checkpoint's pool has 3 samples, this data has 2"):
+        Pool(2, PoolConfig(), seed=0).set_state(Pool(3, PoolConfig(), seed=0).get_state())
+
+
+def test_a_checkpoint_from_before_bad_samples_were_left_out_resumes():
+    state = Pool(2, PoolConfig(), seed=0).get_state()
+    del state["bad"]
+    pool = Pool(2, PoolConfig(), seed=0)
+    pool.set_state(state)
+    assert not pool.bad
 
 
 @pytest.mark.parametrize("efficient", [True, False])
@@ -202,6 +223,7 @@ def test_a_pool_resumes_exactly_from_its_state(efficient):
         return samples.tolist(), weights.tolist(), utility.tolist()
 
     one, rng = Pool(10, PoolConfig(), 3, efficient=efficient), np.random.default_rng(1)
+    one.leave_out(4)
     for _ in range(7):
         step(one, rng)
     other = Pool(10, PoolConfig(), 99, efficient=efficient)

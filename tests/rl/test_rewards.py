@@ -11,11 +11,9 @@ from favchat_jax.rl.rewards import Group, evaluate, facial_score, form, jaccard,
 TARGETS = {"attributes": "long black hair", "emotion": "happy", "action": "shaking the head"}
 
 
-def group(*responses, targets=TARGETS, lengths=None, complete=None, shuffled=()):
-    count = len(responses)
-    return Group(
-        "clip 7", "Who?", targets, responses, lengths or (10,) * count, complete or (True,) * count, tuple(shuffled)
-    )
+def group(*responses, targets=TARGETS, lengths=None, complete=None, shuffled=(), answer=""):
+    many, complete = len(responses), complete or (True,) * len(responses)
+    return Group("clip 7", "Who?", targets, responses, lengths or (10,) * many, complete, tuple(shuffled), answer)
 
 
 def thought(answer):
@@ -52,14 +50,6 @@ def test_jaccard_is_shared_words_over_all_words(one, other, expected):
 )
 def test_the_facial_score_equals_a_count_by_hand(answer, expected):
     assert facial_score(answer, TARGETS) == pytest.approx(expected)
-
-
-def test_the_published_form_gives_the_best_answer_a_low_reward():
-    # Seven words: 3 of 7, 1 of 7 and 3 of 7.
-    expected = 0.4 * 3 / 7 + 0.3 / 7 + 0.3 * 3 / 7
-    best = "long black hair happy shaking the head"
-    assert facial_score(best, TARGETS, published=True) == pytest.approx(expected)
-    assert rewards.published_facial(group(thought(best))) == [pytest.approx(expected)]
 
 
 def test_a_word_of_two_targets_counts_for_both():
@@ -136,6 +126,10 @@ def test_the_temporal_reward_needs_responses_about_shuffled_frames():
 def test_the_length_reward_goes_to_good_responses_of_320_to_512_tokens():
     lengths = (319, 320, 512, 513, 400)
     assert rewards.length(group("happy", "happy", "happy", "happy", "red", lengths=lengths)) == [0, 0.2, 0.2, 0, 0]
+
+
+def test_a_single_good_response_earns_no_length_reward():
+    assert rewards.length(group("happy", "red", lengths=(400, 400))) == [0, 0]
 
 
 def test_a_reward_is_found_by_its_import_path():

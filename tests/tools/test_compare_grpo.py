@@ -22,10 +22,11 @@ def test_the_last_reward_is_the_mean_of_the_last_three():
     assert last_reward(LINES) == pytest.approx(1.1 / 3)
 
 
-def run(folder, lines=LINES, seed=0, **settings):
+def run(folder, lines=LINES, seed=0, reward="ours:facial", **settings):
     folder.mkdir()
     (folder / "heldout.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    config = {"seed": seed, "rl": {"data_efficient": True, "utility": "scale_free", **settings}}
+    rewards = {"facial": {"path": reward, "weight": 1.0}}
+    config = {"seed": seed, "rl": {"data_efficient": True, "utility": "scale_free", "rewards": rewards, **settings}}
     (folder / "config.json").write_text(json.dumps(config))
     return str(folder)
 
@@ -59,5 +60,7 @@ def test_runs_that_cannot_be_compared_are_refused_by_name(tmp_path):
         read_runs([str(tmp_path / "none")])
     with pytest.raises(UserError, match="own has no reward named facial"):
         read_runs([run(tmp_path / "own", [{"step": 0, "rollouts": 0, "mine": 1.0}])])
+    with pytest.raises(UserError, match="cannot be compared: .*one has ours:facial, .*two published:facial"):
+        read_runs([run(tmp_path / "one"), run(tmp_path / "two", reward="published:facial")])
     with pytest.raises(UserError, match="GRPO were measured at different iterations"):
         read_runs([run(tmp_path / "a"), run(tmp_path / "b", LINES[:2], seed=1)])
