@@ -131,6 +131,24 @@ class ModelConfig(Section):
     adapter: AdapterConfig
     lora: LoRAConfig
 
+    def __post_init__(self):
+        super().__post_init__()
+        for name, part in {"umt": self.umt, "qformer": self.qformer}.items():
+            if part.width % part.heads:
+                raise UserError(f"{name}.heads={part.heads} does not divide {name}.width={part.width}")
+        if self.umt.width % self.fusion.heads:
+            raise UserError(f"fusion.heads={self.fusion.heads} does not divide umt.width={self.umt.width}")
+        swin = self.facexformer
+        if len(swin.heads) != len(swin.depths):
+            raise UserError(
+                f"facexformer.heads={swin.heads} and facexformer.depths={swin.depths}: give one for each stage"
+            )
+        for stage, heads in enumerate(swin.heads):
+            if heads < 1 or swin.width * 2**stage % heads:
+                raise UserError(
+                    f"facexformer.heads={swin.heads}: {heads} does not divide {swin.width * 2**stage} channels"
+                )
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig(Section):
@@ -300,6 +318,9 @@ class Config(Section):
             raise UserError(
                 "model.qformer.prompt=False leaves v2 without the question that guides it: choose variant=v1"
             )
+        taps, blocks = self.model.no_face_taps, self.model.umt.layers_run
+        if self.ablation == "no_face" and not all(1 <= tap <= blocks for tap in taps):
+            raise UserError(f"model.no_face_taps={taps}: give blocks from 1 to {blocks}, which model.umt runs")
         if self.steps == 0 and not 0 < self.epochs < math.inf:
             raise UserError(f"steps=0 and epochs={self.epochs}: one of them must be a number above 0")
         if self.data.keep_features and not stages.has_fixed_features(self.variant, self.stage):

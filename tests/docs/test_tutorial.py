@@ -20,6 +20,6 @@ def test_the_folder_of_own_clips_is_packed(small_world, tmp_path, monkeypatch):
     assert len(source) == 1
     assert source[0].clip == example.read_bytes()
     assert (source[0].questions[0].question, source[0].questions[0].answer) == (
-        "What is the person doing?",
-        "turning the head",
+        "Where does this person look?",
+        "Over the shoulder.",
     )
