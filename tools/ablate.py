@@ -19,7 +19,7 @@ from absl import flags
 from configs.common import PRESETS
 from configs.eval import rendered
 from favchat_jax import command_line
-from favchat_jax.checkpoints.workdir import claim, stored_config
+from favchat_jax.checkpoints.workdir import check_config, stored_config
 from favchat_jax.config import ABLATIONS, VARIANTS, Config
 from favchat_jax.embedded.prepare import stage_config
 from favchat_jax.errors import UserError
@@ -69,7 +69,7 @@ def train_arm(variant: str, ablation: str, seed: int, changes: dict[str, Any]) -
 def _train(config: Config) -> None:
     workdir = arm_workdir(config)
     if is_finished(workdir):
-        claim(workdir, config)  # raises if it was trained with another config than the other arms
+        check_config(workdir, config)  # raises if it was trained with another config than the other arms
     elif not train_stage(config, workdir).finished:
         raise SystemExit(0)  # SIGTERM: the progress is saved
 

@@ -121,6 +121,9 @@ def open_run(workdir: str | Path) -> Assembly:
         UserError: it is another kind of folder, or the language model's folder is missing or has changed since.
     """
     workdir, config = Path(workdir), stored_config(workdir)
+    for needed in filter(None, (config.llm.path, config.prompt_tokenizer)):
+        if not Path(needed).exists() and not is_weights_folder(workdir):
+            raise UserError(f"{workdir} needs {needed}, which is neither there nor beside it: put that folder back")
     parts = assemble(config)
     check_llm(workdir, config.llm.path, parts.fingerprint)
     return parts

@@ -109,6 +109,12 @@ def test_of_several_language_models_the_one_of_the_run_is_taken(project, tmp_pat
         open_run(copy / "runs" / "one")
 
 
+def test_a_run_without_its_parts_says_what_it_needs(project):
+    shutil.rmtree(project / "parts")
+    with pytest.raises(UserError, match="^runs/one needs parts/mistral, which is neither there nor beside it: put"):
+        open_run("runs/one")
+
+
 def test_a_run_goes_on_from_another_folder_with_another_name_of_the_same_place(project, small_world, monkeypatch):
     monkeypatch.chdir("/")
     workdir, llm = project / "runs" / "one", str(project / "parts" / "mistral")

@@ -57,7 +57,7 @@ def test_an_arm_of_v2_first_trains_stage_1_of_v1_and_nothing_twice(monkeypatch):
 
     monkeypatch.setattr(ablate, "train_stage", train_stage)
     monkeypatch.setattr(ablate, "is_finished", lambda workdir: str(workdir) in made)
-    monkeypatch.setattr(ablate, "claim", lambda workdir, config: None)
+    monkeypatch.setattr(ablate, "check_config", lambda workdir, config: None)
     for _ in range(2):
         ablate.train_arm("v2", "no_moe", 0, {})
     assert made == ["runs/tiny-v1/stage1", *(f"runs/tiny-v2-no_moe/{stage}" for stage in STAGES)]
