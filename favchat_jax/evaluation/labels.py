@@ -126,7 +126,8 @@ _PREDICATE = r"(?= (?:,|from|than|in|across|as|to|here|too|throughout|enough|for
 # Names of "same" and "different" that speak of people, and those that do unless their clause speaks of a trait.
 IDENTITY = {
     "same": rf"(?:same|identical) {_GAP}(?:{PERSON})|one and the same|(?:is|are) (?:him|her)(?= again| in both|$)|"
-    rf"(?:a|just|only|of|to|shows?|is|are) (?:one|single) {_GAP}(?:{PERSON})|^(?:one|a single) (?:{PERSON})(?=$)|"
+    rf"(?:(?<=not )|(?:a|just|only|of|to|shows?|is|are) )(?:one|single) {_GAP}(?:{PERSON})|"
+    rf"^(?:one|a single) (?:{PERSON})(?=$)|"
     rf"(?:(?<=is )|(?<=not ))the (?:{PERSON}|one) (?:\w+ ){{0,2}}(?:in|from) the (?:second|first|other)(?: \w+)?(?=$)",
     "different": rf"(?:different|distinct|separate|another|unrelated) {_GAP}(?:{PERSON})|(?:some(?:one|body)) else|"
     rf"(?<!the )(?<!these )(?<!those )(?<!both )two (?:people|persons|individuals|men|women|guys|girls|boys|ladies)",

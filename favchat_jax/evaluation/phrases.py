@@ -73,6 +73,9 @@ IDIOMS = (
         "i choose",
     ),
     (r"(?<=\w )i (?:would |can )?conclude", ", i conclude"),
+    (r"i would be(?: \w+)? surprised if (it|they|this|these) (?:was|were|is|are) not", r"\1 are"),
+    (r"i would be(?: \w+)? surprised if", "i doubt that"),
+    (r"in no \w+(?= (?:do|does|is|are|can|could))", "not"),
     (r"i am(?: very| so)? (?:happy|glad|pleased|delighted|sorry|afraid|surprised)(?= (?:to|that|i|but|,|for))", ""),
     (
         r"(?:happy|glad) to help|happy birthday|surprise party|to (?:my|our) surprise|not surprising(?:ly)?|"
@@ -98,10 +101,10 @@ def plain(text: str) -> str:
 OPENER = words(
     r"(?P<contrast>(?<!anything )but|however|yet|nevertheless|nonetheless|still(?= ,)|that said|on the other hand|"
     rf"instead(?! of)|rather(?= (?:,|{SUBJECT}) )|in fact|in reality|on the contrary)",
-    r"(?P<concession>although|(?<!as )though|even though|even if|despite|in spite of|while|whereas|albeit|"
-    r"regardless of|aside from|apart from|besides)",
-    r"(?P<reason>because|since|as(?= (?:he|she|they|it|the|there) )|due to|given|considering|when|after|before|once|"
-    r"until)",
+    r"(?P<concession>(?:although|(?<!as )though|even though|even if|despite|in spite of|while|whereas|albeit|"
+    r"regardless of|aside from|apart from|besides)(?! ,))",
+    r"(?P<reason>(?:because|since|as(?= (?:he|she|they|it|the|there) )|due to|given|considering|when|after|before|"
+    r"once|until)(?! ,))",
     rf"(?P<result>so(?= (?:{SUBJECT}|yes|no|in) )|hence|thus|therefore|consequently|accordingly)",
     r"(?P<supposition>(?<!as )if|whether|unless|supposing)",
     rf"(?P<link>which|who|whose|then|(?<!one )and(?= (?:{SUBJECT}|{VERB}|then|so|yet|not|no|rather|instead) ))",
@@ -136,8 +139,9 @@ UNDECIDED = (
 )
 NONE = words(
     UNDECIDED,
-    r"confus\w+ (?:\w+ )?(?:with|for)|mistak\w+ (?:\w+ )?for|thought|assumed|expected|going to say|would have(?! to)",
-    r"supposed to|pretend\w*|feign\w*|fak(?:e|es|ing)|forced|(?:try|tries|trying) to (?:look|seem|appear)",
+    r"confus\w+ (?:\w+ )?(?:with|for)|mistak\w+ (?:\w+ )?for|(?<!second )thought|assumed|expected",
+    r"going to say|would have(?! to)|supposed to|pretend\w*|feign\w*|fak(?:e|es|ing)|forced",
+    "(?:try|tries|trying) to (?:look|seem|appear)",
     r"versus|vs|compared (?:to|with)|between|among|out of|over(?: an?)?$",
     "options|choices|candidates|possibilities|categories|alternatives",
 )
@@ -145,8 +149,9 @@ SLIGHT = words(
     r"(?:hints?|touch|traces?|bit|tinge|note|flicker|glimpse|shade|undertones?|elements?|degree|undercurrent|moment|"
     r"flash|suggestion) of|some(?: \w+)?$|less$|with(?: an?)?$|slight(?:ly)?|subtle|faint(?:ly)?|mild(?:ly)?|a little",
     "somewhat|part(?:ly|ially)|also|almost|nearly|(?:bordering|verging) on|(?:tinged|mixed|laced|mingled) with",
-    "second(?:ary|arily)|minor|alternative|less likely|similar to|close to|as if|as though",
-    "initial(?:ly)?|previous(?:ly)?|earlier|(?:at )?first(?! (?:video|clip|half|part|segment|one|person|man|woman))",
+    "second(?:ary|arily|$)|minor|alternative|less likely|similar to|close to|as if|as though",
+    "initial(?:ly)?|previous(?:ly)?|earlier",
+    "(?:at )?first(?! (?:video|clip|half|part|segment|one|person|man|woman|choice|pick))",
     "beg[iau]ns?|beginning|start(?:s|ed|ing)?|brief(?:ly)?|momentar(?:y|ily)|at times|occasional(?:ly)?|sometimes",
     "(?:returns?|back) to|(?<!not )possib(?:le|ly)|perhaps|maybe|might|may|could(?! not|$)",
     "(?:afraid|scared) of|(?:surprised|disgusted|angry|shocked|saddened) (?:at|by|about)",
@@ -160,7 +165,7 @@ CHOSEN = words(
     r"dominant|dominat\w+|main(?:ly)?|primar(?:y|ily)|predominant(?:ly)?|mostly|most|chief(?:ly)?|principal(?:ly)?",
     "prevailing|overriding|overwhelming(?:ly)?|strongest|best|closest|closer to|more(?: of an?)?$|above all",
     "especially|first and foremost|in fact|essentially|in essence|points? to|labell?ed|classified",
-    "(?:right|correct) (?:label|class|answer|emotion|choice|word)",
+    "(?:right|correct) (?:label|class|answer|emotion|choice|word)|first (?:choice|pick)",
     "i (?:would |will |am )?(?:rather )?(?:go|going|choose|choosing|pick|opt|label|settle|lean|leaning|classify)",
     "i (?:would |will |can )?(?:call|say|vote|rate|select|conclude|describe|categori[sz]e|identify|assign)",
 )
@@ -182,7 +187,8 @@ CHOSEN_AFTER = words(
     r"fits? (?:\w+ )?(?:best|better|most|it)|(?:matches|describes) (?:\w+ )?best",
 )
 SLIGHT_AFTER = words(
-    "at (?:first|the (?:very )?(?:start|beginning|outset))|initially|in the beginning|early on|for a moment|briefly",
+    "before|earlier|previously|at (?:first|the (?:very )?(?:start|beginning|outset))|initially|in the beginning",
+    "early on|for a moment|briefly",
     "turn(?:s|ed|ing)?|chang(?:es|ed|ing)|shift(?:s|ed|ing)|becomes?|gives? way|gave way|fad(?:es|ed)",
     r"disappear(?:s|ed)|vanish(?:es|ed)|too|as well|(?:is |are )?also(?: \w+)?|could be|might be|may be",
     "second (?:choice|place|guess|option|candidate|possibility)|runner up|to (?:some|a lesser) (?:degree|extent)",
