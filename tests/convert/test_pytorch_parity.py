@@ -61,11 +61,11 @@ def jax_gradient(model, weights, batch):
 
 
 def compare(config, llm, weights, batch) -> dict[str, float]:
-    """Returns the errors of logits, loss and gradient."""
+    """Returns the errors of logits, loss and gradient; the reference computes in float64, so that they are ours."""
     model = built(config, llm)
     logits = np.asarray(jax_logits(model, weights, batch))
     loss, gradient = jax.device_get(jax_gradient(model, weights, batch))
-    reference = torch_favchat(config, config_json(llm), weights)
+    reference = torch_favchat(config, config_json(llm), weights).double()
     output = reference(**for_torch(batch))
     output.loss.backward()
     return {
