@@ -133,7 +133,8 @@ class ModelConfig(Section):
 
     def __post_init__(self):
         super().__post_init__()
-        for name, part in {"umt": self.umt, "qformer": self.qformer}.items():
+        parts: tuple[tuple[str, UMTConfig | QFormerConfig], ...] = (("umt", self.umt), ("qformer", self.qformer))
+        for name, part in parts:
             if part.width % part.heads:
                 raise UserError(f"{name}.heads={part.heads} does not divide {name}.width={part.width}")
         if self.umt.width % self.fusion.heads:

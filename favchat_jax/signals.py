@@ -61,18 +61,21 @@ def end_at_interrupt(name: str) -> None:
     """
     others, dropped = sys.excepthook, sys.unraisablehook
 
-    def end(kind: type[BaseException], error: BaseException | None, traceback: TracebackType | None) -> None:
-        if not issubclass(kind, KeyboardInterrupt):
-            return others(kind, error, traceback)
+    def stop() -> None:
         print(f"{name}: interrupted", file=sys.stderr, flush=True)
         with contextlib.suppress(OSError):  # nothing reads it any more
             sys.stdout.flush()
         os._exit(INTERRUPTED)
 
+    def end(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+        if issubclass(kind, KeyboardInterrupt):
+            stop()
+        others(kind, error, traceback)
+
     def end_dropped(unraisable: "sys.UnraisableHookArgs") -> None:
         if issubclass(unraisable.exc_type, KeyboardInterrupt):
-            end(unraisable.exc_type, None, None)
-        elif str(unraisable.exc_value) != "Event loop is closed":  # of Orbax' threads after a failed write
+            stop()
+        if str(unraisable.exc_value) != "Event loop is closed":  # of Orbax' threads after a failed write
             dropped(unraisable)
 
     sys.excepthook, sys.unraisablehook = end, end_dropped

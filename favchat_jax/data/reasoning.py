@@ -59,8 +59,8 @@ def answer_of(response: str) -> str:
     thought. A thought without an end is one that was cut off, and a response of it alone has the answer "".
     """
     if CHANNEL.search(response):
-        _, *last = LAST_CHANNEL.split(response, maxsplit=1)
-        return re.sub(r"<\|\w+\|>", "", last[0]).strip() if last else ""
+        _, *final = LAST_CHANNEL.split(response, maxsplit=1)
+        return re.sub(r"<\|\w+\|>", "", final[0]).strip() if final else ""
     last = THOUGHT_END.split(response)[-1]
     if ANSWER.search(last):
         return ANSWER_END.split(ANSWER.split(last)[-1])[0].strip()
