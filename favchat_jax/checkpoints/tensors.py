@@ -184,8 +184,9 @@ def _unwrapped(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
     found = {re.sub(WITHIN, "", name): tensor for name, tensor in tensors.items()}
     if len(found) < len(tensors):
         raise UserError(f"{path} holds weights of a compiled model under two names: save the original model's")
-    wrapper = re.match(LEADING, os.path.commonprefix(list(found)))[0]
-    return {name.removeprefix(wrapper): tensor for name, tensor in found.items()}
+    common = os.path.commonprefix(list(found))
+    wrapped = len(common) - len(re.sub(LEADING, "", common, count=1))
+    return {name[wrapped:]: tensor for name, tensor in found.items()}
 
 
 def _as_numpy(tensor) -> np.ndarray:
