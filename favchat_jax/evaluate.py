@@ -6,6 +6,7 @@ checkpoint's description of each clip before the question. After an interruption
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,22 @@ def evaluate(
         description_tokens=config.description_tokens,
     )
     found = benchmark.run(config, session)
-    return results.with_provenance(found, config, respondent.identity, describing.identity if describing else None)
+    found["notes"] += respondent.notes
+    described = describing.identity if describing else None
+    reasons = incomparable(found, {"model": respondent.identity, "describer": described})
+    return results.with_provenance(found, config, respondent.identity, described, reasons)
+
+
+def incomparable(result: results.Result, models: Mapping[str, Mapping[str, Any] | None]) -> list[str]:
+    """Returns why a benchmark's figures are not comparable with published ones, a reason each.
+
+    Args:
+        result: the benchmark's result.
+        models: role of each model in the evaluation -> its identity.
+    """
+    reasons = ["the clips are a miniature of rendered faces"] if (result["data"] or {}).get("miniature") else []
+    embedded = [role for role, facts in models.items() if facts and facts.get("preset") == PRESET]
+    return reasons + [f"the {role} is an embedded one, trained on rendered faces" for role in embedded]
 
 
 def respondent_of(checkpoint: str | Path, config: EvaluationConfig) -> FaVChat:

@@ -69,9 +69,12 @@ def read_lines(path: str | Path) -> list[tuple[int, str]]:
 
 
 def replace_file(path: str | Path, content: bytes | str, sync: bool = True) -> None:
-    """Writes a file completely or not at all; see `draft_file`."""
+    """Writes a file completely or not at all; see `draft_file`.
+
+    Half of a surrogate pair, from a file's name or a damaged text, is written as JSON's escape of it.
+    """
     with draft_file(path, sync) as draft:
-        draft.write_bytes(content.encode() if isinstance(content, str) else content)
+        draft.write_bytes(content.encode(errors="backslashreplace") if isinstance(content, str) else content)
 
 
 @contextlib.contextmanager

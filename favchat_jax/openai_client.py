@@ -10,8 +10,10 @@ import logging
 import math
 import os
 import random
+import re
 import threading
 import time
+from collections.abc import Set
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -25,10 +27,11 @@ FIRST_PAUSE = 1.0  # seconds before the first retry; each further pause is twice
 LONGEST_PAUSE = 60.0  # seconds; a server may request a longer pause
 RETRIED = (408, 409, 425, 429)  # HTTP statuses that are retried, in addition to all from 500 on
 LONGEST_REASON = 200  # characters of an error's message
-INCOMPLETE = {  # finish reason -> problem
-    "length": "the text was cut off: it is too long",
-    "content_filter": "the endpoint's filter withheld the text",
-}
+# Options that some models refuse -> the name under which they take them, or None if they do not.
+REPLACEMENTS = {"max_tokens": "max_completion_tokens", "temperature": None, "response_format": None}
+# Words of an error about what was asked, not about how.
+ABOUT_CONTENT = re.compile("image|picture|video|content|context|prompt|polic|safety|length|too long", re.IGNORECASE)
+SURROGATE = re.compile("[\ud800-\udfff]")  # half of a character, where a model's tokens ended within one
 
 
 class NoAnswer(Exception):
@@ -36,7 +39,11 @@ class NoAnswer(Exception):
 
 
 class Refused(NoAnswer):
-    """Raised for a request that the server rejects; it may accept others."""
+    """Raised for a request that the server rejects; it may accept others. `option` is the one that it names, or ""."""
+
+    def __init__(self, reason: str, option: str = ""):
+        super().__init__(reason)
+        self.option = option
 
 
 class Stopped(Exception):
@@ -48,8 +55,9 @@ class Completion:
     """The reply to a call.
 
     Attributes:
-        text: the text; "" if it is missing.
+        text: the text; "" if it is missing or withheld.
         problem: why the text is missing or incomplete; "" if it is complete.
+        is_cut: whether the tokens ran out.
         is_chat: whether the body is a chat completion.
         tokens: the server's counts of prompt tokens and completion tokens; None without valid counts.
         seconds: time of the request, without pauses and retries.
@@ -57,6 +65,7 @@ class Completion:
 
     text: str
     problem: str
+    is_cut: bool
     is_chat: bool
     tokens: tuple[int, int] | None
     seconds: float
@@ -64,6 +73,8 @@ class Completion:
 
 class ChatModel:
     """A model on a server; threads may share it.
+
+    Options that the model refuses, such as a temperature, are renamed or left out from then on.
 
     Args:
         url: address of the server, which usually ends in /v1.
@@ -93,6 +104,8 @@ class ChatModel:
     ):
         self._name, self._key_variable, self._timeout, self._retries = name, key_variable, timeout, retries
         self._label = label or url
+        self._replaced: dict[str, str | None] = {}  # what the model refused, as in `REPLACEMENTS`
+        self._has_answered = False
         self._stop = stop or threading.Event()
         self._pace = _Pace(calls_per_minute, self._stop)
         self._key = os.environ.get(key_variable, "").strip()
@@ -109,6 +122,11 @@ class ChatModel:
         except Exception:  # httpx's exceptions, which the client does not export
             raise UserError(f"{self._label} must be an address: correct its host or its port") from None
 
+    @property
+    def left_out(self) -> list[str]:
+        """The options that the model refuses and that are not sent, in alphabetical order."""
+        return sorted(name for name, other in self._replaced.items() if other is None)
+
     def complete(self, messages: list[dict[str, Any]], call: str = "", **options: Any) -> Completion:
         """Returns the model's reply to a conversation.
 
@@ -123,6 +141,31 @@ class ChatModel:
             Stopped: the run is being stopped.
             UserError: the server refuses the key, the model or the account, so no call can succeed.
         """
+        replaced, first = dict(self._replaced), None
+        while True:
+            sent = {taken: x for name, x in options.items() if (taken := replaced.get(name, name)) is not None}
+            try:
+                reply = self._request(messages, call, sent)
+            except Refused as error:
+                first = first or error
+                refused = self._refused(error, REPLACEMENTS.keys() & options.keys() - replaced.keys())
+                if not refused:
+                    raise first from None
+                replaced |= {name: REPLACEMENTS[name] for name in refused}
+            else:
+                for name in replaced.keys() - self._replaced.keys():
+                    log.warning("%s refuses %s: %s from now on", self._label, name, replaced[name] or "it is left out")
+                self._replaced, self._has_answered = self._replaced | replaced, True
+                return reply
+
+    def _refused(self, error: Refused, options: Set[str]) -> Set[str]:
+        """Returns which of these options an error names; all, if it may mean any of them."""
+        named = {name for name in options if name == error.option or name in str(error)}
+        is_clear = named or error.option or self._has_answered or ABOUT_CONTENT.search(str(error))
+        return named if is_clear else options
+
+    def _request(self, messages: list[dict[str, Any]], call: str, options: dict[str, Any]) -> Completion:
+        """Sends a request until it is answered or all retries have failed; errors as in `complete`."""
         openai = self._openai
         for retry in range(self._retries + 1):
             self._pace.wait()
@@ -133,7 +176,7 @@ class ChatModel:
                 message = self._shown(error).removeprefix(f"Error code: {error.status_code} - ")
                 reason, requested = f"HTTP {error.status_code}: {message}", _retry_after(error)
                 if error.status_code < 500 and error.status_code not in RETRIED:
-                    raise Refused(reason) from None
+                    raise Refused(reason, str(error.param or "")) from None
             except openai.APITimeoutError:
                 reason, requested = f"no byte within {self._timeout:g} s", 0.0
             except (openai.APIConnectionError, OSError) as error:
@@ -149,7 +192,7 @@ class ChatModel:
         """Sends one request. A malformed reply is returned with its problem, since it has been charged."""
         started = time.monotonic()
         body = bytearray()
-        request = {"model": self._name, "messages": messages, **options}
+        request = {"model": self._name, "messages": _whole(messages), **options}
         headers = {"Idempotency-Key": call} if call else {}
         completions = self._client.chat.completions.with_streaming_response
         try:
@@ -194,6 +237,15 @@ def picture(jpeg: bytes, **options: str) -> dict[str, Any]:
     return {"type": "image_url", "image_url": {"url": url, **options}}
 
 
+def _whole(content: Any) -> Any:
+    """Returns the parts of a message with a sign for each half of a character, which UTF-8 cannot hold."""
+    if isinstance(content, dict):
+        return {name: _whole(part) for name, part in content.items()}
+    if isinstance(content, list):
+        return [_whole(part) for part in content]
+    return SURROGATE.sub("\ufffd", content) if isinstance(content, str) else content
+
+
 def _library() -> ModuleType:
     try:
         import openai
@@ -204,16 +256,39 @@ def _library() -> ModuleType:
 
 def _read(body: bytes, seconds: float) -> Completion:
     if len(body) > LARGEST_REPLY:
-        return Completion("", f"the reply is larger than {LARGEST_REPLY >> 20} MB", False, None, seconds)
+        return Completion("", f"the reply is larger than {LARGEST_REPLY >> 20} MB", False, False, None, seconds)
     try:
         published = json.loads(body)
         choice = published["choices"][0]
-        text = choice["message"].get("content") or choice["message"].get("refusal") or ""
+        text, refusal = (_text(choice["message"].get(name)) for name in ("content", "refusal"))
         reason = str(choice.get("finish_reason"))
-        text.encode()  # fails for a lone surrogate
     except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError):
-        return Completion("", "the reply is not a chat completion", False, None, seconds)
-    return Completion(text, INCOMPLETE.get(reason, ""), True, _token_counts(published.get("usage")), seconds)
+        return Completion("", "the reply is not a chat completion", False, False, None, seconds)
+    problem = _problem(text, refusal, reason)
+    text = "" if refusal or reason == "content_filter" else _whole(text)
+    return Completion(text, problem, reason == "length", True, _token_counts(published.get("usage")), seconds)
+
+
+def _problem(text: str, refusal: str, reason: str) -> str:
+    """Returns why a text is missing or incomplete, or ""; `reason` is the server's finish reason."""
+    if refusal:
+        return f"the model refuses to answer: {_whole(' '.join(refusal.split()))[:LONGEST_REASON]}"
+    if reason == "content_filter":
+        return "the endpoint's filter withheld the text"
+    if not text:
+        return "all tokens went into a thought before the text" if reason == "length" else "the text is empty"
+    if reason == "length":
+        return "the text was cut off: it is too long"
+    return "the text holds half of a character" if SURROGATE.search(text) else ""
+
+
+def _text(content: Any) -> str:
+    """Returns the text of a message, which some servers send in parts; raises TypeError for another form."""
+    if isinstance(content, list):
+        content = "".join(part if isinstance(part, str) else part.get("text") or "" for part in content)
+    if not isinstance(content, str | None):
+        raise TypeError
+    return (content or "").strip()
 
 
 def _token_counts(usage: object) -> tuple[int, int] | None:

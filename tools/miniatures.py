@@ -3,7 +3,7 @@
     python -m tools.miniatures --benchmark=dfew --out=runs/miniatures/dfew --clips=40
 
 They show that a benchmark works without its data set, and document its layout. Their clips are in no split of the
-embedded data set.
+embedded data set. A file MINIATURE.txt marks them, so that results say that they are no results on the data set.
 """
 
 import csv
@@ -20,6 +20,7 @@ from favchat_jax.data.video import decode
 from favchat_jax.embedded import faces as rendered_faces
 from favchat_jax.errors import UserError
 from favchat_jax.evaluation.benchmarks import dfew
+from favchat_jax.evaluation.layout import MINIATURE
 from favchat_jax.files import replace_folder
 
 EMOTIONS = rendered_faces.LABELS["emotion"]
@@ -144,6 +145,7 @@ def make(benchmark: str, out: Path, clips: int, seed: int = 0) -> Path:
         raise UserError(f"--out={out} exists already: name another folder, or delete it")
     with replace_folder(out) as draft:
         MAKERS[benchmark](draft, draw(clips, seed))
+        (draft / MINIATURE).write_text(f"Rendered clips in the layout of {benchmark}: figures on them mean nothing.\n")
     return out
 
 

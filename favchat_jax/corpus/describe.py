@@ -15,6 +15,7 @@ from favchat_jax.corpus import checks, clip_frames
 from favchat_jax.corpus.annotations import Annotation
 from favchat_jax.corpus.calls import Reply
 from favchat_jax.corpus.claims import Labels
+from favchat_jax.data.reasoning import answer_of
 from favchat_jax.data.record import Question
 
 STEPS = ("features", "summary", "questions")
@@ -107,12 +108,13 @@ class _Work:
         again = "".join(_again("a reader wants another text", text) for text in self.refused if step != "features")
         for attempt in range(self.describer.limit):
             reply = self._ask(step, asked + again, attempt)
-            parsed, problems = parse(reply.text, self.clip.labels)
+            text = answer_of(reply.text)
+            parsed, problems = parse(text, self.clip.labels)
             if reply.problem:
                 problems = [reply.problem]
             if not problems:
                 break
-            again = _again("; ".join(problems), reply.text)
+            again = _again("; ".join(problems), text)
         return parsed, problems
 
     def _ask(self, step: str, text: str, attempt: int) -> Reply:

@@ -19,6 +19,7 @@ from favchat_jax.evaluation.metrics import mean_figure
 
 FULL = "none"
 DATA_SETS = ("DFEW", "MAFW")
+RENDERED = "the models are embedded ones and the clips rendered faces"  # `tools.ablate` trains no others
 
 # Variant -> ablation -> the paper's label, and WAR in percent on DFEW and MAFW.
 PUBLISHED = {
@@ -104,6 +105,7 @@ def table(compared: Mapping[str, Any]) -> str:
             value = format(figure["value"], form) if figure else ""
             line += f"{value:>{width}}  {interval(figure):<18}{interval(figure, 'seeds_'):<18}"
         lines.append(line + "".join(f"{value:>7.2f}" for value in row["published"].values()))
+    lines += [f"NOT COMPARABLE with the paper's columns: {RENDERED}"]
     lines += ["", f"{'kind':<12}{'n':>5}" + "".join(f"{row['model']:>26}" for row in rows)]
     for kind, first in rows[0]["figures"].items():
         cells = [row["figures"][kind] for row in rows]

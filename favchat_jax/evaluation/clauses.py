@@ -66,6 +66,9 @@ class Clause:
 def mentions(text: str, find: Find, answers: tuple[str, str] | None = None) -> list[Mention]:
     """Returns all mentions of names in an answer, in order, with the weights that the complete answer gives them.
 
+    A "but" lowers what its sentence has said before, a "however" at the beginning of a sentence everything before, and
+    "no, wait" takes everything before back. A yes or no decides a question before it.
+
     Args:
         text: the answer, as `phrases.plain` returns it.
         find: finds the names in a clause.
@@ -73,8 +76,10 @@ def mentions(text: str, find: Find, answers: tuple[str, str] | None = None) -> l
     """
     said: list[Mention] = []
     asked: list[Mention] = []  # mentions in a question or before a colon, to which a yes or no replies
-    bare: list[Mention] = []  # a yes or no of this sentence, which a name in the sentence makes precise
-    sentence, turned, is_taken_back = 0, None, False  # places in `said` of this sentence, and of what a "but" contrasts
+    bare: list[Mention] = []  # a yes or no in this sentence, which a name in it would make precise
+    sentence = 0  # number of mentions before this sentence
+    turned: int | None = None  # the first mention that a pending "but" lowers
+    is_taken_back = False
     for clause in clauses(text, find):
         if clause.is_first:
             sentence, turned, bare = len(said), None, []

@@ -12,6 +12,7 @@ from jaxtyping import UInt8
 
 from favchat_jax.data.picture import Squares
 from favchat_jax.data.video import VideoError, decode, frame_indices
+from favchat_jax.files import is_hidden
 
 PICTURES = (".jpg", ".jpeg", ".png")
 
@@ -60,7 +61,7 @@ class Footage:
 
 def pictures(folder: Path) -> list[Path]:
     """Lists a folder's frames, ordered by the numbers in their names (0.9.jpg before 0.10.jpg)."""
-    paths = [path for path in folder.iterdir() if path.suffix.lower() in PICTURES]
+    paths = [path for path in folder.iterdir() if path.suffix.lower() in PICTURES and not is_hidden(path)]
     return sorted(paths, key=lambda path: ([int(n) for n in re.findall(r"\d+", path.stem)], path.name))
 
 

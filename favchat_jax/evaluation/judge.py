@@ -9,7 +9,6 @@ import dataclasses
 import hashlib
 import json
 import logging
-import re
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +19,7 @@ import numpy as np
 from sklearn.metrics import cohen_kappa_score
 from tqdm import tqdm
 
+from favchat_jax.data.reasoning import answer_of
 from favchat_jax.evaluation.config import JudgeConfig
 from favchat_jax.evaluation.respondents import Unanswered, chat_model, complete
 
@@ -191,6 +191,7 @@ class Judge:
             "model": self._config.model,
             "url": self._config.url,
             "prompt_version": PROMPT_VERSION,
+            "left_out": self._model.left_out,
             "tokens": dict(self._tokens),
             "cost": self._cost(self._tokens["in"], self._tokens["out"]),
         }
@@ -288,11 +289,13 @@ def _prompt(question: Question) -> str:
 
 
 def _json_in(text: str) -> Any:
-    """Returns the JSON object in a reply, even inside a Markdown fence or between words."""
-    found = re.search(r"\{.*\}", text, re.S)
+    """Returns the last JSON object in a reply, even after a thought, inside a Markdown fence or between words."""
+    text, found, place = answer_of(text), None, 0
+    while (place := text.find("{", place)) >= 0:
+        try:
+            found, place = json.JSONDecoder().raw_decode(text, place)
+        except (ValueError, RecursionError):
+            place += 1
     if found is None:
-        raise Malformed("there is no JSON in the reply")
-    try:
-        return json.loads(found.group())
-    except ValueError:
-        raise Malformed("the JSON in the reply is broken") from None
+        raise Malformed("the JSON in the reply is broken" if "{" in text else "there is no JSON in the reply")
+    return found

@@ -9,6 +9,8 @@ from favchat_jax.errors import UserError
 from favchat_jax.evaluation.config import EvaluationConfig
 from favchat_jax.evaluation.result import data_hash
 
+MINIATURE = "MINIATURE.txt"  # marks a folder of rendered clips in the layout of a data set, see `tools/miniatures.py`
+
 
 def root_of(config: EvaluationConfig, layout: str, source: str) -> Path:
     """Returns the data set's folder.
@@ -61,4 +63,5 @@ def read_table(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
 
 def described(name: str, root: Path, annotations: Sequence[Path], clips: Sequence[Path], listed: int) -> dict[str, Any]:
     """Returns the entry of a result that describes its data."""
-    return {"name": name, "root": str(root), "listed": listed, "sha256": data_hash(annotations, clips)}
+    known = {"name": name, "root": str(root), "listed": listed, "miniature": (root / MINIATURE).exists()}
+    return {**known, "sha256": data_hash(annotations, clips)}

@@ -79,7 +79,7 @@ IDIOMS = (
     (r"i am(?: very| so)? (?:happy|glad|pleased|delighted|sorry|afraid|surprised)(?= (?:to|that|i|but|,|for))", ""),
     (
         r"(?:happy|glad) to help|happy birthday|surprise party|to (?:my|our) surprise|not surprising(?:ly)?|"
-        r"no (?:wonder|surprise)|(?:sadly|happily|surprisingly) ,|i (?:fear|worry)",
+        r"no (?:wonder|surprise)|(?<!\w )(?:sadly|happily|surprisingly) ,|i (?:fear|worry)",
         "",
     ),
     (rf"(yes|no|nope|yeah)(?= (?:{SUBJECT}|different|distinct|not|two) )", r"\1 ,"),

@@ -10,6 +10,7 @@ import cv2
 import numpy as np
 from jaxtyping import UInt8
 
+from favchat_jax.data.reasoning import answer_of
 from favchat_jax.errors import RunError, UserError
 from favchat_jax.evaluation.config import ClientConfig, ServerConfig
 from favchat_jax.evaluation.footage import Footage, joined_frames
@@ -39,9 +40,15 @@ class Unanswered(Exception):
 
 
 class Respondent(Protocol):
-    """The interface of an evaluated model. `identity` has its "name" and further facts for the result."""
+    """The interface of an evaluated model.
+
+    `identity` has its "name" and further facts for the result, `notes` what a reader of its figures must know.
+    """
 
     identity: dict[str, Any]
+
+    @property
+    def notes(self) -> list[str]: ...
 
     def prepare(self, ask: Ask) -> Any:
         """Returns an ask's frames in the model's format; several threads may call it.
@@ -71,7 +78,7 @@ class FaVChat:
 
     def __init__(self, sampler: Sampler, batch: int, questions: int = 1, identity: dict[str, Any] | None = None):
         self._sampler, self._batch, self._questions = sampler, batch, questions
-        self.identity = identity or {"name": "a model in memory"}
+        self.identity, self.notes = identity or {"name": "a model in memory"}, []
 
     def prepare(self, ask: Ask) -> UInt8[np.ndarray, "T H W 3"]:
         """Returns the ask's frames; several clips have equal shares."""
@@ -115,6 +122,12 @@ class OpenAIServer:
         self._model = chat_model(self._url, found["name"], config)
         self.identity = {"name": model, "frames": config.frames, "size": config.size}
 
+    @property
+    def notes(self) -> list[str]:
+        """Remarks on the answers so far, for a reader of the figures."""
+        refuses_temperature = "temperature" in self._model.left_out
+        return [f"{self.identity['name']} takes no temperature: its answers are drawn"] if refuses_temperature else []
+
     def prepare(self, ask: Ask) -> list[dict[str, Any]]:
         """Returns the ask's frames as parts of a message."""
         frames = joined_frames(ask.clips, self._config.frames, self._config.size)
@@ -123,7 +136,7 @@ class OpenAIServer:
     def answer(
         self, asks: Sequence[Ask], frames: Sequence[list[dict[str, Any]]], max_new_tokens: int
     ) -> list[list[str] | Unanswered]:
-        """Returns answers at temperature 0, or Unanswered for an ask that the server refuses."""
+        """Returns answers at temperature 0, or Unanswered for an ask that the model or its server does not answer."""
 
         def answer_one(ask: Ask, pictures: list[dict[str, Any]]) -> list[str] | Unanswered:
             try:
@@ -147,7 +160,12 @@ class OpenAIServer:
             messages.append({"role": "user", "content": content})
             if answer is not None:
                 messages.append({"role": "assistant", "content": answer})
-        return complete(self._model, self._url, messages, max_tokens=max_new_tokens).text.strip()
+        reply = complete(self._model, self._url, messages, max_tokens=max_new_tokens)
+        if not answer_of(reply.text):
+            problem = reply.problem or "the reply is a thought without an answer"
+            hint = f"; its limit is max_new_tokens={max_new_tokens}" if reply.is_cut else ""
+            raise Unanswered(problem + hint)
+        return reply.text
 
 
 def _padded(items: Sequence[Any], length: int) -> list[Any]:

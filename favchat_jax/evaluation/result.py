@@ -4,6 +4,7 @@
     model         the evaluated model: a checkpoint's folder, or openai:URL#NAME
     describer     the checkpoint whose descriptions the model also saw, or null
     n             number of samples behind the figures
+    incomparable  why the figures are not comparable with published ones, a reason each; empty if they are
     complete      true if every listed sample was evaluated and every figure of the benchmark is present
     missing       listed samples without a result: [{"id", "reason"}]; any entry makes `complete` false
     notes         remarks that a reader of the figures must know, one line each
@@ -16,7 +17,8 @@
     samples       one object per question: "id", "question", "expected", "answer", "predicted", "correct", and fields
                   of the benchmark ("kind", "fold", "description", "judged", "scores", "likelihood"); "predicted" is
                   the label read from the answer, or null; "correct" is null if no answer counts as right or wrong
-    judge         null, or "model", "url", "prompt_version", "tokens", "cost", and with a second judge "agreement"
+    judge         null, or "model", "url", "prompt_version", "left_out" (options that it refuses, such as temperature),
+                  "tokens", "cost", and with a second judge "agreement"
     provenance    "config", "checkpoint", "describer", "data", "versions", "seed"
 
 A result does not depend on when the evaluation ran or how often it was interrupted. Benchmarks may add other fields.
@@ -33,7 +35,7 @@ from pathlib import Path
 from typing import Any
 
 from favchat_jax.evaluation.config import EvaluationConfig
-from favchat_jax.files import replace_file
+from favchat_jax.files import is_hidden, replace_file
 
 Figure = dict[str, float | None]
 Result = dict[str, Any]
@@ -84,17 +86,26 @@ def make_result(
 
 
 def with_provenance(
-    result: Result, config: EvaluationConfig, model: Mapping[str, Any], describer: Mapping[str, Any] | None
+    result: Result,
+    config: EvaluationConfig,
+    model: Mapping[str, Any],
+    describer: Mapping[str, Any] | None,
+    incomparable: Sequence[str] = (),
 ) -> Result:
     """Adds the model, config, data, versions and seed to a benchmark's result.
 
-    `model` and `describer` have a "name" and further facts, such as the checkpoint's step and hash.
+    Args:
+        result: the benchmark's result.
+        config: the evaluation's config.
+        model, describer: a "name" and further facts, such as the checkpoint's step and hash.
+        incomparable: why the figures are not comparable with published ones.
     """
     own = {name: value for name, value in result.items() if name not in ("data", "samples")}
     return {
         "benchmark": result["benchmark"],
         "model": model["name"],
         "describer": describer["name"] if describer else None,
+        "incomparable": list(incomparable),
         **own,
         "provenance": {
             "config": config.to_json(),
@@ -123,8 +134,10 @@ def data_hash(annotations: Iterable[Path], clips: Iterable[Path]) -> str:
     for path in annotations:
         digest.update(path.read_bytes())
     for path in clips:
-        size = path.stat().st_size if path.is_file() else len(os.listdir(path)) if path.is_dir() else -1
-        digest.update(f"{path.name} {size}\n".encode())
+        size = path.stat().st_size if path.is_file() else -1
+        if path.is_dir():
+            size = sum(not is_hidden(name) for name in os.listdir(path))
+        digest.update(f"{path.name} {size}\n".encode(errors="surrogateescape"))
     return digest.hexdigest()
 
 
@@ -137,7 +150,9 @@ def table(result: Result) -> str:
     """Formats the figures for a terminal: with intervals, beside published ones, and for each group."""
     rows = result["published"][-SHOWN:][::-1]
     head = f"{'figure':<24}{'here':>9}{'95 % interval':>20}"
-    lines = [head + "".join(f"{row['model'][:17]:>18}" for row in rows)]
+    reasons = result.get("incomparable") if rows else []
+    lines = [f"NOT COMPARABLE with published figures: {'; '.join(reasons)}"] if reasons else []
+    lines.append(head + "".join(f"{row['model'][:17]:>18}" for row in rows))
     for name, found in result["figures"].items():
         beside = "".join(f"{_number(row['figures'].get(name)):>18}" for row in rows)
         lines.append(f"{name:<24}{_row(found)}{beside}")
@@ -147,7 +162,8 @@ def table(result: Result) -> str:
     lines += [f"missing: {row['id']}: {row['reason']}" for row in result["missing"][:SHOWN]]
     if len(result["missing"]) > SHOWN:
         lines.append(f"missing: {len(result['missing']) - SHOWN} more, listed in the result")
-    return "\n".join([*lines, *result["notes"]])
+    text = "\n".join([*lines, *result["notes"]])
+    return text.encode(errors="backslashreplace").decode()  # names of files may hold bytes that are no text
 
 
 def _row(found: Figure) -> str:

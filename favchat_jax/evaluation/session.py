@@ -18,6 +18,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from favchat_jax.data.reasoning import answer_of
 from favchat_jax.data.video import VideoError
 from favchat_jax.errors import RunError, UserError
 from favchat_jax.evaluation.config import EvaluationConfig
@@ -105,10 +106,14 @@ class Session:
         return self._describer is not None
 
     def ask(self, asks: Sequence[Ask], max_new_tokens: int, step: str = "answering") -> dict[str, list[str]]:
-        """Returns the answers to each ask's conversations by the ask's id; asks without an answer go to `missing`."""
+        """Returns the answers to each ask's conversations by the ask's id, without the thoughts before them.
+
+        Asks without an answer go to `missing`.
+        """
         asks = self._described(asks)
         work = functools.partial(self.respondent.answer, max_new_tokens=max_new_tokens)
-        return self._answers_of(self._run(self.respondent, asks, step, [max_new_tokens], work))
+        replies = self._answers_of(self._run(self.respondent, asks, step, [max_new_tokens], work))
+        return {id: [answer_of(reply) for reply in replies[id]] for id in replies}
 
     def likelihoods(
         self, asks: Sequence[Ask], answers: Sequence[str], step: str = "weighing"
@@ -132,7 +137,7 @@ class Session:
         work = functools.partial(self._describer.answer, max_new_tokens=self._description_tokens)
         described = self._run(self._describer, wanted, "describing", [self._description_tokens], work)
         # A clip that cannot be described cannot be asked about either; the ask then records it as missing.
-        texts = {name: "" if isinstance(value, str) else value[0] for name, value in described.items()}
+        texts = {name: "" if isinstance(value, str) else answer_of(value[0]) for name, value in described.items()}
         return [_with_descriptions(ask, [texts[clip.name] for clip in ask.clips]) for ask in asks]
 
     def _run(

@@ -85,9 +85,16 @@ def test_only_a_changed_clip_is_annotated_again(start, tmp_path):
         ("features", Answer("not json"), "not JSON"),
         ("features", Answer(raw=b"<html>gateway</html>"), "not a chat completion"),
         ("features", Answer(raw=b'{"choices": []}'), "not a chat completion"),
-        ("features", Answer("half of an emoji: \ud83d"), "not a chat completion"),
+        ("features", Answer("half of an emoji: \ud83d"), "half of a character"),
         ("features", Answer(json.dumps({**FEATURES, "hair": "half of an emoji: \ud83d"})), "not JSON"),
         ("summary", Answer(""), "empty"),
+        ("summary", Answer("<think>Short hair, and"), "empty"),
+        ("summary", Answer(f"<think>{SUMMARY}", finish="length"), "cut off"),
+        (
+            "summary",
+            Answer(raw=completion(Answer()).replace(b'"content": ""', b'"refusal": "no"')),
+            "refuses to answer",
+        ),
         (
             "summary",
             Answer("I'm sorry, but I cannot help with that, since the video shows a real person and his face."),
@@ -106,6 +113,41 @@ def test_a_bad_answer_is_requested_again_with_the_reason(start, tmp_path, step, 
     assert len(texts) == 2 and refused_for in texts[1].removeprefix(texts[0])
     one = read_annotations(out)["clip000"]
     assert (one.attempts, one.problems, len(one.questions)) == (4, (), 4)
+
+
+def in_parts(answer: Answer) -> Answer:
+    """Returns the same text as a server sends it that answers in parts, as `raw` bytes."""
+    reply = json.loads(completion(answer))
+    (choice,) = reply["choices"]
+    half = len(answer.text) // 2
+    choice["message"]["content"] = [{"type": "text", "text": text} for text in (answer.text[:half], answer.text[half:])]
+    return Answer(raw=json.dumps(reply).encode())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda answer: Answer(f"<think>Short hair? Yes.</think>\n\n{answer.text}"), in_parts],
+    ids=["after a thought", "in parts"],
+)
+def test_texts_after_a_thought_or_in_parts_are_the_same_texts(start, tmp_path, change):
+    out, reference = fill(tmp_path / "out", 1), fill(tmp_path / "reference", 1)
+    server = start(lambda asked, number: change(good(asked, number)))
+    run(out)
+    assert len(server.asked) == 3
+    start()
+    run(reference)
+    assert (out / "annotations.jsonl").read_bytes() == (reference / "annotations.jsonl").read_bytes()
+
+
+def test_an_annotator_that_refuses_options_is_asked_as_it_wants(start, tmp_path):
+    def reply(asked, number):
+        if "max_tokens" in asked.body:
+            return Answer(status=400, raw=b'{"error": {"message": "unsupported", "param": "max_tokens"}}')
+        return good(asked, number)
+
+    server, out = start(reply), fill(tmp_path / "out", 1)
+    run(out)
+    assert len(server.asked) == 1 + 3 and list(read_annotations(out)) == ["clip000"]
 
 
 @pytest.mark.parametrize(
@@ -224,8 +266,8 @@ def test_a_text_that_a_reviewer_wants_rewritten_is_rewritten_differently(start, 
     [
         ({"attributes": '{"emotion": ["glad"]}'}, "'glad' is not a label of CelebV-HQ's emotion"),
         ({"path": "kept/gone.mp4"}, "gone.mp4 cannot be read"),
-        ({"path": "kept/empty.mp4"}, "the clip cannot be read"),
-        ({"path": "kept/text.mp4"}, "the clip cannot be read"),
+        ({"path": "kept/empty.mp4"}, "empty.mp4 is empty: give a video file"),
+        ({"path": "kept/text.mp4"}, "text.mp4 cannot be read as a video"),
     ],
 )
 def test_an_unusable_clip_is_recorded_and_the_others_are_annotated(start, tmp_path, change, reason):

@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-Reply = str | int | bytes  # a message, an HTTP error status, or a response body
+# A message, an HTTP error status, a response body, or the fields of a choice or of an error with status 400.
+Reply = str | int | bytes | dict[str, Any]
 
 
 class Server:
@@ -31,7 +32,7 @@ def serve(reply: Callable[[dict[str, Any]], Reply]) -> Iterator[Server]:
                 server.requests.append(body)
                 server.keys.append(self.headers["Authorization"])
                 said = reply(body)
-            status = said if isinstance(said, int) else 200
+            status = 400 if isinstance(said, dict) and "error" in said else said if isinstance(said, int) else 200
             if not isinstance(said, bytes):
                 said = json.dumps({"error": {"message": "no"}} if isinstance(said, int) else completion(said)).encode()
             self.send_response(status)
@@ -45,7 +46,7 @@ def serve(reply: Callable[[dict[str, Any]], Reply]) -> Iterator[Server]:
 
     http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server = Server(f"http://127.0.0.1:{http.server_address[1]}/v1")
-    thread = threading.Thread(target=http.serve_forever, daemon=True)
+    thread = threading.Thread(target=http.serve_forever, args=(0.02,), daemon=True)
     thread.start()
     try:
         yield server
@@ -55,15 +56,18 @@ def serve(reply: Callable[[dict[str, Any]], Reply]) -> Iterator[Server]:
         thread.join()
 
 
-def completion(text: str) -> dict[str, Any]:
-    """Makes a chat completion in the format of OpenAI's API."""
-    message = {"role": "assistant", "content": text}
+def completion(said: str | dict[str, Any]) -> dict[str, Any]:
+    """Makes a chat completion in the format of OpenAI's API from its text or its choice; an error stays as it is."""
+    if isinstance(said, str):
+        said = {"message": {"role": "assistant", "content": said}}
+    if "error" in said:
+        return said
     return {
         "id": "1",
         "object": "chat.completion",
         "created": 0,
         "model": "m",
-        "choices": [{"index": 0, "message": message, "finish_reason": "stop"}],
+        "choices": [{"index": 0, "finish_reason": "stop", **said}],
         "usage": {"prompt_tokens": 10, "completion_tokens": 5, "total_tokens": 15},
     }
 

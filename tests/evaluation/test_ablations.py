@@ -50,6 +50,7 @@ def test_the_table_reports_the_order_found_and_the_papers_order():
         "order found over 1 seed: w/o adapters > w/o facial encoder > FaVChat v2",
         "order in the paper: FaVChat v2 > w/o adapters > w/o facial encoder",
     ]
+    assert lines[4].startswith("NOT COMPARABLE with the paper's columns: the models are embedded ones")
     assert lines[1].split() == ["FaVChat", "v2", "0.000", "[0.000,", "0.000]", "79.79", "62.17"]
 
 

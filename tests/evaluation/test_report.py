@@ -145,10 +145,10 @@ def test_several_models_on_a_benchmark_share_a_section_and_the_best_is_marked():
     again = result("openai:http://host:8000/v1#gpt-4o", hits=(False,) * 4, describer="runs/tiny-v1/stage3")
     built, page = page_of(result(), server, again, result())
     assert len(built["sections"]) == 1
-    models = [row["name"] for row in built["sections"][0]["tables"][0]["rows"]]
+    models = [row["name"] for row in built["sections"][0]["tables"][0]["rows"] if row["tag"] != "baseline"]
     assert models == ["runs/tiny-v1/stage3", "gpt-4o", "gpt-4o w. FaVChat", "runs/tiny-v1/stage3 (run 2)", "FaVChat"]
     best = [row["cells"][0]["best"] for row in built["sections"][0]["tables"][0]["rows"]]
-    assert best == [False, True, False, False, False]
+    assert best == [False, True, False, False, False, False]
 
 
 def test_differing_answers_of_several_models_are_shown_side_by_side():
@@ -204,6 +204,32 @@ def test_an_incomplete_result_says_what_is_missing():
     warning = "runs/tiny-v1/stage3 is incomplete: 5 listed samples have no result (0.mp4, 1.mp4, 2.mp4, ...)"
     assert any(warning in text for text in page.all("p"))
     assert any("its clip is not there" in text for text in page.all("pre"))
+
+
+def test_figures_that_are_not_comparable_say_so_above_the_published_rows():
+    reasons = ["the clips are a miniature of rendered faces", "the model is an embedded one"]
+    built, page = page_of(result(incomparable=reasons), result())
+    warning = "runs/tiny-v1/stage3 is not comparable with the published rows: " + "; ".join(reasons) + "."
+    assert page.all("p").count(warning) == 1 and built["sections"][0]["warnings"] == [warning]
+    assert "is not comparable with the published rows" in report.to_markdown(built)
+    assert page_of(result(incomparable=reasons, published=[]))[0]["sections"][0]["warnings"] == []
+
+
+def test_the_most_frequent_answer_stands_beside_shares_of_hits_alone():
+    one = result()
+    for row, expected in zip(one["samples"], ("happy", "sad", "sad", "sad"), strict=True):
+        row["expected"] = expected
+    assert "always the most frequent answer baseline 75.00 –" in page_of(one)[1].rows()
+    scored = [{**row, "correct": None} for row in one["samples"]]
+    assert not any("most frequent" in row for row in page_of(result(samples=scored))[1].rows())
+
+
+def test_each_kinds_most_frequent_answer_is_a_line_on_its_bar():
+    kinds = {"fold 1": {"n": 4, "accuracy": 0.5, "majority_baseline": 0.375}}
+    built, page = page_of(result(by_kind=kinds, majority_baseline=0.375))
+    assert "always the most frequent answer baseline 37.50 –" in page.rows()
+    lines = [attributes["style"] for tag, attributes in page.elements if attributes.get("class") == "majority"]
+    assert lines == ["left: 37.5%"] and any("The upright line" in text for text in page.all("p"))
 
 
 def test_table_6_has_differences_intervals_and_both_orders():
@@ -356,3 +382,17 @@ def test_a_browser_shows_the_page_light_and_dark_and_runs_nothing(chromium, tmp_
         browse(chromium, path, look, "--window-size=1200,900", f"--screenshot={shot}")
         brightness[scheme] = cv2.imread(str(shot), cv2.IMREAD_GRAYSCALE).mean()
     assert brightness["dark"] < 80 and brightness["light"] > 170
+
+
+def test_the_page_fits_500_pixels(chromium, tmp_path):
+    long = result(model="openai:http://host:8000/v1#some-organisation/some-very-long-model-name-7B-Instruct")
+    group, figures = "questions about the direction of a movement", long["groups"]["fold 1"]
+    kinds = {"groups": {group: figures}, "by_kind": {group: {"majority_baseline": 0.4}}}
+    built, _ = page_of({**long, **kinds}, result(**kinds), ablation_table(), frames=red)
+    path = tmp_path / "page.html"
+    measure = "<script>document.title = `${document.documentElement.scrollWidth} ${innerWidth}`</script>"
+    page = re.sub(r"<meta http-equiv[^>]*>", "", report.to_html(built))  # the policy would stop the script
+    path.write_text(page.replace("</body>", f"{measure}</body>"))
+    dumped = browse(chromium, path, "--window-size=500,900", "--dump-dom").stdout
+    needed, given = map(int, re.search(r"<title>(\d+) (\d+)</title>", dumped).groups())
+    assert needed <= given == 500

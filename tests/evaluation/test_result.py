@@ -5,7 +5,7 @@ import json
 import pytest
 
 from favchat_jax.evaluation import published
-from favchat_jax.evaluation.result import data_hash, figure, make_result, table
+from favchat_jax.evaluation.result import data_hash, figure, make_result, table, write_result
 
 
 def test_values_that_are_not_finite_become_null():
@@ -23,6 +23,20 @@ def test_a_result_is_valid_json_and_complete_if_nothing_is_missing():
     assert json.loads(json.dumps(made, allow_nan=False)) == made
     assert (made["n"], made["complete"]) == (1, True)
     assert not result(missing=[{"id": "2", "reason": "gone"}])["complete"] and not result(complete=False)["complete"]
+
+
+def test_half_of_a_surrogate_pair_is_kept_in_the_file_and_shown_as_its_escape(tmp_path):
+    id = b"caf\xe9".decode("utf-8", "surrogateescape")  # a name in another encoding
+    made = result(missing=[{"id": id, "reason": "gone \ud83d"}])
+    write_result(tmp_path / "a.json", made)
+    assert json.loads((tmp_path / "a.json").read_text(encoding="utf-8")) == made
+    assert table(made).splitlines()[-1].encode() == rb"missing: caf\udce9: gone \ud83d"
+
+
+def test_figures_that_are_not_comparable_say_so_first_in_a_terminal():
+    made = {**result(), "incomparable": ["one", "two"]}
+    assert table(made).splitlines()[0] == "NOT COMPARABLE with published figures: one; two"
+    assert table({**made, "published": []}).splitlines()[0].startswith("figure")
 
 
 def test_a_terminal_shows_shares_in_percent_beside_the_papers_best_rows():

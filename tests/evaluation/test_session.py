@@ -3,12 +3,14 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from favchat_jax.embedded import faces as rendered_faces
 from favchat_jax.errors import RunError, UserError
 from favchat_jax.evaluation.footage import Footage
 from favchat_jax.evaluation.respondents import Ask, Unanswered
+from favchat_jax.evaluation.result import data_hash
 from favchat_jax.evaluation.session import DESCRIBE, Journal, Session, present
 from tests.data.video_files import encode_video
 from tests.evaluation.models_for_tests import Scripted, session
@@ -157,6 +159,19 @@ def test_videos_and_folders_of_pictures_give_the_middle_frames_of_equal_parts(tm
     assert video.shape == (4, 32, 32, 3)
     assert (pictures == every[[1, 5, 9, 13]]).all()
     assert (Footage("part", tmp_path, first=10, count=2).frames(2, 64) == every[10:12]).all()
+
+
+@pytest.mark.parametrize("name", ["._0.1.png", ".0.9.png"])
+def test_files_that_a_computers_system_adds_are_no_frames(name, tmp_path):
+    import cv2
+
+    for number in range(4):
+        cv2.imwrite(str(tmp_path / f"0.{number}.png"), np.full((32, 32, 3), 50 * number, np.uint8))
+    before = Footage("folder", tmp_path).frames(4, 32), data_hash([], [tmp_path])
+    (tmp_path / name).write_bytes(b"\0\5\x16\7\0\2\0\0Mac OS X")
+    (tmp_path / "@eaDir").mkdir()
+    assert (Footage("folder", tmp_path).frames(4, 32) == before[0]).all()
+    assert data_hash([], [tmp_path]) == before[1]
 
 
 def test_the_journal_has_one_json_object_per_line(tmp_path):

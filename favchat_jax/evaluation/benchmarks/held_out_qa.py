@@ -7,12 +7,12 @@ The layout is that of clips for training (`data.root` of celebvhq). The authors'
 more than `limit` questions, `limit` of them are drawn by the seed.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from favchat_jax.data.sources.celebvhq import read_texts
 from favchat_jax.errors import UserError
 from favchat_jax.evaluation import published
 from favchat_jax.evaluation.captions import captions_result, sample
@@ -22,7 +22,6 @@ from favchat_jax.evaluation.layout import described, first_of, root_of
 from favchat_jax.evaluation.respondents import Ask
 from favchat_jax.evaluation.result import Result
 from favchat_jax.evaluation.session import Session, present
-from favchat_jax.files import read_lines
 
 SOURCE = "write one line per clip with clip, video, and qa, a list of q and a"
 LAYOUT = "qa.jsonl and clips/"
@@ -52,18 +51,14 @@ def run(config: EvaluationConfig, session: Session) -> Result:
 
 
 def _read(path: Path) -> dict[str, dict[str, Any]]:
-    """Reads the questions of each clip, whose lines are joined."""
-    clips: dict[str, dict[str, Any]] = {}
-    for number, line in read_lines(path):
-        try:
-            row = json.loads(line)
-            json.dumps(row, ensure_ascii=False).encode()  # fails for half of a surrogate pair
-            clip = clips.setdefault(str(row["clip"]), {"video": str(row["video"]), "qa": []})
-            clip["qa"] += [{"q": str(pair["q"]), "a": str(pair["a"])} for pair in row["qa"]]
-            if clip["video"] != str(row["video"]):
-                raise ValueError(f"clip {row['clip']} has another video in an earlier line")
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path}, line {number} is damaged ({type(error).__name__}: {error}); {SOURCE}") from None
+    """Reads the video and the questions of each clip, whose lines are joined."""
+    clips = {
+        clip: {
+            "video": texts.video or f"clips/{clip}.mp4",
+            "qa": [{"q": pair.question, "a": pair.answer} for pair in texts.questions],
+        }
+        for clip, texts in read_texts(path, None).items()
+    }
     if not any(clip["qa"] for clip in clips.values()):
         raise UserError(f"{path} holds no questions: {SOURCE}")
     return clips

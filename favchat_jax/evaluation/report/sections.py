@@ -8,6 +8,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from favchat_jax.evaluation.ablations import RENDERED
 from favchat_jax.evaluation.benchmarks import title_of
 from favchat_jax.evaluation.report import charts
 from favchat_jax.evaluation.report.examples import Frames, shown
@@ -21,6 +22,7 @@ NEEDED = {
 }
 EMPTY = {"lead": "", "warnings": [], "tables": [], "bars": None, "charts": [], "confusions": [], "examples": []}
 EMPTY |= {"notes": [], "details": []}
+SHARES_OF_HITS = ("accuracy", "war")  # figures for which the majority's answer is a baseline
 DRAWN = ("all", "motion", "direction", "emotion", "detail")  # kinds of question in the frame-length chart
 
 
@@ -31,7 +33,7 @@ def of_benchmark(name: str, results: Sequence[Mapping[str, Any]], frames: Frames
         **EMPTY,
         "title": title_of(name),
         "lead": f"{max(result['n'] for result in results)} samples.",
-        "warnings": [_warning(result) for result in results if not result["complete"]],
+        "warnings": [line for result in results for line in _warnings(result)],
         "tables": [_figures_table(results)],
         "bars": _bars(results),
         "charts": _curves(results),
@@ -53,7 +55,15 @@ def _named(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return named
 
 
-def _warning(result: Mapping[str, Any]) -> str:
+def _warnings(result: Mapping[str, Any]) -> list[str]:
+    lines = []
+    if result.get("incomparable") and result.get("published"):
+        reasons = "; ".join(map(str, result["incomparable"]))
+        lines.append(f"{result['model']} is not comparable with the published rows: {reasons}.")
+    return lines if result["complete"] else [*lines, _incomplete(result)]
+
+
+def _incomplete(result: Mapping[str, Any]) -> str:
     missing = result.get("missing") or []
     reason = "some figures are missing"
     if missing:
@@ -69,16 +79,28 @@ def _figures_table(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         for name in names
     }
     rows = []
+    baseline = _majority(results[0])
     for result in results:
         cells = [_figure(result["figures"].get(name)) for name in names]
         for cell, name in zip(cells, names, strict=True):
             if cell:
                 cell["best"] = len(results) > 1 and result["figures"][name]["value"] == best[name]
         rows.append(_row(result["model"], cells, "ours"))
+    if baseline is not None:
+        cells = [_printed(100 * baseline) if name in SHARES_OF_HITS else None for name in names]
+        rows.append(_row("always the most frequent answer", cells, "published", tag="baseline"))
     for row in results[0].get("published") or []:
         cells = [_published(row["figures"].get(name)) for name in names]
         rows.append(_row(row["model"], cells, "published", tag="published"))
     return {"title": "", "head": ["model", *names], "rows": rows}
+
+
+def _majority(result: Mapping[str, Any]) -> float | None:
+    """Returns the share of hits of always giving the most frequent answer; None if answers are not right or wrong."""
+    if "majority_baseline" in result:
+        return result["majority_baseline"]
+    expected = [row.get("expected") for row in result["samples"] if row.get("correct") is not None]
+    return collections.Counter(expected).most_common(1)[0][1] / len(expected) if expected else None
 
 
 def _figure(found: Mapping[str, Any] | None) -> dict[str, Any] | None:
@@ -111,7 +133,9 @@ def _bars(results: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     for group in groups:
         found = [result["groups"].get(group, {"n": 0, "figures": {}}) for result in results]
         bars = [_bar(series, part["figures"].get(shares[0])) for series, part in enumerate(found)]
-        parts.append({"name": group, "n": max(part["n"] for part in found), "bars": [bar for bar in bars if bar]})
+        majority = (results[0].get("by_kind") or {}).get(group, {}).get("majority_baseline")
+        part = {"name": group, "n": max(part["n"] for part in found), "bars": [bar for bar in bars if bar]}
+        parts.append({**part, "majority": None if majority is None else round(100 * majority, 1)})
     return {"title": f"{shares[0]} by group", "models": [result["model"] for result in results], "parts": parts}
 
 
@@ -189,6 +213,7 @@ def of_ablations(result: Mapping[str, Any]) -> dict[str, Any]:
     return {
         **EMPTY,
         "title": f"Table 6 in miniature ({result['variant']})",
+        "warnings": [f"These figures are not comparable with the published columns: {RENDERED}."],
         "lead": f"Embedded data, {seeds} seed{'s' * (seeds > 1)}, equal steps: {steps}. Intervals are over questions "
         "(bootstrap over clips) unless stated otherwise.",
         "tables": [
