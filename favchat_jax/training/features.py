@@ -28,7 +28,7 @@ from favchat_jax.stages import ENCODING, group_of
 
 
 class KeptFeatures:
-    """A folder with one file of features for every clip that a run has seen.
+    """A folder with one file of features for the frames of every clip that a run has seen.
 
     Args:
         folder: place of the files; made if it is missing.
@@ -49,17 +49,19 @@ class KeptFeatures:
 
     def of(self, batch: Batch) -> ClipFeatures:
         """Returns a batch's features in host memory; encodes the batch if a clip has none yet."""
-        rows = [row for name in batch.ids if (row := self._read(name)) is not None]
-        if len(rows) < len(batch.ids):
+        # By content, so that a clip which was mended and packed again is encoded again.
+        names = [hashlib.sha256(frames.tobytes()).hexdigest() for frames in batch.arrays["frames"]]
+        rows = [row for name in names if (row := self._read(name)) is not None]
+        if len(rows) < len(names):
             frames = sharding.place_batch({"frames": batch.arrays["frames"]}, self._mesh)["frames"]
             encoded = jax.tree.leaves(jax.device_get(self._encode(self._params, frames)))
-            rows = [[leaf[i] for leaf in encoded] for i in range(len(batch.ids))]
-            for name, row in zip(batch.ids, rows, strict=True):
+            rows = [[leaf[i] for leaf in encoded] for i in range(len(names))]
+            for name, row in zip(names, rows, strict=True):
                 self._write(name, row)
         return jax.tree.unflatten(self._tree, [np.stack(leaves) for leaves in zip(*rows, strict=True)])
 
     def _file(self, name: str) -> Path:
-        return self._folder / f"{hashlib.sha256(name.encode()).hexdigest()[:32]}.safetensors"
+        return self._folder / f"{name[:32]}.safetensors"
 
     def _read(self, name: str) -> list[np.ndarray] | None:
         try:

@@ -4,6 +4,7 @@ import errno
 import hashlib
 import json
 import os
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -63,11 +64,12 @@ def test_lines_of_one_clip_are_joined_in_their_order(tmp_path):
         ([line("video0_0.txt", "a?")], "line 1: clip 'video0_0.txt' is not in"),
         ([line("video0_0", summary="A."), line("video0_0", summary="B.")], "line 2: .* another summary than in line 1"),
         ([line("video0_0", "a?", video="a"), line("video0_0", "b?", video="b")], "line 2: .* another video than in"),
-        ([line("video0_0")], "line 1 has neither a summary nor a question"),
         (["\n", '{"clip": "video0_0", "summary": "He smiles \\ud83d"}\n'], "line 2: .* half of a surrogate pair"),
         (['{"clip": "video0_0", "qa": [{"q": "a?", "a": "\\udc00"}]}\n'], "line 1: .* half of a surrogate pair"),
         (["\ud83d\n"], "line 1 is not UTF-8 text"),
         (['{"clip": 12, "summary": "A."}\n'], "line 1 must have clip"),
+        (['{"clip": "", "summary": "A."}\n'], "line 1 must have clip"),
+        (['{"clip": "video0_0", "sumary": "A."}\n'], "line 1 must have clip"),
         (['{"clip": ["video0_0"], "summary": "A."}\n'], "line 1 must have clip"),
         (['{"clip": "video0_0", "summary": ["A."]}\n'], "line 1 must have clip"),
         (['{"clip": "video0_0", "qa": [{"q": "a?"}]}\n'], "line 1 must have clip, and summary or qa"),
@@ -79,6 +81,12 @@ def test_a_line_that_cannot_be_used_is_refused_by_its_number(lines, said, tmp_pa
     with pytest.raises(UserError, match=f"^{tmp_path}/qa.jsonl, {said}") as error:
         read(tmp_path, *lines)
     assert "\n" not in str(error.value)
+
+
+def test_a_line_without_texts_is_enough_for_a_clip_with_labels_only(tmp_path):
+    assert read(tmp_path, line("video0_0", video="a.mp4"))["video0_0"] == celebvhq.Texts(1, "a.mp4")
+    with pytest.raises(UserError, match="line 1 has neither a summary nor a question: add one"):
+        read(tmp_path, line("video0_0", video="a.mp4"), known=None)
 
 
 def test_an_id_keeps_a_dot_that_is_no_extension_and_an_extension_that_the_labels_have(tmp_path):
@@ -215,3 +223,12 @@ def test_a_place_that_takes_no_packed_data_is_one_line(miniature, tmp_path, smal
             file.truncate(ballast.stat().st_size - room)
         with pytest.raises(UserError, match=f"could not write {small_disk}/packed/celebvhq/.*: free disk space"):
             packed(miniature, small_disk / "packed")
+
+
+def test_a_read_only_disk_serves_packed_data_and_refuses_new_in_one_line(miniature, small_disk):  # noqa: F811
+    packed(miniature, small_disk / "packed")
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    os.utime(miniature / "clips" / "video0_0.mp4", (1, 1))
+    assert set(packed(miniature, small_disk / "packed")) == set(CLIPS)
+    with pytest.raises(UserError, match="other/celebvhq: Read-only file system: choose .* --config.data.packed=DIR"):
+        packed(miniature, small_disk / "other")

@@ -296,9 +296,7 @@ def test_a_worker_that_died_as_of_full_shared_memory_is_one_line(records, open_s
     next(stream)
     for worker in set(multiprocessing.active_children()) - before:
         os.kill(worker.pid, signal.SIGBUS)
-    with pytest.raises(
-        UserError, match="^a process that decodes clips died ./dev/shm is full.: set --config.data"
-    ):
+    with pytest.raises(UserError, match="^a process that decodes clips died ./dev/shm is full.: set --config.data"):
         for _ in range(20):  # batches that were ready come first
             next(stream)
 

@@ -1,4 +1,5 @@
 import contextlib
+import dataclasses
 import json
 
 import chex
@@ -46,7 +47,7 @@ def test_a_run_that_keeps_features_learns_what_one_does_that_encodes_each_clip_a
         seen = len(set(encoded[: start + config.batch]))
 
 
-def test_a_damaged_file_of_features_is_made_again(small_world, tmp_path, encoded):
+def test_damaged_features_and_those_of_other_frames_are_made_again(small_world, tmp_path, encoded):
     config = small_world.config("stage3", **SAME_FRAMES)
     parts, mesh = assembly.assemble(config), sharding.one_device()
     _, frozen = stages.split(initial_weights(parts, mesh), "v1", "stage3")
@@ -61,6 +62,8 @@ def test_a_damaged_file_of_features_is_made_again(small_world, tmp_path, encoded
     assert len(encoded) == 2 * config.batch and victim.read_bytes() == files[victim]
     chex.assert_trees_all_equal(first, again, kept.of(batch))
     assert len(encoded) == 2 * config.batch, "what is whole is read"
+    mended = dataclasses.replace(batch, arrays={**batch.arrays, "frames": 255 - batch.arrays["frames"]})
+    assert not np.array_equal(jax.tree.leaves(kept.of(mended))[0], jax.tree.leaves(first)[0])
 
 
 def test_several_processes_cannot_keep_features(small_world, monkeypatch):

@@ -225,6 +225,8 @@ def read_texts(path: Path, known: Collection[str] | None) -> dict[str, Texts]:
     for number, line in read_lines(path):
         where = f"{path}, line {number}"
         name, given, questions = _read_line(line, where)
+        if known is None and not given["summary"] and not questions:
+            raise UserError(f"{where} has neither a summary nor a question: add one, or remove the line")
         is_known = known is not None and name in known
         clip = name if is_known or not name.lower().endswith(VIDEOS) else name.removesuffix(Path(name).suffix)
         if known is not None and clip not in known:
@@ -246,6 +248,8 @@ def _read_line(line: str, where: str) -> tuple[str, dict[str, str], list[Questio
     try:
         row = json.loads(line)
         name = row["clip"]
+        if not name or not row.keys() & {"summary", "qa"}:
+            raise KeyError
         given = {key: "" if row.get(key) is None else row[key] for key in ("video", "source", "summary")}
         pairs = [Question(pair["q"], pair["a"], pair.get("kind", "general")) for pair in row.get("qa") or ()]
         # Raises TypeError unless all of them are texts.
@@ -254,8 +258,6 @@ def _read_line(line: str, where: str) -> tuple[str, dict[str, str], list[Questio
         raise UserError(f"{where}: a text holds half of a surrogate pair: write the complete character") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise UserError(f"{where} must have clip, and summary or qa, a list of q and a: fix it") from None
-    if not given["summary"] and not pairs:
-        raise UserError(f"{where} has neither a summary nor a question: add one, or remove the line")
     return name, given, pairs
 
 
