@@ -16,7 +16,6 @@ def own_cache(monkeypatch):
     """No cache that the environment names; the tests' own is there again afterwards."""
     before = jax.config.jax_compilation_cache_dir, jax.config.jax_persistent_cache_min_compile_time_secs
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     yield
     jax.config.update("jax_compilation_cache_dir", before[0])
     jax.config.update("jax_persistent_cache_min_compile_time_secs", before[1])
@@ -26,9 +25,16 @@ def own_cache(monkeypatch):
 @pytest.mark.usefixtures("own_cache")
 def test_each_workdir_keeps_the_programs_that_are_compiled_for_it(tmp_path):
     for number, stage in enumerate(("stage1", "stage2")):
-        keep_programs(tmp_path / stage)
+        keep_programs(tmp_path / stage, seconds=0)
         jax.jit(lambda x, n=number: x * (3 + n))(jnp.ones(2)).block_until_ready()
         assert any(file.name.startswith("jit_") for file in (tmp_path / stage / "compiled").rglob("*"))
+
+
+@pytest.mark.usefixtures("own_cache")
+def test_programs_that_compile_quickly_are_not_kept(tmp_path):
+    keep_programs(tmp_path, seconds=1000)
+    jax.jit(lambda x: x * 7)(jnp.ones(2)).block_until_ready()
+    assert not [file for file in tmp_path.rglob("*") if file.name.startswith("jit_")]
 
 
 def test_a_cache_that_the_environment_names_stays(tmp_path):
