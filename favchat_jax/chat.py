@@ -116,7 +116,7 @@ def main() -> None:
     # The video is opened first, because loading a checkpoint takes longer than refusing a bad file.
     decode(_VIDEO.value, frames=1, size=16)
     if cache := user_cache():
-        keep_programs(cache, seconds=0.1)
+        keep_programs(cache, seconds=0.0)
     with _waiting(f"loading {_CHECKPOINT.value}"):
         model = favchat_jax.load(_CHECKPOINT.value)
     if notice := unlike_training(model.config, _VIDEO.value):

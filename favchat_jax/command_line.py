@@ -19,6 +19,8 @@ from favchat_jax.signals import end_at_interrupt
 
 HELP = {f"{dashes}{name}" for name in ("help", "helpfull", "helpshort", "h") for dashes in ("-", "--")}
 
+LESS_MEMORY = "take fewer clips or questions at once, or see docs/how-to/small-cards.md for what saves memory"
+
 
 def start(main: Callable[[], None], argv: list[str] | None = None) -> None:
     """Parses the command line, runs `main`, and ends the process with the fitting exit code, 130 after Ctrl-C.
@@ -46,6 +48,10 @@ def start(main: Callable[[], None], argv: list[str] | None = None) -> None:
             raise
         hint = "make room, and run the same command again" if full else "the run needs to read and write here"
         _end(name, f"{error.filename or 'the disk'}: {error.strerror}; {hint}", 2)
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):  # XLA's words
+            raise
+        _end(name, f"out of memory ({one_line(error)}): {LESS_MEMORY}", 1)
     sys.exit(0)
 
 

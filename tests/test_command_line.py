@@ -4,6 +4,8 @@ import re
 import subprocess
 import sys
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
 from absl import flags
 from ml_collections import config_flags
@@ -78,7 +80,16 @@ def test_a_failure_that_is_not_the_softwares_is_one_line_and_its_exit_code(error
     assert ended == code and stderr.startswith(f"command: {line}") and stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize("error", [KeyError("weights"), OSError("a mistake"), ValueError("shape")])
+@pytest.mark.parametrize("allocate", [lambda: jnp.zeros(2**48), lambda: np.ones(2**50)])
+def test_a_lack_of_memory_is_one_line(allocate, capsys, options):
+    ended, stderr = ending(capsys, allocate)
+    assert ended == 1 and stderr.startswith("command: out of memory (") and stderr.count("\n") == 1
+    assert "small-cards.md" in stderr
+
+
+@pytest.mark.parametrize(
+    "error", [KeyError("weights"), OSError("a mistake"), ValueError("shape"), RuntimeError("INTERNAL: a kernel")]
+)
 def test_a_mistake_of_the_software_keeps_its_traceback(error, options):
     def fail():
         raise error

@@ -1,4 +1,4 @@
-"""Compares an export's answers with its run's: python -m tools.compare_export --checkpoint=DIR --export=DIR [--clips=N]
+"""Compares an export's answers with its run's: python -m tools.compare_export --checkpoint=DIR --export=DIR [--limit=N]
 
 Our model in JAX and the exported one in PyTorch answer the questions of held-out rendered clips by greedy decoding,
 starting from the encoded clip. The command prints how many answers are identical.
@@ -28,12 +28,12 @@ WORKERS = 4  # questions that the exported model answers side by side, at most; 
 DIFFERING = {"dtype", "auto_map"}  # fields that --dtype or another version of tools.export_pytorch may have changed
 
 
-def compare(checkpoint: str | Path, export: str | Path, clips: int) -> list[dict[str, str]]:
+def compare(checkpoint: str | Path, export: str | Path, limit: int) -> list[dict[str, str]]:
     """Returns rows of clip, question, expected, answer (ours) and exported (PyTorch's)."""
     if not is_exported(Path(export)):
         raise UserError(f"--export={export} is not an exported folder: write one with tools.export_pytorch")
     _check_same_model(checkpoint, export)
-    config = EvaluationConfig.from_ml_collections(rendered.get_config()).updated({"limit": clips})
+    config = EvaluationConfig.from_ml_collections(rendered.get_config()).updated({"limit": limit})
     rows = benchmark.run(config, Session.of(favchat_jax.load(checkpoint).sampler, config))["samples"]
     source = open_dataset(config.data.name, config.data.packed, config.data.split)
     encoded = {record.id: record.clip for record in (source[i] for i in range(len(source)))}
@@ -84,7 +84,7 @@ def main() -> None:
     """Compares the run and the export that the flags name."""
     if not _CHECKPOINT.value or not _EXPORT.value:
         raise UserError("needed: --checkpoint=WORKDIR --export=FOLDER")
-    rows = compare(_CHECKPOINT.value, _EXPORT.value, _CLIPS.value)
+    rows = compare(_CHECKPOINT.value, _EXPORT.value, _LIMIT.value)
     differing = [row for row in rows if row["answer"] != row["exported"]]
     right = {name: sum(row[name] == row["expected"] for row in rows) for name in ("answer", "exported")}
     print(f"right answers: JAX {right['answer']}, PyTorch {right['exported']} of {len(rows)}")
@@ -97,5 +97,5 @@ def main() -> None:
 if __name__ == "__main__":
     _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Workdir of a stage")
     _EXPORT = flags.DEFINE_string("export", None, "Folder that tools.export_pytorch wrote from it")
-    _CLIPS = flags.DEFINE_integer("clips", 50, "Number of clips; 0 for all", lower_bound=0)
+    _LIMIT = flags.DEFINE_integer("limit", 50, "Number of clips; 0 for all", lower_bound=0)
     command_line.start(main)

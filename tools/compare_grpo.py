@@ -1,6 +1,6 @@
 """Draws the held-out reward of several reinforcement runs over rollouts and over iterations, in one picture.
 
-python -m tools.compare_grpo --runs=runs/tiny-v1/grpo,runs/tiny-v1/grpo-plain --figure=docs/figures/grpo.png
+python -m tools.compare_grpo --checkpoint=runs/tiny-v1/grpo,runs/tiny-v1/grpo-plain --figure=docs/figures/grpo.png
 
 Runs whose configs differ only in the seed share one line, their mean, with thin lines for the single runs. The command
 also prints how many rollouts each run needed to come within 0.005 of the last reward of the last kind of run.
@@ -102,13 +102,13 @@ def draw(kinds: Kinds, path: str) -> None:
 
 def main() -> None:
     """Compares the runs that the flags name."""
-    if not _RUNS.value:
-        raise UserError("needed: --runs=WORKDIR,WORKDIR")
+    if not _CHECKPOINT.value:
+        raise UserError("needed: --checkpoint=WORKDIR,WORKDIR")
     if _FIGURE.value:
         command_line.check_output("--figure", _FIGURE.value)
         if not _FIGURE.value.endswith(".png"):
             raise UserError(f"--figure={_FIGURE.value} is not a PNG file: name one that ends in .png")
-    kinds = read_runs(_RUNS.value)
+    kinds = read_runs(_CHECKPOINT.value)
     goal = float(np.mean([last_reward(lines) for lines in list(kinds.values())[-1].values()]))
     for kind, runs in kinds.items():
         for folder, lines in runs.items():
@@ -121,6 +121,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    _RUNS = flags.DEFINE_list("runs", None, "Workdirs of reinforcement runs")
+    _CHECKPOINT = flags.DEFINE_list("checkpoint", None, "Workdirs of reinforcement runs, with commas between them")
     _FIGURE = flags.DEFINE_string("figure", None, "PNG file to write")
     command_line.start(main)

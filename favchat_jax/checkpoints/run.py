@@ -138,7 +138,7 @@ def load_run(workdir: str | Path) -> Run:
     parts = open_run(workdir)
     base = mistral_folder.each_weight(parts.config.llm.path, prefix="llm/")
     loaded = itertools.chain(base, load_trained(workdir, parts.shapes).items())
-    return Run(parts, {path: jnp.asarray(leaf) for path, leaf in loaded})
+    return Run(parts, {path: jax.device_put(leaf) for path, leaf in loaded})
 
 
 def load_trained(workdir: str | Path, shapes: Mapping[str, Any] | None = None) -> Weights:

@@ -25,6 +25,7 @@ def captions_result(
     samples: Sequence[dict[str, Any]],
     rubrics: Mapping[str, str],
     more: Callable[[Judge], tuple[dict[str, Figure], list[str]]] = lambda judge: ({}, []),
+    known: Mapping[str, Figure] | None = None,
     **fields: Any,
 ) -> Result:
     """Makes the benchmark's result: word figures, and, if the session has a judge, its figure for each rubric.
@@ -37,6 +38,7 @@ def captions_result(
         samples: rows made by `sample`.
         rubrics: see `judged_figures`.
         more: returns further figures by the judge, and notes.
+        known: figures that are known already.
         fields: further arguments of `make_result`.
     """
     figures, notes, judge = word_figures(samples, config.seed), [NO_JUDGE], session.judge
@@ -44,8 +46,8 @@ def captions_result(
         judged, notes = judged_figures(judge, samples, rubrics, config.seed)
         others, unjudged = more(judge)
         figures, notes = {**judged, **figures, **others}, notes + unjudged
-    known = {"missing": session.missing, "notes": notes, "judge": judge and judge.summary(), "complete": not notes}
-    return make_result(config.benchmark, samples, figures, **known, **fields)
+    state = {"missing": session.missing, "notes": notes, "judge": judge and judge.summary(), "complete": not notes}
+    return make_result(config.benchmark, samples, {**figures, **(known or {})}, **state, **fields)
 
 
 def word_figures(samples: Sequence[dict[str, Any]], seed: int) -> dict[str, Figure]:

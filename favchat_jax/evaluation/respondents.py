@@ -15,6 +15,7 @@ from favchat_jax.errors import RunError, UserError
 from favchat_jax.evaluation.config import ClientConfig, ServerConfig
 from favchat_jax.evaluation.footage import Footage, joined_frames
 from favchat_jax.generation.sampler import Sampler, Sampling, Turn
+from favchat_jax.models.favchat import ClipFeatures
 from favchat_jax.openai_client import ChatModel, Completion, NoAnswer, Refused, picture
 
 MODEL_FORM = re.compile(r"openai:(?P<url>https?://[^#\s]+)#(?P<name>\S+)")
@@ -43,9 +44,11 @@ class Respondent(Protocol):
     """The interface of an evaluated model.
 
     `identity` has its "name" and further facts for the result, `notes` what a reader of its figures must know.
+    `gives_likelihoods` says whether `likelihoods` and `losses` work.
     """
 
     identity: dict[str, Any]
+    gives_likelihoods: bool
 
     @property
     def notes(self) -> list[str]: ...
@@ -65,6 +68,9 @@ class Respondent(Protocol):
     def likelihoods(self, asks: Sequence[Ask], frames: Sequence[Any], answers: Sequence[str]) -> list[list[float]]:
         """Returns the log-probabilities of the given answers to each ask's only conversation."""
 
+    def losses(self, asks: Sequence[Ask], frames: Sequence[Any]) -> list[list[float]]:
+        """Returns -log p of each conversation's last answer, averaged over its tokens, in nats."""
+
 
 class FaVChat:
     """FaVChat from a checkpoint. Batches are padded to one shape, so that nothing compiles twice.
@@ -76,6 +82,8 @@ class FaVChat:
         identity: name of the checkpoint and further facts.
     """
 
+    gives_likelihoods = True
+
     def __init__(self, sampler: Sampler, batch: int, questions: int = 1, identity: dict[str, Any] | None = None):
         self._sampler, self._batch, self._questions = sampler, batch, questions
         self.identity, self.notes = identity or {"name": "a model in memory"}, []
@@ -86,8 +94,7 @@ class FaVChat:
 
     def answer(self, asks: Sequence[Ask], frames: Sequence[np.ndarray], max_new_tokens: int) -> list[list[str]]:
         """Returns greedy answers."""
-        conversations = [_padded(ask.conversations, self._questions) for ask in _padded(asks, self._batch)]
-        features = self._sampler.encode(np.stack(_padded(frames, self._batch)))
+        features, conversations = self._encoded(asks, frames)
         texts = self._sampler.answer(features, conversations, Sampling(max_new_tokens=max_new_tokens))
         return [answers[: len(ask.conversations)] for ask, answers in zip(asks, texts, strict=False)]
 
@@ -98,6 +105,16 @@ class FaVChat:
         features = self._sampler.encode(np.stack(_padded(frames, self._batch)))
         turns = [ask.conversations[0] for ask in _padded(asks, self._batch)]
         return self._sampler.log_likelihoods(features, turns, answers).tolist()[: len(asks)]
+
+    def losses(self, asks: Sequence[Ask], frames: Sequence[np.ndarray]) -> list[list[float]]:
+        """Returns -log p of each conversation's last answer with its end, averaged over its tokens, in nats."""
+        losses = self._sampler.losses(*self._encoded(asks, frames))
+        return [row.tolist()[: len(ask.conversations)] for ask, row in zip(asks, losses, strict=False)]
+
+    def _encoded(self, asks: Sequence[Ask], frames: Sequence[np.ndarray]) -> tuple[ClipFeatures, list[list]]:
+        """Encodes a padded batch of clips; returns their features and their padded conversations."""
+        conversations = [_padded(ask.conversations, self._questions) for ask in _padded(asks, self._batch)]
+        return self._sampler.encode(np.stack(_padded(frames, self._batch))), conversations
 
 
 class OpenAIServer:
@@ -110,6 +127,8 @@ class OpenAIServer:
     Raises:
         UserError: `model` has another form, or the client library is not installed.
     """
+
+    gives_likelihoods = False
 
     def __init__(self, model: str, config: ServerConfig):
         found = MODEL_FORM.fullmatch(model)
@@ -147,9 +166,11 @@ class OpenAIServer:
         with ThreadPoolExecutor(self._config.parallel) as pool:
             return list(pool.map(answer_one, asks, frames))
 
-    def likelihoods(self, asks, frames, answers):
+    def likelihoods(self, asks, frames, answers=()):
         """Raises UserError, since chat servers do not report likelihoods."""
         raise UserError(f"{self.identity['name']} gives no likelihoods: choose --config.method=describe or direct")
+
+    losses = likelihoods
 
     def _complete(self, turns: Sequence[Turn], frames: list[dict[str, Any]], max_new_tokens: int) -> str:
         messages = []

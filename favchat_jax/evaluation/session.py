@@ -123,6 +123,11 @@ class Session:
         work = functools.partial(self.respondent.likelihoods, answers=answers)
         return self._answers_of(self._run(self.respondent, asks, step, list(answers), work))
 
+    def losses(self, asks: Sequence[Ask], step: str = "weighing") -> dict[str, list[float]]:
+        """Returns -log p per token, in nats, of the last answers in each ask's conversations, by the ask's id."""
+        asks = self._described(asks)
+        return self._answers_of(self._run(self.respondent, asks, step, ["loss"], self.respondent.losses))
+
     def leave_out(self, id: str, reason: str) -> None:
         """Records a listed sample that has no result."""
         log.warning("%s is skipped: %s", id, reason)

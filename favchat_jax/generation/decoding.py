@@ -95,14 +95,15 @@ class Decoder:
         params,
         features: ClipFeatures,
         tokens: Int[Array, "B Q L"],
-        prompt: Int[Array, "B 1 P"],
-        prompt_mask: Bool[Array, "B 1 P"],
+        prompt: Int[Array, " B #Q P"],
+        prompt_mask: Bool[Array, " B #Q P"],
         places: Int[Array, "B Q S"],
         scored: Bool[Array, "B Q S"],
     ) -> Float[Array, "B Q"]:
-        """Returns the log-probability of Q continuations of one conversation about each of B clips.
+        """Returns the log-probability of a continuation in each of Q sequences about each of B clips.
 
-        `places` are the positions of each continuation's tokens in its sequence; `scored` is False at their padding.
+        Sequences that continue one conversation share one prompt. `places` are the positions of each continuation's
+        tokens in its sequence; `scored` is False at their padding.
         """
         hidden = self._apply(params, features, tokens, prompt, prompt_mask).hidden
         hidden = jnp.take_along_axis(hidden, places[..., None] - 1, axis=2)

@@ -109,18 +109,40 @@ class Sampler:
         Raises:
             UserError: an empty question or answer, or a conversation longer than the largest bucket.
         """
-        starts = [len(self._encoded(turns)) for turns in conversations]
-        answered = [
-            [self._encoded([*turns[:-1], (turns[-1][0], answer)]) for answer in answers] for turns in conversations
-        ]
-        ends = np.array([[len(tokens) for tokens in row] for row in answered])
-        lengths = ends - np.array(starts)[:, None]
+        answered = [[_answered(turns, answer) for answer in answers] for turns in conversations]
+        prompts = self._prompts([[turns[-1][0]] for turns in conversations])
+        return self._weighed(features, answered, prompts)[0]
+
+    def losses(
+        self, features: ClipFeatures, conversations: Sequence[Sequence[Sequence[Turn]]]
+    ) -> list[Float[np.ndarray, " _Q"]]:
+        """Returns -log p of each conversation's last answer, its end included, averaged over its tokens, in nats.
+
+        Args:
+            features: of B clips, from `encode`.
+            conversations: for each clip, Q lists of turns with all answers; a clip may have fewer than Q.
+
+        Raises:
+            UserError: an empty question or answer, or a conversation longer than the largest bucket.
+        """
+        rows = _filled(conversations)
+        prompts = self._prompts([[turns[-1][0] for turns in asked] for asked in rows])
+        log_p, lengths = self._weighed(features, rows, prompts)
+        losses = -log_p / lengths
+        return [row[: len(asked)] for row, asked in zip(losses, conversations, strict=True)]
+
+    def _weighed(
+        self, features: ClipFeatures, conversations: Sequence[Sequence[Sequence[Turn]]], prompts: tuple
+    ) -> tuple[Float[np.ndarray, "B Q"], Int[np.ndarray, "B Q"]]:
+        """Returns the log-probabilities of the conversations' last answers, and their numbers of tokens."""
+        encoded = [[self._encoded(turns) for turns in asked] for asked in conversations]
+        starts = np.array([[len(self._encoded(_answered(turns, None))) for turns in asked] for asked in conversations])
+        lengths = np.array([[len(tokens) for tokens in row] for row in encoded]) - starts
         offsets = np.arange(lengths.max())
         scored = offsets < lengths[..., None]
-        places = np.where(scored, np.array(starts)[:, None, None] + offsets, 1).astype(np.int32)
-        prompts = self._prompts([[turns[-1][0]] for turns in conversations])
-        tokens = self._batch(answered)
-        return np.asarray(self._decoder.compare(self._params, features, tokens, *prompts, places, scored))
+        places = np.where(scored, starts[..., None] + offsets, 1).astype(np.int32)
+        tokens = self._batch(encoded)
+        return np.asarray(self._decoder.compare(self._params, features, tokens, *prompts, places, scored)), lengths
 
     def responses(
         self, features: ClipFeatures, questions: Sequence[str], group: int, sampling: Sampling
@@ -183,8 +205,7 @@ class Sampler:
 
     def _arrays(self, conversations: Sequence[Sequence[Sequence[Turn]]]) -> dict[str, np.ndarray]:
         """Encodes conversations; a clip with fewer than the others repeats its first one."""
-        questions = max(len(asked) for asked in conversations)
-        rows = [list(asked) + [asked[0]] * (questions - len(asked)) for asked in conversations]
+        rows = _filled(conversations)
         encoded = [[self._encoded(turns) for turns in asked] for asked in rows]
         lengths = np.array([len(tokens) for asked in encoded for tokens in asked], np.int32)
         prompt, prompt_mask = self._prompts([[turns[-1][0] for turns in asked] for asked in rows])
@@ -213,6 +234,17 @@ class Sampler:
         for i, j in np.ndindex(tokens.shape[:2]):
             tokens[i, j, : len(sequences[i][j])] = sequences[i][j]
         return tokens
+
+
+def _filled(conversations: Sequence[Sequence[Sequence[Turn]]]) -> list[list[Sequence[Turn]]]:
+    """Gives every clip as many conversations as the clip with most; the first of a clip is repeated."""
+    most = max(len(asked) for asked in conversations)
+    return [[*asked, *[asked[0]] * (most - len(asked))] for asked in conversations]
+
+
+def _answered(turns: Sequence[Turn], answer: str | None) -> list[Turn]:
+    """Replaces the last answer of a conversation."""
+    return [*turns[:-1], (turns[-1][0], answer)]
 
 
 @functools.lru_cache(maxsize=1000)  # one warning for a question, however often it is asked

@@ -170,19 +170,30 @@ def decoding_form(llm: Mapping[str, Any], alpha: float) -> dict[str, Any]:
         alpha: of the adapters.
     """
     tree = {name: llm[name] for name in ("embed_tokens", "norm")}
-    tree["lm_head"] = joined(merge(llm["lm_head"], alpha))
+    tree["lm_head"] = _decoding_head(llm["lm_head"], alpha)
     for i in range(jax.tree.leaves(llm["layers"])[0].shape[0]):
-        layer = merge(jax.tree.map(lambda leaf, i=i: leaf[i], llm["layers"]), alpha)
-        attn, mlp = layer["self_attn"], layer["mlp"]
-        tree[f"layers_{i}"] = {
-            "input_layernorm": layer["input_layernorm"],
-            "qkv_proj": joined(attn["q_proj"], attn["k_proj"], attn["v_proj"]),
-            "o_proj": joined(attn["o_proj"]),
-            "post_attention_layernorm": layer["post_attention_layernorm"],
-            "gate_up_proj": joined(mlp["gate_proj"], mlp["up_proj"]),
-            "down_proj": joined(mlp["down_proj"]),
-        }
+        tree[f"layers_{i}"] = _decoding_layer(llm["layers"], i, alpha)
     return tree
+
+
+# One program serves all layers; operation by operation, each shape would compile on its own.
+@partial(jax.jit, static_argnames="alpha")
+def _decoding_layer(layers: Mapping[str, Any], i: Int[Array, ""] | int, alpha: float) -> dict[str, Any]:
+    layer = merge(jax.tree.map(lambda leaf: leaf[i], dict(layers)), alpha)
+    attn, mlp = layer["self_attn"], layer["mlp"]
+    return {
+        "input_layernorm": layer["input_layernorm"],
+        "qkv_proj": joined(attn["q_proj"], attn["k_proj"], attn["v_proj"]),
+        "o_proj": joined(attn["o_proj"]),
+        "post_attention_layernorm": layer["post_attention_layernorm"],
+        "gate_up_proj": joined(mlp["gate_proj"], mlp["up_proj"]),
+        "down_proj": joined(mlp["down_proj"]),
+    }
+
+
+@partial(jax.jit, static_argnames="alpha")
+def _decoding_head(head: Mapping[str, Any], alpha: float) -> dict[str, Array]:
+    return joined(merge(dict(head), alpha))
 
 
 def joined(*linears: Mapping[str, Array]) -> dict[str, Array]:

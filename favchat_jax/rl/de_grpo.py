@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 from tqdm import tqdm
 
@@ -74,7 +73,7 @@ def train(config: Config, workdir: Path, mesh: Mesh) -> Outcome:
             samples.set_state(data_state.get("samples"))
         if step == 0:
             save_weights(workdir / "reference", state.trainable, {"of": "the policy that a run started from"})
-        reference = {path: jnp.asarray(leaf) for path, leaf in load_weights(workdir / "reference").items()}
+        reference = {path: jax.device_put(leaf) for path, leaf in load_weights(workdir / "reference").items()}
 
         # Step
         rollouts = Rollouts(parts, functions, {**state.trainable, **frozen}, samples.longest_prompt)

@@ -10,6 +10,8 @@ from favchat_jax.evaluation.session import Session
 class Scripted:
     """A model that answers with `say(id, last question)`, and records its batches and questions."""
 
+    gives_likelihoods = False
+
     def __init__(self, say: Callable[[str, str], str], size: int = 16, name: str = "scripted"):
         self._say, self._size = say, size
         self.identity: dict[str, Any] = {"name": name}

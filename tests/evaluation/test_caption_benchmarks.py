@@ -143,6 +143,26 @@ def test_an_answer_without_events_has_no_precision(folders, tmp_path):
     assert result["figures"]["autodq_precision"]["value"] == 0 == result["figures"]["autodq"]["value"]
 
 
+class Weighing(Scripted):
+    """A model whose loss of a reference is the number of its letters."""
+
+    gives_likelihoods = True
+
+    def losses(self, asks, frames):
+        assert len(asks) == len(frames)
+        return [[float(len(turns[-1][1])) for turns in ask.conversations] for ask in asks]
+
+
+def test_the_loss_of_the_references_is_measured_where_a_model_gives_likelihoods(broken):
+    root = broken("held_out_qa")
+    (root / "clips/00002.mp4").write_bytes(b"")
+    result = held_out_qa.run(config_of("held_out_qa", root), session(Weighing(lambda *_: "a man")))
+    losses = [row["scores"]["loss"] for row in result["samples"]]
+    assert losses == [len(row["expected"]) for row in result["samples"]] and len(set(losses)) > 1
+    assert result["figures"]["loss"]["value"] == pytest.approx(sum(losses) / len(losses))
+    assert {row["id"] for row in result["missing"]} == {"00002"}
+
+
 def test_missing_clips_are_listed_and_the_others_scored(broken):
     for name, clip in (
         ("dfec", "DFEW/videos/2.mp4"),

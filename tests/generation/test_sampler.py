@@ -218,6 +218,21 @@ def test_the_likelihood_of_an_answer_depends_on_the_turns_before_it_and_not_on_t
     assert not np.allclose(alone, sampler.log_likelihoods(features, [last] * 2, ("b",)))
 
 
+def test_the_loss_of_an_answer_is_its_negative_log_likelihood_per_token(sampler, features):
+    long = [("Who?", "a"), (QUESTIONS[1], "the hair is brown")]
+    conversations = [[[(QUESTIONS[0], "yes")], long], [[(QUESTIONS[2], "no")]]]
+    losses = sampler.losses(features, conversations)
+    assert [len(row) for row in losses] == [2, 1]
+    for clip, asked_about in enumerate(conversations):
+        for found, turns in zip(losses[clip], asked_about, strict=True):
+            question, answer = turns[-1]
+            tokens = sampler.conversation.encode(turns, 2, BUCKET).loss_mask.sum()
+            if len(turns) > 1:  # the first answer is learned in training, but not weighed here
+                tokens -= sampler.conversation.encode(turns[:1], 2, BUCKET).loss_mask.sum()
+            (weighed,) = sampler.log_likelihoods(features, [[*turns[:-1], (question, None)]] * 2, [answer])[clip]
+            np.testing.assert_allclose(found, -weighed / tokens, rtol=1e-4)
+
+
 def test_an_answer_ends_before_the_end_of_text_and_others_keep_their_length(setting, answers, written, tokenizer):
     lengths = set()
     for rows, texts in zip(written, answers, strict=True):

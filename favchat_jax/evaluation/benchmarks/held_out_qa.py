@@ -3,10 +3,15 @@
     ROOT/qa.jsonl    lines of clips: {"clip": ID, "video": "clips/ID.mp4", "qa": [{"q": ..., "a": ...}], ...}
     ROOT/clips/ID.mp4
 
+A checkpoint's figures include `loss`, which is low where the model expects the reference answers. It shows how far a
+model has learned its own clips, and what that does to its answers about others.
+
 The layout is that of clips for training (`data.root` of celebvhq). The authors' 2,000 samples are not published. With
 more than `limit` questions, `limit` of them are drawn by the seed.
 """
 
+import dataclasses
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +24,9 @@ from favchat_jax.evaluation.captions import captions_result, sample
 from favchat_jax.evaluation.config import EvaluationConfig
 from favchat_jax.evaluation.footage import Footage
 from favchat_jax.evaluation.layout import described, first_of, root_of
+from favchat_jax.evaluation.metrics import mean_figure
 from favchat_jax.evaluation.respondents import Ask
-from favchat_jax.evaluation.result import Result
+from favchat_jax.evaluation.result import Figure, Result
 from favchat_jax.evaluation.session import Session, present
 
 SOURCE = "write one line per clip with clip, video, and qa, a list of q and a"
@@ -33,21 +39,32 @@ def run(config: EvaluationConfig, session: Session) -> Result:
     path = first_of(root, ["qa.jsonl"], "its questions", SOURCE)
     clips = _drawn(_read(path), config.limit, config.seed)
     there = present([(name, root / clip["video"]) for name, clip in clips.items()], session, root)
-    asks = [_ask(name, video, clips[name]["qa"], config.questions) for name, video in there]
-    replies = session.ask([ask for parts in asks for ask in parts], config.max_new_tokens)
-    samples = []
-    for (name, _), parts in zip(there, asks, strict=True):
-        answers = [answer for ask in parts for answer in replies.get(ask.id, [None] * len(ask.conversations))]
-        pairs = zip(clips[name]["qa"], answers, strict=True)
-        samples += [
-            sample(f"{name} {number}", name, pair["q"], pair["a"], answer)
-            for number, (pair, answer) in enumerate(pairs)
-            if answer is not None
-        ]
+    asks = [ask for name, video in there for ask in _asks(name, video, clips[name]["qa"], config.questions)]
+    replies = session.ask([_unanswered(ask) for ask in asks], config.max_new_tokens)
+    weighed = [ask for ask in asks if ask.id in replies and session.respondent.gives_likelihoods]
+    samples = _samples(asks, replies, session.losses(weighed) if weighed else {})
     listed = sum(len(clip["qa"]) for clip in clips.values())
     data = described("held-out questions", root, [path], [video for _, video in there], listed)
     rows = published.rows(published.HELD_OUT_QA, "score")
-    return captions_result(config, session, samples, {"score": "qa"}, data=data, published=rows)
+    figures = {"loss": _mean_loss(samples, config.seed)} if weighed else {}
+    return captions_result(config, session, samples, {"score": "qa"}, known=figures, data=data, published=rows)
+
+
+def _samples(asks: list[Ask], replies: dict[str, list[str]], losses: dict[str, list[float]]) -> list[dict[str, Any]]:
+    """Returns a row for each answered question; a clip's questions are numbered in their order."""
+    samples, numbers = [], Counter[str]()
+    for ask in asks:
+        clip = ask.clips[0].name
+        for i, ((question, reference),) in enumerate(ask.conversations):
+            if ask.id in replies:
+                row = sample(f"{clip} {numbers[clip]}", clip, question, str(reference), replies[ask.id][i])
+                samples.append({**row, "scores": {"loss": losses[ask.id][i]}} if ask.id in losses else row)
+            numbers[clip] += 1
+    return samples
+
+
+def _mean_loss(samples: list[dict[str, Any]], seed: int) -> Figure:
+    return mean_figure([row["scores"]["loss"] for row in samples], seed, clusters=[row["clip"] for row in samples])
 
 
 def _read(path: Path) -> dict[str, dict[str, Any]]:
@@ -78,10 +95,14 @@ def _drawn(clips: dict[str, dict[str, Any]], limit: int, seed: int) -> dict[str,
     return {name: clip for name, clip in drawn.items() if clip["qa"]}
 
 
-def _ask(name: str, video: Path, pairs: list[dict[str, str]], most: int) -> list[Ask]:
-    """Groups a clip's questions into asks of at most `most`; the questions of an ask share the clip's encoding."""
+def _asks(name: str, video: Path, pairs: list[dict[str, str]], most: int) -> list[Ask]:
+    """Groups a clip's questions, with their answers, into asks of at most `most`, which share the clip's encoding."""
     parts = [pairs[start : start + most] for start in range(0, len(pairs), most)]
     return [
-        Ask(f"{name} {number}" if number else name, (Footage(name, video),), tuple(((q["q"], None),) for q in part))
+        Ask(f"{name} {number}" if number else name, (Footage(name, video),), tuple(((q["q"], q["a"]),) for q in part))
         for number, part in enumerate(parts)
     ]
+
+
+def _unanswered(ask: Ask) -> Ask:
+    return dataclasses.replace(ask, conversations=tuple(((question, None),) for ((question, _),) in ask.conversations))

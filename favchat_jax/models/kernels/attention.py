@@ -21,8 +21,6 @@ import jax.numpy as jnp
 from einops import rearrange
 from jaxtyping import Array, Bool, Float
 
-from favchat_jax.models.kernels import splash
-
 SHORTEST = 64  # fewest queries that a flash kernel is used for
 CUDNN_HEAD = 128  # most channels of a head that cuDNN takes on every card
 LOWEST = -1e30  # the score of a hidden key
@@ -72,7 +70,7 @@ def attention(
     chex.assert_is_divisible(query.shape[2], key.shape[2])
     if causal:
         chex.assert_equal(query.shape[1], key.shape[1])
-    kernels = {"xla": plain, "cudnn": _cudnn, "splash": splash.attention}
+    kernels = {"xla": plain, "cudnn": _cudnn, "splash": _splash}
     with jax.named_scope(SCOPE):
         run = kernels[kernel_for(query, key, bias, mask)]
         return run(query, key, value, bias=bias, mask=mask, causal=causal, window=window)
@@ -123,6 +121,12 @@ def kernel_for(query: Array, key: Array, bias: Array | None, mask: Array | None)
     head = query.shape[3] <= CUDNN_HEAD and query.shape[3] % 8 == 0
     narrow = query.dtype in (jnp.bfloat16, jnp.float16)
     return "cudnn" if platform == "gpu" and narrow and head and (mask is None or even) else "xla"
+
+
+def _splash(query, key, value, **options):
+    from favchat_jax.models.kernels import splash  # Pallas takes 0.2 s to import, which only a TPU needs
+
+    return splash.attention(query, key, value, **options)
 
 
 def _cudnn(query, key, value, *, bias=None, mask=None, causal=False, window=None):
