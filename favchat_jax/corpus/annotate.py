@@ -67,6 +67,11 @@ def annotate(out: Path, backend: str, limits: Limits, attempts: int, dry_run: bo
     if backend == "template":
         if dry_run:
             raise UserError("--dry_run needs --backend=openai: --backend=template costs nothing, so leave it out")
+        if clips and not any(map(_is_labelled, clips)):
+            raise UserError(
+                f"--backend=template writes from labels alone, and none of the {len(clips)} clips has any: use "
+                "--backend=openai, or give scan a folder with labels"
+            )
         texts = write_texts(clips, TemplateWriter(), reviews, 1, threading.Event())
     else:
         with contextlib.closing(Calls(out)) as calls:
@@ -194,6 +199,12 @@ def read_clip(kept: Kept) -> Clip:
     except OSError as error:
         raise Unannotated(f"{kept.path.name} cannot be read ({error.strerror}): run clip again") from None
     return Clip(kept.id, kept.path, labels, kept.frames, digest.hexdigest())
+
+
+def _is_labelled(kept: Kept) -> bool:
+    with contextlib.suppress(UserError):
+        return any(kept.labels().values())
+    return False
 
 
 def _readable(clips: Sequence[Kept], reviews: Reviews) -> Iterator[tuple[Clip, Sequence[str]]]:

@@ -14,12 +14,15 @@ import logging
 import os
 import re
 import sys
+import threading
+import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from absl import flags
+from tqdm import tqdm
 
 from favchat_jax.errors import UserError
 from favchat_jax.files import replace_file, write_errors
@@ -30,6 +33,7 @@ Work = Callable[[Any], dict[str, Any]]
 
 # Videos per pipeline on one machine: DirectRunner keeps all its intermediate data until its pipeline ends.
 PORTION = 500
+LOOK_EVERY = 1.0  # seconds between two looks at how many results there are, at least
 
 
 def run(
@@ -67,10 +71,46 @@ def run(
     log.info("%s: %d of %d videos remain", step, left, len(keys))
     here = all(not option.startswith("--runner=") or option == "--runner=DirectRunner" for option in options)
     portion = PORTION if here else max(1, left)
-    for start in range(0, left, portion):
-        _run_pipeline(work, todo, range(start, start + portion), folder, options)
+    with _progress(step, folder, todo, left):
+        for start in range(0, left, portion):
+            _run_pipeline(work, todo, range(start, start + portion), folder, options)
     todo.unlink()
     return [_finished(folder, name, key) for name, key in keys.items()]
+
+
+@contextlib.contextmanager
+def _progress(step: str, folder: str, todo: Path, left: int) -> Iterator[None]:
+    """Shows how many results are newer than the list of what is left, whichever worker or machine wrote them."""
+    started, ended = todo.stat().st_mtime_ns, threading.Event()
+    bar = tqdm(total=left, desc=step, unit=" videos", mininterval=1, disable=None if left else True)
+
+    def watch() -> None:
+        pause = LOOK_EVERY
+        while not ended.wait(pause):
+            before = time.monotonic()
+            bar.update(_count(folder, started) - bar.n)
+            pause = max(LOOK_EVERY, 20 * (time.monotonic() - before))  # counting takes 5 % of the time at most
+
+    thread = threading.Thread(target=watch, daemon=True)
+    if not bar.disable:
+        thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        if not bar.disable:
+            thread.join()
+            bar.update(_count(folder, started) - bar.n)
+        bar.close()
+
+
+def _count(folder: str, started: int) -> int:
+    """Returns the number of results that were written since `started`, in nanoseconds."""
+    found = 0
+    for path in Path(folder).glob("*/*.json"):
+        with contextlib.suppress(OSError):  # a draft that was renamed meanwhile
+            found += path.stat().st_mtime_ns >= started
+    return found
 
 
 def _run_pipeline(work: Work, todo: Path, lines: range, folder: str, options: Sequence[str]) -> None:

@@ -303,3 +303,7 @@ def test_templates_annotate_without_an_endpoint(tmp_path):
     assert list(read_annotations(out)) == ["clip000", "clip001"] and "no labels" in unannotated(out)["clip002"]
     run(out, backend="template")
     assert (out / "annotations.jsonl").read_bytes() == before
+    write_table(out, KEPT, [row("clip002", None)])
+    with pytest.raises(UserError, match="none of the 1 clips has any: use --backend=openai"):
+        run(out, backend="template")
+    assert (out / "annotations.jsonl").read_bytes() == before

@@ -10,6 +10,7 @@ import sys
 import time
 
 import pytest
+from tqdm import tqdm
 
 from favchat_jax.corpus import pipelines
 from favchat_jax.corpus.manifest import KEPT, read_table
@@ -119,6 +120,14 @@ def test_results_are_in_the_order_of_the_items_and_are_made_once(tmp_path):
     assert [path.stem for path in again] == ["n2"]
     assert pipelines.run("step", half, items[:1], tmp_path) == [{"half": 3.0}]
     assert [path.stem for path in (tmp_path / "work").rglob("*.json")] == ["n6"]
+
+
+def test_a_step_shows_how_many_of_the_videos_left_are_done(tmp_path, monkeypatch, capsys):
+    items = [(f"n{number}", number, number) for number in range(3)]
+    pipelines.run("step", half, items[:1], tmp_path)
+    monkeypatch.setattr(pipelines, "tqdm", lambda **options: tqdm(**{**options, "disable": False}))
+    pipelines.run("step", half, items, tmp_path)
+    assert re.search(r"step: 100%.* 2/2 .*videos", capsys.readouterr().err)
 
 
 def test_a_damaged_result_is_made_again(tmp_path):
