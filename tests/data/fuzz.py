@@ -1,14 +1,16 @@
-"""Reads mutated files in a process of its own: python -m tests.data.fuzz videos|pictures|annotations FIRST LAST
+"""Reads mutated files in a process of its own: python -m tests.data.fuzz KIND FIRST LAST, with a KIND of `READERS`
 
 Prints the number of each file before it is read, so that a crash or an endless read is known by its number. The process
 ends with 1 where reading raises anything but a user error of one line.
 """
 
+import importlib
 import json
 import shutil
 import sys
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +18,14 @@ import numpy as np
 from favchat_jax.convert.pytorch.video_favchat import read_frames
 from favchat_jax.data.sources import open_dataset, prepare
 from favchat_jax.data.video import decode
-from favchat_jax.errors import UserError
+from favchat_jax.errors import RunError, UserError
+from favchat_jax.evaluation.benchmarks import benchmark_of
+from favchat_jax.evaluation.config import EvaluationConfig
 from tests.data import difficult_videos as make
 from tests.data.test_video import FORMATS
 from tests.data.video_files import encode_video, numbered_picture
+from tests.evaluation.models_for_tests import Scripted, session
+from tools import miniatures
 
 PICTURE = numbered_picture(5, 120, 96)
 NOTABLE = (0, 1, 34, 44, 91, 93, 123, 125, 127, 128, 255)  # bytes, among them those of JSON's marks
@@ -114,16 +120,60 @@ def read_annotations(root: Path, number: int) -> None:
         shutil.rmtree(packed, ignore_errors=True)
 
 
+def read_benchmark(lists: list[tuple[str, Path, Path]], number: int) -> None:
+    """Runs a benchmark with one of its lists mutated; it has a result or is refused in one line.
+
+    Args:
+        lists: (name of the benchmark, its folder, the file to mutate).
+        number: of the mutation.
+    """
+    name, root, path = lists[number % len(lists)]
+    good = path.read_bytes()
+    path.write_bytes(mutated(good, np.random.default_rng(number)))
+    config = EvaluationConfig.from_ml_collections(importlib.import_module(f"configs.eval.{name}").get_config())
+    try:
+        made = session(Scripted(lambda *_: "happy"))
+        result = benchmark_of(name).run(config.updated({"data.root": str(root)}), made)
+        json.dumps(result, allow_nan=False)
+    except (UserError, RunError) as error:
+        assert "\n" not in str(error), error
+    finally:
+        path.write_bytes(good)
+
+
+def benchmark_lists(folder: Path) -> list[tuple[str, Path, Path]]:
+    """Makes a miniature of each published benchmark; returns its lists as `read_benchmark` takes them."""
+    roots = {name: miniatures.make(name, folder / name, clips=5) for name in miniatures.MAKERS}
+    found = ((name, root, path) for name, root in roots.items() for path in sorted(root.rglob("*")))
+    return [(name, root, path) for name, root, path in found if path.suffix in (".csv", ".json", ".jsonl", ".txt")]
+
+
+def _media(make_files: Callable[[], list[bytes]], folder: Path) -> Callable[[int], None]:
+    return partial(read_media, make_files())
+
+
+def _annotations(folder: Path) -> Callable[[int], None]:
+    own_clips(folder / "root")
+    return partial(read_annotations, folder / "root")
+
+
+def _benchmarks(folder: Path) -> Callable[[int], None]:
+    return partial(read_benchmark, benchmark_lists(folder))
+
+
+# Kind of file -> given an empty folder, what reads the mutation of a number.
+READERS: dict[str, Callable[[Path], Callable[[int], None]]] = {
+    "videos": partial(_media, videos),
+    "pictures": partial(_media, pictures),
+    "annotations": _annotations,
+    "benchmarks": _benchmarks,
+}
+
+
 def main(kind: str, first: int, last: int) -> None:
     """Reads the mutated files of a kind with the numbers from `first` to before `last`."""
     with tempfile.TemporaryDirectory() as folder:
-        read: Callable[[int], None]
-        if kind == "annotations":
-            own_clips(Path(folder, "root"))
-            read = lambda number: read_annotations(Path(folder, "root"), number)  # noqa: E731
-        else:
-            files = {"videos": videos, "pictures": pictures}[kind]()
-            read = lambda number: read_media(files, number)  # noqa: E731
+        read = READERS[kind](Path(folder))
         for number in range(first, last):
             print(number, flush=True)
             read(number)

@@ -12,7 +12,9 @@ LONGEST = 30  # seconds for one file
 
 @pytest.mark.slow
 @pytest.mark.timeout(3000)
-@pytest.mark.parametrize(("kind", "files"), [("videos", 1800), ("pictures", 800), ("annotations", 400)])
+@pytest.mark.parametrize(
+    ("kind", "files"), [("videos", 1800), ("pictures", 800), ("annotations", 400), ("benchmarks", 600)]
+)
 def test_mutated_files_are_read_or_refused(kind, files):
     process = start_module("tests.data.fuzz", kind, "0", str(files))
     numbers: queue.Queue[str | None] = queue.Queue()
