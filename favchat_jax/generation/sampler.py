@@ -21,7 +21,7 @@ from favchat_jax.models.favchat import ClipFeatures
 from favchat_jax.section import Allowed, NotNegative, Section, Share
 
 Turn = tuple[str, str | None]
-LONGEST = 4096  # tokens of an answer, for which the cache keeps room
+LONGEST = 4096  # most tokens of an answer, and of a conversation whose answer is weighed
 SHORTEST_STEP = 16  # fewest tokens between two buckets of prompts
 
 log = logging.getLogger("favchat_jax")
@@ -111,7 +111,7 @@ class Sampler:
         """
         answered = [[_answered(turns, answer) for answer in answers] for turns in conversations]
         prompts = self._prompts([[turns[-1][0]] for turns in conversations])
-        return self._weighed(features, answered, prompts)[0]
+        return self._weighed(features, answered, prompts, self._longest)[0]
 
     def losses(
         self, features: ClipFeatures, conversations: Sequence[Sequence[Sequence[Turn]]]
@@ -120,28 +120,30 @@ class Sampler:
 
         Args:
             features: of B clips, from `encode`.
-            conversations: for each clip, Q lists of turns with all answers; a clip may have fewer than Q.
+            conversations: for each clip, Q lists of turns with all answers; a clip may have fewer than Q. They may be
+                longer than the largest bucket, since references are of any length.
 
         Raises:
-            UserError: an empty question or answer, or a conversation longer than the largest bucket.
+            UserError: an empty question or answer, or a conversation longer than 4096 tokens.
         """
         rows = _filled(conversations)
         prompts = self._prompts([[turns[-1][0] for turns in asked] for asked in rows])
-        log_p, lengths = self._weighed(features, rows, prompts)
+        log_p, lengths = self._weighed(features, rows, prompts, LONGEST)
         losses = -log_p / lengths
         return [row[: len(asked)] for row, asked in zip(losses, conversations, strict=True)]
 
     def _weighed(
-        self, features: ClipFeatures, conversations: Sequence[Sequence[Sequence[Turn]]], prompts: tuple
+        self, features: ClipFeatures, conversations: Sequence[Sequence[Sequence[Turn]]], prompts: tuple, longest: int
     ) -> tuple[Float[np.ndarray, "B Q"], Int[np.ndarray, "B Q"]]:
         """Returns the log-probabilities of the conversations' last answers, and their numbers of tokens."""
-        encoded = [[self._encoded(turns) for turns in asked] for asked in conversations]
-        starts = np.array([[len(self._encoded(_answered(turns, None))) for turns in asked] for asked in conversations])
+        encoded = [[self._encoded(turns, longest) for turns in asked] for asked in conversations]
+        open_ended = [[_answered(turns, None) for turns in asked] for asked in conversations]
+        starts = np.array([[len(self._encoded(turns, longest)) for turns in asked] for asked in open_ended])
         lengths = np.array([[len(tokens) for tokens in row] for row in encoded]) - starts
         offsets = np.arange(lengths.max())
         scored = offsets < lengths[..., None]
         places = np.where(scored, starts[..., None] + offsets, 1).astype(np.int32)
-        tokens = self._batch(encoded)
+        tokens = self._batch(encoded, longest)
         return np.asarray(self._decoder.compare(self._params, features, tokens, *prompts, places, scored)), lengths
 
     def responses(
@@ -209,10 +211,15 @@ class Sampler:
         encoded = [[self._encoded(turns) for turns in asked] for asked in rows]
         lengths = np.array([len(tokens) for asked in encoded for tokens in asked], np.int32)
         prompt, prompt_mask = self._prompts([[turns[-1][0] for turns in asked] for asked in rows])
-        return {"tokens": self._batch(encoded), "last": lengths - 1, "prompt": prompt, "prompt_mask": prompt_mask}
+        return {
+            "tokens": self._batch(encoded, self._longest),
+            "last": lengths - 1,
+            "prompt": prompt,
+            "prompt_mask": prompt_mask,
+        }
 
-    def _encoded(self, turns: Sequence[Turn]) -> Int[np.ndarray, " L"]:
-        return self.conversation.encode(turns, self.frames, self._longest).tokens
+    def _encoded(self, turns: Sequence[Turn], longest: int | None = None) -> Int[np.ndarray, " L"]:
+        return self.conversation.encode(turns, self.frames, longest or self._longest).tokens
 
     def _prompts(
         self, questions: Sequence[Sequence[str]]
@@ -225,11 +232,11 @@ class Sampler:
         ids, masks = (np.array([[prompt[part] for prompt in asked] for asked in encoded]) for part in (0, 1))
         return ids, masks
 
-    def _batch(self, sequences: list[list[Int[np.ndarray, " _L"]]]) -> Int[np.ndarray, "B Q L"]:
+    def _batch(self, sequences: list[list[Int[np.ndarray, " _L"]]], most: int) -> Int[np.ndarray, "B Q L"]:
         """Pads sequences to a bucket: four lengths per octave, so that few are compiled and padding stays short."""
         longest = max(len(tokens) for row in sequences for tokens in row)
         step = max(SHORTEST_STEP, 2 ** ((longest - 1).bit_length() - 3))
-        bucket = min(-(-longest // step) * step, self._longest)
+        bucket = min(-(-longest // step) * step, most)
         tokens = np.full((len(sequences), len(sequences[0]), bucket), self.conversation.pad, np.int32)
         for i, j in np.ndindex(tokens.shape[:2]):
             tokens[i, j, : len(sequences[i][j])] = sequences[i][j]

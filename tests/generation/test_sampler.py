@@ -187,26 +187,43 @@ def test_stream_weights_are_those_of_the_complete_model(setting, sampler, featur
     np.testing.assert_allclose(weights, expected, atol=1e-5)
 
 
+def trained_log_p(setting, sampler, clip, turns):
+    """Returns the log-probabilities of the last answer's tokens from a full forward pass in the training form."""
+
+    def scores(model, *inputs):
+        return jax.nn.log_softmax(model.llm.logits(model(*inputs).hidden[0, 0]))
+
+    encoded = sampler.conversation.encode(turns, 2, 1000)
+    start = len(sampler.conversation.encode([*turns[:-1], (turns[-1][0], None)], 2, 1000).tokens)
+    prompt, mask = setting.prompt.encode(turns[-1][0])
+    inputs = (setting.frames[clip : clip + 1], encoded.tokens[None, None], prompt[None, None], mask[None, None])
+    params = {"params": unflatten_dict(setting.weights, sep="/")}
+    logs = np.asarray(setting.model.apply(params, *inputs, method=scores))
+    places = np.arange(start, len(encoded.tokens))  # the answer and its end
+    return logs[places - 1, encoded.tokens[places]]
+
+
 def test_log_likelihoods_of_answers_are_those_of_full_forward_passes_in_the_training_form(setting, sampler, features):
     turns, answers = asked(QUESTIONS[0]), ("yes", "the hair is brown", "")
     with pytest.raises(UserError, match="is empty"):
         sampler.log_likelihoods(features, [turns, turns], answers)
     found = sampler.log_likelihoods(features, [turns, asked(QUESTIONS[1])], answers[:2])
-    params = {"params": unflatten_dict(setting.weights, sep="/")}
-
-    def scores(model, *inputs):
-        return jax.nn.log_softmax(model.llm.logits(model(*inputs).hidden[0, 0]))
-
-    conversation = sampler.conversation
     for clip, answer in np.ndindex(2, 2):
-        question = QUESTIONS[clip]
-        encoded = conversation.encode([(question, answers[answer])], 2, BUCKET)
-        prompt, mask = setting.prompt.encode(question)
-        inputs = (setting.frames[clip : clip + 1], encoded.tokens[None, None], prompt[None, None], mask[None, None])
-        logs = np.asarray(setting.model.apply(params, *inputs, method=scores))
-        learned = np.flatnonzero(encoded.loss_mask)  # the answer and its end
-        expected = logs[learned - 1, encoded.tokens[learned]].sum()
-        np.testing.assert_allclose(found[clip, answer], expected, rtol=1e-4)
+        expected = trained_log_p(setting, sampler, clip, [(QUESTIONS[clip], answers[answer])])
+        np.testing.assert_allclose(found[clip, answer], expected.sum(), rtol=1e-4)
+
+
+def test_the_loss_of_an_answer_of_any_length_is_its_negative_log_likelihood_per_token(setting, sampler, features):
+    later, long = [("Who?", "a"), (QUESTIONS[1], "the hair is brown")], [(QUESTIONS[2], "yes " * BUCKET)]
+    conversations = [[[(QUESTIONS[0], "yes")], later], [long]]
+    losses = sampler.losses(features, conversations)
+    assert [len(row) for row in losses] == [2, 1]
+    for clip, turns, found in (
+        (0, conversations[0][0], losses[0][0]),
+        (0, later, losses[0][1]),
+        (1, long, losses[1][0]),
+    ):
+        np.testing.assert_allclose(found, -trained_log_p(setting, sampler, clip, turns).mean(), rtol=1e-4)
 
 
 def test_the_likelihood_of_an_answer_depends_on_the_turns_before_it_and_not_on_the_other_answers(sampler, features):
@@ -216,21 +233,6 @@ def test_the_likelihood_of_an_answer_depends_on_the_turns_before_it_and_not_on_t
     alone = sampler.log_likelihoods(features, [turns] * 2, ("b",))
     np.testing.assert_allclose(several[:, :1], alone, rtol=1e-4)
     assert not np.allclose(alone, sampler.log_likelihoods(features, [last] * 2, ("b",)))
-
-
-def test_the_loss_of_an_answer_is_its_negative_log_likelihood_per_token(sampler, features):
-    long = [("Who?", "a"), (QUESTIONS[1], "the hair is brown")]
-    conversations = [[[(QUESTIONS[0], "yes")], long], [[(QUESTIONS[2], "no")]]]
-    losses = sampler.losses(features, conversations)
-    assert [len(row) for row in losses] == [2, 1]
-    for clip, asked_about in enumerate(conversations):
-        for found, turns in zip(losses[clip], asked_about, strict=True):
-            question, answer = turns[-1]
-            tokens = sampler.conversation.encode(turns, 2, BUCKET).loss_mask.sum()
-            if len(turns) > 1:  # the first answer is learned in training, but not weighed here
-                tokens -= sampler.conversation.encode(turns[:1], 2, BUCKET).loss_mask.sum()
-            (weighed,) = sampler.log_likelihoods(features, [[*turns[:-1], (question, None)]] * 2, [answer])[clip]
-            np.testing.assert_allclose(found, -weighed / tokens, rtol=1e-4)
 
 
 def test_an_answer_ends_before_the_end_of_text_and_others_keep_their_length(setting, answers, written, tokenizer):
