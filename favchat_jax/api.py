@@ -18,6 +18,7 @@ from favchat_jax.data.video import Clip, decode
 from favchat_jax.errors import UserError
 from favchat_jax.generation.sampler import Sampler, Sampling, Turn
 from favchat_jax.models.favchat import ClipFeatures
+from favchat_jax.programs import keep_programs
 
 T = TypeVar("T")
 BATCH = 8  # number of clips, or of questions about one clip, in a batch
@@ -63,18 +64,23 @@ class Options(TypedDict, total=False):
     seed: int
 
 
-def load(checkpoint: str | os.PathLike[str]) -> "Model":
+def load(checkpoint: str | os.PathLike[str], *, cache: str | os.PathLike[str] | None = None) -> "Model":
     """Loads a checkpoint that answers questions.
 
     Args:
         checkpoint: workdir of a stage, or a folder that `tools.export_orbax` wrote.
+        cache: folder that keeps compiled programs, so that the next process starts in seconds. JAX then keeps all
+            programs of this process there. By default, nothing is kept.
 
     Raises:
         UserError: the folder is missing, damaged or of another kind; the message says what to do.
     """
     if not checkpoint:
         raise UserError("the checkpoint's folder is empty text: name a stage's workdir")
-    return Model(load_run(Path(checkpoint).expanduser()))
+    folder = Path(cache).expanduser() if cache else None
+    if folder:
+        keep_programs(folder, seconds=0.0)
+    return Model(load_run(Path(checkpoint).expanduser(), folder))
 
 
 class Model:

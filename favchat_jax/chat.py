@@ -20,7 +20,7 @@ from favchat_jax.embedded.notice import unlike_training
 from favchat_jax.errors import UserError
 from favchat_jax.files import read_lines
 from favchat_jax.generation.sampler import Sampling
-from favchat_jax.training.programs import keep_programs, user_cache
+from favchat_jax.programs import user_cache
 
 HELP = "/reset forgets the earlier turns; an empty line, quit or exit ends the conversation"
 EMPTY = "the answer is empty: ask in other words"
@@ -115,10 +115,8 @@ def main() -> None:
     Sampling(**sampling)  # refused before any work
     # The video is opened first, because loading a checkpoint takes longer than refusing a bad file.
     decode(_VIDEO.value, frames=1, size=16)
-    if cache := user_cache():
-        keep_programs(cache, seconds=0.0)
     with _waiting(f"loading {_CHECKPOINT.value}"):
-        model = favchat_jax.load(_CHECKPOINT.value)
+        model = favchat_jax.load(_CHECKPOINT.value, cache=user_cache())
     if notice := unlike_training(model.config, _VIDEO.value):
         _say(notice)
     if questions:

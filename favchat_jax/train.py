@@ -30,6 +30,7 @@ from favchat_jax.data.sources import builder_of
 from favchat_jax.embedded.prepare import PRESET, prepare
 from favchat_jax.errors import UserError
 from favchat_jax.evaluation.questions import check_training
+from favchat_jax.programs import keep_programs
 from favchat_jax.rl import de_grpo
 from favchat_jax.sharding import training_mesh
 from favchat_jax.signals import termination
@@ -37,7 +38,7 @@ from favchat_jax.training.batches import next_batch, open_batches
 from favchat_jax.training.features import placement
 from favchat_jax.training.metrics import Metrics, Pending
 from favchat_jax.training.optimizer import make_optimizer, schedule
-from favchat_jax.training.programs import keep_programs, tracing
+from favchat_jax.training.profile import tracing
 from favchat_jax.training.progress import Outcome
 from favchat_jax.training.step import make_step
 

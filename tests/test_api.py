@@ -1,6 +1,7 @@
 import subprocess
 import sys
 
+import flax.linen as nn
 import numpy as np
 import pytest
 
@@ -42,6 +43,19 @@ def test_a_path_its_bytes_and_an_encoded_clip_give_the_same_answer(model, clips)
 
 def test_pieces_of_a_streamed_answer_add_up_to_the_answer(model, clips):
     assert "".join(model.stream(clips[1], "What is seen?")).strip() == model.answer(clips[1], "What is seen?")
+
+
+def test_a_second_start_with_a_cache_traces_nothing_and_answers_the_same(model, clips, trained, tmp_path, monkeypatch):
+    def said(asked_model):
+        question = "Which hair?"
+        pieces = asked_model.stream(clips[0], question, max_new_tokens=5)
+        return asked_model.answer(clips[0], question), "".join(pieces), asked_model.stream_weights(clips[0], question)
+
+    first = said(favchat_jax.load(trained.folder / "stage3", cache=tmp_path))
+    assert first == said(model)
+    monkeypatch.setattr(nn.Module, "apply", lambda *_, **__: pytest.fail("the model is traced again"))
+    monkeypatch.setattr(nn.Module, "init", lambda *_, **__: pytest.fail("the weights' shapes are traced again"))
+    assert said(favchat_jax.load(trained.folder / "stage3", cache=tmp_path)) == first
 
 
 def test_many_questions_about_one_clip_are_answered_in_their_order(model, clips):

@@ -16,7 +16,7 @@ GUESTS = {"evaluation", "corpus", "convert", "planning", "embedded"}
 OUTSIDE = {"configs", "tools", "tests"}
 # A room may import its own floor and the floors above it in this list, which is the one below it in the house.
 FLOORS = [
-    {"errors", "files", "signals", "section", "config", "sharding", "stages", "processes"},
+    {"errors", "files", "signals", "section", "config", "sharding", "stages", "processes", "programs"},
     {"models", "data"},
     {"checkpoints"},
     {"training"},

@@ -108,7 +108,7 @@ def token_count(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def each_weight(
-    folder: str | Path, dtype: DTypeLike = np.float32, prefix: str = ""
+    folder: str | Path, dtype: DTypeLike = np.float32, prefix: str = "", shapes: Mapping[str, Shape] | None = None
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Yields path and array of each weight of `Mistral`'s tree with stacked layers, read tensor by tensor.
 
@@ -116,11 +116,12 @@ def each_weight(
         folder: the Hugging Face folder, or a copy of one.
         dtype: dtype of the result, independent of the file's.
         prefix: added before each path; `llm/` gives the paths within FaVChat.
+        shapes: path -> shape of the weights, without the prefix; computed from config.json by default.
 
     Raises:
         UserError: a shard is missing or damaged, a key is missing or unknown, or a shape contradicts config.json.
     """
-    shapes = weight_shapes(read_config(folder))
+    shapes = shapes or weight_shapes(read_config(folder))
     weights = each(TABLE, open_tensors(folder).items(), shapes, folder, jnp.dtype(dtype))
     return ((prefix + path, weight) for path, weight in weights)
 

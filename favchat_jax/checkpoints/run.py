@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import itertools
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from favchat_jax.data.conversation import Conversation, PromptEncoder, load_toke
 from favchat_jax.errors import UserError
 from favchat_jax.models import favchat
 from favchat_jax.models.mistral import MistralConfig
+from favchat_jax.programs import Traces
 
 Weights = dict[str, Any]
 Shapes = dict[str, jax.ShapeDtypeStruct]
@@ -38,6 +40,7 @@ class Assembly:
         tokenizer: the language model's.
         conversation: turns questions and answers into the language model's sequences.
         prompt: turns a question into the Q-Formers' input.
+        cache: folder that keeps what later processes need not trace again, if any.
     """
 
     config: Config
@@ -46,11 +49,26 @@ class Assembly:
     tokenizer: PreTrainedTokenizerBase
     conversation: Conversation
     prompt: PromptEncoder
+    cache: Path | None = None
 
     @functools.cached_property
     def shapes(self) -> Shapes:
         """Path -> shape of every weight."""
-        return weight_shapes(self.model, self.config.model)
+        kept = self.traces and self.traces.read("shapes")
+        if kept:
+            return {path: jax.ShapeDtypeStruct(shape, dtype) for path, (shape, dtype) in json.loads(kept).items()}
+        shapes = weight_shapes(self.model, self.config.model)
+        if self.traces:
+            content = {path: (leaf.shape, leaf.dtype.name) for path, leaf in shapes.items()}
+            self.traces.write("shapes", json.dumps(content).encode())
+        return shapes
+
+    @functools.cached_property
+    def traces(self) -> Traces | None:
+        """Traces of this model in `cache`."""
+        config, end = self.config, self.conversation.eos
+        model = (config.model, config.variant, config.ablation, config.lora_rank, config.llm.storage, self.llm, end)
+        return Traces(self.cache, repr(model)) if self.cache else None
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -71,8 +89,12 @@ class Run:
         return self.parts.config
 
 
-def assemble(config: Config) -> Assembly:
+def assemble(config: Config, cache: Path | None = None) -> Assembly:
     """Builds the model of a config and loads its tokenizers from the folders that the config names.
+
+    Args:
+        config: of a stage.
+        cache: folder for traces; see `Assembly`.
 
     Raises:
         UserError: a folder is missing or damaged, or a tokenizer has more tokens than the embedding that it is for.
@@ -97,7 +119,7 @@ def assemble(config: Config) -> Assembly:
         lora_rank=config.lora_rank,
         storage=config.llm.storage,
     )
-    return Assembly(config, llm, model, tokenizer, conversation, prompt)
+    return Assembly(config, llm, model, tokenizer, conversation, prompt, cache)
 
 
 def weight_shapes(model: favchat.FaVChat, sizes: ModelConfig) -> Shapes:
@@ -114,8 +136,8 @@ def initialise(model: favchat.FaVChat, sizes: ModelConfig, seed: int) -> dict:
     return model.init(jax.random.key(seed, impl="rbg"), frames, ids, ids, ids == 0)["params"]
 
 
-def open_run(workdir: str | Path) -> Assembly:
-    """Assembles the model of a workdir or of an exported folder.
+def open_run(workdir: str | Path, cache: Path | None = None) -> Assembly:
+    """Assembles the model of a workdir or of an exported folder; arguments as of `assemble`.
 
     Raises:
         UserError: it is another kind of folder, or the language model's folder is missing or has changed since.
@@ -124,19 +146,25 @@ def open_run(workdir: str | Path) -> Assembly:
     for needed in filter(None, (config.llm.path, config.prompt_tokenizer)):
         if not Path(needed).exists() and not is_weights_folder(workdir):
             raise UserError(f"{workdir} needs {needed}, which is neither there nor beside it: put that folder back")
-    parts = assemble(config)
+    parts = assemble(config, cache)
     check_llm(workdir, config.llm.path, parts.fingerprint)
     return parts
 
 
-def load_run(workdir: str | Path) -> Run:
+def load_run(workdir: str | Path, cache: Path | None = None) -> Run:
     """Loads the newest checkpoint of a workdir, or an exported folder, with everything that answering needs.
+
+    Args:
+        workdir: the folder.
+        cache: folder for traces; see `Assembly`.
 
     Raises:
         UserError: as of `open_run`, or no checkpoint is intact, or weights are missing.
     """
-    parts = open_run(workdir)
-    base = mistral_folder.each_weight(parts.config.llm.path, prefix="llm/")
+    parts = open_run(workdir, cache)
+    shapes = {path: leaf.shape for path, leaf in parts.shapes.items() if stages.group_of(path) == "llm"}
+    shapes = {path.removeprefix("llm/"): shape for path, shape in shapes.items()}
+    base = mistral_folder.each_weight(parts.config.llm.path, prefix="llm/", shapes=shapes)
     loaded = itertools.chain(base, load_trained(workdir, parts.shapes).items())
     return Run(parts, {path: jax.device_put(leaf) for path, leaf in loaded})
 

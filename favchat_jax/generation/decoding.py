@@ -16,6 +16,7 @@ from favchat_jax.models.favchat import ClipFeatures
 from favchat_jax.models.likelihood import target_log_probabilities
 from favchat_jax.models.mistral import MistralConfig
 from favchat_jax.models.mistral_decoding import LayerCache, decoding_form, empty_cache
+from favchat_jax.programs import Traces, kept
 
 
 class Decoding(NamedTuple):
@@ -34,6 +35,10 @@ class Decoding(NamedTuple):
     done: Bool[Array, " R"]
     key: Array
     cache: list[LayerCache]
+
+
+for named_tuple in (ClipFeatures, LayerCache, Decoding):
+    jax.export.register_namedtuple_serialization(named_tuple, serialized_name=f"favchat_jax.{named_tuple.__name__}")
 
 
 def draw(
@@ -68,18 +73,21 @@ class Decoder:
         config: the run's config.
         llm: sizes of the language model.
         eos: the token that ends an answer.
+        traces: where traces of these functions are kept for later processes, if anywhere.
     """
 
-    def __init__(self, config: Config, llm: MistralConfig, eos: int):
+    def __init__(self, config: Config, llm: MistralConfig, eos: int, traces: Traces | None = None):
         self.model = favchat.build(config.model, llm, variant=config.variant, ablation=config.ablation, decoding=True)
         self._llm, self._eos, self._alpha = llm, eos, config.model.lora.alpha
         self._apply: Callable[..., Any] = self.model.apply
         self._dtype = jnp.dtype(config.model.dtype)
-        self.encode = jax.jit(lambda params, frames: self._apply(params, frames, method="encode"))
-        self.weigh = jax.jit(self._weigh)
-        self.compare = jax.jit(self._compare)
-        self.begin = jax.jit(self._begin, static_argnames=("room", "copies"))
-        self.advance = jax.jit(self._advance, static_argnames="count", donate_argnums=1)
+        encode = jax.jit(lambda params, frames: self._apply(params, frames, method="encode"))
+        self.encode = kept(encode, "encode", traces)
+        self.weigh = kept(jax.jit(self._weigh), "weigh", traces)
+        self.compare = kept(jax.jit(self._compare), "compare", traces)
+        self.begin = kept(jax.jit(self._begin, static_argnames=("room", "copies")), "begin", traces)
+        advance = jax.jit(self._advance, static_argnames="count", donate_argnums=1)
+        self.advance = kept(advance, "advance", traces, donated=(1,))
 
     def lay_out(self, weights: Mapping[str, Array]) -> dict[str, Any]:
         """Converts all weights of the model, flat and in the training form, to the tree that these functions take."""

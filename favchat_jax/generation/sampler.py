@@ -58,7 +58,7 @@ class Sampler:
         self.tokenizer, self.conversation, self.prompt = parts.tokenizer, parts.conversation, parts.prompt
         self._reads_questions = sizes.qformer.prompt
         self._longest = max(parts.config.data.buckets)
-        self._decoder = Decoder(parts.config, parts.llm, self.conversation.eos)
+        self._decoder = Decoder(parts.config, parts.llm, self.conversation.eos, parts.traces)
         self.load(weights)
 
     def load(self, weights: dict[str, Array]) -> None:

@@ -24,6 +24,7 @@ from favchat_jax.checkpoints.workdir import claim
 from favchat_jax.config import Config, RLConfig
 from favchat_jax.data.sources import prepare
 from favchat_jax.errors import UserError
+from favchat_jax.programs import keep_programs
 from favchat_jax.rl import rewards
 from favchat_jax.rl.curves import draw_curves
 from favchat_jax.rl.iteration import Iteration
@@ -33,7 +34,6 @@ from favchat_jax.rl.samples import Samples, draw
 from favchat_jax.signals import termination
 from favchat_jax.training.metrics import Metrics, cut_lines
 from favchat_jax.training.optimizer import make_optimizer
-from favchat_jax.training.programs import keep_programs
 from favchat_jax.training.progress import Outcome
 
 log = logging.getLogger("favchat_jax")
