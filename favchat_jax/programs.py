@@ -70,7 +70,8 @@ class Traces:
 
     def __init__(self, folder: Path, model: str):
         self._folder = folder / "traces"
-        self._key = _digest(_code(), jax.__version__, flax.__version__, _machine(), model)
+        numbers = f"{jax.config.jax_enable_x64} {jax.config.jax_default_matmul_precision}"
+        self._key = _digest(_code(), jax.__version__, flax.__version__, _machine(), numbers, model)
 
     def read(self, name: str) -> bytes | None:
         """Returns the content that was kept under a name; None if there is none, or if it is damaged."""
@@ -78,7 +79,8 @@ class Traces:
             path = self._path(name)
             digest, _, content = path.read_bytes().partition(b"\n")
             if digest == hashlib.sha256(content).hexdigest().encode():
-                path.touch()
+                with contextlib.suppress(OSError):  # a folder that is only read
+                    path.touch()
                 return content
         return None
 

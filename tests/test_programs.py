@@ -113,6 +113,19 @@ def test_the_traces_used_last_are_kept(folder, monkeypatch):
     run(not_traced, folder), run(not_traced, folder, times=7)
 
 
+def test_a_trace_that_may_only_be_read_is_used(folder, monkeypatch):
+    def refuse(path):
+        raise PermissionError
+
+    monkeypatch.setattr(type(folder), "touch", refuse)
+    assert run(not_traced, folder) == [[10, 10, 10], [-1, 0]]
+
+
+def test_numbers_of_another_precision_have_their_own_trace(folder):
+    with jax.default_matmul_precision("float32"), pytest.raises(AssertionError, match="it is traced"):
+        run(not_traced, folder)
+
+
 def test_a_folder_that_takes_no_files_and_a_program_that_cannot_be_kept_do_no_harm(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     assert run(scale, tmp_path / "file") == [[10, 10, 10], [-1, 0]]
