@@ -20,6 +20,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from favchat_jax.errors import RunError, UserError
 from favchat_jax.files import replace_file
 
+NUMBERS = ("jax_enable_x64", "jax_default_matmul_precision")  # options of JAX that change what is traced
 MOST = 200  # traces that a folder keeps, the last used ones
 
 
@@ -70,7 +71,7 @@ class Traces:
 
     def __init__(self, folder: Path, model: str):
         self._folder = folder / "traces"
-        numbers = f"{jax.config.jax_enable_x64} {jax.config.jax_default_matmul_precision}"
+        numbers = repr([getattr(jax.config, option) for option in NUMBERS])
         self._key = _digest(_code(), jax.__version__, flax.__version__, _machine(), numbers, model)
 
     def read(self, name: str) -> bytes | None:
