@@ -16,8 +16,7 @@ from ml_collections import config_flags
 from favchat_jax import command_line
 from favchat_jax.api import Model
 from favchat_jax.checkpoints.run import Run, load_run
-from favchat_jax.checkpoints.store import Checkpoints
-from favchat_jax.checkpoints.weights_folder import describe_leaves, is_weights_folder
+from favchat_jax.checkpoints.weights_folder import describe_leaves
 from favchat_jax.embedded.prepare import PRESET
 from favchat_jax.errors import UserError
 from favchat_jax.evaluation import result as results
@@ -99,8 +98,7 @@ def identity_of(checkpoint: str | Path, run: Run) -> dict[str, Any]:
     weights = {path: leaf for path, leaf in run.weights.items() if group_of(path) != "llm"}
     content = json.dumps([describe_leaves(weights), run.parts.fingerprint], sort_keys=True)
     kind = {name: getattr(run.config, name) for name in ("preset", "variant", "ablation", "stage")}
-    step = None if is_weights_folder(checkpoint) else Checkpoints(checkpoint).latest()
-    return {"name": str(checkpoint), **kind, "step": step, "sha256": hashlib.sha256(content.encode()).hexdigest()}
+    return {"name": str(checkpoint), **kind, "step": run.step, "sha256": hashlib.sha256(content.encode()).hexdigest()}
 
 
 def judge_of(config: EvaluationConfig) -> Judge | None:

@@ -180,7 +180,7 @@ def trained(small_world, tmp_path_factory) -> Trained:
 def newest(workdir: Path) -> dict[str, np.ndarray]:
     """The trainable weights of a workdir's newest whole checkpoint."""
     with Checkpoints(workdir) as checkpoints:
-        return {path: np.asarray(leaf) for path, leaf in checkpoints.load_trainable().items()}
+        return {path: np.asarray(leaf) for path, leaf in checkpoints.load_trainable()[1].items()}
 
 
 def same_weights(one: dict[str, Any], other: dict[str, Any]) -> bool:

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from favchat_jax import evaluate
 from favchat_jax import train as page
 from favchat_jax.checkpoints import initial
 from favchat_jax.checkpoints import run as assembly
@@ -216,8 +217,10 @@ def test_answering_takes_the_checkpoint_before_a_damaged_one(whole, tmp_path, ca
     shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
     sound = assembly.load_run(tmp_path).weights
     damage(tmp_path / "checkpoints" / "20" / "weights")
-    weights = assembly.load_run(tmp_path).weights
+    run = assembly.load_run(tmp_path)
     assert f"checkpoint 20 of {tmp_path} is damaged" in caplog.text
+    weights = run.weights
+    assert run.step == evaluate.identity_of(tmp_path, run)["step"] == 18
     assert weights.keys() == sound.keys() and not same_weights(weights, sound)
     shutil.rmtree(tmp_path / "checkpoints" / "20")
     assert same_weights(weights, assembly.load_run(tmp_path).weights)

@@ -78,10 +78,17 @@ class Assembly:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A finished or running stage that can answer: what `--checkpoint=` names."""
+    """A finished or running stage that can answer: what `--checkpoint=` names.
+
+    Attributes:
+        parts: its model.
+        weights: all weights of the model, flat.
+        step: of the checkpoint that they come from; None for an exported folder.
+    """
 
     parts: Assembly
     weights: Weights
+    step: int | None = None
 
     @property
     def config(self) -> Config:
@@ -165,8 +172,9 @@ def load_run(workdir: str | Path, cache: Path | None = None) -> Run:
     shapes = {path: leaf.shape for path, leaf in parts.shapes.items() if stages.group_of(path) == "llm"}
     shapes = {path.removeprefix("llm/"): shape for path, shape in shapes.items()}
     base = mistral_folder.each_weight(parts.config.llm.path, prefix="llm/", shapes=shapes)
-    loaded = itertools.chain(base, load_trained(workdir, parts.shapes).items())
-    return Run(parts, {path: jax.device_put(leaf) for path, leaf in loaded})
+    step, trained = _load(Path(workdir), parts.shapes)
+    loaded = itertools.chain(base, trained.items())
+    return Run(parts, {path: jax.device_put(leaf) for path, leaf in loaded}, step)
 
 
 def load_trained(workdir: str | Path, shapes: Mapping[str, Any] | None = None) -> Weights:
@@ -179,13 +187,22 @@ def load_trained(workdir: str | Path, shapes: Mapping[str, Any] | None = None) -
     Raises:
         UserError: no checkpoint is intact, or the weights are not those of `shapes`.
     """
-    workdir = Path(workdir)
-    weights = load_frozen(workdir)
+    return _load(Path(workdir), shapes)[1]
+
+
+def _load(workdir: Path, shapes: Mapping[str, Any] | None) -> tuple[int | None, Weights]:
+    step, weights = None, load_frozen(workdir)
     if not is_weights_folder(workdir):
         with Checkpoints(workdir) as checkpoints:
-            weights |= checkpoints.load_trainable()
-    if shapes is None:
-        return weights
+            step, trainable = checkpoints.load_trainable()
+        weights |= trainable
+    if shapes is not None:
+        _check(workdir, weights, shapes)
+    return step, weights
+
+
+def _check(workdir: Path, weights: Weights, shapes: Mapping[str, Any]) -> None:
+    """Raises UserError unless these are the weights of `shapes`, without those of the language model's base."""
     missing = sorted(path for path in shapes if path not in weights and stages.group_of(path) != "llm")
     if missing:
         where = "" if is_weights_folder(workdir) or (workdir / "frozen").exists() else ", because frozen/ is missing"
@@ -197,7 +214,6 @@ def load_trained(workdir: str | Path, shapes: Mapping[str, Any] | None = None) -
         if leaf.shape != shapes[path].shape:
             expected = shapes[path].shape
             raise UserError(f"{workdir}: {path} has shape {leaf.shape}, its config.json says {expected}: {RESTORE}")
-    return weights
 
 
 def load_frozen(workdir: Path) -> Weights:

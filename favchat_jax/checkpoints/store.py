@@ -137,23 +137,23 @@ class Checkpoints:
 
         return self._newest(read, move_damaged=True)
 
-    def load_trainable(self) -> dict[str, jax.Array]:
-        """Reads the trainable weights of the newest intact checkpoint; leaves the folder unchanged.
+    def load_trainable(self) -> tuple[int, dict[str, jax.Array]]:
+        """Reads the newest intact checkpoint's step and trainable weights; leaves the folder unchanged.
 
         Raises:
             UserError: there is no checkpoint, or all are damaged.
         """
 
-        def read(step: int, leaves: Mapping) -> dict[str, jax.Array]:
+        def read(step: int, leaves: Mapping) -> tuple[int, dict[str, jax.Array]]:
             item = ocp.args.Composite(weights=ocp.args.StandardRestore(abstract(leaves["weights"])))
             weights = flatten_dict(self._open(read_only=True).restore(step, args=item).weights, sep="/")
             check_leaves(weights, leaves["weights"])
-            return weights
+            return step, weights
 
-        weights = self._newest(read, move_damaged=False)
-        if weights is None:
+        found = self._newest(read, move_damaged=False)
+        if found is None:
             raise UserError(f"{self.workdir} holds no checkpoint: train it first")
-        return weights
+        return found
 
     def close(self) -> None:
         """Waits for the last write and releases the folder."""

@@ -92,7 +92,7 @@ def test_a_stage_does_not_draw_afresh_what_the_stage_before_has_lost(small_world
     lost = next(path for path in whole if path.startswith("umt/"))
     kept = {path: leaf for path, leaf in whole.items() if path != lost}
     monkeypatch.setattr(assembly, "load_frozen", lambda workdir: kept)
-    monkeypatch.setattr(store.Checkpoints, "load_trainable", lambda self: {})
+    monkeypatch.setattr(store.Checkpoints, "load_trainable", lambda self: (1, {}))
     with pytest.raises(UserError, match=f"stage2 lacks {lost}.*: copy the complete workdir again"):
         initial(small_world.config("stage3", init__from_run=str(trained.folder / "stage2")))
 

@@ -68,7 +68,7 @@ def restore(workdir):
 def load(workdir):
     checkpoints = Checkpoints(workdir)
     try:
-        return checkpoints.load_trainable()
+        return checkpoints.load_trainable()[1]
     finally:
         checkpoints.close()
 
