@@ -74,11 +74,18 @@ def load(checkpoint: str | os.PathLike[str], *, cache: str | os.PathLike[str] | 
 
     Raises:
         UserError: the folder is missing, damaged or of another kind; the message says what to do.
+        TypeError: `checkpoint` is no path.
     """
-    if not checkpoint:
+    if not isinstance(checkpoint, str | os.PathLike):
+        raise TypeError(f"a checkpoint is a path, not {type(checkpoint).__name__}")
+    if not os.fspath(checkpoint):
         raise UserError("the checkpoint's folder is empty text: name a stage's workdir")
     folder = Path(cache).expanduser() if cache else None
     if folder:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"cache={folder} cannot be a folder ({error.strerror}): name another") from None
         keep_programs(folder, seconds=0.0)
     return Model(load_run(Path(checkpoint).expanduser(), folder))
 

@@ -130,7 +130,7 @@ def main() -> None:
 
 if __name__ == "__main__":
     _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Workdir of a stage")
-    _VIDEO = flags.DEFINE_string("video", None, "Video file")
+    _VIDEO = flags.DEFINE_string("video", None, "Video or picture")
     _QUESTION = flags.DEFINE_string("question", None, "Question; without it, a conversation")
     _QUESTIONS = flags.DEFINE_string("questions", None, "File with one question a line; prints one answer a line")
     _JSON = flags.DEFINE_bool("json", False, "Print each answer as a line of JSON with its question")

@@ -38,6 +38,10 @@ def start(main: Callable[[], None], argv: list[str] | None = None) -> None:
     try:
         parse(argv)
         main()
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader of a pipe has ended, such as `head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes once more
+        sys.exit(1)
     except UserError as error:
         _end(name, error, 2)
     except RunError as error:

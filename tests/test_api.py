@@ -139,6 +139,16 @@ def test_an_argument_of_another_type_is_named(model, clips, arguments, message):
         model.answer(clips[0] if video == 0 else video, question)
 
 
+def test_a_checkpoint_that_is_no_path_and_a_cache_that_is_no_folder_are_refused(tmp_path):
+    with pytest.raises(TypeError, match="a checkpoint is a path, not NoneType"):
+        favchat_jax.load(None)
+    with pytest.raises(favchat_jax.UserError, match="is empty text"):
+        favchat_jax.load("")
+    (tmp_path / "file").touch()
+    with pytest.raises(favchat_jax.UserError, match="cache=.*file cannot be a folder"):
+        favchat_jax.load(tmp_path, cache=tmp_path / "file")
+
+
 @pytest.mark.parametrize("history", ["hi", ["ab"], [("Which hair?",)], None, [("Which hair?", None)]])
 def test_a_history_that_is_no_list_of_pairs_is_named(model, clips, history):
     with pytest.raises(TypeError, match="history is a list of pairs of texts"):

@@ -3,6 +3,7 @@ import logging
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
@@ -78,6 +79,17 @@ def test_a_failure_that_is_not_the_softwares_is_one_line_and_its_exit_code(error
 
     ended, stderr = ending(capsys, fail)
     assert ended == code and stderr.startswith(f"command: {line}") and stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("lines", [1, 100_000])
+def test_a_command_whose_reader_has_ended_ends_quietly(lines):
+    main = f"lambda: [print('line') for _ in range({lines})]"
+    code = f"import time; from favchat_jax import command_line; time.sleep(1); command_line.start({main}, ['command'])"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=Path(__file__).parents[1]
+    )
+    process.stdout.close()
+    assert (process.wait(), process.stderr.read()) == (1, b"")
 
 
 @pytest.mark.parametrize("allocate", [lambda: jnp.zeros(2**48), lambda: np.ones(2**50)])

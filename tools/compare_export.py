@@ -4,6 +4,7 @@ Our model in JAX and the exported one in PyTorch answer the questions of held-ou
 starting from the encoded clip. The command prints how many answers are identical.
 """
 
+import importlib.util
 import json
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -32,6 +33,8 @@ def compare(checkpoint: str | Path, export: str | Path, limit: int) -> list[dict
     """Returns rows of clip, question, expected, answer (ours) and exported (PyTorch's)."""
     if not is_exported(Path(export)):
         raise UserError(f"--export={export} is not an exported folder: write one with tools.export_pytorch")
+    if importlib.util.find_spec("torch") is None:
+        raise UserError("PyTorch is not installed: pip install -e '.[convert]'")
     _check_same_model(checkpoint, export)
     config = EvaluationConfig.from_ml_collections(rendered.get_config()).updated({"limit": limit})
     rows = benchmark.run(config, Session.of(favchat_jax.load(checkpoint).sampler, config))["samples"]

@@ -4,10 +4,11 @@ WORKDIR/checkpoints/STEP keeps the trainable weights separate from the optimiser
 weights only. Weights that never change in a run are in a weights folder (`weights_folder.py`).
 """
 
+import contextlib
 import json
 import logging
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -196,14 +197,27 @@ class Checkpoints:
     def _open(self, read_only: bool = False) -> ocp.CheckpointManager:
         """Returns Orbax' manager, made at its first use. One that writes removes what an interrupted run left."""
         if self._manager is None:
-            options = ocp.CheckpointManagerOptions(
-                max_to_keep=None if read_only else self._keep,
-                cleanup_tmp_directories=not read_only,
-                read_only=read_only,
-                create=not read_only,
-            )
-            self._manager = ocp.CheckpointManager(self._folder, options=options)
+            with _without_notes():
+                options = ocp.CheckpointManagerOptions(
+                    max_to_keep=None if read_only else self._keep,
+                    cleanup_tmp_directories=not read_only,
+                    read_only=read_only,
+                    create=not read_only,
+                )
+                self._manager = ocp.CheckpointManager(self._folder, options=options)
         return self._manager
+
+
+@contextlib.contextmanager
+def _without_notes() -> Iterator[None]:
+    """Keeps Orbax from noting that a folder is only read, which is meant so."""
+    notes = logging.getLogger("absl")
+    level = notes.level
+    notes.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        notes.setLevel(level)
 
 
 def _abstract(tree: Any) -> Any:

@@ -8,6 +8,7 @@ workers see the videos and the corpus folder under the same paths.
 import contextlib
 import errno
 import hashlib
+import importlib.util
 import itertools
 import json
 import logging
@@ -55,8 +56,11 @@ def run(
         still_there: (result) -> whether the other files that the work wrote still exist.
 
     Raises:
-        UserError, OSError: the run has to end, for OSError because the disk is full; finished results are kept.
+        UserError, OSError: Beam is not installed, or the run has to end, for OSError because the disk is full;
+            finished results are kept.
     """
+    if importlib.util.find_spec("apache_beam") is None:
+        raise UserError("apache_beam is not installed: pip install -e '.[corpus]'")
     folder = str((out / "work" / step).resolve())
     todo = Path(f"{folder}.todo.jsonl")  # a file, since Beam limits the size of a pipeline's description
     Path(folder).mkdir(parents=True, exist_ok=True)

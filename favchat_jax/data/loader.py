@@ -38,7 +38,12 @@ INSTRUCTIONS = (
     "Summarize what you see in the video.",
     "Write a description of this video.",
 )
-TEXTS = ("summary", "qa", "face_qa", "reasoning")
+TEXTS = {  # what is trained on -> what a record must have for it
+    "summary": "summary",
+    "qa": "question with an answer",
+    "face_qa": "question about a clip that shows a face",
+    "reasoning": "face with labels",
+}
 FIXED_QUESTIONS = {"summary": INSTRUCTIONS, "reasoning": (reasoning.QUESTION,)}  # those that no record brings
 
 ROUND = 32  # tokens; lengths of buckets that are proposed are multiples of it
@@ -97,7 +102,7 @@ class Example(grain.transforms.RandomMap):
         """Encodes `record` with the random numbers of `rng`."""
         turns = self._turns(record, rng)
         if not turns:
-            return {"id": record.id, "skip": f"no text for {self.text}"}
+            return {"id": record.id, "skip": f"no {TEXTS[self.text]}, which this stage trains on"}
         try:
             return {"id": record.id, **self._encode(record, turns, rng)}
         except ContextError as error:
@@ -250,9 +255,7 @@ class BatchIterator(grain.DatasetIterator):
                 skipped += 1
                 if skipped > 2 * self._records:  # so many in a row include every record at least once
                     self.close()
-                    raise UserError(
-                        f"none of the {self._records} records is usable: {row['skip']}; choose another text"
-                    )
+                    raise UserError(f"none of the {self._records} records is usable: {row['skip']}")
                 continue
             skipped = 0
             if "bad" in row:

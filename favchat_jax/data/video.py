@@ -283,6 +283,8 @@ def _video_stream(container: InputContainer, label: str) -> av.VideoStream:
             if stream.codec_context is None:
                 raise VideoError(f"{label} uses a codec that this FFmpeg lacks: re-encode it, for example as H.264")
             stream.codec_context.thread_count = 1  # the loader's workers are the parallelism
+            if stream.codec_context.name == "mjpeg":  # it fills the missing part of a truncated JPEG with one colour
+                stream.codec_context.options = {"err_detect": "explode"}
             return stream
     raise VideoError(f"{label} has no video stream (only sound, or nothing): give a video file")
 

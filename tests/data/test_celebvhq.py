@@ -69,12 +69,14 @@ def test_lines_of_one_clip_are_joined_in_their_order(tmp_path):
         (["\ud83d\n"], "line 1 is not UTF-8 text"),
         (['{"clip": 12, "summary": "A."}\n'], "line 1 must have clip"),
         (['{"clip": "", "summary": "A."}\n'], "line 1 must have clip"),
-        (['{"clip": "video0_0", "sumary": "A."}\n'], "line 1 must have clip"),
+        (['{"clip": "video0_0", "sumary": "A."}\n'], "line 1 has the key 'sumary': call it 'summary'"),
+        (['{"clip": "video0_0", "sumary": "A.", "qa": []}\n'], "line 1 has the key 'sumary': call it 'summary'"),
+        (["{oops\n"], "line 1 is not JSON"),
         (['{"clip": ["video0_0"], "summary": "A."}\n'], "line 1 must have clip"),
         (['{"clip": "video0_0", "summary": ["A."]}\n'], "line 1 must have clip"),
         (['{"clip": "video0_0", "qa": [{"q": "a?"}]}\n'], "line 1 must have clip, and summary or qa"),
         (['["video0_0"]\n'], "line 1 must have clip"),
-        (["[" * 100_000 + "\n"], "line 1 must have clip"),
+        (["[" * 100_000 + "\n"], "line 1 is not JSON"),
     ],
 )
 def test_a_line_that_cannot_be_used_is_refused_by_its_number(lines, said, tmp_path):

@@ -204,3 +204,12 @@ def test_damaged_packets_are_counted_and_left_out():
     clip = decode(make.copied(file, "matroska", broken), frames=58, size=96)
     assert clip.damaged == 2
     assert [read_number(picture) for picture in clip.frames] == [*range(1, 30), *range(31, 60)]
+
+
+@pytest.mark.parametrize("read", [lambda file: decode(file, frames=1, size=64), lambda file: read_frames(file, 1, 64)])
+def test_a_jpeg_without_its_second_half_is_refused_and_one_with_more_after_its_end_is_read(read):
+    noise = np.random.default_rng(0).integers(0, 256, (128, 128, 3), np.uint8)
+    whole = make.jpeg(noise, 1)
+    with pytest.raises(ValueError, match="can be decoded|truncated|no video"):
+        read(whole[: len(whole) // 2])
+    read(whole), read(whole + bytes(50)), read(whole[:-2])

@@ -134,7 +134,7 @@ def test_face_questions_come_only_from_clips_with_a_face(records, open_stream):
 
 def test_a_data_set_without_faces_is_a_user_error(clip, open_stream):
     stream = open_stream([record(number, clip=clip, face=False) for number in range(6)], text="face_qa")
-    with pytest.raises(UserError, match="none of the 6 records is usable: no text for face_qa"):
+    with pytest.raises(UserError, match="none of the 6 records is usable: no question about a clip that shows a face"):
         next(stream)
 
 

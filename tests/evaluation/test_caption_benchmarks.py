@@ -187,7 +187,7 @@ def test_missing_clips_are_listed_and_the_others_scored(broken):
         ("emer", "gt-eng.csv", None, "lacks its annotations: expected gt-eng.csv or final-EMER-reason.csv"),
         ("emer", "gt-eng.csv", "names,emotions\n", "has no column reasons"),
         ("held_out_qa", "qa.jsonl", None, "lacks its questions: expected qa.jsonl"),
-        ("held_out_qa", "qa.jsonl", "{\n", "line 1 must have clip, and summary or qa"),
+        ("held_out_qa", "qa.jsonl", "{\n", "line 1 is not JSON"),
         ("held_out_qa", "qa.jsonl", '{"clip": "a", "video": "v"}', "line 1 (must have|has neither)"),
         ("held_out_qa", "qa.jsonl", "", "holds no questions"),
         (

@@ -76,6 +76,8 @@ def _packets(container):
     if stream.codec_context is None:
         raise ValueError("the video uses a codec that this FFmpeg lacks: re-encode it, for example as H.264")
     stream.codec_context.thread_count = 1  # more would patch up damaged frames in another way
+    if stream.codec_context.name == "mjpeg":  # it fills the missing part of a truncated JPEG with one colour
+        stream.codec_context.options = {"err_detect": "explode"}
     reading = True
     while reading:
         reading = False

@@ -13,6 +13,7 @@ import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ from jaxtyping import UInt8
 from favchat_jax.data import vocabulary
 from favchat_jax.data.record import Question, Record
 from favchat_jax.data.storage import RecordBuilder
-from favchat_jax.errors import UserError, listed
+from favchat_jax.errors import UserError, listed, one_line
 from favchat_jax.files import read_lines
 
 log = logging.getLogger("favchat_jax")
@@ -247,6 +248,12 @@ def _read_line(line: str, where: str) -> tuple[str, dict[str, str], list[Questio
     """Returns the clip that a line names, its video, source and summary, and its questions."""
     try:
         row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where} is not JSON ({one_line(error)}): correct the line") from None
+    try:
+        for key in row:  # a misspelt key would lose its texts
+            if (meant := get_close_matches(key, ("summary", "qa"), 1, 0.8)) and meant[0] not in row:
+                raise UserError(f"{where} has the key {key!r}: call it {meant[0]!r}")
         name = row["clip"]
         if not name or not row.keys() & {"summary", "qa"}:
             raise KeyError
@@ -256,7 +263,7 @@ def _read_line(line: str, where: str) -> tuple[str, dict[str, str], list[Questio
         "".join([name, *given.values(), *(text for pair in pairs for text in vars(pair).values())]).encode()
     except UnicodeEncodeError:
         raise UserError(f"{where}: a text holds half of a surrogate pair: write the complete character") from None
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (KeyError, TypeError, AttributeError):
         raise UserError(f"{where} must have clip, and summary or qa, a list of q and a: fix it") from None
     return name, given, pairs
 
