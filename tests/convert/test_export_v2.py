@@ -118,7 +118,7 @@ def test_a_run_whose_config_names_the_other_variant_is_not_exported(exported, tr
 
 def test_an_export_is_not_compared_with_a_run_of_the_other_variant(exported, trained):
     with pytest.raises(UserError, match="has variant=v2, --checkpoint=.*/stage3 has v1: export that checkpoint with"):
-        compare(trained.folder / "stage3", exported.folder, clips=1)
+        compare(trained.folder / "stage3", exported.folder, limit=1)
 
 
 def test_an_export_cannot_be_the_run_that_a_stage_starts_from(exported, small_world):

@@ -258,7 +258,6 @@ def test_after_ten_kills_the_bytes_are_the_same_and_no_stored_call_is_paid_twice
     assert (out / "annotations.jsonl").read_bytes() == (reference / "annotations.jsonl").read_bytes()
 
 
-@pytest.mark.usefixtures("heeded")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_stopped_run_waits_for_the_calls_in_flight_and_pays_for_none_twice(start, tmp_path, processes, number):
     server, out = start(lambda asked, n: dataclasses.replace(good(asked, n), delay=0.1)), fill(tmp_path / "out", 4)
