@@ -8,6 +8,7 @@ import contextlib
 import functools
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -17,8 +18,10 @@ import flax
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
-from favchat_jax.errors import RunError, UserError
+from favchat_jax.errors import RunError, UserError, one_line
 from favchat_jax.files import replace_file
+
+log = logging.getLogger("favchat_jax")
 
 NUMBERS = ("jax_enable_x64", "jax_default_matmul_precision")  # options of JAX that change what is traced
 MOST = 200  # traces that a folder keeps, the last used ones
@@ -129,13 +132,18 @@ class _Kept:
     def _program(self, name: str, arguments: tuple, static: dict[str, Any]) -> Callable[..., Any]:
         content = self._traces.read(name)
         if content is not None:
-            exported = jax.export.deserialize(bytearray(content))
-        else:
-            try:
-                exported = jax.export.export(self._compiled)(*arguments, **static)
-                self._traces.write(name, bytes(exported.serialize()))
-            except (ValueError, NotImplementedError):  # a kernel without a stable format, such as a GPU's attention
-                return functools.partial(self._compiled, **static)
+            return self._compile(jax.export.deserialize(bytearray(content)))
+        try:
+            exported = jax.export.export(self._compiled)(*arguments, **static)
+        except (ValueError, NotImplementedError) as error:
+            # JAX exports no kernel without a stable format, such as a GPU's attention. The function itself works, and
+            # a mistake in it is raised again when it is called.
+            log.info("%s is traced anew at each start, since JAX cannot export it: %s", self._name, one_line(error))
+            return functools.partial(self._compiled, **static)
+        self._traces.write(name, bytes(exported.serialize()))
+        return self._compile(exported)
+
+    def _compile(self, exported: jax.export.Exported) -> Callable[..., Any]:
         return jax.jit(exported.call, donate_argnums=self._donated)
 
 

@@ -1,5 +1,6 @@
 """Compiled programs and their traces are kept for later processes."""
 
+import logging
 from typing import NamedTuple
 
 import jax
@@ -135,4 +136,15 @@ def test_a_folder_that_takes_no_files_and_a_program_that_cannot_be_kept_do_no_ha
 
     monkeypatch.setattr(jax.export, "export", refuse)
     assert run(scale, tmp_path) == [[10, 10, 10], [-1, 0]]
+    assert not (tmp_path / "traces").exists()
+
+
+def test_a_program_that_jax_cannot_export_runs_and_is_named(tmp_path, caplog):
+    def asks_python(pair, numbers, *, times):
+        doubled = jax.pure_callback(lambda x: x * 2, jax.ShapeDtypeStruct((3,), jnp.float32), pair.first)
+        return Pair(doubled * times, pair.second)
+
+    with caplog.at_level(logging.INFO, logger="favchat_jax"):
+        assert run(asks_python, tmp_path) == [[10, 10, 10], [0, 1]]
+    assert "scale is traced anew at each start, since JAX cannot export it: " in caplog.text
     assert not (tmp_path / "traces").exists()

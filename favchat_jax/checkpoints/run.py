@@ -63,6 +63,12 @@ class Assembly:
             self.traces.write("shapes", json.dumps(content).encode())
         return shapes
 
+    @property
+    def base_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Path in the language model -> shape of each of its weights, without adapters."""
+        base = {path: leaf for path, leaf in self.shapes.items() if stages.group_of(path) == "llm"}
+        return {path.removeprefix("llm/"): leaf.shape for path, leaf in base.items()}
+
     @functools.cached_property
     def traces(self) -> Traces | None:
         """Traces of this model in `cache`."""
@@ -169,9 +175,7 @@ def load_run(workdir: str | Path, cache: Path | None = None) -> Run:
         UserError: as of `open_run`, or no checkpoint is intact, or weights are missing.
     """
     parts = open_run(workdir, cache)
-    shapes = {path: leaf.shape for path, leaf in parts.shapes.items() if stages.group_of(path) == "llm"}
-    shapes = {path.removeprefix("llm/"): shape for path, shape in shapes.items()}
-    base = mistral_folder.each_weight(parts.config.llm.path, prefix="llm/", shapes=shapes)
+    base = mistral_folder.each_weight(parts.config.llm.path, prefix="llm/", shapes=parts.base_shapes)
     step, trained = _load(Path(workdir), parts.shapes)
     loaded = itertools.chain(base, trained.items())
     return Run(parts, {path: jax.device_put(leaf) for path, leaf in loaded}, step)

@@ -59,8 +59,7 @@ def run(
         UserError, OSError: Beam is not installed, or the run has to end, for OSError because the disk is full;
             finished results are kept.
     """
-    if importlib.util.find_spec("apache_beam") is None:
-        raise UserError("apache_beam is not installed: pip install -e '.[corpus]'")
+    check_beam()
     folder = str((out / "work" / step).resolve())
     todo = Path(f"{folder}.todo.jsonl")  # a file, since Beam limits the size of a pipeline's description
     Path(folder).mkdir(parents=True, exist_ok=True)
@@ -141,14 +140,22 @@ def _do(line: str, work: Work, folder: str) -> None:
         replace_file(file, json.dumps({"key": key, "result": result}), sync=False)  # a damaged file is made again
 
 
+def check_beam() -> None:
+    """Raises UserError if Apache Beam is not installed."""
+    if importlib.util.find_spec("apache_beam") is None:
+        raise UserError("apache_beam is not installed: pip install -e '.[corpus]'")
+
+
 @contextlib.contextmanager
 def quiet_beam() -> Iterator[ModuleType]:
     """Yields Apache Beam without its notes on missing clouds and its log of errors that it raises anyway.
 
     Raises:
-        UserError: the worker's own error. Beam adds its location, and from other processes passes on only its text.
+        UserError: Beam is not installed, or the worker's own error. Beam adds its location, and from other processes
+            passes on only its text.
         OSError: the disk is full, which ArrayRecord reports only as text.
     """
+    check_beam()
     logging.disable(logging.WARNING)
     try:
         import apache_beam

@@ -167,7 +167,7 @@ class OpenAIServer:
             return list(pool.map(answer_one, asks, frames))
 
     def likelihoods(self, asks, frames, answers=()):
-        """Raises UserError, since chat servers do not report likelihoods."""
+        """Raises UserError, as `losses` does, since chat servers do not report likelihoods."""
         raise UserError(f"{self.identity['name']} gives no likelihoods: choose --config.method=describe or direct")
 
     losses = likelihoods

@@ -111,7 +111,7 @@ class Sampler:
         """
         answered = [[_answered(turns, answer) for answer in answers] for turns in conversations]
         prompts = self._prompts([[turns[-1][0]] for turns in conversations])
-        return self._weighed(features, answered, prompts, self._longest)[0]
+        return self._answer_log_p(features, answered, prompts, self._longest)[0]
 
     def losses(
         self, features: ClipFeatures, conversations: Sequence[Sequence[Sequence[Turn]]]
@@ -128,11 +128,11 @@ class Sampler:
         """
         rows = _filled(conversations)
         prompts = self._prompts([[turns[-1][0] for turns in asked] for asked in rows])
-        log_p, lengths = self._weighed(features, rows, prompts, LONGEST)
+        log_p, lengths = self._answer_log_p(features, rows, prompts, LONGEST)
         losses = -log_p / lengths
         return [row[: len(asked)] for row, asked in zip(losses, conversations, strict=True)]
 
-    def _weighed(
+    def _answer_log_p(
         self, features: ClipFeatures, conversations: Sequence[Sequence[Sequence[Turn]]], prompts: tuple, longest: int
     ) -> tuple[Float[np.ndarray, "B Q"], Int[np.ndarray, "B Q"]]:
         """Returns the log-probabilities of the conversations' last answers, and their numbers of tokens."""

@@ -1,5 +1,6 @@
 """Steps as pipelines give the same files after a kill, after a full disk, and in several processes."""
 
+import importlib.util
 import json
 import os
 import random
@@ -128,6 +129,15 @@ def test_a_step_shows_how_many_of_the_videos_left_are_done(tmp_path, monkeypatch
     monkeypatch.setattr(pipelines, "tqdm", lambda **options: tqdm(**{**options, "disable": False}))
     pipelines.run("step", half, items, tmp_path)
     assert re.search(r"step: 100%.* 2/2 .*videos", capsys.readouterr().err)
+
+
+def test_without_beam_a_step_is_refused_before_it_writes(tmp_path, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="apache_beam is not installed: pip install -e '.\\[corpus\\]'"):
+        pipelines.run("step", half, [("a", 2, 2)], tmp_path)
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(UserError, match="apache_beam is not installed"), pipelines.quiet_beam():
+        pass
 
 
 def test_a_damaged_result_is_made_again(tmp_path):
