@@ -29,14 +29,13 @@ from configs.common import PRESETS
 from favchat_jax import command_line
 from favchat_jax.errors import RunError, UserError
 from favchat_jax.files import replace_file
+from favchat_jax.planning.targets import of_device
 from tools.beside_pytorch import bare, material, ours
 from tools.beside_pytorch.contest import Side, Timing, alternate
 
 LOADER_SECONDS = 4.0  # length of each of its runs
 GROUP = 8  # responses to a question, as in the paper
 SAME = 1e-3  # largest relative difference between the losses of both sides
-# Dense bfloat16 floating-point operations a second, by a part of the device's name.
-PEAK = {"A100": 312e12, "A800": 312e12, "H100": 989e12, "H200": 989e12, "RTX 4090": 165e12}
 Rows = list[dict[str, Any]]
 
 
@@ -49,12 +48,10 @@ def train(folder: str, preset: str, baseline: bool, rounds: int, only: Sequence[
     if max(losses) - min(losses) > SAME * max(losses):
         raise RunError(f"the two sides' first losses differ: {losses}")
     rows = _rows(timings, lambda setting: pairs[setting], work="train", batch=material.CLIPS, unit="s a step")
-    peak = next((PEAK[name] for name in PEAK if name in rows[0]["device"]), None)
-    if peak and baseline:
-        flops = timings["pytorch"]["eager"].results[0]["flops"]
-        rows = [
-            {**row, "mfu": flops / row["ours"] / peak, "pytorch_mfu": flops / row["pytorch"] / peak} for row in rows
-        ]
+    target = of_device(rows[0]["device"])
+    if target and baseline:
+        share = timings["pytorch"]["eager"].results[0]["flops"] / target.flops
+        rows = [{**row, "mfu": share / row["ours"], "pytorch_mfu": share / row["pytorch"]} for row in rows]
     return rows
 
 

@@ -50,19 +50,30 @@ def torch_favchat(config: Config, llm: Mapping[str, Any], weights: dict[str, Any
         llm: fields of the language model's config.json.
         weights: all weights by path; the dictionary is emptied.
     """
+    wrapped = unfilled_favchat(config, llm)
+    # PEFT renames an adapted layer's own weight to base_layer.
+    tensors = {name.replace(".base_layer.", "."): name for name in wrapped.state_dict()}
+    wrapped.load_state_dict({tensors[name]: tensor for name, tensor in published(weights).items()}, assign=True)
+    for name, parameter in wrapped.named_parameters():
+        parameter.requires_grad_(not is_base(name))
+    return wrapped
+
+
+def unfilled_favchat(config: Config, llm: Mapping[str, Any]) -> peft.PeftModel:
+    """Builds the PyTorch model of a config with PEFT's adapters, whose weights have no memory yet."""
     settings = FaVChatConfig(**exported.favchat_config(config, llm, "float32"))
     with torch.device("meta"):
         model = FaVChatForConditionalGeneration(settings)
     model.model.rotary_emb = type(model.model.rotary_emb)(settings)  # a buffer that the weights do not contain
     section = config.model.lora
     adapters = peft.LoraConfig(r=section.rank, lora_alpha=section.alpha, target_modules=list(section.targets))
-    wrapped = peft.get_peft_model(model, adapters).eval()
-    # PEFT renames an adapted layer's own weight to base_layer.
-    tensors = {name.replace(".base_layer.", "."): name for name in wrapped.state_dict()}
-    wrapped.load_state_dict({tensors[name]: tensor for name, tensor in published(weights).items()}, assign=True)
-    for name, parameter in wrapped.named_parameters():
-        parameter.requires_grad_("lora_" in name or not name.startswith(LLM))
-    return wrapped
+    with torch.device("meta"):
+        return peft.get_peft_model(model, adapters).eval()
+
+
+def is_base(name: str) -> bool:
+    """Returns whether a parameter of the PEFT model is one of the language model's own, which never train."""
+    return "lora_" not in name and name.startswith(LLM)
 
 
 def for_torch(batch: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:

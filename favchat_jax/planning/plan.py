@@ -114,7 +114,7 @@ def make_plan(config: Config, name: str, clips: int | None = None) -> Plan:
     memory = lowered.compile(compiler_options=OPTIONS.get(target.platform)).memory_analysis()
     compile_seconds = time.perf_counter() - started
     frozen = _device_bytes(arguments.frozen)
-    flops, activations = _of_one_clip(config, mesh.devices.flat[0].platform)
+    flops, activations = of_one_clip(config, mesh.devices.flat[0].platform)
     executed = _executed(config, clips)
     share = clips // (mesh.shape["data"] * mesh.shape["fsdp"] * config.accumulate)
     compute = cost.roofline_seconds(executed, mesh.size, target.flops, target.bandwidth)
@@ -295,7 +295,7 @@ def language_model(config: Config) -> MistralConfig:
 
 
 @functools.lru_cache(maxsize=8)
-def _of_one_clip(config: Config, platform: str) -> tuple[float, int]:
+def of_one_clip(config: Config, platform: str) -> tuple[float, int]:
     """Returns the operations and the activations of the forward and backward pass on one clip.
 
     The operations are counted without rematerialisation and with plain attention, since a custom kernel hides its

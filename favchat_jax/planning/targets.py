@@ -69,6 +69,19 @@ TARGETS = {
     "v6e-4": Target("tpu", "v6e:2x2", 4, 32 * GIB, 918e12, 1640e9, 448e9, 8),
 }
 
+# Part of the name by which a device calls itself -> its target. The first that fits counts.
+DEVICES = {
+    "A800": "a800-80gb",
+    "A100-SXM4-80GB": "a800-80gb",
+    "A100": "a100-40gb",
+    "H100": "h100-80gb",
+    "H200": "h200",
+    "RTX 4090": "rtx4090",
+    "TPU v5 lite": "v5e-8",
+    "TPU v5": "v5p-8",
+    "TPU v6": "v6e-4",
+}
+
 # XLA's GpuTargetConfig. The literal fields are the same for all of these GPUs.
 _DESCRIPTION = """
 gpu_device_info {{
@@ -92,6 +105,11 @@ def find(name: str) -> Target:
     if name not in TARGETS:
         raise UserError(f"--target={name} is unknown: choose one of {', '.join(TARGETS)}")
     return TARGETS[name]
+
+
+def of_device(kind: str) -> Target | None:
+    """Returns the target of a device that calls itself `kind`, whose rates are those of one device; None if unknown."""
+    return next((TARGETS[name] for part, name in DEVICES.items() if part in kind), None)
 
 
 @functools.cache

@@ -31,8 +31,13 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 def train(folder: str, preset: str) -> Runs:
     """Returns runs of stage 2's step: eager, compiled, and with checkpointed layers."""
     config, model = _model(folder, preset)
+    return training_steps(config, model, material.batch(config))
+
+
+def training_steps(config: Config, model: Any, arrays: dict[str, np.ndarray]) -> Runs:
+    """Returns runs of a training step of the weights that have gradients: eager, compiled, with checkpointed layers."""
     model.train()
-    batch = {name: tensor.to(DEVICE) for name, tensor in for_torch(material.batch(config)).items()}
+    batch = {name: tensor.to(DEVICE) for name, tensor in for_torch(arrays).items()}
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     section = config.optimizer
     betas, decay = (section.b1, section.b2), section.weight_decay
@@ -123,13 +128,18 @@ def rollout(folder: str, preset: str, group: int) -> Runs:
 
 def _caches() -> dict[str, dict[str, Any]]:
     """Returns `generate`'s settings for a growing, a static, and a static compiled cache, by name."""
-    compiled = CompileConfig()
-    compiled._compile_all_devices = True  # by default, transformers compiles only on GPUs
     return {
         "merged": {},
         "merged with a static cache": {"cache_implementation": "static", "disable_compile": True},
-        "merged with a static cache and compiled": {"cache_implementation": "static", "compile_config": compiled},
+        "merged with a static cache and compiled": compiled_cache(),
     }
+
+
+def compiled_cache() -> dict[str, Any]:
+    """Returns `generate`'s settings for a static compiled cache."""
+    compiled = CompileConfig()
+    compiled._compile_all_devices = True  # by default, transformers compiles only on GPUs
+    return {"cache_implementation": "static", "compile_config": compiled}
 
 
 def _asked(folder: str, preset: str, clips: int):

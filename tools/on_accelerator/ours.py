@@ -1,0 +1,141 @@
+"""Runs our side of the accelerator check: training steps, answers and rollouts with drawn weights."""
+
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from favchat_jax import sharding
+from favchat_jax.config import Config
+from favchat_jax.generation.decoding import Decoder
+from favchat_jax.planning import plan
+from tools.beside_pytorch.contest import Runs
+from tools.on_accelerator import drawn
+
+NEVER = -1  # no token ends an answer, so that all have the same length
+SIDE = 8192  # of the square matrices whose product measures the rate of arithmetic
+READ = 2**30  # bytes whose copy measures the rate of the memory
+# Setting -> clips, copies of each answer, tokens of an answer, temperature.
+ANSWERS = {"batch 1": (1, 1, 128, 0.0), "batch 8": (8, 1, 128, 0.0), "rollout 8 x 256": (1, 8, 256, 1.0)}
+PROMPT = 512  # tokens
+
+
+def steps(preset: str, stage: str, folder: str) -> Runs:
+    """Returns runs of a stage's training step: layers as the config has them, then with all activations kept."""
+    config = drawn.settings(preset, stage, Path(folder))
+    mesh = sharding.one_device()
+    arguments = plan.lay_out(config, mesh, config.batch)
+    frozen = drawn.draw(arguments.frozen)
+    state = [drawn.state(config, arguments)]
+    batch = sharding.place_batch(drawn.batch(config, config.batch), mesh)
+    flops = plan.of_one_clip(config, mesh.devices.flat[0].platform)[0] * config.batch
+
+    def step(remat: str) -> Callable[[], tuple[float, Any]]:
+        compiled: list[Any] = []
+
+        def run() -> tuple[float, dict[str, Any]]:
+            started = time.perf_counter()
+            if not compiled:
+                given = plan.lay_out(config.updated({"model.remat": remat}), mesh, config.batch)
+                compiled.append(given.step.lower(given.state, given.frozen, given.batch).compile())
+            state[0], metrics = compiled[0](state[0], frozen, batch)
+            loss = float(jax.block_until_ready((state[0], metrics))[1]["loss"])
+            seconds = time.perf_counter() - started
+            planned = compiled[0].memory_analysis().peak_memory_in_bytes
+            return seconds, {"loss": loss, "flops": flops, "planned_bytes": planned, "peak_bytes": peak_bytes()}
+
+        return or_out_of_memory(run)
+
+    return {f"remat={remat or 'none'}": step(remat) for remat in dict.fromkeys((config.model.remat, ""))}
+
+
+def answers(preset: str, folder: str) -> Runs:
+    """Returns runs of answers to one and to eight questions, and of a group of sampled responses."""
+    config = drawn.settings(preset, "stage3", Path(folder))
+    llm, shapes = plan.language_model(config), plan.model_and_weights(config)[1]
+    decoder = Decoder(config, llm, NEVER)
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    dtype = jnp.dtype(config.model.dtype)
+    laid_out = jax.eval_shape(decoder.lay_out, shapes)
+    params = drawn.draw(jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=here), laid_out))
+    read = {path: leaf for path, leaf in params["params"]["llm"].items() if path != "embed_tokens"}
+    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(read))
+
+    def answer(clips: int, copies: int, tokens: int, temperature: float) -> Callable[[], tuple[float, Any]]:
+        how = jnp.float32(temperature), jnp.float32(1.0)
+        frames = drawn.frames(config, clips)
+        prompt = drawn.question(config, clips, prompt_length(config))
+        key = jax.random.key_data(jax.random.key(0))
+
+        def run() -> tuple[float, dict[str, float]]:
+            started = time.perf_counter()
+            features = jax.block_until_ready(decoder.encode(params, frames))
+            encoded = time.perf_counter()
+            begun = decoder.begin(params, features, prompt, key, *how, room=tokens, copies=copies)
+            jax.block_until_ready(begun)
+            read = time.perf_counter()
+            written = decoder.advance(params, begun, *how, count=tokens - 1)[1]
+            written.block_until_ready()
+            done = time.perf_counter()
+            each = {"encode_seconds": encoded - started, "prompt_seconds": read - encoded}
+            each |= {"seconds_a_token": (done - read) / (tokens - 1), "weight_bytes": weights}
+            return done - started, {**each, "tokens": clips * copies * tokens, "peak_bytes": peak_bytes()}
+
+        return or_out_of_memory(run)
+
+    return {name: answer(*how) for name, how in ANSWERS.items()}
+
+
+def prompt_length(config: Config) -> int:
+    """Returns the length of a prompt: `PROMPT`, or what the longest bucket holds at a smaller size."""
+    return min(PROMPT, config.data.buckets[-1])
+
+
+def or_out_of_memory(run: Callable[[], tuple[float, Any]]) -> Callable[[], tuple[float, Any]]:
+    """Returns a run that reports, instead of raising, that the device's memory does not suffice; its time is nan."""
+
+    def guarded() -> tuple[float, Any]:
+        try:
+            return run()
+        except RuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            return math.nan, {"failed": "out of memory"}
+
+    return guarded
+
+
+def rates(preset: str) -> dict[str, float]:
+    """Measures what the device reaches: operations a second in a product of matrices, bytes a second of its memory."""
+    small = preset != "paper"
+    side, size = (512, 2**22) if small else (SIDE, READ)
+    matrix = jax.random.normal(jax.random.key(0), (side, side), jnp.bfloat16)
+    product = jax.jit(lambda x: x @ x)
+    array = jnp.ones(size // 4)
+    copy = jax.jit(lambda x: x + 1)
+    return {
+        "flops_a_second": 2 * side**3 / _fastest(lambda: product(matrix)),
+        "bytes_a_second": 2 * size / _fastest(lambda: copy(array)),
+    }
+
+
+def _fastest(run: Callable[[], jax.Array]) -> float:
+    """Returns the shortest time of a run, of three rounds of ten in a row."""
+    run().block_until_ready()
+    seconds = []
+    for _ in range(3):
+        started = time.perf_counter()
+        for _ in range(10):
+            result = run()
+        result.block_until_ready()
+        seconds.append((time.perf_counter() - started) / 10)
+    return min(seconds)
+
+
+def peak_bytes() -> int:
+    """Returns the peak of the device's memory so far; 0 where the platform does not count it."""
+    return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0)
