@@ -114,7 +114,7 @@ def make_plan(config: Config, name: str, clips: int | None = None) -> Plan:
     memory = lowered.compile(compiler_options=OPTIONS.get(target.platform)).memory_analysis()
     compile_seconds = time.perf_counter() - started
     frozen = _device_bytes(arguments.frozen)
-    flops, activations = of_one_clip(config, mesh.devices.flat[0].platform)
+    activations = _activations_of_one_clip(config, mesh.devices.flat[0].platform)
     executed = _executed(config, clips)
     share = clips // (mesh.shape["data"] * mesh.shape["fsdp"] * config.accumulate)
     compute = cost.roofline_seconds(executed, mesh.size, target.flops, target.bandwidth)
@@ -131,7 +131,7 @@ def make_plan(config: Config, name: str, clips: int | None = None) -> Plan:
             "optimizer_bytes": _device_bytes(arguments.state.moments),
             "activation_bytes": min(activations * share, memory.temp_size_in_bytes),
         },
-        needed_flops=flops * clips,
+        needed_flops=flops_of_one_clip(config) * clips,
         executed_flops=cost.total_flops(executed),
         least_seconds=max(compute, transfer),
         compile_seconds=compile_seconds,
@@ -295,32 +295,40 @@ def language_model(config: Config) -> MistralConfig:
 
 
 @functools.lru_cache(maxsize=8)
-def of_one_clip(config: Config, platform: str) -> tuple[float, int]:
-    """Returns the operations and the activations of the forward and backward pass on one clip.
+def flops_of_one_clip(config: Config) -> float:
+    """Returns the operations of the forward and backward pass on one clip, without rematerialisation.
 
-    The operations are counted without rematerialisation and with plain attention, since a custom kernel hides its
-    products. The bytes of the activations are those with rematerialisation and the platform's attention.
+    They are counted with plain attention, since a custom kernel hides its products.
     """
-    trainable, frozen = stages.split(model_and_weights(config)[1], config.variant, config.stage)
-    frozen = _stored(frozen, config)
-    batch = batch_shapes(config, 1)
+    loss, (trainable, frozen, batch) = _loss_of_one_clip(config.updated({"model.remat": ""}))
+    with compiling_for("cpu"):
+        return cost.total_flops(cost.products(jax.make_jaxpr(jax.value_and_grad(loss))(trainable, frozen, batch)))
 
-    def loss_of(model):
-        def loss(weights, frozen, batch):
-            return batch_loss(model, {**weights, **frozen}, batch, jax.random.key(0), config.loss_chunk)[0]
 
-        return loss
+@functools.lru_cache(maxsize=8)
+def _activations_of_one_clip(config: Config, platform: str) -> int:
+    """Returns the bytes that the forward pass on one clip keeps, with rematerialisation and a platform's attention."""
+    loss, (trainable, frozen, batch) = _loss_of_one_clip(config)
 
     def forward(weights, frozen, batch):
-        value, backward = jax.vjp(lambda w: loss_of(model_and_weights(config)[0])(w, frozen, batch), weights)
+        value, backward = jax.vjp(lambda w: loss(w, frozen, batch), weights)
         return value, [leaf for leaf in jax.tree.leaves(backward) if isinstance(leaf, jax.Array)]
 
     with compiling_for(platform):
         kept = jax.make_jaxpr(forward)(trainable, frozen, batch)
-    plain = build(config.updated({"model.remat": ""}))
-    gradient = jax.make_jaxpr(jax.value_and_grad(loss_of(plain)))(trainable, frozen, batch)
     weights = {leaf.shape for leaf in (*trainable.values(), *frozen.values())}
-    return cost.total_flops(cost.products(gradient)), cost.saved_bytes(kept, weights)
+    return cost.saved_bytes(kept, weights)
+
+
+def _loss_of_one_clip(config: Config) -> tuple[Callable, tuple]:
+    """Returns the loss of a batch of one clip, and the shapes of its arguments."""
+    model, shapes = model_and_weights(config)
+    trainable, frozen = stages.split(shapes, config.variant, config.stage)
+
+    def loss(weights, frozen, batch):
+        return batch_loss(model, {**weights, **frozen}, batch, jax.random.key(0), config.loss_chunk)[0]
+
+    return loss, (trainable, _stored(frozen, config), batch_shapes(config, 1))
 
 
 @functools.lru_cache(maxsize=8)

@@ -5,12 +5,10 @@ In one process, the libraries' threads would disturb each other. A process that 
 
 import dataclasses
 import logging
-import math
 import multiprocessing
 import resource
 import statistics
 import sys
-import time
 import traceback
 from collections.abc import Callable, Collection, Sequence
 from multiprocessing.connection import Connection
@@ -112,22 +110,15 @@ class Side:
         self._process.join()
 
 
-def alternate(
-    sides: Sequence[Side],
-    rounds: int,
-    until: float = math.inf,
-    keep: Callable[[dict[str, dict[str, Timing]]], None] = lambda timings: None,
-) -> dict[str, dict[str, Timing]]:
+def alternate(sides: Sequence[Side], rounds: int) -> dict[str, dict[str, Timing]]:
     """Runs every setting of every side once to warm up, then all of them in turn, `rounds` times.
 
     Args:
         sides: the sides, in the order of their runs.
         rounds: timed runs of each setting.
-        until: moment of `time.monotonic` from which no setting and no round begins.
-        keep: called with what is measured so far, after each first run and each round.
 
     Returns:
-        The timings by side and setting, without those that were left out.
+        The timings by side and setting.
 
     Raises:
         RunError: a side failed.
@@ -136,23 +127,16 @@ def alternate(
     timings: dict[str, dict[str, Timing]] = {side.name: {} for side in sides}
     for side in sides:
         for setting in side.build():
-            if time.monotonic() >= until:
-                log.warning("%s, %s: left out, since the time is over", side.name, setting)
-                continue
             seconds, result = side.run(setting)
             timings[side.name][setting] = Timing(seconds, [result])
             log.info("%s, %s: the first run took %.4g s", side.name, setting, seconds)
-            keep(timings)
-    for number in range(rounds):
-        if number and time.monotonic() >= until:
-            break
+    for _ in range(rounds):
         for side in sides:
             for setting, timing in timings[side.name].items():
                 seconds, result = side.run(setting)
                 timing.seconds.append(seconds)
                 log.info("%s, %s: %.4g s", side.name, setting, seconds)
                 timing.results.append(result)
-        keep(timings)
     for side in sides:
         device, peak = side.footprint()
         for timing in timings[side.name].values():

@@ -32,7 +32,6 @@ def steps(preset: str, stage: str, folder: str) -> Runs:
     frozen = drawn.draw(arguments.frozen)
     state = [drawn.state(config, arguments)]
     batch = sharding.place_batch(drawn.batch(config, config.batch), mesh)
-    flops = plan.of_one_clip(config, mesh.devices.flat[0].platform)[0] * config.batch
 
     def step(remat: str) -> Callable[[], tuple[float, Any]]:
         compiled: list[Any] = []
@@ -46,7 +45,7 @@ def steps(preset: str, stage: str, folder: str) -> Runs:
             loss = float(jax.block_until_ready((state[0], metrics))[1]["loss"])
             seconds = time.perf_counter() - started
             planned = compiled[0].memory_analysis().peak_memory_in_bytes
-            return seconds, {"loss": loss, "flops": flops, "planned_bytes": planned, "peak_bytes": peak_bytes()}
+            return seconds, {"loss": loss, "planned_bytes": planned, "peak_bytes": peak_bytes()}
 
         return or_out_of_memory(run)
 

@@ -1,18 +1,23 @@
 """Runs one part of the accelerator check: correctness, a training step of each stage, or answers, beside PyTorch's."""
 
+import functools
 import importlib.metadata
+import importlib.util
 import logging
-import math
 import os
 import statistics
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from tools.beside_pytorch.contest import Side, Timing, alternate
-from tools.on_accelerator import correct, ours
+from favchat_jax.config import Config
+from favchat_jax.planning import plan
+from tools.beside_pytorch.contest import Side, Timing
+from tools.on_accelerator import correct, drawn, ours
 
 Keep = Callable[[list[dict[str, Any]]], None]  # takes the rows that a part has so far
 
@@ -37,17 +42,22 @@ def about(preset: str, folder: Path, until: float, keep: Keep) -> None:
 
 
 def steps(stage: str) -> Callable[[str, Path, float, Keep], None]:
-    """Returns the part that measures a stage's training step."""
+    """Returns the part that measures a stage's training step, with and without rematerialisation on both sides."""
 
     def measure(preset: str, folder: Path, until: float, keep: Keep) -> None:
-        _contest("steps", (preset, stage, str(folder)), until, keep)
+        config = drawn.settings(preset, stage, folder)
+        remat = f"remat={config.model.remat or 'none'}"
+        pairs = [(remat, "checkpointed"), ("remat=none", "eager")]
+        _contest("steps", (preset, stage, str(folder)), pairs, until, keep, functools.partial(flops, config))
 
     return measure
 
 
 def answers(preset: str, folder: Path, until: float, keep: Keep) -> None:
-    """Measures answers and a group of responses."""
-    _contest("answers", (preset, str(folder)), until, keep)
+    """Measures answers and a group of responses, beside PyTorch's as it is and compiled."""
+    drawn.settings(preset, "stage3", folder)
+    pairs = [(name, name + how) for how in ("", ", compiled") for name in ours.ANSWERS]
+    _contest("answers", (preset, str(folder)), pairs, until, keep)
 
 
 PARTS: dict[str, Callable[[str, Path, float, Keep], None]] = {
@@ -60,35 +70,74 @@ PARTS: dict[str, Callable[[str, Path, float, Keep], None]] = {
 }
 
 
-def _contest(build: str, arguments: tuple, until: float, keep: Keep) -> None:
-    """Runs our side and, where PyTorch is installed, its side in turns."""
+def flops(config: Config) -> dict[str, float]:
+    """Returns the operations of a training step that its products need."""
+    return {"flops": config.batch * plan.flops_of_one_clip(config)}
+
+
+def _contest(
+    build: str,
+    arguments: tuple,
+    pairs: list[tuple[str, str]],
+    until: float,
+    keep: Keep,
+    count: Callable[[], dict[str, float]] = dict,
+) -> None:
+    """Measures pairs of settings, ours and PyTorch's in turns, one pair after the other.
+
+    Both sides build and warm up at the same time. Without PyTorch, ours are measured alone.
+
+    Args:
+        build: name of the function of both sides that returns their runs.
+        arguments: of this function.
+        pairs: our setting and PyTorch's.
+        until: moment of `time.monotonic` from which no pair begins.
+        keep: takes the rows after each pair.
+        count: returns what every row also holds; called while the sides build.
+    """
     sides = [Side("ours", getattr(ours, build), *arguments)]
+    timings: dict[tuple[str, str], Timing] = {}
     try:
-        try:
-            from tools.on_accelerator import theirs  # imports PyTorch, transformers and PEFT
+        if all(importlib.util.find_spec(name) for name in ("torch", "transformers", "peft")):
+            from tools.on_accelerator import theirs
 
             sides.append(Side("pytorch", getattr(theirs, build), *arguments))
-        except ImportError as error:
-            log.warning("PyTorch's side is left out: %s", error)
-        alternate(sides, ROUNDS, until, lambda timings: keep(_rows(timings)))
+        with ThreadPoolExecutor() as both:
+            built = both.map(Side.build, sides)
+            more = count()
+            list(built)
+            for pair in pairs:
+                if time.monotonic() >= until:
+                    log.warning("%s and what follows are left out, since the time is over", " and ".join(pair))
+                    return
+                turns = list(zip(sides, pair, strict=False))
+                for (side, setting), ran in zip(turns, both.map(lambda turn: turn[0].run(turn[1]), turns), strict=True):
+                    seconds, result = ran
+                    timings.setdefault((side.name, setting), Timing(seconds, [result]))
+                    log.info("%s, %s: the first run took %.4g s", side.name, setting, seconds)
+                for number in range(ROUNDS):
+                    if number and time.monotonic() >= until:
+                        break
+                    for side, setting in turns:
+                        seconds, result = side.run(setting)
+                        timings[side.name, setting].seconds.append(seconds)
+                        timings[side.name, setting].results.append(result)
+                    keep([row | more for row in _rows(timings)])
     finally:
         for side in sides:
             side.close()
 
 
-def _rows(timings: dict[str, dict[str, Timing]]) -> list[dict[str, Any]]:
+def _rows(timings: dict[tuple[str, str], Timing]) -> list[dict[str, Any]]:
     """Returns a row for each setting of each side: the median seconds, and the medians of what its runs report."""
     rows = []
-    for side, settings in timings.items():
-        for setting, timing in settings.items():
-            row = {"side": side, "setting": setting, "first_seconds": timing.first, "rounds": len(timing.seconds)}
-            results = timing.results[1:] or timing.results
-            failed = next((result["failed"] for result in timing.results if "failed" in result), None)
-            if failed:
-                rows.append({**row, "failed": failed})
-                continue
-            row["seconds"] = timing.median if timing.seconds else math.nan
-            row["spread"] = timing.spread if timing.seconds else []
-            row |= {name: statistics.median(result[name] for result in results) for name in results[0]}
-            rows.append(row)
+    for (side, setting), timing in timings.items():
+        row = {"side": side, "setting": setting, "first_seconds": timing.first, "rounds": len(timing.seconds)}
+        failed = next((result["failed"] for result in timing.results if "failed" in result), None)
+        if failed:
+            rows.append({**row, "failed": failed})
+            continue
+        row |= {"seconds": timing.median, "spread": timing.spread}
+        kept = timing.results[1:]
+        rows.append(row | {name: statistics.median(result[name] for result in kept) for name in kept[0]})
     return rows
