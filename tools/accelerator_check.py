@@ -36,7 +36,7 @@ from favchat_jax.files import replace_file
 from favchat_jax.planning.targets import GIB, of_device
 
 # Part -> how much of the time it gets, relative to the others.
-WEIGHTS = {"about": 1, "kernels": 2, "losses": 2, "stage2": 4, "answers": 4, "stage3": 4}
+WEIGHTS = {"about": 1, "kernels": 2, "losses": 2, "stage2": 3, "answers": 4, "stage3": 3}
 LONGER = 1.3  # a part may take this much longer than its share, since others may take less
 # XLA otherwise times many variants of each product on the card, which takes minutes for a step; cuBLAS chooses well.
 QUICK = "--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false"

@@ -18,6 +18,15 @@ def counting(step: float):
     return {name: run(name) for name in ran}
 
 
+def measuring(step: float):
+    """Returns runs that report how much they did; the second lacks memory."""
+
+    def full():
+        return float("nan"), {"failed": "out of memory"}
+
+    return {"first": lambda: (step, {"tokens": 10 * step}), "second": full}
+
+
 def broken():
     """Fails during the build."""
     raise ValueError("no such weight")

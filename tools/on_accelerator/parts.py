@@ -1,5 +1,6 @@
 """Runs one part of the accelerator check: correctness, a training step of each stage, or answers, beside PyTorch's."""
 
+import contextlib
 import functools
 import importlib.metadata
 import importlib.util
@@ -7,7 +8,7 @@ import logging
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -46,9 +47,9 @@ def steps(stage: str) -> Callable[[str, Path, float, Keep], None]:
 
     def measure(preset: str, folder: Path, until: float, keep: Keep) -> None:
         config = drawn.settings(preset, stage, folder)
-        remat = f"remat={config.model.remat or 'none'}"
-        pairs = [(remat, "checkpointed"), ("remat=none", "eager")]
-        _contest("steps", (preset, stage, str(folder)), pairs, until, keep, functools.partial(flops, config))
+        pairs = [(f"remat={config.model.remat or 'none'}", "checkpointed"), ("remat=none", "eager")]
+        with _both_sides("steps", preset, stage, str(folder)) as sides:
+            contest(sides, pairs, until, keep, functools.partial(_flops, config))
 
     return measure
 
@@ -57,7 +58,8 @@ def answers(preset: str, folder: Path, until: float, keep: Keep) -> None:
     """Measures answers and a group of responses, beside PyTorch's as it is and compiled."""
     drawn.settings(preset, "stage3", folder)
     pairs = [(name, name + how) for how in ("", ", compiled") for name in ours.ANSWERS]
-    _contest("answers", (preset, str(folder)), pairs, until, keep)
+    with _both_sides("answers", preset, str(folder)) as sides:
+        contest(sides, pairs, until, keep)
 
 
 PARTS: dict[str, Callable[[str, Path, float, Keep], None]] = {
@@ -70,62 +72,68 @@ PARTS: dict[str, Callable[[str, Path, float, Keep], None]] = {
 }
 
 
-def flops(config: Config) -> dict[str, float]:
-    """Returns the operations of a training step that its products need."""
-    return {"flops": config.batch * plan.flops_of_one_clip(config)}
-
-
-def _contest(
-    build: str,
-    arguments: tuple,
-    pairs: list[tuple[str, str]],
-    until: float,
-    keep: Keep,
-    count: Callable[[], dict[str, float]] = dict,
-) -> None:
-    """Measures pairs of settings, ours and PyTorch's in turns, one pair after the other.
-
-    Both sides build and warm up at the same time. Without PyTorch, ours are measured alone.
+@contextlib.contextmanager
+def _both_sides(build: str, *arguments: str) -> Iterator[list[Side]]:
+    """Starts our side's process and, where PyTorch, transformers and PEFT are installed, theirs; ends them at the end.
 
     Args:
         build: name of the function of both sides that returns their runs.
         arguments: of this function.
-        pairs: our setting and PyTorch's.
-        until: moment of `time.monotonic` from which no pair begins.
-        keep: takes the rows after each pair.
-        count: returns what every row also holds; called while the sides build.
     """
     sides = [Side("ours", getattr(ours, build), *arguments)]
-    timings: dict[tuple[str, str], Timing] = {}
     try:
         if all(importlib.util.find_spec(name) for name in ("torch", "transformers", "peft")):
             from tools.on_accelerator import theirs
 
             sides.append(Side("pytorch", getattr(theirs, build), *arguments))
-        with ThreadPoolExecutor() as both:
-            built = both.map(Side.build, sides)
-            more = count()
-            list(built)
-            for pair in pairs:
-                if time.monotonic() >= until:
-                    log.warning("%s and what follows are left out, since the time is over", " and ".join(pair))
-                    return
-                turns = list(zip(sides, pair, strict=False))
-                for (side, setting), ran in zip(turns, both.map(lambda turn: turn[0].run(turn[1]), turns), strict=True):
-                    seconds, result = ran
-                    timings.setdefault((side.name, setting), Timing(seconds, [result]))
-                    log.info("%s, %s: the first run took %.4g s", side.name, setting, seconds)
-                for number in range(ROUNDS):
-                    if number and time.monotonic() >= until:
-                        break
-                    for side, setting in turns:
-                        seconds, result = side.run(setting)
-                        timings[side.name, setting].seconds.append(seconds)
-                        timings[side.name, setting].results.append(result)
-                    keep([row | more for row in _rows(timings)])
+        yield sides
     finally:
         for side in sides:
             side.close()
+
+
+def _flops(config: Config) -> dict[str, float]:
+    return {"flops": config.batch * plan.flops_of_one_clip(config)}
+
+
+def contest(
+    sides: Sequence[Side],
+    pairs: Sequence[tuple[str, str]],
+    until: float,
+    keep: Keep,
+    count: Callable[[], dict[str, float]] = dict,
+) -> None:
+    """Measures pairs of settings one after the other: both sides warm up at the same time, then run in turns.
+
+    Args:
+        sides: ours and PyTorch's; or ours alone.
+        pairs: our setting and PyTorch's. A setting of several pairs gets one row for all of its runs.
+        until: moment of `time.monotonic` from which no pair and no round begins.
+        keep: takes the rows after each round.
+        count: returns what every row also holds; called while the sides build.
+    """
+    timings: dict[tuple[str, str], Timing] = {}
+    with ThreadPoolExecutor() as both:
+        built = both.map(Side.build, sides)
+        more = count()
+        list(built)
+        for pair in pairs:
+            if time.monotonic() >= until:
+                log.warning("%s and what follows are left out, since the time is over", " and ".join(pair))
+                return
+            turns = list(zip(sides, pair, strict=False))
+            first = list(both.map(lambda turn: turn[0].run(turn[1]), turns))
+            for (side, setting), (seconds, result) in zip(turns, first, strict=True):
+                timings.setdefault((side.name, setting), Timing(seconds, [result]))
+                log.info("%s, %s: the first run took %.4g s", side.name, setting, seconds)
+            for number in range(ROUNDS):
+                if number and time.monotonic() >= until:
+                    break
+                for side, setting in turns:
+                    seconds, result = side.run(setting)
+                    timings[side.name, setting].seconds.append(seconds)
+                    timings[side.name, setting].results.append(result)
+                keep([row | more for row in _rows(timings)])
 
 
 def _rows(timings: dict[tuple[str, str], Timing]) -> list[dict[str, Any]]:
