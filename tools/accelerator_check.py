@@ -5,8 +5,8 @@ From weights drawn on the device, without data or network, it measures
 about    the card, and the rates that it reaches in arithmetic and in memory
 kernels  each form of attention at the paper's sizes, in values, gradients and time, beside the plain form
 losses   the first losses of the embedded preset, beside those of a CPU
-stage2   a training step: seconds, share of the card's rate, memory beside the plan's, and PyTorch's step in turns
 answers  answers to one and to eight questions and a group of responses: tokens a second, and PyTorch's in turns
+stage2   a training step: seconds, share of the card's rate, memory beside the plan's, and PyTorch's step in turns
 stage3   a training step as of stage2
 
 Each part runs in a process of its own, and a part that fails or is out of time leaves the others as they are. The file
@@ -36,18 +36,19 @@ from favchat_jax.files import replace_file
 from favchat_jax.planning.targets import GIB, of_device
 
 # Part -> how much of the time it gets, relative to the others.
-WEIGHTS = {"about": 1, "kernels": 2, "losses": 2, "stage2": 3, "answers": 4, "stage3": 3}
+WEIGHTS = {"about": 1, "kernels": 2, "losses": 2, "answers": 4, "stage2": 4, "stage3": 3}
 LONGER = 1.3  # a part may take this much longer than its share, since others may take less
 # XLA otherwise times many variants of each product on the card, which takes minutes for a step; cuBLAS chooses well.
 QUICK = "--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false"
 FEWEST = 20.0  # seconds in which no part is begun
+CORES = 8  # from so many on, the training steps compile while other parts run
 Report = dict[str, Any]
 
 
 def check(preset: str, platform: str, minutes: float, parts: Sequence[str], file: Path | None) -> Report:
     """Runs parts one after the other; returns the report, which the file holds after each of them."""
     end = time.monotonic() + 60 * minutes
-    report = {"parts": {}, **_kept(file)} if file else {"parts": {}}
+    report = {"parts": {}, **_kept(file, preset)} if file else {"parts": {}}
     report |= {"preset": preset, "date": datetime.date.today().isoformat(), "machine": machine.machine()}
     environment = {"XLA_FLAGS": QUICK, **os.environ}
     environment["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # both sides share the card
@@ -55,7 +56,9 @@ def check(preset: str, platform: str, minutes: float, parts: Sequence[str], file
         environment |= {"JAX_PLATFORMS": platform}
     if platform == "cpu":
         environment |= {"CUDA_VISIBLE_DEVICES": ""}
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as at_end:
+        environment = {"JAX_COMPILATION_CACHE_DIR": f"{folder}/compiled", **environment}
+        ahead = _compile_ahead(preset, parts, Path(folder), environment, at_end)
         for number, part in enumerate(parts):
             left = end - time.monotonic()
             share = WEIGHTS[part] / sum(WEIGHTS[other] for other in parts[number:])
@@ -63,12 +66,49 @@ def check(preset: str, platform: str, minutes: float, parts: Sequence[str], file
             started = time.monotonic()
             outcome = {"rows": [], "failed": "no time was left"}
             if seconds > FEWEST:
-                outcome = _run(part, preset, seconds, Path(folder), environment)
+                waited = _wait(ahead.get(part, []), 0.8 * seconds)
+                outcome = _run(part, preset, seconds - waited, Path(folder), environment)
             report["parts"][part] = {**outcome, "wall_seconds": time.monotonic() - started}
             print(describe(part, report), flush=True)
             if file:
                 replace_file(file, json.dumps(report, indent=1) + "\n")
     return report
+
+
+def _compile_ahead(
+    preset: str, parts: Sequence[str], folder: Path, environment: dict[str, str], at_end: contextlib.ExitStack
+) -> dict[str, list[subprocess.Popen]]:
+    """Starts processes that compile the training steps into the cache, since that takes minutes at the paper's size.
+
+    Args:
+        preset: sizes of the model.
+        parts: of the check.
+        folder: for files of the processes.
+        environment: of the processes.
+        at_end: ends the processes.
+
+    Returns:
+        The processes by part; none on a machine with few cores, whose other parts they would slow down.
+    """
+    ahead: dict[str, list[subprocess.Popen]] = {}
+    if (os.cpu_count() or 1) >= CORES:
+        for stage in (part for part in parts if part.startswith("stage")):
+            for setting in ("given", "none"):
+                own = str(folder / f"{stage}-{setting}")
+                command = [sys.executable, "-m", "tools.on_accelerator.ahead", preset, stage, setting, own]
+                ahead.setdefault(stage, []).append(
+                    at_end.enter_context(_group(command, environment, subprocess.DEVNULL))
+                )
+    return ahead
+
+
+def _wait(processes: list[subprocess.Popen], seconds: float) -> float:
+    """Waits for processes, for at most some seconds; returns the seconds that it waited."""
+    started = time.monotonic()
+    for process in processes:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(max(0.0, seconds - (time.monotonic() - started)))
+    return time.monotonic() - started
 
 
 def _run(part: str, preset: str, seconds: float, folder: Path, environment: dict[str, str]) -> Report:
@@ -90,7 +130,7 @@ def _run(part: str, preset: str, seconds: float, folder: Path, environment: dict
 
 
 @contextlib.contextmanager
-def _group(command: list[str], environment: dict[str, str], log: IO[str]) -> Iterator[subprocess.Popen]:
+def _group(command: list[str], environment: dict[str, str], log: IO[str] | int) -> Iterator[subprocess.Popen]:
     """Starts a process, and ends it and all that it started when the block ends in any way."""
     process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
     try:
@@ -101,15 +141,22 @@ def _group(command: list[str], environment: dict[str, str], log: IO[str]) -> Ite
         process.wait()
 
 
-def _kept(file: Path) -> Report:
-    """Returns the report of an earlier run in the file, if there is one."""
+def _kept(file: Path, preset: str) -> Report:
+    """Returns the parts of an earlier run in the file, if there is one.
+
+    Raises:
+        UserError: the file is of another kind, or of another preset.
+    """
     if not file.exists():
         return {}
     try:
         report = json.loads(file.read_text())
-        return {"parts": dict(report["parts"])}
+        parts, earlier = dict(report["parts"]), report["preset"]
     except (ValueError, KeyError, TypeError):
         raise UserError(f"--json={file} holds no accelerator check: name another file, or delete it") from None
+    if earlier != preset:
+        raise UserError(f"--json={file} holds a check with --preset={earlier}: name another file, or delete it")
+    return {"parts": parts}
 
 
 def describe(part: str, report: Report) -> str:

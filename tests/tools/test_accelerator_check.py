@@ -113,7 +113,7 @@ def check(*words):
 def test_the_file_is_written_after_each_part_and_parts_of_an_earlier_run_stay(tmp_path):
     file = tmp_path / "check.json"
     earlier = {"rows": [{"side": "ours"}], "wall_seconds": 1.0}
-    file.write_text(json.dumps({"parts": {"stage3": earlier, "about": {"rows": [], "failed": "x"}}}))
+    file.write_text(json.dumps({"preset": "tiny", "parts": {"stage3": earlier, "about": {"rows": [], "failed": "x"}}}))
     run = check("--only=about", f"--json={file}", "--minutes=4")
     assert run.returncode == 0, run.stderr
     report = json.loads(file.read_text())
@@ -144,17 +144,25 @@ def test_a_mistake_on_the_command_line_is_one_line(words, said):
     assert run.returncode in (1, 2) and said in run.stderr and len(run.stderr.splitlines()) == 1
 
 
-def test_a_report_of_an_earlier_run_must_be_one():
-    with pytest.raises(UserError, match="holds no accelerator check"):
-        accelerator_check._kept(ROOT / "pyproject.toml")
+def test_a_file_of_another_preset_stays_as_it_is(tmp_path):
+    file = tmp_path / "check.json"
+    file.write_text('{"preset": "paper", "parts": {}}')
+    with pytest.raises(UserError, match="holds a check with --preset=paper"):
+        accelerator_check.check("tiny", "cpu", 1, ["about"], file)
+    assert file.read_text() == '{"preset": "paper", "parts": {}}'
 
 
 @pytest.mark.slow
-def test_a_rehearsal_on_a_cpu_measures_every_part_and_finds_nothing_wrong(tmp_path):
-    run = check(f"--json={tmp_path / 'check.json'}", "--minutes=25")
-    report = json.loads((tmp_path / "check.json").read_text())
-    assert run.returncode == 0, run.stdout + run.stderr
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("cores", [1, 1000], ids=["compiled ahead", "compiled by the parts"])
+def test_a_rehearsal_on_a_cpu_measures_every_part_and_finds_nothing_wrong(cores, tmp_path, monkeypatch):
+    monkeypatch.setattr(accelerator_check, "CORES", cores)
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "compiled"))
+    monkeypatch.chdir(ROOT)
+    report = accelerator_check.check("tiny", "cpu", 25, list(PARTS), tmp_path / "check.json")
+    assert report == json.loads((tmp_path / "check.json").read_text())
     assert list(report["parts"]) == list(PARTS) == list(accelerator_check.WEIGHTS)
+    assert not [outcome for outcome in report["parts"].values() if "failed" in outcome]
     kernels, losses = report["parts"]["kernels"]["rows"], report["parts"]["losses"]["rows"]
     assert len(kernels) == len(correct.WAYS) + 1 and all(row["right"] for row in kernels + losses)
     for part in ("stage2", "stage3"):

@@ -39,8 +39,7 @@ def steps(preset: str, stage: str, folder: str) -> Runs:
         def run() -> tuple[float, dict[str, Any]]:
             started = time.perf_counter()
             if not compiled:
-                given = plan.lay_out(config.updated({"model.remat": remat}), mesh, config.batch)
-                compiled.append(given.step.lower(given.state, given.frozen, given.batch).compile())
+                compiled.append(compiled_step(config, remat))
             state[0], metrics = compiled[0](state[0], frozen, batch)
             loss = float(jax.block_until_ready((state[0], metrics))[1]["loss"])
             seconds = time.perf_counter() - started
@@ -50,6 +49,12 @@ def steps(preset: str, stage: str, folder: str) -> Runs:
         return or_out_of_memory(run)
 
     return {f"remat={remat or 'none'}": step(remat) for remat in dict.fromkeys((config.model.remat, ""))}
+
+
+def compiled_step(config: Config, remat: str) -> jax.stages.Compiled:
+    """Compiles the training step of a config on one device, with another rematerialisation."""
+    given = plan.lay_out(config.updated({"model.remat": remat}), sharding.one_device(), config.batch)
+    return given.step.lower(given.state, given.frozen, given.batch).compile()
 
 
 def answers(preset: str, folder: str) -> Runs:

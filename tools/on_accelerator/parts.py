@@ -66,8 +66,8 @@ PARTS: dict[str, Callable[[str, Path, float, Keep], None]] = {
     "about": about,
     "kernels": correct.kernels,
     "losses": correct.losses,
-    "stage2": steps("stage2"),
     "answers": answers,
+    "stage2": steps("stage2"),
     "stage3": steps("stage3"),
 }
 
