@@ -326,6 +326,8 @@ class Config(Section):
             raise UserError(f"steps=0 and epochs={self.epochs}: one of them must be a number above 0")
         if self.data.keep_features and not stages.has_fixed_features(self.variant, self.stage):
             raise UserError(f"data.keep_features=True is for stage3 and coldstart, not for {self.stage}: leave it out")
+        if self.init.from_run and stages.STAGES[self.stage].before is None:
+            raise UserError(f"init.from_run={self.init.from_run}: {self.stage} is the first stage, so leave it out")
         if self.stage == "grpo" and self.reinforcement and self.llm.storage != "full":
             raise UserError(f"llm.storage={self.llm.storage} cannot answer, which stage=grpo needs: leave it out")
         if self.stage == "grpo" and self.steps < 1:

@@ -117,6 +117,7 @@ def test_a_stage_starts_from_the_one_before_at_its_default_place_unless_another_
         ({"data__keep_features": True}, "data.keep_features=True needs the same frames of a clip in every epoch"),
         ({"data__keep_features": True, "data__sampling": "middle", "data__flip": True}, "data.flip=False"),
         ({"data__keep_features": True, "data__sampling": "middle"}, "is for stage3 and coldstart, not for stage1"),
+        ({"init__from_run": "mine"}, "init.from_run=mine: stage1 is the first stage, so leave it out"),
         ({"stage": "grpo"}, "stage=grpo needs the section rl"),
         ({"hair": 3}, "unknown config option: hair"),
         ({"model__umt__hair": 3}, "unknown config option: model.umt.hair"),

@@ -21,7 +21,6 @@ from favchat_jax.checkpoints.mistral_folder import each_weight
 from favchat_jax.checkpoints.run import Assembly, Weights, initialise, load_frozen, load_trained
 from favchat_jax.checkpoints.store import Checkpoints, TrainState
 from favchat_jax.checkpoints.weights_folder import load_weights, save_weights
-from favchat_jax.checkpoints.workdir import stored_config
 from favchat_jax.config import Config
 from favchat_jax.errors import UserError
 from favchat_jax.models.kernels.quantized import store
@@ -112,7 +111,8 @@ def _sources(parts: Assembly) -> Iterator[tuple[str, Any, Iterable[tuple[str, An
     for source in filter(None, (init.videochat2, *converted)):
         yield source, jnp.float32, _converted(source, config)
     if init.from_run:
-        had_adapters = _check_stage_before(config)
+        before = stages.STAGES[config.stage].before
+        had_adapters = before is not None and stages.STAGES[before].lora
         shapes = {p: s for p, s in parts.shapes.items() if had_adapters or stages.group_of(p) != "lora"}
         yield init.from_run, jnp.float32, load_trained(init.from_run, shapes).items()
 
@@ -139,17 +139,3 @@ def _converted(source: str, config: Config) -> Iterator[tuple[str, Any]]:
             yield from ((f"{stream}_{part}", leaf) for stream in ("general", "facial"))
         elif not path.startswith(dropped):
             yield path, leaf
-
-
-def _check_stage_before(config: Config) -> bool:
-    """Checks that `init.from_run` is the stage before, of the same model; returns whether it had adapters."""
-    source = config.init.from_run
-    before = stored_config(source)
-    for field in ("preset", "variant", "ablation"):
-        there, here = getattr(before, field), getattr(config, field)
-        if there != here:
-            raise UserError(f"init.from_run={source} is of {field}={there}, this run of {field}={here}")
-    expected = stages.STAGES[config.stage].before
-    if before.stage != expected:
-        raise UserError(f"init.from_run={source} is {before.stage}, but {config.stage} starts from {expected}")
-    return stages.STAGES[before.stage].lora

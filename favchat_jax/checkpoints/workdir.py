@@ -19,6 +19,7 @@ from favchat_jax.config import Config
 from favchat_jax.errors import UserError, one_line
 from favchat_jax.files import lock_file, replace_file
 from favchat_jax.processes import is_first
+from favchat_jax.stages import STAGES
 
 INSIDE = ("llm.path", "prompt_tokenizer")  # what an exported folder holds, and every answer needs
 
@@ -205,6 +206,18 @@ def check_config(workdir: Path, config: Config) -> None:
             f"{workdir} was made with another config; these fields differ: {', '.join(fields)}. "
             "Choose another --workdir or the same values"
         )
+
+
+def check_stage_before(config: Config) -> None:
+    """Raises UserError if `init.from_run` is not the stage before, of the same model."""
+    source, expected = config.init.from_run, STAGES[config.stage].before
+    before = stored_config(source)
+    for field in ("preset", "variant", "ablation"):
+        there, here = getattr(before, field), getattr(config, field)
+        if there != here:
+            raise UserError(f"init.from_run={source} is of {field}={there}, this run of {field}={here}")
+    if before.stage != expected:
+        raise UserError(f"init.from_run={source} is {before.stage}, but {config.stage} starts from {expected}")
 
 
 def _is_same(one: str, other: str) -> bool:

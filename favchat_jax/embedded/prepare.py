@@ -4,6 +4,7 @@ import importlib
 from pathlib import Path
 
 from favchat_jax import processes
+from favchat_jax.checkpoints.workdir import check_stage_before
 from favchat_jax.config import Config
 from favchat_jax.embedded.parts import make_missing_parts
 from favchat_jax.errors import UserError
@@ -19,7 +20,8 @@ def prepare(config: Config) -> list[Config]:
     Each of those stages is trained in its default workdir.
 
     Raises:
-        UserError: a missing input cannot be made here; the message names the command that makes it.
+        UserError: a missing input cannot be made here, and the message names the command that makes it; or the run to
+            start from is not the stage before of the same model.
     """
     if config.preset != PRESET:
         config.require_sources()
@@ -51,7 +53,11 @@ def _missing_before(config: Config) -> Config | None:
     else:
         earlier, source = made_here and _default(config, before), config.init.from_run
     is_earlier = earlier and Path(source) == earlier.default_workdir
-    if (before is None and not is_earlier) or is_finished(source):
+    if before is None and not is_earlier:
+        return None
+    if is_finished(source):
+        if before:
+            check_stage_before(config)
         return None
     if is_earlier:
         return earlier

@@ -177,28 +177,6 @@ def test_a_folder_that_is_missing_is_a_users_error(small_world, tmp_path):
         initial(small_world.config("stage1", init__umt=str(tmp_path / "umt")))
 
 
-@pytest.mark.parametrize(("field", "other"), [("variant", "v2"), ("preset", "paper"), ("ablation", "no_moe")])
-def test_a_stage_before_of_another_variant_preset_or_ablation_is_a_users_error(
-    field, other, small_world, trained, tmp_path
-):
-    copy = trained.copy("stage1", tmp_path)
-    settings = json.loads((copy / "config.json").read_text())
-    (copy / "config.json").write_text(json.dumps({**settings, field: other}))
-    with pytest.raises(UserError, match=f"init.from_run=.* is of {field}={other}, this run of {field}="):
-        initial(small_world.config("stage2", init__from_run=str(copy)))
-
-
-def test_a_stage_out_of_order_is_a_users_error(small_world, trained):
-    with pytest.raises(UserError, match="is stage1, but stage3 starts from stage2"):
-        initial(small_world.config("stage3", init__from_run=str(trained.folder / "stage1")))
-
-
-def test_a_weights_folder_is_no_stage_before(small_world, tmp_path):
-    save_weights(tmp_path / "umt", {"a": np.ones(3, np.float32)}, {"kind": "umt"})
-    with pytest.raises(UserError, match=r"is a weights folder \(umt\), not a run"):
-        initial(small_world.config("stage2", init__from_run=str(tmp_path / "umt")))
-
-
 def test_answering_refuses_a_language_model_that_has_changed_since(trained, small_world, tmp_path):
     copy = trained.copy("stage2", tmp_path)
     other = shutil.copytree(small_world.llm, tmp_path / "mistral")

@@ -3,11 +3,13 @@ import re
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from favchat_jax.checkpoints.mistral_folder import fingerprint
 from favchat_jax.checkpoints.run import open_run
-from favchat_jax.checkpoints.workdir import claim, occupied, stored_config
+from favchat_jax.checkpoints.weights_folder import save_weights
+from favchat_jax.checkpoints.workdir import check_stage_before, claim, occupied, stored_config
 from favchat_jax.errors import UserError
 
 
@@ -139,3 +141,25 @@ def test_a_refused_run_leaves_no_folder_behind_and_one_with_steps_stays(tmp_path
             (tmp_path / "runs" / "new" / "stage1" / "metrics.jsonl").write_text(steps)
             raise UserError("no")
         assert (tmp_path / "runs").exists() == bool(steps)
+
+
+@pytest.mark.parametrize(("field", "other"), [("variant", "v2"), ("preset", "paper"), ("ablation", "no_moe")])
+def test_a_stage_before_of_another_variant_preset_or_ablation_is_a_users_error(
+    field, other, small_world, trained, tmp_path
+):
+    copy = trained.copy("stage1", tmp_path)
+    settings = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**settings, field: other}))
+    with pytest.raises(UserError, match=f"init.from_run=.* is of {field}={other}, this run of {field}="):
+        check_stage_before(small_world.config("stage2", init__from_run=str(copy)))
+
+
+def test_a_stage_out_of_order_is_a_users_error(small_world, trained):
+    with pytest.raises(UserError, match="is stage1, but stage3 starts from stage2"):
+        check_stage_before(small_world.config("stage3", init__from_run=str(trained.folder / "stage1")))
+
+
+def test_a_weights_folder_is_no_stage_before(small_world, tmp_path):
+    save_weights(tmp_path / "umt", {"a": np.ones(3, np.float32)}, {"kind": "umt"})
+    with pytest.raises(UserError, match=r"is a weights folder \(umt\), not a run"):
+        check_stage_before(small_world.config("stage2", init__from_run=str(tmp_path / "umt")))

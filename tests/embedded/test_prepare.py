@@ -18,6 +18,7 @@ def finished(monkeypatch):
     folders: list[str] = []
     monkeypatch.setattr(room, "is_finished", lambda workdir: str(workdir) in folders)
     monkeypatch.setattr(room, "make_missing_parts", lambda config: None)
+    monkeypatch.setattr(room, "check_stage_before", lambda config: None)
     return folders
 
 
@@ -63,6 +64,17 @@ def test_another_starting_run_that_is_unfinished_is_refused_before_any_part_is_m
     monkeypatch.setattr(room, "make_missing_parts", lambda config: pytest.fail("made"))
     says = "init.from_run=mine holds no finished stage2: .*configs/stage2.py:preset=tiny,variant=v1,ablation=none"
     with pytest.raises(UserError, match=says):
+        needed("stage3", init__from_run="mine")
+
+
+def test_a_starting_run_of_another_stage_is_refused_before_any_part_is_made(finished, monkeypatch):
+    def of_another_stage(config):
+        raise UserError(f"{config.init.from_run} is of another stage")
+
+    finished.append("mine")
+    monkeypatch.setattr(room, "check_stage_before", of_another_stage)
+    monkeypatch.setattr(room, "make_missing_parts", lambda config: pytest.fail("made"))
+    with pytest.raises(UserError, match="mine is of another stage"):
         needed("stage3", init__from_run="mine")
 
 

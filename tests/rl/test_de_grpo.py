@@ -221,12 +221,6 @@ def test_a_reward_that_fails_late_loses_no_iteration(good, undisturbed, config_o
     assert same_weights(newest(workdir), newest(undisturbed))
 
 
-def test_a_start_of_another_variant_is_refused(small_world, config_of, tmp_path):
-    config = small_world.config("grpo", "variant=v2", init__from_run=config_of().init.from_run, **SMALL)
-    with pytest.raises(UserError, match="is of variant=v1, this run of variant=v2"):
-        train(config, tmp_path / "grpo")
-
-
 def test_prompts_of_different_lengths_are_padded_after_the_response():
     samples = [SimpleNamespace(tokens=np.array(tokens), prompt=None) for tokens in ([7, 8], [7, 8, 9])]
     responses = np.array([[[5, 2, 2], [5, 6, 4]]] * 2)
