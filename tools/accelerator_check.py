@@ -95,7 +95,7 @@ def _compile_ahead(
         for stage in (part for part in parts if part.startswith("stage")):
             for setting in ("given", "none"):
                 own = str(folder / f"{stage}-{setting}")
-                command = [sys.executable, "-m", "tools.on_accelerator.ahead", preset, stage, setting, own]
+                command = [sys.executable, "-m", "tools.on_accelerator", "compile", preset, stage, setting, own]
                 ahead.setdefault(stage, []).append(
                     at_end.enter_context(_group(command, environment, subprocess.DEVNULL))
                 )

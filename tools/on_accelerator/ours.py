@@ -51,6 +51,12 @@ def steps(preset: str, stage: str, folder: str) -> Runs:
     return {f"remat={remat or 'none'}": step(remat) for remat in dict.fromkeys((config.model.remat, ""))}
 
 
+def compile_ahead(preset: str, stage: str, setting: str, folder: str) -> None:
+    """Compiles a stage's training step into JAX's cache, with the config's rematerialisation (`given`) or with none."""
+    config = drawn.settings(preset, stage, Path(folder))
+    compiled_step(config, config.model.remat if setting == "given" else "")
+
+
 def compiled_step(config: Config, remat: str) -> jax.stages.Compiled:
     """Compiles the training step of a config on one device, with another rematerialisation."""
     given = plan.lay_out(config.updated({"model.remat": remat}), sharding.one_device(), config.batch)
