@@ -44,6 +44,9 @@ TRAINS = {
 }
 
 
+Name = Literal["stage1", "stage2", "stage3", "coldstart", "grpo"]
+
+
 @dataclasses.dataclass(frozen=True)
 class Stage:
     """A stage of training.
@@ -56,10 +59,9 @@ class Stage:
 
     text: str | None
     lora: bool
-    before: str | None
+    before: Name | None
 
 
-Name = Literal["stage1", "stage2", "stage3", "coldstart", "grpo"]
 STAGES: dict[Name, Stage] = {
     "stage1": Stage(text="summary", lora=False, before=None),
     "stage2": Stage(text="qa", lora=True, before="stage1"),
