@@ -17,6 +17,7 @@ from favchat_jax.embedded.language_model import write_sizes
 from favchat_jax.embedded.pretrain import LanguageModelSizes
 from favchat_jax.planning import plan
 from favchat_jax.training.optimizer import make_optimizer
+from tools.beside_pytorch.material import frames
 
 
 def settings(preset: str, stage: str, folder: Path) -> Config:
@@ -80,39 +81,27 @@ def numbers(shapes: Any) -> Any:
 
 def batch(config: Config, clips: int) -> dict[str, np.ndarray]:
     """Returns a training batch in the longest bucket; the answer fills the second half of each text."""
-    rng, shapes = np.random.default_rng(0), plan.batch_shapes(config, clips)
-    words = min(plan.language_model(config).vocab_size, config.model.qformer.vocabulary)
-    length = shapes["tokens"].shape[-1]
-    visual = config.model.qformer.queries + config.model.qformer.extra_queries
-    tokens = rng.integers(0, words, shapes["tokens"].shape).astype(np.int32)
-    tokens[..., 2 : 2 + visual] = VISUAL_PLACEHOLDER
-    return {
-        "frames": frames(config, clips),
-        "tokens": tokens,
-        "loss_mask": np.broadcast_to(np.arange(length) >= (length + visual) // 2, tokens.shape),
-        "prompt": rng.integers(0, words, shapes["prompt"].shape).astype(np.int32),
-        "prompt_mask": np.ones(shapes["prompt_mask"].shape, bool),
-    }
+    _, questions, length = shape = plan.batch_shapes(config, clips)["tokens"].shape
+    answer = np.arange(length) >= (length + _visual_tokens(config)) // 2
+    texts = _texts(config, clips, questions, length)
+    return {"frames": frames(config, clips), **texts, "loss_mask": np.broadcast_to(answer, shape)}
 
 
 def question(config: Config, clips: int, length: int) -> dict[str, np.ndarray]:
     """Returns one prompt of `length` tokens about each clip, as the decoder reads it."""
+    return {**_texts(config, clips, 1, length), "last": np.full(clips, length - 1, np.int32)}
+
+
+def _texts(config: Config, clips: int, questions: int, length: int) -> dict[str, np.ndarray]:
+    """Returns random texts with visual tokens, and random questions for the Q-Formers."""
     rng = np.random.default_rng(0)
     words = min(plan.language_model(config).vocab_size, config.model.qformer.vocabulary)
-    visual = config.model.qformer.queries + config.model.qformer.extra_queries
-    tokens = rng.integers(0, words, (clips, 1, length)).astype(np.int32)
-    tokens[..., 2 : 2 + visual] = VISUAL_PLACEHOLDER
-    asked = (clips, 1, config.data.prompt_length)
-    return {
-        "tokens": tokens,
-        "prompt": rng.integers(0, words, asked).astype(np.int32),
-        "prompt_mask": np.ones(asked, bool),
-        "last": np.full(clips, length - 1, np.int32),
-    }
+    tokens = rng.integers(0, words, (clips, questions, length)).astype(np.int32)
+    tokens[..., 2 : 2 + _visual_tokens(config)] = VISUAL_PLACEHOLDER
+    asked = clips, questions, config.data.prompt_length
+    prompt = rng.integers(0, words, asked).astype(np.int32)
+    return {"tokens": tokens, "prompt": prompt, "prompt_mask": np.ones(asked, bool)}
 
 
-def frames(config: Config, clips: int) -> np.ndarray:
-    """Returns random clips."""
-    size = config.model.image_size
-    shape = (clips, config.model.frames, size, size, 3)
-    return np.random.default_rng(1).integers(0, 256, shape, np.uint8)
+def _visual_tokens(config: Config) -> int:
+    return config.model.qformer.queries + config.model.qformer.extra_queries

@@ -14,6 +14,7 @@ from favchat_jax.config import Config
 from favchat_jax.generation.decoding import Decoder
 from favchat_jax.planning import plan
 from tools.beside_pytorch.contest import Runs
+from tools.beside_pytorch.material import frames
 from tools.on_accelerator import drawn
 
 NEVER = -1  # no token ends an answer, so that all have the same length
@@ -77,13 +78,13 @@ def answers(preset: str, folder: str) -> Runs:
 
     def answer(clips: int, copies: int, tokens: int, temperature: float) -> Callable[[], tuple[float, Any]]:
         how = jnp.float32(temperature), jnp.float32(1.0)
-        frames = drawn.frames(config, clips)
+        pixels = frames(config, clips)
         prompt = drawn.question(config, clips, prompt_length(config))
         key = jax.random.key_data(jax.random.key(0))
 
         def run() -> tuple[float, dict[str, float]]:
             started = time.perf_counter()
-            features = jax.block_until_ready(decoder.encode(params, frames))
+            features = jax.block_until_ready(decoder.encode(params, pixels))
             encoded = time.perf_counter()
             begun = decoder.begin(params, features, prompt, key, *how, room=tokens, copies=copies)
             jax.block_until_ready(begun)

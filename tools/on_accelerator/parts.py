@@ -19,8 +19,7 @@ from favchat_jax.config import Config
 from favchat_jax.planning import plan
 from tools.beside_pytorch.contest import Side, Timing
 from tools.on_accelerator import correct, drawn, ours
-
-Keep = Callable[[list[dict[str, Any]]], None]  # takes the rows that a part has so far
+from tools.on_accelerator.correct import Keep
 
 ROUNDS = 5
 log = logging.getLogger("favchat_jax")
@@ -55,7 +54,7 @@ def steps(stage: str) -> Callable[[str, Path, float, Keep], None]:
 
 
 def answers(preset: str, folder: Path, until: float, keep: Keep) -> None:
-    """Measures answers and a group of responses, beside PyTorch's as it is and compiled."""
+    """Measures answers and a group of responses. PyTorch's side runs them uncompiled, then compiled."""
     drawn.settings(preset, "stage3", folder)
     pairs = [(name, name + how) for how in ("", ", compiled") for name in ours.ANSWERS]
     with _both_sides("answers", preset, str(folder)) as sides:

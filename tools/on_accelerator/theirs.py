@@ -14,6 +14,7 @@ from favchat_jax.config import Config
 from favchat_jax.convert.torch_model import is_base, unfilled_favchat
 from favchat_jax.planning import plan
 from tools.beside_pytorch.contest import Runs
+from tools.beside_pytorch.material import frames
 from tools.beside_pytorch.theirs import DEVICE, compiled_cache, training_steps
 from tools.on_accelerator import drawn, ours
 
@@ -38,7 +39,7 @@ def answers(preset: str, folder: str) -> Runs:
     merged = model.merge_and_unload().to(DTYPES[config.model.dtype]).eval()
 
     def answer(clips: int, copies: int, tokens: int, temperature: float, **how: Any):
-        frames = torch.tensor(drawn.frames(config, clips), device=DEVICE)
+        pixels = torch.tensor(frames(config, clips), device=DEVICE)
         arrays = drawn.question(config, clips, ours.prompt_length(config))
         ids, prompt, mask = (
             torch.tensor(arrays[name][:, 0], device=DEVICE) for name in ("tokens", "prompt", "prompt_mask")
@@ -46,7 +47,7 @@ def answers(preset: str, folder: str) -> Runs:
         drawing = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
 
         def written(count: int) -> float:
-            """Returns the seconds of `count` tokens to each prompt, without the encoders' time."""
+            """Reads the prompts, draws `count` tokens for each, and waits for them; returns their sum."""
             inputs = merged.embed(ids.long(), merged.visual_tokens(features, prompt.long(), mask)[0])
             attended = torch.ones(inputs.shape[:2], dtype=torch.long, device=DEVICE)
             result = merged.generate(
@@ -66,7 +67,7 @@ def answers(preset: str, folder: str) -> Runs:
         def run() -> tuple[float, dict[str, float]]:
             nonlocal features
             started = time.perf_counter()
-            features = merged.encode(frames)
+            features = merged.encode(pixels)
             _wait()
             encoded = time.perf_counter()
             written(1)
