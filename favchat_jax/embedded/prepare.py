@@ -55,9 +55,9 @@ def _missing_before(config: Config) -> Config | None:
     is_earlier = earlier and Path(source) == earlier.default_workdir
     if before is None and not is_earlier:
         return None
+    if before and (Path(source) / "config.json").exists():
+        check_stage_before(config)
     if is_finished(source):
-        if before:
-            check_stage_before(config)
         return None
     if is_earlier:
         return earlier

@@ -10,13 +10,13 @@ import pytest
 
 import favchat_jax
 from favchat_jax.checkpoints import mistral_folder as mistral
-from favchat_jax.checkpoints.initial import initial_weights
 from favchat_jax.checkpoints.run import assemble, load_run
 from favchat_jax.checkpoints.tensors import open_tensors
 from favchat_jax.checkpoints.weights_folder import save_weights
 from favchat_jax.convert import favchat
 from favchat_jax.convert.pytorch.modeling_favchat import FaVChatForConditionalGeneration
 from favchat_jax.data.sources import open_dataset
+from favchat_jax.embedded.prepare import prepare
 from favchat_jax.errors import UserError
 from favchat_jax.stages import group_of
 from tests.conftest import DATA, same_weights
@@ -124,4 +124,4 @@ def test_an_export_is_not_compared_with_a_run_of_the_other_variant(exported, tra
 def test_an_export_cannot_be_the_run_that_a_stage_starts_from(exported, small_world):
     config = small_world.config("stage3", "variant=v2", init__from_run=str(exported.folder))
     with pytest.raises(UserError, match="is an export for PyTorch, not a run"):
-        initial_weights(assemble(config))
+        prepare(config)

@@ -1,5 +1,6 @@
 """The inputs of a stage: the embedded preset trains earlier stages first, other presets report missing sources."""
 
+import json
 import logging
 import re
 
@@ -13,12 +14,12 @@ from favchat_jax.training.progress import Outcome
 
 
 @pytest.fixture
-def finished(monkeypatch):
-    """A list of workdirs that count as finished; parts are not made."""
+def finished(monkeypatch, tmp_path):
+    """A list of workdirs that count as finished, seen from an empty folder; parts are not made."""
+    monkeypatch.chdir(tmp_path)
     folders: list[str] = []
     monkeypatch.setattr(room, "is_finished", lambda workdir: str(workdir) in folders)
     monkeypatch.setattr(room, "make_missing_parts", lambda config: None)
-    monkeypatch.setattr(room, "check_stage_before", lambda config: None)
     return folders
 
 
@@ -67,15 +68,14 @@ def test_another_starting_run_that_is_unfinished_is_refused_before_any_part_is_m
         needed("stage3", init__from_run="mine")
 
 
-def test_a_starting_run_of_another_stage_is_refused_before_any_part_is_made(finished, monkeypatch):
-    def of_another_stage(config):
-        raise UserError(f"{config.init.from_run} is of another stage")
-
-    finished.append("mine")
-    monkeypatch.setattr(room, "check_stage_before", of_another_stage)
+def test_a_starting_run_of_another_stage_is_refused_before_any_part_is_made(finished, monkeypatch, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/config.json").write_text(json.dumps(stage_config("stage1", "").to_json()))
     monkeypatch.setattr(room, "make_missing_parts", lambda config: pytest.fail("made"))
-    with pytest.raises(UserError, match="mine is of another stage"):
-        needed("stage3", init__from_run="mine")
+    for is_finished in (False, True):
+        finished += ["mine"] * is_finished
+        with pytest.raises(UserError, match="init.from_run=mine is stage1, but stage3 starts from stage2"):
+            needed("stage3", init__from_run="mine")
 
 
 def test_other_presets_refuse_missing_sources_by_name(finished):
