@@ -5,7 +5,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeAlias, TypedDict, TypeVar, Unpack, overload
+from typing import Any, TypeAlias, TypedDict, TypeVar, Unpack, get_args, overload
 
 import jax
 import jax.numpy as jnp
@@ -13,12 +13,15 @@ import numpy as np
 from jaxtyping import Float, UInt8
 
 from favchat_jax.checkpoints.run import Run, load_run
+from favchat_jax.config import MeshConfig, Storage
 from favchat_jax.data.conversation import ContextError
 from favchat_jax.data.video import Clip, decode
 from favchat_jax.errors import UserError
 from favchat_jax.generation.sampler import Sampler, Sampling, Turn
+from favchat_jax.generation.weights import from_run, size_of
 from favchat_jax.models.favchat import ClipFeatures
 from favchat_jax.programs import keep_programs
+from favchat_jax.sharding import AXES, answering_mesh
 
 T = TypeVar("T")
 BATCH = 8  # number of clips, or of questions about one clip, in a batch
@@ -64,11 +67,21 @@ class Options(TypedDict, total=False):
     seed: int
 
 
-def load(checkpoint: str | os.PathLike[str], *, cache: str | os.PathLike[str] | None = None) -> "Model":
+def load(
+    checkpoint: str | os.PathLike[str],
+    *,
+    storage: Storage = "full",
+    mesh: Mapping[str, int] | None = None,
+    cache: str | os.PathLike[str] | None = None,
+) -> "Model":
     """Loads a checkpoint that answers questions.
 
     Args:
         checkpoint: workdir of a stage, or a folder that `tools.export_orbax` wrote.
+        storage: width of the language model's kernels in memory: full (the run's own), int8 or int4.
+        mesh: number of devices along `data`, which shares clips, `tensor`, which cuts the language model by its
+            key/value heads, and `fsdp`, which cuts all weights, as in {"data": 2, "tensor": 4}. By default, one clip is
+            answered by all devices of this process together.
         cache: folder that keeps compiled programs, so that the next process starts in seconds. JAX then keeps all
             programs of this process there. By default, nothing is kept.
 
@@ -80,6 +93,8 @@ def load(checkpoint: str | os.PathLike[str], *, cache: str | os.PathLike[str] | 
         raise TypeError(f"a checkpoint is a path, not {type(checkpoint).__name__}")
     if not os.fspath(checkpoint):
         raise UserError("the checkpoint's folder is empty text: name a stage's workdir")
+    if storage not in get_args(Storage):
+        raise UserError(f"storage={storage} is unknown: choose one of {', '.join(get_args(Storage))}")
     folder = Path(cache).expanduser() if cache else None
     if folder:
         try:
@@ -87,7 +102,8 @@ def load(checkpoint: str | os.PathLike[str], *, cache: str | os.PathLike[str] | 
         except OSError as error:
             raise UserError(f"cache={folder} cannot be a folder ({error.strerror}): name another") from None
         keep_programs(folder, seconds=0.0)
-    return Model(load_run(Path(checkpoint).expanduser(), folder))
+    sizes = mesh_sizes(mesh)
+    return Model(load_run(Path(checkpoint).expanduser(), folder), storage, sizes)
 
 
 class Model:
@@ -96,16 +112,21 @@ class Model:
     The first call of each method compiles, which takes seconds (embedded model) to minutes (7 B).
 
     Args:
-        run: a loaded run.
+        run: a loaded run, whose weights move into the model.
+        storage: width of the language model's kernels in memory.
+        mesh: sizes of the mesh that answers; by default the best for `batch` clips (`sharding.answering_mesh`).
+        batch: number of clips that are answered together, for the choice of the mesh.
 
     Attributes:
         config: the config that the run was trained with.
         sampler: generates answers for code that builds its own batches.
     """
 
-    def __init__(self, run: Run):
-        self.config = run.config
-        self.sampler = Sampler(run.parts, run.weights)
+    def __init__(self, run: Run, storage: Storage = "full", mesh: MeshConfig | None = None, batch: int = 1):
+        self.config, parts = run.config, run.parts
+        heads = parts.llm.num_key_value_heads
+        on = answering_mesh(mesh, heads=heads, batch=batch, weights=size_of(parts, storage))
+        self.sampler = Sampler(parts, from_run(run, on, storage), storage, on)
         self._identity = object()
 
     def __repr__(self) -> str:
@@ -272,6 +293,17 @@ class Dialogue:
             answer += piece
             yield piece
         self.turns = turns + ([(question, answer.strip())] if answer.strip() else [])
+
+
+def mesh_sizes(mesh: Mapping[str, int] | None) -> MeshConfig | None:
+    """Checks the sizes of a mesh; an axis that is not named has one device."""
+    if mesh is None:
+        return None
+    if not isinstance(mesh, Mapping) or not all(isinstance(size, int) for size in mesh.values()):
+        raise TypeError("a mesh is a mapping from axes to numbers of devices")
+    if unknown := sorted(mesh.keys() - set(AXES)):
+        raise UserError(f"mesh has the unknown axis {unknown[0]}: the axes are {', '.join(AXES)}")
+    return MeshConfig(**{**dict.fromkeys(AXES, 1), **mesh})
 
 
 def _sampling(options: Mapping[str, Any]) -> Sampling:

@@ -8,12 +8,13 @@ import contextlib
 import json
 import sys
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 from absl import flags
 
 import favchat_jax
 from favchat_jax import command_line
+from favchat_jax.config import Storage
 from favchat_jax.data import reasoning
 from favchat_jax.data.video import decode
 from favchat_jax.embedded.notice import unlike_training
@@ -113,10 +114,13 @@ def main() -> None:
         "seed": _SEED.value,
     }
     Sampling(**sampling)  # refused before any work
+    mesh = command_line.mesh_sizes(_MESH.value)
     # The video is opened first, because loading a checkpoint takes longer than refusing a bad file.
     decode(_VIDEO.value, frames=1, size=16)
     with _waiting(f"loading {_CHECKPOINT.value}"):
-        model = favchat_jax.load(_CHECKPOINT.value, cache=user_cache())
+        model = favchat_jax.load(
+            _CHECKPOINT.value, storage=cast(Storage, _STORAGE.value), mesh=mesh, cache=user_cache()
+        )
     if notice := unlike_training(model.config, _VIDEO.value):
         _say(notice)
     if questions:
@@ -139,4 +143,6 @@ if __name__ == "__main__":
     _TOP_P = flags.DEFINE_float("top_p", 1.0, "Nucleus")
     _ANSWER_ONLY = flags.DEFINE_bool("answer_only", False, "Print the text in <answer>, without the thought")
     _SEED = flags.DEFINE_integer("seed", 0, "Of the draws at temperatures above 0")
+    _STORAGE = flags.DEFINE_enum("storage", "full", command_line.STORAGES, command_line.STORAGE)
+    _MESH = flags.DEFINE_string("mesh", None, command_line.MESH)
     command_line.start(main)

@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import dataclasses
 import errno
 import logging
 import os
@@ -9,16 +10,22 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import get_args
 
 from absl import flags
 from absl import logging as absl_logging
 from ml_collections import config_flags
 
+from favchat_jax.config import MeshConfig, Storage
 from favchat_jax.errors import RunError, UserError, one_line
 from favchat_jax.signals import end_at_interrupt
 
 HELP = {f"{dashes}{name}" for name in ("help", "helpfull", "helpshort", "h") for dashes in ("-", "--")}
 
+# Options of all commands that answer
+STORAGES: tuple[Storage, ...] = get_args(Storage)
+STORAGE = "Width of the language model's kernels in memory: full (the run's own), int8 or int4"
+MESH = "Devices along each axis, as in data=2,tensor=4; by default all devices, in the best shape for the batch"
 LESS_MEMORY = "take fewer clips or questions at once, or see docs/how-to/small-cards.md for what saves memory"
 
 
@@ -113,6 +120,22 @@ def _with_home(argument: str) -> str:
     """Replaces `~` in --NAME=~/PATH, which a shell leaves to the command."""
     option, equals, value = argument.partition("=")
     return option + equals + (os.path.expanduser(value) if value.startswith("~/") else value)
+
+
+def mesh_sizes(text: str | None) -> dict[str, int] | None:
+    """Reads the value of --mesh.
+
+    Raises:
+        UserError: it has another form.
+    """
+    if text is None:
+        return None
+    axes = [field.name for field in dataclasses.fields(MeshConfig)]
+    found = [re.fullmatch(rf"({'|'.join(axes)})=(\d+)", part.strip()) for part in text.split(",")]
+    sizes = {match[1]: int(match[2]) for match in found if match}
+    if len(sizes) < len(found) or 0 in sizes.values():
+        raise UserError(f"--mesh={text}: give numbers of devices along {', '.join(axes)}, as in --mesh=data=2,tensor=4")
+    return sizes
 
 
 def check_kind(holder: flags.FlagHolder, field: str, choices: str) -> None:

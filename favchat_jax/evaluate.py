@@ -8,15 +8,16 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from absl import flags
 from ml_collections import config_flags
 
 from favchat_jax import command_line
-from favchat_jax.api import Model
+from favchat_jax.api import Model, mesh_sizes
 from favchat_jax.checkpoints.run import Run, load_run
 from favchat_jax.checkpoints.weights_folder import describe_leaves
+from favchat_jax.config import Storage
 from favchat_jax.embedded.prepare import PRESET
 from favchat_jax.errors import UserError
 from favchat_jax.evaluation import result as results
@@ -26,7 +27,6 @@ from favchat_jax.evaluation.judge import Judge
 from favchat_jax.evaluation.questions import check_benchmark
 from favchat_jax.evaluation.respondents import FaVChat, OpenAIServer, Respondent
 from favchat_jax.evaluation.session import Journal, Session
-from favchat_jax.stages import group_of
 
 
 def evaluate(
@@ -35,6 +35,8 @@ def evaluate(
     *,
     model: str | None = None,
     describer: str | Path | None = None,
+    storage: Storage = "full",
+    mesh: Mapping[str, int] | None = None,
     journal: Path | None = None,
 ) -> results.Result:
     """Runs the benchmark that `config.benchmark` names; `evaluation/result.py` describes the result.
@@ -44,6 +46,8 @@ def evaluate(
         checkpoint: workdir of the model; None if `model` is given.
         model: openai:URL#NAME, a server's model.
         describer: a checkpoint whose descriptions precede the questions.
+        storage: width of the kernels of checkpoints' language models in memory.
+        mesh: number of devices along each axis, as of `favchat_jax.load`; by default the best for the batch.
         journal: file that keeps answers until the evaluation is complete.
     """
     benchmark = benchmark_of(config.benchmark)
@@ -51,10 +55,10 @@ def evaluate(
     if model:
         respondent = OpenAIServer(model, config.server)
     elif checkpoint:
-        respondent = respondent_of(checkpoint, config)
+        respondent = respondent_of(checkpoint, config, storage, mesh)
     else:
         raise ValueError("give a checkpoint or a model")
-    describing = respondent_of(describer, config) if describer else None
+    describing = respondent_of(describer, config, storage, mesh) if describer else None
     session = Session(
         respondent,
         batch=config.batch,
@@ -82,23 +86,39 @@ def incomparable(result: results.Result, models: Mapping[str, Mapping[str, Any] 
     return reasons + [f"the {role} is an embedded one, trained on rendered faces" for role in embedded]
 
 
-def respondent_of(checkpoint: str | Path, config: EvaluationConfig) -> FaVChat:
+def respondent_of(
+    checkpoint: str | Path,
+    config: EvaluationConfig,
+    storage: Storage = "full",
+    mesh: Mapping[str, int] | None = None,
+) -> FaVChat:
     """Loads a checkpoint that answers in batches of the config's size."""
+    sizes = mesh_sizes(mesh)
+    shares = sizes.data * sizes.fsdp if sizes else 1
+    if config.batch % shares:
+        raise UserError(f"batch={config.batch} does not divide over {shares} devices of --mesh: choose a multiple")
     run = load_run(checkpoint)
     if run.config.preset != PRESET:  # the embedded model's tokenizer spells these questions by letters
         check_benchmark(run.parts, config)
-    return FaVChat(Model(run).sampler, config.batch, config.questions, identity_of(checkpoint, run))
+    identity = identity_of(checkpoint, run, storage)
+    sampler = Model(run, storage, sizes, config.batch).sampler
+    return FaVChat(sampler, config.batch, config.questions, identity)
 
 
-def identity_of(checkpoint: str | Path, run: Run) -> dict[str, Any]:
-    """Identifies a checkpoint in a result: its folder, kind and step, and a hash of its weights.
+def identity_of(checkpoint: str | Path, run: Run, storage: Storage = "full") -> dict[str, Any]:
+    """Identifies a checkpoint in a result: its folder, kind, step and storage, and a hash of its weights.
 
     The hash includes the fingerprint of the language model's folder.
     """
-    weights = {path: leaf for path, leaf in run.weights.items() if group_of(path) != "llm"}
-    content = json.dumps([describe_leaves(weights), run.parts.fingerprint], sort_keys=True)
+    content = json.dumps([describe_leaves(run.weights), run.parts.fingerprint], sort_keys=True)
     kind = {name: getattr(run.config, name) for name in ("preset", "variant", "ablation", "stage")}
-    return {"name": str(checkpoint), **kind, "step": run.step, "sha256": hashlib.sha256(content.encode()).hexdigest()}
+    return {
+        "name": str(checkpoint),
+        **kind,
+        "step": run.step,
+        "storage": storage,
+        "sha256": hashlib.sha256(content.encode()).hexdigest(),
+    }
 
 
 def judge_of(config: EvaluationConfig) -> Judge | None:
@@ -130,7 +150,15 @@ def main() -> None:
     command_line.check_output("--out", _OUT.value)
     out = Path(_OUT.value)
     journal = out.with_name(f"{out.name}.answers.jsonl")
-    result = evaluate(config, _CHECKPOINT.value, model=_MODEL.value, describer=_DESCRIBER.value, journal=journal)
+    result = evaluate(
+        config,
+        _CHECKPOINT.value,
+        model=_MODEL.value,
+        describer=_DESCRIBER.value,
+        storage=cast(Storage, _STORAGE.value),
+        mesh=command_line.mesh_sizes(_MESH.value),
+        journal=journal,
+    )
     results.write_result(out, result)
     journal.unlink(missing_ok=True)  # the result holds everything
     print(table(result))
@@ -142,5 +170,7 @@ if __name__ == "__main__":
     _MODEL = flags.DEFINE_string("model", None, "openai:URL#NAME: evaluate a server's model instead of a checkpoint")
     _DESCRIBER = flags.DEFINE_string("describer", None, "Workdir of a stage whose descriptions precede the questions")
     _OUT = flags.DEFINE_string("out", None, "JSON file of the result")
+    _STORAGE = flags.DEFINE_enum("storage", "full", command_line.STORAGES, command_line.STORAGE)
+    _MESH = flags.DEFINE_string("mesh", None, command_line.MESH)
     _PRINT_CONFIG = flags.DEFINE_bool("print_config", False, "Print the config with the options given, and end")
     command_line.start(main)

@@ -21,6 +21,7 @@ from jaxtyping import Array, Shaped
 from favchat_jax.config import Config, MeshConfig
 from favchat_jax.errors import UserError
 
+USABLE = 0.8  # share of a device's memory that weights may take, so that answers have room
 AXES = ("data", "fsdp", "tensor")
 CLIPS = ("data", "fsdp")  # axes that split the clips of a batch
 WEIGHTS = ("fsdp", "tensor")  # all axes that split a weight
@@ -32,9 +33,12 @@ TABLE = (
     (r"llm/embed_tokens/embedding", P("tensor", "fsdp")),
     (r"llm/(layers/.*/(q|k|v|gate|up)_proj|lm_head)/kernel", P("fsdp", "tensor")),
     (r"llm/layers/.*/(o|down)_proj/kernel", P("tensor", "fsdp")),
+    (r"llm/(layers_\d+/(qkv|gate_up)_proj|lm_head)/transposed(_scale)?", P("tensor", "fsdp")),
+    (r"llm/layers_\d+/(qkv|gate_up)_proj/joins", P("tensor", None, "fsdp")),
+    (r"llm/layers_\d+/(o|down)_proj/transposed(_scale)?", P("fsdp", "tensor")),
     (r"llm/.*lora_a", P(WEIGHTS, None)),
     (r"llm/.*lora_b", P(None, WEIGHTS)),
-    (r"llm/.*scale", P()),
+    (r"llm/(.*/)?(kernel_)?scale", P()),
     (r"(?!llm/).*/(kernel|linear_fuse)", P(WEIGHTS, None)),
     (r"(general|facial)_qformer/(.*/embedding|(extra_)?query_tokens)", P(None, WEIGHTS)),
     (r"(?!llm/).*/(bias|scale|[qv]_bias|relative_position_bias_table)|adapter/weights", P()),
@@ -80,6 +84,40 @@ def make_mesh(sizes: MeshConfig, devices: list[jax.Device] | None = None) -> Mes
     if jax.process_count() > 1 and local % sizes.tensor:
         raise UserError(f"mesh.tensor={sizes.tensor} does not divide the {local} devices of a process")
     return jax.make_mesh(tuple(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices[:count])
+
+
+def answering_mesh(
+    sizes: MeshConfig | None, *, heads: int, batch: int = 1, weights: int = 0, devices: list[jax.Device] | None = None
+) -> Mesh:
+    """Makes the mesh that answers questions, over the devices of this process.
+
+    By default, it is the one with most devices along `data` whose share of the weights fits a device; `batch` clips
+    must divide over `data`, and the heads over `tensor`. For one clip, all devices are along `tensor`.
+
+    Args:
+        sizes: of its axes, if they are given.
+        heads: of keys and values in the language model, which `tensor` cuts.
+        batch: number of clips that are answered together.
+        weights: bytes of all weights.
+        devices: by default those of this process.
+
+    Raises:
+        UserError: `sizes` do not suit the devices or the heads.
+    """
+    devices = devices or jax.local_devices()
+    if sizes is not None:
+        mesh = make_mesh(sizes, devices)
+        if heads % mesh.shape["tensor"]:
+            given = f"mesh.tensor={mesh.shape['tensor']}"
+            raise UserError(f"{given} does not divide the language model's {heads} key/value heads: choose a divisor")
+        return mesh
+    memory = (devices[0].memory_stats() or {}).get("bytes_limit", math.inf)
+    data, tensor = 1, math.gcd(len(devices), heads)
+    for size in (n for n in range(1, tensor + 1) if tensor % n == 0 and batch % (len(devices) // n) == 0):
+        if weights / size <= USABLE * memory:
+            data, tensor = len(devices) // size, size
+            break
+    return make_mesh(MeshConfig(data=data, fsdp=1, tensor=tensor), devices)
 
 
 def check_batch(batch: int, accumulate: int, mesh: Mesh, named: str = "batch") -> None:
@@ -132,7 +170,7 @@ def place(path: str, weight: Any, mesh: Mesh, dtype: Any) -> jax.Array:
     """Places a weight of host memory on the mesh; each device receives only its own shard."""
     weight = np.asarray(weight)
     shards = partition(path, weight.shape, mesh)
-    return jax.make_array_from_callback(weight.shape, shards, lambda index: weight[index].astype(dtype))
+    return jax.make_array_from_callback(weight.shape, shards, lambda index: weight[index].astype(dtype, copy=False))
 
 
 def as_placed(shapes: Any, shards: Any) -> Any:
@@ -156,6 +194,20 @@ def batch_partition(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P(CLIPS))
 
 
+def place_rows(arrays: Any, mesh: Mesh) -> Any:
+    """Places a tree of arrays that this process holds whole: split along their first axis, or whole on every device.
+
+    They are whole where the first axis does not divide, such as a single clip.
+    """
+
+    def placed(array: Any) -> jax.Array:
+        shares = mesh.shape["data"] * mesh.shape["fsdp"]
+        spec = P(CLIPS) if array.shape[0] % shares == 0 else P()
+        return jax.device_put(array, NamedSharding(mesh, spec))
+
+    return arrays if mesh.size == 1 else jax.tree.map(placed, arrays)
+
+
 def place_batch(arrays: Mapping[str, Any], mesh: Mesh) -> dict[str, Any]:
     """Places this process's part of a batch, a tree of arrays, with each device's clips on it."""
     sharding = batch_partition(mesh)
@@ -167,7 +219,18 @@ def by_clip(x: Shaped[Array, "B ..."]) -> Shaped[Array, "B ..."]:
 
     Otherwise the compiler might follow a weight's partition and split activations along their channels.
     """
+    return _constrained(x)
+
+
+def by_clip_and_head(x: Shaped[Array, "B K ..."]) -> Shaped[Array, "B K ..."]:
+    """Constrains `x` to be split along its first axis, as clips are, and its second, as key/value heads are."""
+    return _constrained(x, "tensor")
+
+
+def _constrained(x: Array, *axes: str) -> Array:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return x
-    return jax.lax.with_sharding_constraint(x, P(CLIPS))
+    wanted = zip(x.shape, (CLIPS, *((axis,) for axis in axes)), strict=False)
+    spec = [names if size % math.prod(mesh.shape[name] for name in names) == 0 else None for size, names in wanted]
+    return jax.lax.with_sharding_constraint(x, P(*spec))

@@ -149,6 +149,22 @@ def test_a_checkpoint_that_is_no_path_and_a_cache_that_is_no_folder_are_refused(
         favchat_jax.load(tmp_path, cache=tmp_path / "file")
 
 
+def test_a_storage_and_a_mesh_that_are_none_are_refused(tmp_path):
+    with pytest.raises(favchat_jax.UserError, match="storage=int3 is unknown: choose one of full, int8, int4"):
+        favchat_jax.load(tmp_path, storage="int3")
+    with pytest.raises(favchat_jax.UserError, match="mesh has the unknown axis model: the axes are data, fsdp, tensor"):
+        favchat_jax.load(tmp_path, mesh={"model": 2})
+    with pytest.raises(TypeError, match="a mesh is a mapping from axes to numbers of devices"):
+        favchat_jax.load(tmp_path, mesh="data=2")
+    with pytest.raises(favchat_jax.UserError, match="data"):
+        favchat_jax.load(tmp_path, mesh={"data": 0})
+
+
+def test_narrow_answers_are_answers(trained, clips):
+    narrow = favchat_jax.load(trained.folder / "stage3", storage="int8", mesh={"data": 1})
+    assert isinstance(narrow.answer(clips[0], "Which hair?", max_new_tokens=4), str)
+
+
 @pytest.mark.parametrize("history", ["hi", ["ab"], [("Which hair?",)], None, [("Which hair?", None)]])
 def test_a_history_that_is_no_list_of_pairs_is_named(model, clips, history):
     with pytest.raises(TypeError, match="history is a list of pairs of texts"):

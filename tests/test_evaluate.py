@@ -66,6 +66,14 @@ def test_a_result_says_what_it_is_of(dfew, checkpoint, trained):
     json.dumps(result, allow_nan=False)
 
 
+def test_narrow_kernels_are_named_in_the_result_and_a_batch_must_divide_over_the_mesh(dfew, checkpoint):
+    config = config_of(dfew, method="direct", limit=1)
+    told = evaluate(config, checkpoint, storage="int8")["provenance"]["checkpoint"]
+    assert told == identity_of(checkpoint, load_run(checkpoint), "int8") and told["storage"] == "int8"
+    with pytest.raises(UserError, match=f"batch={config.batch} does not divide over 7 devices of --mesh"):
+        evaluate(config, checkpoint, mesh={"data": 7})
+
+
 def test_the_data_sets_hash_changes_with_its_labels_and_its_clips(dfew, tmp_path):
     def hashed(root):
         with serve(lambda body: "happy") as server:

@@ -23,6 +23,7 @@ from favchat_jax.evaluation.config import EvaluationConfig
 from favchat_jax.evaluation.session import Session
 from favchat_jax.files import replace_file
 from favchat_jax.generation.sampler import Sampler
+from favchat_jax.generation.weights import from_run
 
 log = logging.getLogger("favchat_jax")
 
@@ -41,11 +42,11 @@ def sweep(run: Run, lengths: list[int], limit: int) -> list[dict[str, Any]]:
     data = run.config.data
     config = EvaluationConfig.from_ml_collections(rendered.get_config())
     config = config.updated({"limit": limit, "data.name": data.name, "data.packed": data.packed})
-    rows = []
+    rows, weights = [], from_run(run)
     for frames in lengths:
         log.info("%d frames", frames)
         parts = assemble(run.config.updated({"model.frames": frames}))
-        result = benchmark.run(config, Session.of(Sampler(parts, run.weights), config))
+        result = benchmark.run(config, Session.of(Sampler(parts, weights), config))
         groups = {"all": result, **result["groups"]}
         figures = {name: {"n": part["n"], **part["figures"]["accuracy"]} for name, part in groups.items()}
         rows.append({"frames": frames, "figures": figures})

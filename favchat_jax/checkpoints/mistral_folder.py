@@ -25,12 +25,14 @@ from favchat_jax.checkpoints.table import (
     Row,
     Shape,
     Table,
+    account,
+    check,
     each,
     linear,
     prefixed,
     write,
 )
-from favchat_jax.checkpoints.tensors import open_tensors, read_json, save_tensors, shards
+from favchat_jax.checkpoints.tensors import Tensor, open_tensors, read_json, save_tensors, shards
 from favchat_jax.errors import UserError
 from favchat_jax.models.mistral import REFETCH, LoRA, Mistral, MistralConfig
 
@@ -124,6 +126,25 @@ def each_weight(
     shapes = shapes or weight_shapes(read_config(folder))
     weights = each(TABLE, open_tensors(folder).items(), shapes, folder, jnp.dtype(dtype))
     return ((prefix + path, weight) for path, weight in weights)
+
+
+def open_weights(folder: str | Path, shapes: Mapping[str, Shape]) -> dict[tuple[str | int, ...], tuple[str, Tensor]]:
+    """Returns each of the folder's tensors in its published layout, by the path here and the place in stacked layers.
+
+    A kernel is [out, in], as in `("layers/mlp/up_proj/kernel", 3)`. Its published name stands beside each tensor.
+    Nothing is read yet.
+
+    Args:
+        folder: the Hugging Face folder, or a copy of one.
+        shapes: as of `each_weight`.
+
+    Raises:
+        UserError: as of `each_weight`.
+    """
+    tensors = open_tensors(folder)
+    found = account(TABLE, tensors, shapes)
+    check(TABLE, found, folder)
+    return {(slot.path, *slot.place): (name, tensors[name]) for name, slot in found.used.items()}
 
 
 def read_weights(folder: str | Path, dtype=np.float32) -> dict:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import itertools
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -88,7 +87,7 @@ class Run:
 
     Attributes:
         parts: its model.
-        weights: all weights of the model, flat.
+        weights: all weights in host memory, flat, but those of the language model's base, which are in its folder.
         step: of the checkpoint that they come from; None for an exported folder.
     """
 
@@ -165,7 +164,7 @@ def open_run(workdir: str | Path, cache: Path | None = None) -> Assembly:
 
 
 def load_run(workdir: str | Path, cache: Path | None = None) -> Run:
-    """Loads the newest checkpoint of a workdir, or an exported folder, with everything that answering needs.
+    """Loads the newest checkpoint of a workdir, or an exported folder; `generation.weights.from_run` loads the rest.
 
     Args:
         workdir: the folder.
@@ -175,10 +174,8 @@ def load_run(workdir: str | Path, cache: Path | None = None) -> Run:
         UserError: as of `open_run`, or no checkpoint is intact, or weights are missing.
     """
     parts = open_run(workdir, cache)
-    base = mistral_folder.each_weight(parts.config.llm.path, prefix="llm/", shapes=parts.base_shapes)
-    step, trained = _load(Path(workdir), parts.shapes)
-    loaded = itertools.chain(base, trained.items())
-    return Run(parts, {path: jax.device_put(leaf) for path, leaf in loaded}, step)
+    step, weights = _load(Path(workdir), parts.shapes)
+    return Run(parts, weights, step)
 
 
 def load_trained(workdir: str | Path, shapes: Mapping[str, Any] | None = None) -> Weights:

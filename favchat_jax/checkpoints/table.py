@@ -175,7 +175,9 @@ def check(table: Table, found: Account, source: object) -> None:
         first = next(iter((*found.unknown, *found.ignored)), "nothing")
         raise UserError(f"{source} holds no weight of {table.holds} (its first is {first}): check the kind of the file")
     if found.unknown:
-        raise UserError(f"{source}: {found.unknown[0]} is not a weight of {table.holds}{_others(found.unknown)}")
+        others = f", nor are {len(found.unknown) - 1} more" if len(found.unknown) > 1 else ""
+        hint = "check that it is an unchanged file of this kind"
+        raise UserError(f"{source}: {found.unknown[0]} is not a weight of {table.holds}{others}: {hint}")
     if found.misshapen:
         name, (expected, shape) = next(iter(found.misshapen.items()))
         others = _others(found.misshapen)

@@ -44,9 +44,9 @@ def load_config(folder: str | Path) -> dict[str, Any]:
     try:
         fields = json.loads(path.read_text())
     except (FileNotFoundError, NotADirectoryError):
-        inside = sorted(str(found.parent) for found in Path(folder).glob("*/config.json"))
-        hint = f"; did you mean {inside[-1]}?" if inside else ""
-        raise UserError(f"{path} is missing: {folder} is not a workdir or a weights folder{hint}") from None
+        around = [*sorted(Path(folder).glob("*/config.json")), *Path(folder).parent.glob("config.json")]
+        hint = f"did you mean {around[-1].parent}?" if around else "name one that training or an export wrote"
+        raise UserError(f"{path} is missing: {folder} is not a workdir or a weights folder; {hint}") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}): check its permissions") from None
     except ValueError as error:  # not JSON, or not even text

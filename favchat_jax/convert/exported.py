@@ -33,7 +33,7 @@ from favchat_jax.convert import card, favchat, lora
 from favchat_jax.convert.folder import copy_tokenizer
 from favchat_jax.data.conversation import load_tokenizer
 from favchat_jax.errors import UserError
-from favchat_jax.models.lora import merge
+from favchat_jax.models.lora import merged
 from favchat_jax.models.mistral import LoRA
 
 Weights = Mapping[str, Any]
@@ -138,8 +138,8 @@ def _merged(weight: np.ndarray, slot: Slot, adapters: Weights, alpha: float) -> 
     layer, _, name = slot.path.rpartition("/")
     if name != "kernel" or f"llm/{layer}/lora_a" not in adapters:
         return weight
-    pair = {half: np.asarray(adapters[f"llm/{layer}/{half}"])[slot.place] for half in ("lora_a", "lora_b")}
-    return merge({"kernel": weight.astype(np.float32), **pair}, alpha)["kernel"]
+    a, b = (np.asarray(adapters[f"llm/{layer}/{half}"])[slot.place] for half in ("lora_a", "lora_b"))
+    return merged(weight.astype(np.float32), a, b, alpha)
 
 
 def _write_adapter(folder: Path, config: Config, adapters: Weights) -> None:

@@ -47,7 +47,8 @@ class BadRecords:
         else:  # the share is an estimate, so two standard deviations are tolerated
             expected = BAD_SHARE * self.seen
             too_many = self.bad > expected + 2 * math.sqrt(expected)
-        if self.seen >= BAD_AFTER and too_many:
+        all_are_bad = len(self.reasons) == self._records  # a small data set need not be read again and again
+        if all_are_bad or (self.seen >= BAD_AFTER and too_many):
             named = ", ".join(list(self.reasons)[:5]) + (" and others" if len(self.reasons) > 5 else "")
             raise UserError(
                 f"{self.bad} of {self.seen} records are bad, more than {BAD_SHARE:.0%}: fix or remove {named} "

@@ -138,7 +138,7 @@ def decode(
 
 @functools.lru_cache(maxsize=1024)  # one line a clip, however often a process reads it
 def _report_damage(label: str, damaged: int) -> None:
-    log.warning("%s: %d damaged frames are left out or shown as far as they can be decoded", label, damaged)
+    log.warning("%s: %d damaged or missing frames are left out or shown as far as possible", label, damaged)
 
 
 @dataclass(frozen=True)
@@ -162,9 +162,10 @@ def _from_keyframes(source: bytes | str, label: str, choose: Choose, picture: Pi
                 return None
             wanted = choose(len(timeline.times))
             found = {index: picture(frame) for index, frame in Reader(container, stream, timeline).frames(wanted)}
+            missing = _beyond_end(source, stream)
     except (VideoError, DamagedError):  # plain decoding raises it again, or knows better
         return None
-    return _Found(found, [(time - timeline.times[0]) * timeline.unit for time in timeline.times])
+    return _Found(found, [(time - timeline.times[0]) * timeline.unit for time in timeline.times], missing)
 
 
 def _in_order(source: bytes | str, label: str, choose: Choose, picture: Picture) -> _Found:
@@ -198,10 +199,19 @@ def _decode_all(source: bytes | str, label: str, wanted: set[int], picture: Pict
                 pictures[len(times)] = picture(frame)
             damaged += frame.is_corrupt
             times.append(frame.time)
+        damaged += _beyond_end(source, stream)
     known = [time for time in times if time is not None]
     if len(known) < len(times) or known != sorted(known):  # no times, or times that start over
         known = [number / rate for number in range(len(times))]
     return _Found(pictures, [time - known[0] for time in known], damaged)
+
+
+def _beyond_end(source: bytes | str, stream: av.VideoStream) -> int:
+    """Counts the frames that an mp4 or mov lists but does not hold, since it is truncated."""
+    if _container_format(source) != "mov":
+        return 0
+    size = len(source) if isinstance(source, bytes) else os.stat(source).st_size
+    return sum(entry.pos + entry.size > size for entry in stream.index_entries)
 
 
 def read_packets(container: InputContainer, stream: av.VideoStream) -> Iterator[av.Packet]:

@@ -1,22 +1,25 @@
 """Compiles the parts of an answer: a prompt is read once into a key/value cache, then tokens are drawn one by one."""
 
-from collections.abc import Callable, Mapping
+import functools
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from einops import rearrange
-from flax.traverse_util import unflatten_dict
-from jaxtyping import Array, Bool, Float, Int
+from jax.sharding import Mesh
+from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from favchat_jax.config import Config
 from favchat_jax.models import favchat
 from favchat_jax.models.favchat import ClipFeatures
+from favchat_jax.models.kernels.platform import compiling_for
 from favchat_jax.models.likelihood import target_log_probabilities
 from favchat_jax.models.mistral import MistralConfig
-from favchat_jax.models.mistral_decoding import LayerCache, decoding_form, empty_cache
+from favchat_jax.models.mistral_decoding import LayerCache, empty_cache
 from favchat_jax.programs import Traces, kept
+from favchat_jax.sharding import by_clip_and_head, one_device
 
 
 class Decoding(NamedTuple):
@@ -73,27 +76,53 @@ class Decoder:
         config: the run's config.
         llm: sizes of the language model.
         eos: the token that ends an answer.
+        storage: width of the language model's kernels.
+        mesh: devices that hold the weights; by default the first one.
         traces: where traces of these functions are kept for later processes, if anywhere.
     """
 
-    def __init__(self, config: Config, llm: MistralConfig, eos: int, traces: Traces | None = None):
-        self.model = favchat.build(config.model, llm, variant=config.variant, ablation=config.ablation, decoding=True)
-        self._llm, self._eos, self._alpha = llm, eos, config.model.lora.alpha
+    def __init__(
+        self,
+        config: Config,
+        llm: MistralConfig,
+        eos: int,
+        *,
+        storage: str = "full",
+        mesh: Mesh | None = None,
+        traces: Traces | None = None,
+    ):
+        self.model = favchat.build(
+            config.model,
+            llm,
+            variant=config.variant,
+            ablation=config.ablation,
+            lora_rank=config.lora_rank,
+            storage=storage,
+            decoding=True,
+        )
+        self._llm, self._eos = llm, eos
         self._apply: Callable[..., Any] = self.model.apply
         self._dtype = jnp.dtype(config.model.dtype)
-        encode = jax.jit(lambda params, frames: self._apply(params, frames, method="encode"))
-        self.encode = kept(encode, "encode", traces)
-        self.weigh = kept(jax.jit(self._weigh), "weigh", traces)
-        self.compare = kept(jax.jit(self._compare), "compare", traces)
-        self.begin = kept(jax.jit(self._begin, static_argnames=("room", "copies")), "begin", traces)
-        advance = jax.jit(self._advance, static_argnames="count", donate_argnums=1)
-        self.advance = kept(advance, "advance", traces, donated=(1,))
+        self._mesh = mesh or one_device()
+        self._traces = traces if self._mesh.size == 1 else None  # whose format names no shards
+        self.encode = self._compiled(self._encode)
+        self.weigh = self._compiled(self._weigh)
+        self.compare = self._compiled(self._compare)
+        self.begin = self._compiled(self._begin, static_argnames=("room", "copies"))
+        self.advance = self._compiled(self._advance, static_argnames=("count",), donate_argnums=(1,))
 
-    def lay_out(self, weights: Mapping[str, Array]) -> dict[str, Any]:
-        """Converts all weights of the model, flat and in the training form, to the tree that these functions take."""
-        tree = unflatten_dict(dict(weights), sep="/")
-        tree["llm"] = decoding_form(tree["llm"], self._alpha)
-        return {"params": tree}
+    def _compiled(self, function: Callable[..., Any], donate_argnums: tuple[int, ...] = (), **static: Any) -> Any:
+        @functools.wraps(function)
+        def on_mesh(*arguments, **options):
+            platform = self._mesh.devices.flat[0].platform
+            with compiling_for(platform), jax.sharding.use_abstract_mesh(self._mesh.abstract_mesh):
+                return function(*arguments, **options)
+
+        compiled = jax.jit(on_mesh, donate_argnums=donate_argnums, **static)
+        return kept(compiled, f"{function.__name__} {self.model.llm.storage}", self._traces, donate_argnums)
+
+    def _encode(self, params, frames: UInt8[Array, "B T H W 3"]) -> ClipFeatures:
+        return self._apply(params, frames, method="encode")
 
     def _weigh(self, params, features: ClipFeatures, prompt: Int[Array, "B Q P"], prompt_mask: Bool[Array, "B Q P"]):
         return self._apply(params, features, prompt, prompt_mask, method="visual_tokens")[1].mean(axis=2)
@@ -124,7 +153,7 @@ class Decoder:
     def _begin(self, params, features, arrays, key, temperature, top_p, *, room: int, copies: int) -> Decoding:
         """Reads each conversation once and begins `copies` answers to it."""
         clips, questions, length = arrays["tokens"].shape
-        cache = empty_cache(self._llm, clips * questions, length + room, self._dtype)
+        cache = jax.tree.map(by_clip_and_head, empty_cache(self._llm, clips * questions, length + room, self._dtype))
         inputs = (arrays[name] for name in ("tokens", "prompt", "prompt_mask"))
         output = self._apply(params, features, *inputs, cache=cache)
         last = jnp.asarray(arrays["last"])
@@ -132,6 +161,7 @@ class Decoder:
         logits = self._apply(params, final, method="logits")
         repeated = (logits, output.cache, last)
         logits, cache, last = jax.tree.map(lambda leaf: jnp.repeat(leaf, copies, axis=0), repeated)
+        cache = jax.tree.map(by_clip_and_head, cache)
         draw_key, key = jax.random.split(jax.random.wrap_key_data(key))
         token = draw(logits, draw_key, temperature, top_p)
         return Decoding(token, last + 1, token == self._eos, jax.random.key_data(key), cache)

@@ -7,18 +7,21 @@ nothing compiles twice. `generation/decoding.py` holds the compiled functions.
 import dataclasses
 import functools
 import logging
-from collections.abc import Iterator, Sequence
-from typing import Annotated
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import unflatten_dict
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from favchat_jax.checkpoints.run import Assembly
 from favchat_jax.generation.decoding import Decoder
 from favchat_jax.models.favchat import ClipFeatures
 from favchat_jax.section import Allowed, NotNegative, Section, Share
+from favchat_jax.sharding import one_device, place_rows
 
 Turn = tuple[str, str | None]
 LONGEST = 4096  # most tokens of an answer, and of a conversation whose answer is weighed
@@ -49,26 +52,33 @@ class Sampler:
 
     Args:
         parts: the model and the encoders of its text inputs.
-        weights: all weights of the model, flat.
+        weights: all weights of the model in the decoding form, flat (`generation/weights.py`).
+        storage: width of the language model's kernels in them.
+        mesh: devices that hold them; by default the first one.
     """
 
-    def __init__(self, parts: Assembly, weights: dict[str, Array]):
+    def __init__(self, parts: Assembly, weights: Mapping[str, Array], storage: str = "full", mesh: Mesh | None = None):
         sizes = parts.config.model
         self.frames, self.image_size = sizes.frames, sizes.image_size
         self.tokenizer, self.conversation, self.prompt = parts.tokenizer, parts.conversation, parts.prompt
         self._reads_questions = sizes.qformer.prompt
         self._longest = max(parts.config.data.buckets)
-        self._decoder = Decoder(parts.config, parts.llm, self.conversation.eos, parts.traces)
+        self._mesh = mesh or one_device()
+        how: dict[str, Any] = {"storage": storage, "mesh": self._mesh, "traces": parts.traces}
+        self._decoder = Decoder(parts.config, parts.llm, self.conversation.eos, **how)
         self.load(weights)
 
-    def load(self, weights: dict[str, Array]) -> None:
+    def load(self, weights: Mapping[str, Array]) -> None:
         """Replaces the weights by others of the same model; nothing compiles again."""
-        self._params = None  # frees the old weights, so that memory holds one merged language model only
-        self._params = self._decoder.lay_out(weights)
+        self._params: dict[str, Any] | None = {"params": unflatten_dict(dict(weights), sep="/")}
+
+    def unload(self) -> None:
+        """Frees the weights, before others of the same model are made."""
+        self._params = None
 
     def encode(self, frames: UInt8[np.ndarray, "B T H W 3"]) -> ClipFeatures:
         """Runs the encoders once; the result serves any number of questions about these clips."""
-        return self._decoder.encode(self._params, frames)
+        return self._decoder.encode(self._params, place_rows(frames, self._mesh))
 
     def check(self, turns: Sequence[Turn]) -> None:
         """Raises UserError if a question is empty or the conversation is longer than the largest bucket."""
@@ -81,7 +91,8 @@ class Sampler:
             features: of B clips, from `encode`.
             questions: Q for each clip.
         """
-        return np.asarray(self._decoder.weigh(self._params, features, *self._prompts(questions)))
+        prompts = place_rows(self._prompts(questions), self._mesh)
+        return np.asarray(self._decoder.weigh(self._params, features, *prompts))
 
     def answer(
         self, features: ClipFeatures, conversations: Sequence[Sequence[Sequence[Turn]]], sampling: Sampling
@@ -143,8 +154,8 @@ class Sampler:
         offsets = np.arange(lengths.max())
         scored = offsets < lengths[..., None]
         places = np.where(scored, starts[..., None] + offsets, 1).astype(np.int32)
-        tokens = self._batch(encoded, longest)
-        return np.asarray(self._decoder.compare(self._params, features, tokens, *prompts, places, scored)), lengths
+        arrays = place_rows((self._batch(encoded, longest), *prompts, places, scored), self._mesh)
+        return np.asarray(self._decoder.compare(self._params, features, *arrays)), lengths
 
     def responses(
         self, features: ClipFeatures, questions: Sequence[str], group: int, sampling: Sampling
@@ -185,7 +196,7 @@ class Sampler:
 
         Takes the arguments of `answer`; each conversation is answered `copies` times.
         """
-        arrays = self._arrays(conversations)
+        arrays = place_rows(self._arrays(conversations), self._mesh)
         draw_how = (jnp.float32(sampling.temperature), jnp.float32(sampling.top_p))
         key = jax.random.key_data(jax.random.key(sampling.seed))
         room = sampling.max_new_tokens

@@ -275,9 +275,9 @@ def build(
         variant: v1 or v2.
         ablation: none, no_face, no_granularity or no_moe (Table 6); for v2 the last two are without CA2 and without
             weight adapters.
-        lora_rank: of the language model's adapters; 0 in stage 1 and for decoding.
+        lora_rank: of the language model's adapters; 0 in stage 1.
         storage: width of the language model's frozen kernels (`kernels/quantized.py`).
-        decoding: whether the language model is in its decoding form.
+        decoding: whether the language model is in its decoding form, in which full kernels include the adapters.
     """
     dtype = jnp.dtype(model.dtype)
     common: dict[str, Any] = {"remat": model.remat, "dtype": dtype}
@@ -286,6 +286,11 @@ def build(
     # Visual tokens start as large as word embeddings. At the size of a Q-Former's normed output they would drown what
     # the language model's layers add to them.
     word_scale = nn.initializers.variance_scaling(1 / llm.hidden_size, "fan_in", "normal")
+    language_model: Mistral | DecodingMistral
+    if decoding:
+        language_model = DecodingMistral(llm, dtype, storage, adapters)
+    else:
+        language_model = Mistral(llm, adapters, storage=storage, **common)
     shared: dict[str, Any] = {
         "umt": UMT(**vars(model.umt), taps=taps, **common),
         "facexformer": FaceXFormerEncoder(**vars(model.facexformer), **common),
@@ -293,7 +298,7 @@ def build(
         "facial_qformer": QFormer(**vars(model.qformer), **common),
         "general_proj": Linear(llm.hidden_size, dtype=dtype, kernel_init=word_scale),
         "facial_proj": Linear(llm.hidden_size, dtype=dtype, kernel_init=word_scale),
-        "llm": DecodingMistral(llm, dtype) if decoding else Mistral(llm, adapters, storage=storage, **common),
+        "llm": language_model,
         "ablation": ablation,
         "dtype": dtype,
     }

@@ -52,18 +52,12 @@ class LoRADense(nn.Module):
         return y + (self.alpha / self.rank) * low_rank(x, lora_a.astype(self.dtype), lora_b.astype(self.dtype))
 
 
-def merge(weights: dict, alpha: float) -> dict:
-    """Adds every adapter below `weights` to its kernel: W + (alpha / r) A B, computed in float32.
-
-    Args:
-        weights: a nested tree in which some nodes hold `kernel`, `lora_a` and `lora_b` (stacked layers included).
-        alpha: the adapters' alpha; their rank is read from `lora_a`.
-
-    Returns:
-        The tree without adapters, each kernel in its own dtype.
-    """
-    if "lora_a" in weights:
-        a, b = (weights[name].astype(jnp.float32) for name in ("lora_a", "lora_b"))
-        kernel = weights["kernel"].astype(jnp.float32) + (alpha / a.shape[-1]) * (a @ b)
-        return {"kernel": kernel.astype(weights["kernel"].dtype)}
-    return {name: merge(child, alpha) if isinstance(child, dict) else child for name, child in weights.items()}
+def merged(
+    kernel: Float[Array, "*#layers D F"],
+    a: Float[Array, "*#layers D r"],
+    b: Float[Array, "*#layers r F"],
+    alpha: float,
+) -> Float[Array, "*layers D F"]:
+    """Returns W + (alpha / r) A B, computed in float32, in the dtype of W."""
+    a, b = (matrix.astype(jnp.float32) for matrix in (a, b))
+    return (kernel.astype(jnp.float32) + (alpha / a.shape[-1]) * (a @ b)).astype(kernel.dtype)

@@ -22,7 +22,7 @@ from favchat_jax.checkpoints.run import weight_shapes
 from favchat_jax.config import Config
 from favchat_jax.errors import UserError, one_line
 from favchat_jax.models import favchat
-from favchat_jax.models.kernels.attention import compiling_for
+from favchat_jax.models.kernels.platform import PLAIN, compiling_for
 from favchat_jax.models.kernels.quantized import store
 from favchat_jax.models.mistral import MistralConfig
 from favchat_jax.planning import cost
@@ -301,7 +301,7 @@ def flops_of_one_clip(config: Config) -> float:
     They are counted with plain attention, since a custom kernel hides its products.
     """
     loss, (trainable, frozen, batch) = _loss_of_one_clip(config.updated({"model.remat": ""}))
-    with compiling_for("cpu"):
+    with compiling_for(PLAIN):
         return cost.total_flops(cost.products(jax.make_jaxpr(jax.value_and_grad(loss))(trainable, frozen, batch)))
 
 

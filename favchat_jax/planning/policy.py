@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax.traverse_util import flatten_dict
+from flax.traverse_util import unflatten_dict
 from jax.sharding import SingleDeviceSharding
 
 from favchat_jax import stages
@@ -20,7 +20,8 @@ from favchat_jax.checkpoints.initial import new_state
 from favchat_jax.config import Config
 from favchat_jax.errors import UserError
 from favchat_jax.generation.decoding import Decoder, Decoding
-from favchat_jax.models.kernels.attention import compiling_for
+from favchat_jax.generation.weights import from_training
+from favchat_jax.models.kernels.platform import PLAIN, compiling_for
 from favchat_jax.planning import cost, plan
 from favchat_jax.planning.targets import GIB, devices, find
 from favchat_jax.rl import policy
@@ -122,10 +123,11 @@ def _lay_out(config: Config, clips: int, device: jax.Device) -> tuple[dict[str, 
     optimizer = make_optimizer(config.optimizer, plan.STEPS)
     state = jax.eval_shape(lambda weights: new_state(weights, optimizer, config.seed), trainable)
     decoder = Decoder(config, plan.language_model(config), END)
-    merged = jax.eval_shape(decoder.lay_out, {**trainable, **frozen})
+    decoding = jax.eval_shape(lambda w: from_training(w, config, plan.language_model(config)), {**trainable, **frozen})
+    merged = {"params": unflatten_dict(decoding, sep="/")}
     held = {
         "frozen": _bytes(frozen),
-        "merged": _bytes(_copied(merged, shapes)),
+        "merged": _bytes({path: leaf for path, leaf in decoding.items() if path not in shapes}),
         "trained": _bytes(trainable),
         "reference": _bytes(trainable),
         "moments": _bytes(state.moments),
@@ -190,17 +192,13 @@ def _updates(
 
 
 def _products(program: Program) -> Iterator[cost.Product]:
-    """Yields the products of all runs of a program in an iteration, traced for a CPU to count attention's products."""
+    """Yields the products of all runs of a program in an iteration."""
     arguments = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), program.arguments)
     function = program.once or (lambda *arguments: program.function.__wrapped__(*arguments, **program.options))
-    for product in cost.products(jax.make_jaxpr(function)(*arguments)):
+    with compiling_for(PLAIN):
+        traced = jax.make_jaxpr(function)(*arguments)
+    for product in cost.products(traced):
         yield dataclasses.replace(product, times=product.times * program.times)
-
-
-def _copied(merged: Any, shapes: dict[str, Any]) -> dict[str, Any]:
-    """Returns the decoding weights that training does not hold: merged kernels of the language model."""
-    flat = flatten_dict(merged["params"], sep="/")
-    return {path: leaf for path, leaf in flat.items() if path not in shapes}
 
 
 def _shapes(of: dict[str, tuple]) -> dict[str, jax.ShapeDtypeStruct]:

@@ -1,6 +1,7 @@
 """Draws the policy's responses to clips, rewards them, and encodes them as a batch for scores and updates."""
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Mapping, Sequence
 
@@ -10,6 +11,7 @@ from jaxtyping import Bool, Float, Int
 
 from favchat_jax.checkpoints.run import Assembly
 from favchat_jax.generation.sampler import Sampler, Sampling
+from favchat_jax.generation.weights import from_training
 from favchat_jax.models.favchat import ClipFeatures
 from favchat_jax.rl import rewards
 from favchat_jax.rl.samples import Sample, Samples
@@ -60,11 +62,13 @@ class Rollouts:
         config = parts.config
         self._batch, self._settings, self._functions = config.batch, config.reinforcement, functions
         self._longest_prompt = longest_prompt
-        self._sampler = Sampler(parts, weights)
+        self._decoding_form = functools.partial(from_training, config=config, llm=parts.llm)
+        self._sampler = Sampler(parts, self._decoding_form(weights))
 
     def draw(self, weights: dict[str, jax.Array], samples: Sequence[Sample], group: int, sampling: Sampling) -> Rollout:
         """Draws G = `group` responses of the policy with these weights to each sample, G // 2 to shuffled frames."""
-        self._sampler.load(weights)
+        self._sampler.unload()  # so that memory holds one merged language model only
+        self._sampler.load(self._decoding_form(weights))
         padded = [*samples, *[samples[0]] * (self._batch - len(samples))]
         frames = np.stack([sample.frames for sample in padded])
         prompts = [sample.prompt for sample in padded]

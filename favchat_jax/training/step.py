@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from favchat_jax.checkpoints.store import TrainState
 from favchat_jax.models.favchat import FaVChat, Output
-from favchat_jax.models.kernels.attention import compiling_for
+from favchat_jax.models.kernels.platform import compiling_for
 from favchat_jax.models.likelihood import target_log_probabilities
 from favchat_jax.sharding import one_device, partitions, state_partitions
 

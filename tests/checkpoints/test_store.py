@@ -298,8 +298,13 @@ def test_a_damaged_config_is_a_users_error(content, tmp_path):
 
 
 def test_a_folder_without_a_config_is_no_workdir(tmp_path):
-    with pytest.raises(UserError, match="is not a workdir or a weights folder"):
-        load_config(tmp_path)
+    with pytest.raises(UserError, match="is not a workdir or a weights folder.*; name one that training or an export"):
+        load_config(tmp_path / "missing")
+    (tmp_path / "stage3" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "stage3" / "config.json").write_text("{}")
+    for near in ("", "stage3/checkpoints", "stage3/config.json"):
+        with pytest.raises(UserError, match=f"did you mean {tmp_path}/stage3"):
+            load_config(tmp_path / near)
 
 
 def test_every_leaf_of_a_checkpoint_has_its_checksum_written_beside_it(saved):

@@ -22,6 +22,7 @@ from favchat_jax.convert.pytorch.inputs_favchat import Prompts
 from favchat_jax.convert.torch_model import for_torch, torch_favchat
 from favchat_jax.data.conversation import Conversation, PromptEncoder
 from favchat_jax.generation.sampler import Sampler, Sampling
+from favchat_jax.generation.weights import from_training
 from favchat_jax.models import favchat
 from favchat_jax.models.mistral import MistralConfig
 from favchat_jax.training.step import batch_loss
@@ -134,7 +135,8 @@ def test_greedy_answers_are_the_same_over_64_tokens(variant, ablation, seed, tmp
     visual, length = config.model.qformer.queries + config.model.qformer.extra_queries, config.data.prompt_length
     model = favchat.build(config.model, MISTRAL, variant=variant, ablation=ablation)
     conversation, prompt = Conversation(tokenizer, visual), PromptEncoder(tokenizer, length)
-    sampler = Sampler(Assembly(config, MISTRAL, model, tokenizer, conversation, prompt), weights)
+    parts = Assembly(config, MISTRAL, model, tokenizer, conversation, prompt)
+    sampler = Sampler(parts, from_training(weights, config, MISTRAL))
     questions = [["word3 word5 word5", "word7 word8 word9"], ["word11 word2 word2", "word4 word1 word6"]]
     asked = [[[(question, None)] for question in row] for row in questions]
     blocks = sampler.blocks(sampler.encode(batch["frames"]), asked, Sampling(max_new_tokens=64), 63)

@@ -1,5 +1,6 @@
 import io
 import statistics
+import struct
 import time
 from pathlib import Path
 
@@ -305,6 +306,33 @@ def test_a_truncated_video_gives_its_remaining_frames():
     clip = decode(intact[: len(intact) * 2 // 3], frames=8, size=64)
     assert clip.frames.shape == (8, 64, 64, 3)
     assert 0.5 < clip.seconds[-1] < 2.7, "sampled over the part that is left"
+
+
+def with_index_first(mp4: bytes) -> bytes:
+    """An mp4 file with its index before the frames, as for streaming."""
+    boxes, place = {}, 0
+    while place < len(mp4):
+        size, kind = struct.unpack_from(">I4s", mp4, place)
+        boxes[kind], place = mp4[place : place + size], place + size
+    index = bytearray(boxes.pop(b"moov"))
+    offsets = index.index(b"stco") + 8
+    for entry in range(offsets + 4, offsets + 4 + 4 * struct.unpack_from(">I", index, offsets)[0], 4):
+        struct.pack_into(">I", index, entry, struct.unpack_from(">I", index, entry)[0] + len(index))
+    return boxes.pop(b"ftyp") + bytes(index) + b"".join(boxes.values())
+
+
+@pytest.mark.parametrize("at", ["a packet", "the middle of one"])
+@pytest.mark.parametrize("kind", ["bytes", "file"])
+def test_frames_beyond_the_end_of_a_truncated_mp4_are_counted(at, kind, tmp_path, caplog):
+    whole = with_index_first(encode_video(90, options={"g": "10", "bf": "0"}, picture=noise))
+    with av.open(io.BytesIO(whole)) as container:
+        end = container.streams.video[0].index_entries[60]
+    cut = whole[: end.pos + (0 if at == "a packet" else end.size // 2)]
+    (tmp_path / "clip.mp4").write_bytes(cut)
+    found = decode(cut if kind == "bytes" else tmp_path / "clip.mp4", frames=8, size=64, name=f"{at}, {kind}")
+    assert found.damaged >= 30 and found.seconds[-1] < 60 / 25
+    assert f"{at}, {kind}: {found.damaged} damaged or missing frames" in caplog.text
+    assert decode(whole, frames=8, size=64).damaged == 0
 
 
 def test_damaged_bytes_in_the_middle_do_not_stop_decoding():

@@ -17,6 +17,7 @@ from favchat_jax.data.conversation import Conversation, PromptEncoder
 from favchat_jax.errors import UserError
 from favchat_jax.generation.decoding import draw
 from favchat_jax.generation.sampler import Sampler, Sampling
+from favchat_jax.generation.weights import from_training
 from favchat_jax.models import favchat
 from tests.models.tiny_parts import MISTRAL, config_json, drawn_flat, favchat_shapes, tiny_config
 
@@ -43,9 +44,9 @@ def train_tokenizer():
 class Setting:
     """A tiny model in its training form with effective adapters, and its answers from full forward passes."""
 
-    def __init__(self, folder, variant="v1"):
+    def __init__(self, folder, variant="v1", sizes=MISTRAL):
         self.tokenizer = train_tokenizer()
-        llm = {**config_json(MISTRAL), "vocab_size": len(self.tokenizer)}
+        llm = {**config_json(sizes), "vocab_size": len(self.tokenizer)}
         (folder / "config.json").write_text(json.dumps(llm))
         sizes = {"data.buckets": (BUCKET,), "model.qformer.vocabulary": len(self.tokenizer)}
         self.config = tiny_config(f"variant={variant}").updated({"llm.path": str(folder), **sizes})
@@ -62,12 +63,16 @@ class Setting:
         self.prompt = PromptEncoder(self.tokenizer, self.config.data.prompt_length)
         self.step = jax.jit(self._step)
 
-    def sampler(self, tokenizer):
+    def parts(self, tokenizer):
         conversation = Conversation(tokenizer, self.visual_tokens)
-        parts = Assembly(
-            self.config, read_config(self.config.llm.path), self.model, tokenizer, conversation, self.prompt
-        )
-        return Sampler(parts, self.weights)
+        llm = read_config(self.config.llm.path)
+        return Assembly(self.config, llm, self.model, tokenizer, conversation, self.prompt)
+
+    def sampler(self, tokenizer):
+        return Sampler(self.parts(tokenizer), self.decoding_form(self.weights))
+
+    def decoding_form(self, weights):
+        return from_training(weights, self.config, read_config(self.config.llm.path))
 
     def _step(self, weights, frames, tokens, prompt, mask, last):
         """Returns the likeliest token after position `last` in a forward pass of the full sequence, without a cache."""
@@ -312,9 +317,11 @@ def test_drawn_responses_of_a_group_differ_and_follow_the_seed(sampler, features
 def test_answers_come_from_the_weights_that_were_loaded_last(setting, tokenizer, features, answers):
     sampler = setting.sampler(tokenizer)
     ask = [[asked(question) for question in QUESTIONS[:2]]] * 2
-    sampler.load({path: -leaf if "lora_b" in path else leaf for path, leaf in setting.weights.items()})
+    other = {path: -leaf if "lora_b" in path else leaf for path, leaf in setting.weights.items()}
+    sampler.unload()
+    sampler.load(setting.decoding_form(other))
     assert sampler.answer(features, ask, GREEDY) != answers
-    sampler.load(setting.weights)
+    sampler.load(setting.decoding_form(setting.weights))
     assert sampler.answer(features, ask, GREEDY) == answers
 
 

@@ -7,7 +7,8 @@ import pytest
 from jax.sharding import AxisType, PartitionSpec
 
 from favchat_jax.models.kernels import splash
-from favchat_jax.models.kernels.attention import attention, attention_to_cache, compiling_for, kernel_for, plain
+from favchat_jax.models.kernels.attention import attention, attention_to_cache, kernel_for, plain
+from favchat_jax.models.kernels.platform import compiling_for
 
 
 def draw(*shape, seed=0, dtype=jnp.float32):

@@ -7,9 +7,8 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from favchat_jax.models.kernels import low_rank as low_rank_module
-from favchat_jax.models.kernels.linear import FEW, TransposedLinear, transposed_product
 from favchat_jax.models.kernels.low_rank import low_rank
-from favchat_jax.models.lora import LoRADense, merge
+from favchat_jax.models.lora import LoRADense, merged
 from favchat_jax.models.mistral import LoRA, Mistral
 from tests.models.tiny_parts import MISTRAL, drawn, mistral_shapes
 
@@ -79,48 +78,17 @@ def test_dropout_applies_to_the_adapters_input_and_not_to_the_base_path(x, weigh
 
 
 def test_merging_gives_a_plain_layer_of_the_same_function(x, weights):
-    merged = merge(weights["params"], alpha=3.0)
-    assert set(merged) == {"kernel"}
-    np.testing.assert_allclose(LoRADense(features=5).apply({"params": merged}, x), DENSE.apply(weights, x), atol=1e-5)
+    kernel, a, b = (weights["params"][name] for name in ("kernel", "lora_a", "lora_b"))
+    plain = {"params": {"kernel": merged(kernel, a, b, alpha=3.0)}}
+    np.testing.assert_allclose(LoRADense(features=5).apply(plain, x), DENSE.apply(weights, x), atol=1e-5)
 
 
 def test_a_merged_kernel_keeps_its_dtype(weights):
-    half = {**weights["params"], "kernel": weights["params"]["kernel"].astype(jnp.bfloat16)}
-    assert merge(half, alpha=3.0)["kernel"].dtype == jnp.bfloat16
+    kernel, a, b = (weights["params"][name] for name in ("kernel", "lora_a", "lora_b"))
+    assert merged(kernel.astype(jnp.bfloat16), a, b, alpha=3.0).dtype == jnp.bfloat16
 
 
 def test_only_the_named_targets_have_adapters():
     model = Mistral(MISTRAL, LoRA(rank=2, targets=("v_proj", "lm_head")))
     adapted = {path.rsplit("/", 1)[0] for path in flatten_dict(mistral_shapes(model), sep="/") if "lora" in path}
     assert adapted == {"layers/self_attn/v_proj", "lm_head"}
-
-
-def test_merging_a_language_model_of_stacked_layers_gives_one_without_adapters_with_equal_logits():
-    model = Mistral(MISTRAL, LoRA(rank=2, alpha=3.0))
-    weights = drawn(mistral_shapes(model), spread=0.2)
-    tokens = jnp.arange(6)[None] * 3
-
-    def logits(model, weights):
-        return jax.jit(lambda weights: model.apply({"params": weights}, tokens, method="read"))(weights)
-
-    merged = merge(weights, alpha=3.0)
-    assert not [path for path in flatten_dict(merged, sep="/") if "lora" in path]
-    expected = logits(model, weights)
-    np.testing.assert_allclose(logits(Mistral(MISTRAL), merged), expected, atol=1e-4)
-    dropped = jax.tree_util.tree_map_with_path(lambda path, x: 0 * x if path[-1].key == "lora_b" else x, weights)
-    assert np.abs(logits(model, dropped) - expected).max() > 0.1
-
-
-@pytest.mark.parametrize("rows", [(1,), (3, 8), (64,), (5, 13)])
-def test_a_transposed_kernel_gives_the_same_product(rows):
-    x, kernel = jax.random.normal(jax.random.key(0), (*rows, 7)), jax.random.normal(jax.random.key(1), (7, 5))
-    transposed = TransposedLinear(features=5).apply({"params": {"transposed": kernel.T}}, x)
-    np.testing.assert_allclose(transposed, LoRADense(features=5).apply({"params": {"kernel": kernel}}, x), atol=1e-5)
-
-
-@pytest.mark.parametrize("rows", [1, 2, 8, FEW])
-def test_a_transposed_kernel_is_not_transposed_again_for_a_few_rows(rows):
-    x, kernel = jnp.ones((rows, 256)), jnp.ones((512, 256))
-    program = jax.jit(transposed_product).lower(x, kernel).compile().as_text()
-    assert "f32[512,256]" in program and "f32[256,512]" not in program
-    assert f"f32[512,{rows}]" in program, "the kernel is the product's first operand"

@@ -62,7 +62,7 @@ def weights():
 @pytest.fixture(scope="module")
 def for_decoding(weights):
     """The same weights in the decoding form."""
-    return decoding_form(weights, alpha=1.0)
+    return decoding_form(weights, MISTRAL, alpha=1.0)
 
 
 @pytest.fixture(scope="module")

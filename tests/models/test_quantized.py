@@ -20,14 +20,34 @@ def dequantized(integers, scale):
     return np.asarray(integers, np.float32) * groups
 
 
-@pytest.mark.parametrize(("storage", "levels"), [("int8", 127), ("int4", 7)])
-def test_the_rounding_error_is_at_most_half_a_step(storage, levels):
+def test_the_rounding_error_of_int8_is_at_most_half_a_step():
     kernel = draw(3, 4 * GROUP, 5)
+    integers, scale = quantize(kernel, "int8")
+    assert integers.dtype == "int8" and scale.shape == (3, 1, 5)
+    assert (np.abs(dequantized(integers, scale) - kernel) <= 0.5001 * scale).all()
+    assert int(jnp.abs(integers).max()) == 127
+
+
+def test_each_group_of_int4_has_the_scale_with_the_smallest_error_among_three():
+    kernel = np.asarray(draw(4 * GROUP, 5))
+    integers, scale = quantize(kernel, "int4")
+    assert integers.dtype == "int4" and scale.shape == (4, 5)
+    of_groups = kernel.reshape(4, GROUP, 5)
+    tried = np.stack([share * np.abs(of_groups).max(1) / 7 for share in (1.0, 0.9, 0.8)])[:, :, None]
+    errors = np.square(np.clip(np.round(of_groups / tried), -7, 7) * tried - of_groups).sum(2)
+    np.testing.assert_allclose(scale, np.take_along_axis(tried[:, :, 0], errors.argmin(0)[None], 0)[0], rtol=1e-6)
+    squares = np.square(dequantized(integers, scale) - kernel).reshape(4, GROUP, 5).sum(1)
+    np.testing.assert_allclose(squares, errors.min(0), rtol=1e-4)
+    assert len(np.unique(errors.argmin(0))) > 1, "one share is not the best of all groups"
+
+
+@pytest.mark.parametrize("storage", ["int8", "int4"])
+def test_a_transposed_kernel_is_narrowed_to_the_same_integers(storage):
+    kernel = draw(2 * GROUP, 5)
     integers, scale = quantize(kernel, storage)
-    assert integers.dtype == storage and scale.shape == (3, {"int8": 1, "int4": 4}[storage], 5)
-    step = np.repeat(np.asarray(scale), kernel.shape[1] // scale.shape[1], axis=1)
-    assert (np.abs(dequantized(integers, scale) - kernel) <= 0.5001 * step).all()
-    assert int(jnp.abs(integers.astype(jnp.int32)).max()) == levels
+    transposed, its_scale = quantize(kernel.T, storage, axis=-1)
+    np.testing.assert_array_equal(transposed.T, integers)
+    np.testing.assert_array_equal(its_scale.T, scale)
 
 
 def test_zeros_stay_zeros():

@@ -148,7 +148,7 @@ def test_logits_of_padded_sequences_are_those_of_transformers(case, config, weig
 def test_decoding_with_a_cache_gives_the_logits_of_transformers_full_pass(window, case, config, weights, same):
     seed, logits, *_ = case
     model = DecodingMistral(dataclasses.replace(config, sliding_window=window))
-    ours = decoding_form(weights, alpha=1.0)
+    ours = decoding_form(weights, config, alpha=1.0)
 
     @jax.jit
     def step(ours, words, positions, cache):

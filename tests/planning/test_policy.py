@@ -6,7 +6,7 @@ import pytest
 
 from favchat_jax import stages
 from favchat_jax.errors import UserError
-from favchat_jax.generation.decoding import Decoder
+from favchat_jax.generation.weights import from_training
 from favchat_jax.planning import cost, plan, policy
 
 
@@ -34,7 +34,7 @@ def test_the_memory_held_between_programs_is_the_weights_and_the_samplers_merged
     assert held["trained"] == held["reference"] == sum(leaf.nbytes for leaf in trainable.values())
 
     own = {leaf.unsafe_buffer_pointer() for leaf in weights.values()}
-    merged = jax.tree.leaves(Decoder(config, plan.language_model(config), policy.END).lay_out(weights))
+    merged = from_training(weights, config, plan.language_model(config)).values()
     assert held["merged"] == sum(leaf.nbytes for leaf in merged if leaf.unsafe_buffer_pointer() not in own)
 
 

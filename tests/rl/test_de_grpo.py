@@ -15,6 +15,7 @@ from favchat_jax.config import VARIANTS
 from favchat_jax.data import reasoning
 from favchat_jax.errors import UserError
 from favchat_jax.generation.sampler import Sampler, Sampling
+from favchat_jax.generation.weights import from_run
 from favchat_jax.models import favchat
 from favchat_jax.rl import de_grpo, policy
 from favchat_jax.rl.curves import read_lines
@@ -148,7 +149,8 @@ def test_an_interrupted_run_ends_with_the_same_bits(undisturbed, config_of, tmp_
 
 
 def test_a_finished_run_answers(undisturbed, small_world):
-    sampler = Sampler(assembly.load_run(undisturbed).parts, assembly.load_run(undisturbed).weights)
+    run = assembly.load_run(undisturbed)
+    sampler = Sampler(run.parts, from_run(run))
     frames = np.zeros((1, sampler.frames, sampler.image_size, sampler.image_size, 3), np.uint8)
     assert isinstance(sampler.answer(sampler.encode(frames), [[[("Which hat?", None)]]], Sampling(4))[0][0], str)
 

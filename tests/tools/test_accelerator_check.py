@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from favchat_jax.errors import UserError
-from favchat_jax.models.kernels.attention import compiling_for
+from favchat_jax.models.kernels.platform import compiling_for
 from favchat_jax.planning import plan, targets
 from tests.conftest import ROOT
 from tests.tools.sides_for_tests import measuring

@@ -283,7 +283,7 @@ def pickled(content, protocol=2):
 BIAS, KERNEL = "vision_encoder__encoder__blocks__1__attn__q_bias", "vision_encoder__encoder__patch_embed__proj__weight"
 FILES = {
     "wrong kind": (changed("facexformer"), r"holds no weight of UMT \(its first is backbone\..*\): check the kind"),
-    "unknown key": (changed("umt", stray=torch.ones(2)), r": stray is not a weight of UMT$"),
+    "unknown key": (changed("umt", stray=torch.ones(2)), r": stray is not a weight of UMT: check that it is"),
     "missing key": (changed("umt", **{BIAS: None}), r" lacks vision_encoder\.encoder\.blocks\.1\.attn\.q_bias: fetch"),
     "other shape": (
         changed("umt", **{KERNEL: torch.ones(2, 3)}),

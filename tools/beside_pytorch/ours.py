@@ -15,6 +15,7 @@ from favchat_jax.checkpoints import run as assembly
 from favchat_jax.checkpoints.initial import new_state
 from favchat_jax.data.loader import training_batches
 from favchat_jax.generation.sampler import Sampler, Sampling
+from favchat_jax.generation.weights import from_training
 from favchat_jax.training.optimizer import make_optimizer, schedule
 from favchat_jax.training.step import make_step
 from tools.beside_pytorch import material
@@ -92,7 +93,7 @@ def _asked(folder: str, preset: str, clips: int):
     config = material.settings(folder, preset)
     parts = assembly.assemble(config)
     weights = {path: jnp.asarray(leaf, config.model.dtype) for path, leaf in material.weights(folder).items()}
-    sampler = Sampler(parts, weights)
+    sampler = Sampler(parts, from_training(weights, config, parts.llm))
     return sampler, sampler.encode(material.frames(config, clips)), weights
 
 

@@ -8,10 +8,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax.traverse_util import unflatten_dict
 
 from favchat_jax import sharding
 from favchat_jax.config import Config
 from favchat_jax.generation.decoding import Decoder
+from favchat_jax.generation.weights import from_training
 from favchat_jax.planning import plan
 from tools.beside_pytorch.contest import Runs
 from tools.beside_pytorch.material import frames
@@ -71,7 +73,8 @@ def answers(preset: str, folder: str) -> Runs:
     decoder = Decoder(config, llm, NEVER)
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     dtype = jnp.dtype(config.model.dtype)
-    laid_out = jax.eval_shape(decoder.lay_out, shapes)
+    decoding = jax.eval_shape(lambda weights: from_training(weights, config, llm), shapes)
+    laid_out = {"params": unflatten_dict(decoding, sep="/")}
     params = drawn.draw(jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=here), laid_out))
     read = {path: leaf for path, leaf in params["params"]["llm"].items() if path != "embed_tokens"}
     weights = sum(leaf.nbytes for leaf in jax.tree.leaves(read))

@@ -11,21 +11,18 @@ Flash kernels never hold the L x S scores, which at the paper's 3136 tokens woul
 of 49 tokens or a single query has few scores, and the gradient of a learned bias needs all of them.
 """
 
-import contextlib
-from collections.abc import Iterator
-from contextvars import ContextVar
-
 import chex
 import jax
 import jax.numpy as jnp
 from einops import rearrange
 from jaxtyping import Array, Bool, Float
 
+from favchat_jax.models.kernels.platform import platform
+
 SHORTEST = 64  # fewest queries that a flash kernel is used for
 CUDNN_HEAD = 128  # most channels of a head that cuDNN takes on every card
 LOWEST = -1e30  # the score of a hidden key
 SCOPE = "dot_product_attention"  # names these products in a trace and in the count of a program's operations
-_TARGET: ContextVar[str | None] = ContextVar("attention_target", default=None)
 
 
 def plain(query, key, value, *, bias=None, mask=None, causal=False, window=None):
@@ -99,28 +96,18 @@ def attention_to_cache(
         return rearrange((read / total).astype(query.dtype), "(R K) G C -> R 1 (K G) C", R=rows)
 
 
-@contextlib.contextmanager
-def compiling_for(platform: str) -> Iterator[None]:
-    """Picks kernels for "cpu", "gpu" or "tpu" in this context, for compiling ahead of time on another machine."""
-    token = _TARGET.set(platform)
-    try:
-        yield
-    finally:
-        _TARGET.reset(token)
-
-
 def kernel_for(query: Array, key: Array, bias: Array | None, mask: Array | None) -> str:
     """Returns which of "xla", "cudnn" and "splash" computes these arrays on the platform that is compiled for."""
-    platform = _TARGET.get() or jax.default_backend()
+    target = platform()
     over_keys = mask is None or (mask.shape[1:3] == (1, 1))
     if bias is not None or not over_keys or query.shape[1] < SHORTEST:
         return "xla"
-    if platform == "tpu":
+    if target == "tpu":
         return "splash"
     even = query.shape[1] % 2 == key.shape[1] % 2 == 0
     head = query.shape[3] <= CUDNN_HEAD and query.shape[3] % 8 == 0
     narrow = query.dtype in (jnp.bfloat16, jnp.float16)
-    return "cudnn" if platform == "gpu" and narrow and head and (mask is None or even) else "xla"
+    return "cudnn" if target == "gpu" and narrow and head and (mask is None or even) else "xla"
 
 
 def _splash(query, key, value, **options):

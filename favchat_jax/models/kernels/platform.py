@@ -1,0 +1,28 @@
+"""Says which platform a program is compiled for, so that kernels are picked when it is traced."""
+
+import contextlib
+from collections.abc import Iterator
+from contextvars import ContextVar
+
+import jax
+
+PLAIN = "plain"  # no platform: every kernel is in its plain form, whose products can be counted
+_TARGET: ContextVar[str | None] = ContextVar("target", default=None)
+
+
+@contextlib.contextmanager
+def compiling_for(platform: str) -> Iterator[None]:
+    """Picks kernels for "cpu", "gpu", "tpu" or `PLAIN` in this context, also for a machine that is not here.
+
+    Within another such context, the outer one counts.
+    """
+    token = _TARGET.set(_TARGET.get() or platform)
+    try:
+        yield
+    finally:
+        _TARGET.reset(token)
+
+
+def platform() -> str:
+    """Returns the platform that is compiled for; by default this process's backend."""
+    return _TARGET.get() or jax.default_backend()
