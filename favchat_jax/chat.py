@@ -118,9 +118,8 @@ def main() -> None:
     # The video is opened first, because loading a checkpoint takes longer than refusing a bad file.
     decode(_VIDEO.value, frames=1, size=16)
     with _waiting(f"loading {_CHECKPOINT.value}"):
-        model = favchat_jax.load(
-            _CHECKPOINT.value, storage=cast(Storage, _STORAGE.value), mesh=mesh, cache=user_cache()
-        )
+        storage = cast(Storage, _STORAGE.value)
+        model = favchat_jax.load(_CHECKPOINT.value, storage=storage, mesh=mesh, cache=user_cache())
     if notice := unlike_training(model.config, _VIDEO.value):
         _say(notice)
     if questions:
