@@ -125,7 +125,7 @@ class Model:
     def __init__(self, run: Run, storage: Storage = "full", mesh: MeshConfig | None = None, batch: int = 1):
         self.config, parts = run.config, run.parts
         heads = parts.llm.num_key_value_heads
-        on = answering_mesh(mesh, heads=heads, batch=batch, weights=size_of(parts, storage))
+        on = answering_mesh(mesh, heads=heads, batch=batch, weights=size_of(parts.shapes, run.config, storage))
         self.sampler = Sampler(parts, from_run(run, on, storage), storage, on)
         self._identity = object()
 

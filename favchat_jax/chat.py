@@ -114,7 +114,7 @@ def main() -> None:
         "seed": _SEED.value,
     }
     Sampling(**sampling)  # refused before any work
-    mesh = command_line.mesh_sizes(_MESH.value)
+    mesh = command_line.read_mesh(_MESH.value)
     # The video is opened first, because loading a checkpoint takes longer than refusing a bad file.
     decode(_VIDEO.value, frames=1, size=16)
     with _waiting(f"loading {_CHECKPOINT.value}"):

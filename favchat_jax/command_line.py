@@ -122,7 +122,7 @@ def _with_home(argument: str) -> str:
     return option + equals + (os.path.expanduser(value) if value.startswith("~/") else value)
 
 
-def mesh_sizes(text: str | None) -> dict[str, int] | None:
+def read_mesh(text: str | None) -> dict[str, int] | None:
     """Reads the value of --mesh.
 
     Raises:

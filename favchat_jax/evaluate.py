@@ -156,7 +156,7 @@ def main() -> None:
         model=_MODEL.value,
         describer=_DESCRIBER.value,
         storage=cast(Storage, _STORAGE.value),
-        mesh=command_line.mesh_sizes(_MESH.value),
+        mesh=command_line.read_mesh(_MESH.value),
         journal=journal,
     )
     results.write_result(out, result)

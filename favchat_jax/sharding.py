@@ -9,7 +9,7 @@ One device is a mesh of 1 x 1 x 1, so the same code trains on any number of devi
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -87,7 +87,13 @@ def make_mesh(sizes: MeshConfig, devices: list[jax.Device] | None = None) -> Mes
 
 
 def answering_mesh(
-    sizes: MeshConfig | None, *, heads: int, batch: int = 1, weights: int = 0, devices: list[jax.Device] | None = None
+    sizes: MeshConfig | None,
+    *,
+    heads: int,
+    batch: int = 1,
+    weights: int = 0,
+    devices: list[jax.Device] | None = None,
+    memory: float | None = None,
 ) -> Mesh:
     """Makes the mesh that answers questions, over the devices of this process.
 
@@ -100,6 +106,7 @@ def answering_mesh(
         batch: number of clips that are answered together.
         weights: bytes of all weights.
         devices: by default those of this process.
+        memory: bytes of a device; by default what it says, if it does.
 
     Raises:
         UserError: `sizes` do not suit the devices or the heads.
@@ -111,7 +118,8 @@ def answering_mesh(
             given = f"mesh.tensor={mesh.shape['tensor']}"
             raise UserError(f"{given} does not divide the language model's {heads} key/value heads: choose a divisor")
         return mesh
-    memory = (devices[0].memory_stats() or {}).get("bytes_limit", math.inf)
+    if memory is None:
+        memory = (devices[0].memory_stats() or {}).get("bytes_limit", math.inf)
     data, tensor = 1, math.gcd(len(devices), heads)
     for size in (n for n in range(1, tensor + 1) if tensor % n == 0 and batch % (len(devices) // n) == 0):
         if weights / size <= USABLE * memory:
@@ -161,9 +169,9 @@ def partitions(weights: Mapping[str, Any], mesh: Mesh) -> dict[str, NamedShardin
     return {path: partition(path, leaf.shape, mesh) for path, leaf in weights.items()}
 
 
-def one_device() -> Mesh:
-    """Makes the mesh of the first device."""
-    return Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1), AXES)
+def one_device(devices: list[jax.Device] | None = None) -> Mesh:
+    """Makes the mesh of the first device, by default of this run."""
+    return Mesh(np.array((devices or jax.devices())[:1]).reshape(1, 1, 1), AXES)
 
 
 def place(path: str, weight: Any, mesh: Mesh, dtype: Any) -> jax.Array:
@@ -201,11 +209,14 @@ def place_rows(arrays: Any, mesh: Mesh) -> Any:
     """
 
     def placed(array: Any) -> jax.Array:
-        shares = mesh.shape["data"] * mesh.shape["fsdp"]
-        spec = P(CLIPS) if array.shape[0] % shares == 0 else P()
-        return jax.device_put(array, NamedSharding(mesh, spec))
+        return jax.device_put(array, rows_partition(array.shape, mesh))
 
     return arrays if mesh.size == 1 else jax.tree.map(placed, arrays)
+
+
+def rows_partition(shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
+    """Returns the sharding that `place_rows` gives to an array."""
+    return NamedSharding(mesh, P(*divided(shape, (CLIPS,), mesh)))
 
 
 def place_batch(arrays: Mapping[str, Any], mesh: Mesh) -> dict[str, Any]:
@@ -231,6 +242,11 @@ def _constrained(x: Array, *axes: str) -> Array:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return x
-    wanted = zip(x.shape, (CLIPS, *((axis,) for axis in axes)), strict=False)
-    spec = [names if size % math.prod(mesh.shape[name] for name in names) == 0 else None for size, names in wanted]
+    spec = divided(x.shape, (CLIPS, *((axis,) for axis in axes)), mesh)
     return jax.lax.with_sharding_constraint(x, P(*spec))
+
+
+def divided(shape: tuple[int, ...], axes: Sequence[tuple[str, ...]], mesh: Any) -> list[tuple[str, ...] | None]:
+    """Returns the mesh axes that cut each of the first dimensions; None for one that they do not divide."""
+    pairs = zip(shape, axes, strict=False)
+    return [names if size % math.prod(mesh.shape[name] for name in names) == 0 else None for size, names in pairs]

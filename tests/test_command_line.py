@@ -150,11 +150,11 @@ def test_a_mistake_on_the_command_line_is_one_line_that_names_it(arguments, line
 
 
 def test_a_mesh_is_read_from_its_text():
-    assert command_line.mesh_sizes(None) is None
-    assert command_line.mesh_sizes("data=2, tensor=4") == {"data": 2, "tensor": 4}
+    assert command_line.read_mesh(None) is None
+    assert command_line.read_mesh("data=2, tensor=4") == {"data": 2, "tensor": 4}
     for text in ("", "8", "data", "data=0", "model=2", "data=2;tensor=4", "data=-1", "data=2,data=x"):
         with pytest.raises(UserError, match=f"--mesh={text}: give numbers of devices along data, fsdp, tensor"):
-            command_line.mesh_sizes(text)
+            command_line.read_mesh(text)
 
 
 def test_a_config_may_follow_its_option_after_a_space(capsys, options):

@@ -20,6 +20,7 @@ from favchat_jax import command_line
 from favchat_jax.errors import RunError, UserError
 from favchat_jax.models.kernels import attention, low_rank
 from favchat_jax.models.kernels.linear import transposed_product
+from favchat_jax.models.lora import merged
 from tools.benchmark import SAME, agreement
 from tools.beside_pytorch import material, ours
 from tools.beside_pytorch.contest import Runs, Side, alternate
@@ -47,7 +48,8 @@ def _product(x, kernel):
     return x @ kernel
 
 
-def _product_with_transposed(x, kernel):
+def _product_with_transposed(x, kernel, scale):
+    assert scale is None, "kernels of the benchmark are full"
     return x @ kernel.T
 
 
@@ -56,14 +58,21 @@ def _any_attention_to_cache(query, keys, values, mask):
     return attention.plain(query, keys, values, mask=mask[:, None, None])
 
 
-def _apart(*linears):
-    return {f"transposed_{i}": linear["kernel"].T for i, linear in enumerate(linears)}
+def _apart(kernels, adapters, *, alpha, dtype, **options):
+    full = [
+        merged(kernel, of[1].T.reshape(*kernel.shape[:2], -1), of[0].T, alpha) if of else kernel
+        for kernel, of in zip(kernels, adapters, strict=True)
+    ]
+    return {f"transposed_{i}": kernel.astype(dtype) for i, kernel in enumerate(full)}
 
 
 def _products_apart(self, x):
-    kernels = self.variables["params"]
-    products = [transposed_product(x.astype(self.dtype), kernels[name].astype(self.dtype)) for name in sorted(kernels)]
-    return jnp.concatenate(products, axis=-1)
+    kernels, leading = self.variables["params"], x.shape[:-1]
+    products = [
+        transposed_product(x.astype(self.dtype), kernel.reshape(-1, x.shape[-1])).reshape(*leading, len(kernel), -1)
+        for _, kernel in sorted(kernels.items())
+    ]
+    return jnp.concatenate(products, axis=-1).reshape(*leading, -1)
 
 
 MODELS = "favchat_jax.models"
@@ -74,12 +83,12 @@ TUNINGS = {
     ),
     "old code generator": Tuning("train", {"favchat_jax.training.step.compiler_options": lambda *_: None}),
     "scanned layers": Tuning("train", {f"{MODELS}.kernels.scan._alike": lambda *_: 0}, compiles=True),
-    "transposed kernels": Tuning("decode", {f"{MODELS}.kernels.linear.transposed_product": _product_with_transposed}),
+    "transposed kernels": Tuning("decode", {f"{MODELS}.mistral_decoding.transposed_product": _product_with_transposed}),
     "joined kernels": Tuning(
         "decode",
         {
             f"{MODELS}.mistral_decoding.joined": _apart,
-            f"{MODELS}.kernels.linear.TransposedLinear.__call__": _products_apart,
+            f"{MODELS}.mistral_decoding.DecodingLinear.__call__": _products_apart,
         },
     ),
     "cache read in place": Tuning("decode", {f"{MODELS}.mistral_decoding.attention_to_cache": _any_attention_to_cache}),

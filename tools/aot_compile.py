@@ -1,6 +1,7 @@
-"""Compiles a training step for absent hardware, and reports whether it fits and how fast it can be at best.
+"""Compiles a training step or an answer for absent hardware, and reports whether it fits and how fast it is at best.
 
 python -m tools.aot_compile --config=configs/stage3.py:preset=paper --target=a800-80gb --json=plan.json
+python -m tools.aot_compile --config=configs/stage3.py:preset=paper --target=rtx4090 --work=answer --storage=int8
 python -m tools.aot_compile --config=configs/grpo.py:preset=paper --target=a800-80gb         an iteration of it
 python -m tools.aot_compile --all --json=plans.json          all targets, stages 1 to 3 of the paper's preset
 
@@ -28,7 +29,8 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 
 import jax  # noqa: E402
 
-from favchat_jax.planning import plan  # noqa: E402
+from favchat_jax.api import mesh_sizes  # noqa: E402
+from favchat_jax.planning import answer, plan  # noqa: E402
 from favchat_jax.planning.policy import make_policy_plan  # noqa: E402
 from favchat_jax.planning.targets import GIB, TARGETS, find  # noqa: E402
 
@@ -67,7 +69,7 @@ def table(plans: list[plan.Plan]) -> str:
 
 
 def _verdict(made: plan.Plan) -> str:
-    where = f"{made.stage} on {made.target}, {made.clips} clips a step"
+    where = f"{made.stage} on {made.target}, {made.clips} clips at once"
     if made.fits:
         return f"{where}: fits, with {_gib(made.headroom_bytes)} GiB per device to spare"
     return f"{where}: does not fit, {_gib(-made.headroom_bytes)} GiB per device are missing; try {made.advice}"
@@ -79,6 +81,10 @@ def main() -> None:
         if path:
             command_line.check_output(option, path)
     wanted = []
+    if _WORK.value == "answer" and (_ALL.value or _SAVE.value):
+        raise UserError("--work=answer plans for one --target and saves nothing: leave out --all and --save")
+    if _WORK.value == "train" and (_MESH.value or _STORAGE.value != "full"):
+        raise UserError("--mesh and --storage are of --work=answer: set --config.mesh.* and --config.llm.storage")
     if _ALL.value:
         if _CONFIG.value is not None or _SAVE.value:
             raise UserError("--all uses the paper's preset and saves no step: leave out --config and --save")
@@ -100,8 +106,7 @@ def main() -> None:
     plans, made = [], []
     for config, target in wanted:
         of = _digest(config, target, _CLIPS.value)
-        make = make_policy_plan if config.stage == "grpo" else plan.make_plan
-        plans.append(kept.get(of) or make(config, target, _CLIPS.value))
+        plans.append(kept.get(of) or _made(config, target))
         made.append({**dataclasses.asdict(plans[-1]), "of": of})
         print(_verdict(plans[-1]), flush=True)
         if _JSON.value:
@@ -109,6 +114,15 @@ def main() -> None:
             replace_file(_JSON.value, json.dumps(made + rest if _ALL.value else made[0], indent=1))
     if _ALL.value:
         print(table(plans))
+
+
+def _made(config: Config, target: str) -> plan.Plan:
+    """Makes the plan of the work that the flags name."""
+    if _WORK.value == "answer":
+        sizes = mesh_sizes(command_line.read_mesh(_MESH.value))
+        return answer.make_plan(config, target, _CLIPS.value or 1, _STORAGE.value, sizes)
+    make = make_policy_plan if config.stage == "grpo" else plan.make_plan
+    return make(config, target, _CLIPS.value)
 
 
 def _digest(config: Config, target: str, clips: int | None) -> str:
@@ -130,6 +144,9 @@ def _kept(path: Path) -> dict[str, plan.Plan]:
 if __name__ == "__main__":
     _CONFIG = config_flags.DEFINE_config_file("config", None, "Config of a stage, for example configs/stage3.py")
     _TARGET = flags.DEFINE_string("target", None, f"One of {', '.join(TARGETS)}; with --all, plan only for this one")
+    _WORK = flags.DEFINE_enum("work", "train", ["train", "answer"], "A step of training, or answers")
+    _STORAGE = flags.DEFINE_enum("storage", "full", command_line.STORAGES, f"Answers: {command_line.STORAGE}")
+    _MESH = flags.DEFINE_string("mesh", None, f"Answers: {command_line.MESH}")
     _ALL = flags.DEFINE_bool("all", False, "Plan stages 1 to 3 of the paper's preset and print a table")
     _CLIPS = flags.DEFINE_integer("clips", None, "Clips per step on all devices", lower_bound=1)
     _JSON = flags.DEFINE_string("json", None, "File for the figures")

@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt8
 from favchat_jax.config import Config
 from favchat_jax.models import favchat
 from favchat_jax.models.favchat import ClipFeatures
-from favchat_jax.models.kernels.platform import compiling_for
+from favchat_jax.models.kernels.platform import compiling_for, platform
 from favchat_jax.models.likelihood import target_log_probabilities
 from favchat_jax.models.mistral import MistralConfig
 from favchat_jax.models.mistral_decoding import LayerCache, empty_cache
@@ -114,8 +114,8 @@ class Decoder:
     def _compiled(self, function: Callable[..., Any], donate_argnums: tuple[int, ...] = (), **static: Any) -> Any:
         @functools.wraps(function)
         def on_mesh(*arguments, **options):
-            platform = self._mesh.devices.flat[0].platform
-            with compiling_for(platform), jax.sharding.use_abstract_mesh(self._mesh.abstract_mesh):
+            target = platform(self._mesh.devices.flat[0].platform)
+            with compiling_for(target), jax.sharding.use_abstract_mesh(self._mesh.abstract_mesh):
                 return function(*arguments, **options)
 
         compiled = jax.jit(on_mesh, donate_argnums=donate_argnums, **static)

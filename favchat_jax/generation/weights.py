@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool
 
 from favchat_jax import sharding
 from favchat_jax.checkpoints.mistral_folder import open_weights
-from favchat_jax.checkpoints.run import Assembly, Run
+from favchat_jax.checkpoints.run import Run
 from favchat_jax.checkpoints.table import finite
 from favchat_jax.config import Config
 from favchat_jax.models.mistral import MistralConfig
@@ -28,10 +28,20 @@ from favchat_jax.stages import group_of
 NORMS = ("input_layernorm", "post_attention_layernorm")
 
 
-def from_training(weights: Mapping[str, Any], config: Config, llm: MistralConfig) -> dict[str, Array]:
-    """Converts all weights of the model, flat and in the training form, to the decoding form with merged adapters."""
+def from_training(
+    weights: Mapping[str, Any], config: Config, llm: MistralConfig, storage: str = "full"
+) -> dict[str, Array]:
+    """Converts all weights of the model, flat and in the training form, to the decoding form.
+
+    Args:
+        weights: of the model.
+        config: of the stage.
+        llm: sizes of the language model.
+        storage: width of its kernels. Adapters are merged into full ones.
+    """
     tree = unflatten_dict(dict(weights), sep="/")
-    return flatten_dict({**tree, "llm": decoding_form(tree["llm"], llm, config.model.lora.alpha)}, sep="/")
+    form = decoding_form(tree["llm"], llm, config.model.lora.alpha, storage, jnp.dtype(config.model.dtype))
+    return flatten_dict({**tree, "llm": form}, sep="/")
 
 
 def from_run(run: Run, mesh: Mesh | None = None, storage: str = "full") -> dict[str, Array]:
@@ -57,12 +67,18 @@ def from_run(run: Run, mesh: Mesh | None = None, storage: str = "full") -> dict[
     return weights
 
 
-def size_of(parts: Assembly, storage: str = "full") -> int:
-    """Returns the bytes of a model's weights in the decoding form, without the scales of narrow kernels."""
-    width = jnp.dtype(parts.config.model.dtype).itemsize
+def size_of(shapes: Mapping[str, Any], config: Config, storage: str = "full") -> int:
+    """Returns the bytes of a model's weights in the decoding form, without the scales of narrow kernels.
+
+    Args:
+        shapes: path -> shape of each weight in the training form.
+        config: of the stage.
+        storage: width of the language model's kernels.
+    """
+    width = jnp.dtype(config.model.dtype).itemsize
     narrow = {"full": width, "int8": 1, "int4": 0.5}[storage]
     size = 0.0
-    for path, leaf in parts.shapes.items():
+    for path, leaf in shapes.items():
         is_kernel = path.startswith("llm/") and path.endswith("/kernel")
         size += math.prod(leaf.shape) * (narrow if is_kernel else width)
     return int(size)

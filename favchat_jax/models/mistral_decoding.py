@@ -274,7 +274,7 @@ def joined(
 
 
 def decoding_form(
-    llm: Mapping[str, Any], config: MistralConfig, alpha: float, storage: str = "full", dtype: DTypeLike | None = None
+    llm: Mapping[str, Any], config: MistralConfig, alpha: float, storage: str = "full", dtype: DTypeLike = jnp.float32
 ) -> dict[str, Any]:
     """Converts `Mistral`'s weights, with or without adapters, to `DecodingMistral`'s.
 
@@ -286,14 +286,14 @@ def decoding_form(
         config: sizes.
         alpha: of the adapters.
         storage: width of the result's kernels.
-        dtype: of full kernels and of adapters; by default that of the given kernels.
+        dtype: of full kernels and of adapters in the result.
     """
 
     def converted(name: str, layers: Sequence[Mapping[str, Array]]) -> dict[str, Array]:
         adapters = [(layer["lora_a"], layer["lora_b"]) if "lora_a" in layer else None for layer in layers]
         transposed = [layer["kernel"].T for layer in layers]
         kernels = [kernel.reshape(groups_of(config, name), -1, kernel.shape[-1]) for kernel in transposed]
-        return joined(kernels, adapters, alpha=alpha, storage=storage, dtype=jnp.dtype(dtype or kernels[0].dtype))
+        return joined(kernels, adapters, alpha=alpha, storage=storage, dtype=dtype)
 
     tree = {name: llm[name] for name in ("embed_tokens", "norm")}
     tree["lm_head"] = converted("lm_head", [llm["lm_head"]])

@@ -113,7 +113,7 @@ def make_plan(config: Config, name: str, clips: int | None = None) -> Plan:
     lowered = arguments.step.lower(arguments.state, arguments.frozen, arguments.batch)
     memory = lowered.compile(compiler_options=OPTIONS.get(target.platform)).memory_analysis()
     compile_seconds = time.perf_counter() - started
-    frozen = _device_bytes(arguments.frozen)
+    frozen = device_bytes(arguments.frozen)
     activations = _activations_of_one_clip(config, mesh.devices.flat[0].platform)
     executed = _executed(config, clips)
     share = clips // (mesh.shape["data"] * mesh.shape["fsdp"] * config.accumulate)
@@ -127,8 +127,8 @@ def make_plan(config: Config, name: str, clips: int | None = None) -> Plan:
         peak=memory.peak_memory_in_bytes,
         held={
             "frozen_bytes": frozen,
-            "trained_bytes": _device_bytes(arguments.state.trainable),
-            "optimizer_bytes": _device_bytes(arguments.state.moments),
+            "trained_bytes": device_bytes(arguments.state.trainable),
+            "optimizer_bytes": device_bytes(arguments.state.moments),
             "activation_bytes": min(activations * share, memory.temp_size_in_bytes),
         },
         needed_flops=flops_of_one_clip(config) * clips,
@@ -355,7 +355,7 @@ def _shard_size(leaf: Any) -> int:
     return math.prod(leaf.sharding.shard_shape(leaf.shape))
 
 
-def _device_bytes(tree: Any) -> int:
+def device_bytes(tree: Any) -> int:
     """Returns the bytes of a tree on one device."""
     return sum(_shard_size(leaf) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 

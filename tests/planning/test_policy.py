@@ -1,6 +1,5 @@
 """The plan of a reinforcement iteration counts the memory and the operations of a run."""
 
-import jax
 import jax.numpy as jnp
 import pytest
 
@@ -8,6 +7,8 @@ from favchat_jax import stages
 from favchat_jax.errors import UserError
 from favchat_jax.generation.weights import from_training
 from favchat_jax.planning import cost, plan, policy
+from favchat_jax.planning.answer import program_products
+from favchat_jax.sharding import one_device
 
 
 @pytest.fixture(scope="module")
@@ -17,7 +18,7 @@ def config(small_world):
 
 @pytest.fixture(scope="module")
 def laid_out(config):
-    return policy._lay_out(config, 2, jax.devices()[0])
+    return policy._lay_out(config, 2, one_device())
 
 
 def test_a_target_with_several_devices_is_refused(config):
@@ -43,7 +44,7 @@ def test_the_programs_of_an_iteration_compile_and_come_in_order(laid_out):
     assert [program.name for program in programs] == ["encode", "begin", "advance", "score", "update"]
     for program in programs:
         compiled = program.function.lower(*program.arguments, **program.options).compile()
-        given = policy._bytes(program.arguments)
+        given = plan.device_bytes(program.arguments)
         assert 0 < compiled.memory_analysis().argument_size_in_bytes <= given
         assert sum(held.values()) > program.weights and given > program.weights
 
@@ -61,7 +62,7 @@ def test_operations_count_all_tokens_of_all_responses(config, laid_out):
     rows, slots = 2 * config.rl.group, policy.PROMPT + config.rl.max_new_tokens
     attended = llm.num_hidden_layers * 2 * llm.num_attention_heads * llm.head_dim * slots
     expected = drawn * rows * 2 * (kernels + attended)
-    assert cost.total_flops(policy._products(by_name["advance"])) == expected
+    assert cost.total_flops(program_products(by_name["advance"])) == expected
     assert by_name["score"].times == 2 and by_name["update"].times == config.rl.updates
 
 

@@ -110,9 +110,9 @@ def test_draws_resume_exactly_with_bad_samples(parts_of, monkeypatch):
 def test_a_split_with_only_bad_samples_is_refused(parts_of, monkeypatch):
     damaged(monkeypatch, 0, 1)
     samples = Samples(parts_of(), "train", 2)
-    with pytest.raises(UserError, match="all 2 samples of split train are bad .the last: clip .* cannot be read"):
+    with pytest.raises(UserError, match="2 of 2 records are bad.*.the last: clip .* cannot be read"):
         list(samples)
-    with pytest.raises(UserError, match="all 2 samples of split train are bad"):
+    with pytest.raises(UserError, match="2 of 2 records are bad"):
         draw(Pool(2, PoolConfig(), seed=0), Samples(parts_of(), "train", 2), 1)
 
 

@@ -24,6 +24,7 @@ def rows(monkeypatch):
 
     monkeypatch.setattr(frame_length, "benchmark", SimpleNamespace(run=run))
     monkeypatch.setattr(frame_length, "assemble", lambda config: config)
+    monkeypatch.setattr(frame_length, "from_run", lambda run: run.weights)
     monkeypatch.setattr(frame_length, "Sampler", lambda config, weights: config)
     monkeypatch.setattr(frame_length, "Session", SimpleNamespace(of=lambda config, *_: config.model.frames))
     config = tiny_config().updated({"model.frames": 8, "data.name": "faces"})

@@ -12,17 +12,14 @@ _TARGET: ContextVar[str | None] = ContextVar("target", default=None)
 
 @contextlib.contextmanager
 def compiling_for(platform: str) -> Iterator[None]:
-    """Picks kernels for "cpu", "gpu", "tpu" or `PLAIN` in this context, also for a machine that is not here.
-
-    Within another such context, the outer one counts.
-    """
-    token = _TARGET.set(_TARGET.get() or platform)
+    """Picks kernels for "cpu", "gpu", "tpu" or `PLAIN` in this context, also for a machine that is not here."""
+    token = _TARGET.set(platform)
     try:
         yield
     finally:
         _TARGET.reset(token)
 
 
-def platform() -> str:
-    """Returns the platform that is compiled for; by default this process's backend."""
-    return _TARGET.get() or jax.default_backend()
+def platform(default: str = "") -> str:
+    """Returns the platform that is compiled for; outside such a context `default`, or this process's backend."""
+    return _TARGET.get() or default or jax.default_backend()
