@@ -68,8 +68,8 @@ def test_a_result_says_what_it_is_of(dfew, checkpoint, trained):
 
 def test_narrow_kernels_are_named_in_the_result_and_a_batch_must_divide_over_the_mesh(dfew, checkpoint):
     config = config_of(dfew, method="direct", limit=1)
-    told = evaluate(config, checkpoint, storage="int8")["provenance"]["checkpoint"]
-    assert told == identity_of(checkpoint, load_run(checkpoint), "int8") and told["storage"] == "int8"
+    identity = evaluate(config, checkpoint, storage="int8")["provenance"]["checkpoint"]
+    assert identity == identity_of(checkpoint, load_run(checkpoint), "int8") and identity["storage"] == "int8"
     with pytest.raises(UserError, match=f"batch={config.batch} does not divide over 7 devices of --mesh"):
         evaluate(config, checkpoint, mesh={"data": 7})
 
