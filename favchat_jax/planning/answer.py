@@ -6,7 +6,7 @@ between them.
 
 import dataclasses
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -79,33 +79,15 @@ def make_plan(
         devices=devices(name),
         memory=target.memory,
     )
-    started = time.perf_counter()
-    with compiling_for(mesh.devices.flat[0].platform):
+
+    def lay_out() -> tuple[dict[str, int], list[Program]]:
         weights = decoding_weights(config, mesh, storage)
         decoder = Decoder(config, llm, END, storage=storage, mesh=mesh)
         asked = question(config, clips, mesh)
         _, programs = answering(config, clips, decoder, mesh, weights, asked, prompt=PROMPT, new=NEW)
-        peak, memory = largest(programs, plan.device_bytes(weights), target.platform)
-    products = [product for program in programs for product in program_products(program)]
-    flops = cost.total_flops(products)
-    made = plan.summarise(
-        name,
-        config,
-        clips,
-        memory,
-        peak=peak,
-        held={
-            "frozen_bytes": plan.device_bytes(weights),
-            "trained_bytes": 0,
-            "optimizer_bytes": 0,
-            "activation_bytes": 0,
-        },
-        needed_flops=flops,
-        executed_flops=flops,
-        least_seconds=cost.roofline_seconds(products, mesh.size, target.flops, target.bandwidth),
-        compile_seconds=time.perf_counter() - started,
-        advise=lambda lacking: _advice(lacking, storage, mesh),
-    )
+        return {"frozen_bytes": plan.device_bytes(weights), "trained_bytes": 0, "optimizer_bytes": 0}, programs
+
+    made = plan_of(lay_out, config, name, clips, mesh, lambda _, lacking: _advice(lacking, storage, mesh))
     return dataclasses.replace(made, stage="answer", devices=mesh.size)
 
 
@@ -180,6 +162,46 @@ def answering(
         Program("begin", decoder.begin, reading, room, held),
         Program("advance", decoder.advance, (params, begun, *how), {"count": new - 1}, held, new - 1, one_token),
     ]
+
+
+def plan_of(
+    lay_out: Callable[[], tuple[dict[str, int], list[Program]]],
+    config: Config,
+    name: str,
+    clips: int,
+    mesh: Mesh,
+    advise: Callable[[int, int], str],
+) -> plan.Plan:
+    """Compiles programs for a target, one after another, and plans them together.
+
+    Args:
+        lay_out: returns the bytes that stay on a device, under the names of `Plan`, and the programs.
+        config: of the stage.
+        name: name of the target.
+        clips: number of clips.
+        mesh: devices of the target.
+        advise: returns what would make it fit, given the bytes that stay on a device and those that it lacks.
+    """
+    target, started = find(name), time.perf_counter()
+    with compiling_for(mesh.devices.flat[0].platform):
+        held, programs = lay_out()
+        resident = sum(held.values())
+        peak, memory = largest(programs, resident, target.platform)
+    products = [product for program in programs for product in program_products(program)]
+    flops = cost.total_flops(products)
+    return plan.summarise(
+        name,
+        config,
+        clips,
+        memory,
+        peak=peak,
+        held={**held, "activation_bytes": 0},
+        needed_flops=flops,
+        executed_flops=flops,
+        least_seconds=cost.roofline_seconds(products, mesh.size, target.flops, target.bandwidth),
+        compile_seconds=time.perf_counter() - started,
+        advise=lambda lacking: advise(resident, lacking),
+    )
 
 
 def largest(programs: list[Program], resident: int, platform: str) -> tuple[int, Any]:

@@ -5,7 +5,6 @@ between programs count in each of them: the language model's base with separate 
 merged ones (rollouts), the moments, and the adapters at the start of the run.
 """
 
-import time
 from typing import Any
 
 import jax
@@ -18,9 +17,8 @@ from favchat_jax.config import Config
 from favchat_jax.errors import UserError
 from favchat_jax.generation.decoding import Decoder
 from favchat_jax.generation.weights import from_training
-from favchat_jax.models.kernels.platform import compiling_for
-from favchat_jax.planning import cost, plan
-from favchat_jax.planning.answer import END, Program, answering, largest, program_products, question, rows
+from favchat_jax.planning import plan
+from favchat_jax.planning.answer import END, Program, answering, plan_of, question, rows
 from favchat_jax.planning.targets import GIB, devices, find
 from favchat_jax.rl import policy
 from favchat_jax.training.optimizer import make_optimizer
@@ -48,31 +46,16 @@ def make_policy_plan(config: Config, name: str, clips: int | None = None) -> pla
         raise UserError(f"--target={name} has several devices, but stage=grpo uses one: name a target with one device")
     clips = clips or config.batch
     mesh = sharding.one_device(devices(name))
-    started = time.perf_counter()
-    with compiling_for(mesh.devices.flat[0].platform):
+
+    def lay_out() -> tuple[dict[str, int], list[Program]]:
         held, programs = _lay_out(config, clips, mesh)
-        resident = sum(held.values())
-        peak, memory = largest(programs, resident, target.platform)
-    products = [product for program in programs for product in program_products(program)]
-    flops = cost.total_flops(products)
-    return plan.summarise(
-        name,
-        config,
-        clips,
-        memory,
-        peak=peak,
-        held={
+        return {
             "frozen_bytes": held["frozen"] + held["merged"],
             "trained_bytes": held["trained"] + held["reference"],
             "optimizer_bytes": held["moments"],
-            "activation_bytes": 0,
-        },
-        needed_flops=flops,
-        executed_flops=flops,
-        least_seconds=cost.roofline_seconds(products, 1, target.flops, target.bandwidth),
-        compile_seconds=time.perf_counter() - started,
-        advise=lambda _: _advice(resident, target.usable),
-    )
+        }, programs
+
+    return plan_of(lay_out, config, name, clips, mesh, lambda resident, _: _advice(resident, target.usable))
 
 
 def _advice(resident: int, usable: int) -> str:
