@@ -259,6 +259,9 @@ class RLConfig(Section):
     temperature: Temperature  # temperature of sampled responses
     top_p: Probability  # nucleus of sampled responses
     rewards: Mapping[str, RewardConfig] = dataclasses.field(hash=False)  # rewards by name
+    # Whether responses are drawn with adapters merged into a second copy of the language model: faster, if it fits.
+    # Otherwise the weights that train draw them.
+    merged_rollouts: bool = True
     shuffled_frames: bool  # whether to draw responses to shuffled frames too, for the temporal reward
     # What a sample asks: to describe its clip, as in the cold start, or each question of it, with a request to think.
     prompt: Literal["description", "question"] = "description"
@@ -328,8 +331,11 @@ class Config(Section):
             raise UserError(f"data.keep_features=True is for stage3 and coldstart, not for {self.stage}: leave it out")
         if self.init.from_run and stages.STAGES[self.stage].before is None:
             raise UserError(f"init.from_run={self.init.from_run}: {self.stage} is the first stage, so leave it out")
-        if self.stage == "grpo" and self.reinforcement and self.llm.storage != "full":
-            raise UserError(f"llm.storage={self.llm.storage} cannot answer, which stage=grpo needs: leave it out")
+        if self.stage == "grpo" and self.reinforcement.merged_rollouts and self.llm.storage != "full":
+            raise UserError(
+                f"llm.storage={self.llm.storage} has no full kernels to merge adapters into: add "
+                "--config.rl.merged_rollouts=False"
+            )
         if self.stage == "grpo" and self.steps < 1:
             raise UserError("steps=0: stage=grpo has no epochs; give at least 1")
 

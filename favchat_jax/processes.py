@@ -128,6 +128,26 @@ def any_process(flag: bool) -> bool:
     return flag if jax.process_count() == 1 else bool(np.any(multihost_utils.process_allgather(np.array(flag))))
 
 
+def agreed(work: Callable[[], Any]) -> Any:
+    """Returns what `work` gives (JSON) in the first process; all of them have to call it.
+
+    Raises:
+        UserError: `work` raised it in the first process.
+    """
+    if jax.process_count() == 1:
+        return work()
+    found: dict[str, Any] = {}
+    if is_first():
+        try:
+            found = {"value": work()}
+        except UserError as error:
+            found = {"error": str(error)}
+    found = gathered(found)[0]
+    if "error" in found:
+        raise UserError(found["error"])
+    return found["value"]
+
+
 def gathered(value: dict[str, Any]) -> list[dict[str, Any]]:
     """Returns the values (JSON) of all processes in their order; all of them have to call it."""
     if jax.process_count() == 1:

@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Shaped
@@ -46,19 +47,19 @@ TABLE = (
 
 
 def training_mesh(config: Config) -> Mesh:
-    """Makes the mesh that a stage trains on; for stage grpo, the first device.
+    """Makes the mesh that a stage trains on.
 
     Raises:
         UserError: this machine's devices or processes do not suit the config.
     """
-    if config.stage == "grpo":
-        if jax.process_count() > 1:
-            raise UserError("stage=grpo computes on one device, in one process: leave out --processes")
-        return one_device()
     if config.data.keep_features and jax.process_count() > 1:
         raise UserError("data.keep_features=True is for a single process: leave it out on several hosts")
     mesh = make_mesh(config.mesh)
-    check_batch(config.batch, config.accumulate, mesh)
+    if config.stage == "grpo":
+        group = config.reinforcement.group
+        check_batch(config.batch * group, 1, mesh, f"batch={config.batch} x rl.group={group} responses, together")
+    else:
+        check_batch(config.batch, config.accumulate, mesh, f"batch={config.batch}")
     return mesh
 
 
@@ -128,19 +129,19 @@ def answering_mesh(
     return make_mesh(MeshConfig(data=data, fsdp=1, tensor=tensor), devices)
 
 
-def check_batch(batch: int, accumulate: int, mesh: Mesh, named: str = "batch") -> None:
+def check_batch(batch: int, accumulate: int, mesh: Mesh, named: str) -> None:
     """Raises UserError if a batch does not divide into `accumulate` parts that the mesh's devices can split.
 
     Args:
-        batch: number of clips.
+        batch: number of clips, or of responses.
         accumulate: number of parts.
         mesh: of the run.
-        named: the batch's option, for the message.
+        named: the options that set it, with their values.
     """
     shares = mesh.shape["data"] * mesh.shape["fsdp"]
     if batch % (shares * accumulate):
         raise UserError(
-            f"{named}={batch} does not divide over mesh.data={mesh.shape['data']} x mesh.fsdp={mesh.shape['fsdp']} "
+            f"{named} does not divide over mesh.data={mesh.shape['data']} x mesh.fsdp={mesh.shape['fsdp']} "
             f"devices x accumulate={accumulate} parts: choose a multiple of {shares * accumulate}, or another mesh"
         )
 
@@ -170,8 +171,8 @@ def partitions(weights: Mapping[str, Any], mesh: Mesh) -> dict[str, NamedShardin
 
 
 def one_device(devices: list[jax.Device] | None = None) -> Mesh:
-    """Makes the mesh of the first device, by default of this run."""
-    return Mesh(np.array((devices or jax.devices())[:1]).reshape(1, 1, 1), AXES)
+    """Makes the mesh of the first device, by default of this process."""
+    return Mesh(np.array((devices or jax.local_devices())[:1]).reshape(1, 1, 1), AXES)
 
 
 def place(path: str, weight: Any, mesh: Mesh, dtype: Any) -> jax.Array:
@@ -203,13 +204,14 @@ def batch_partition(mesh: Mesh) -> NamedSharding:
 
 
 def place_rows(arrays: Any, mesh: Mesh) -> Any:
-    """Places a tree of arrays that this process holds whole: split along their first axis, or whole on every device.
+    """Places a tree of arrays that every process holds whole: split along their first axis, or whole on every device.
 
     They are whole where the first axis does not divide, such as a single clip.
     """
 
     def placed(array: Any) -> jax.Array:
-        return jax.device_put(array, rows_partition(array.shape, mesh))
+        shards = rows_partition(array.shape, mesh)
+        return jax.make_array_from_callback(array.shape, shards, lambda index: array[index])
 
     return arrays if mesh.size == 1 else jax.tree.map(placed, arrays)
 
@@ -225,28 +227,41 @@ def place_batch(arrays: Mapping[str, Any], mesh: Mesh) -> dict[str, Any]:
     return jax.tree.map(lambda array: jax.make_array_from_process_local_data(sharding, array), dict(arrays))
 
 
+def to_host(array: Any) -> np.ndarray:
+    """Gathers an array into host memory from all its shards. Every process of a run has to call it."""
+    if isinstance(array, jax.Array) and not array.is_fully_addressable and not array.is_fully_replicated:
+        array = multihost_utils.process_allgather(array, tiled=True)
+    return np.asarray(array)
+
+
 def by_clip(x: Shaped[Array, "B ..."]) -> Shaped[Array, "B ..."]:
     """Constrains `x` to be split along its first axis only, as clips are; no effect on a single device.
 
     Otherwise the compiler might follow a weight's partition and split activations along their channels.
     """
-    return _constrained(x)
+    return _constrained(x, CLIPS)
 
 
-def by_clip_and_head(x: Shaped[Array, "B K ..."]) -> Shaped[Array, "B K ..."]:
-    """Constrains `x` to be split along its first axis, as clips are, and its second, as key/value heads are."""
-    return _constrained(x, "tensor")
+def by_clip_and_head(x: Shaped[Array, "*layers B K C S"]) -> Shaped[Array, "*layers B K C S"]:
+    """Constrains a cache to be split along its rows, as clips are, and along its key/value heads."""
+    return _constrained(x, *cache_axes(x.ndim))
 
 
-def _constrained(x: Array, *axes: str) -> Array:
+def cache_axes(dimensions: int) -> tuple[tuple[str, ...], ...]:
+    """Returns the mesh axes that cut the first dimensions of a cache: none of the layers, then rows and heads."""
+    return *((),) * (dimensions - 4), CLIPS, ("tensor",)
+
+
+def _constrained(x: Array, *axes: tuple[str, ...]) -> Array:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return x
-    spec = divided(x.shape, (CLIPS, *((axis,) for axis in axes)), mesh)
-    return jax.lax.with_sharding_constraint(x, P(*spec))
+    return jax.lax.with_sharding_constraint(x, P(*divided(x.shape, axes, mesh)))
 
 
 def divided(shape: tuple[int, ...], axes: Sequence[tuple[str, ...]], mesh: Any) -> list[tuple[str, ...] | None]:
     """Returns the mesh axes that cut each of the first dimensions; None for one that they do not divide."""
     pairs = zip(shape, axes, strict=False)
-    return [names if size % math.prod(mesh.shape[name] for name in names) == 0 else None for size, names in pairs]
+    return [
+        names if names and size % math.prod(mesh.shape[name] for name in names) == 0 else None for size, names in pairs
+    ]

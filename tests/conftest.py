@@ -7,10 +7,11 @@ import importlib
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -211,6 +212,36 @@ def start_module(module: str, *arguments: str, cwd: Path = ROOT, **options: Any)
         text=True,
         **options,
     )
+
+
+def on_devices(script: str, arguments: Callable[[str], list[str]], processes: int = 1) -> str:
+    """Runs a script of the tests on eight devices of a CPU; returns what the first process printed.
+
+    Args:
+        script: its path in the repository.
+        arguments: returns its command line, given what `processes.joined` takes: nothing for a single process.
+        processes: number of processes that share the devices.
+    """
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={8 // processes}"
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    places = [f"{address},{processes},{index}" for index in range(processes)] if processes > 1 else [""]
+    started = [
+        subprocess.Popen(
+            [sys.executable, str(ROOT / script), *arguments(place)],
+            cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for place in places
+    ]
+    outputs = [process.communicate() for process in started]
+    codes = [process.returncode for process in started]
+    assert codes == [0] * processes, "\n".join(errors[-2000:] for _, errors in outputs)
+    return outputs[0][0]
 
 
 def check_refusals(module: str, refused: dict[str, tuple[str, ...]]) -> None:

@@ -50,9 +50,11 @@ class Checkpoints:
     Args:
         workdir: the run's folder.
         keep: number of newest checkpoints that are kept.
+        alike: whether all processes have the same iterator state, which then serves any number of them.
     """
 
-    def __init__(self, workdir: str | Path, keep: int = 2):
+    def __init__(self, workdir: str | Path, keep: int = 2, *, alike: bool = False):
+        self._alike = alike
         self.workdir = Path(workdir).absolute()
         self._folder, self._keep = self.workdir / "checkpoints", keep
         self._manager: ocp.CheckpointManager | None = None
@@ -81,7 +83,7 @@ class Checkpoints:
         # Copied if this process holds all of it, because the next step donates the state's memory.
         state = jax.tree.map(lambda leaf: np.asarray(leaf) if leaf.is_fully_addressable else leaf, state)
         weights, optimizer = dict(state.trainable), _optimizer_part(state)
-        hosts = gathered(dict(iterator_state))
+        hosts = [dict(iterator_state)] if self._alike else gathered(dict(iterator_state))
         with write_errors(self._folder, *ORBAX_ERRORS):
             manager = self._open()
             manager.wait_until_finished()
@@ -134,6 +136,7 @@ class Checkpoints:
             check_leaves(part, leaves["optimizer"])
             hosts = restored.data.get("hosts", [restored.data])
             data = hosts[jax.process_index()] if len(hosts) == jax.process_count() else None
+            data = hosts[0] if self._alike else data
             return TrainState(part["step"], weights, part["moments"], part["key"]), data
 
         return self._newest(read, move_damaged=True)

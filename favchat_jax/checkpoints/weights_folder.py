@@ -17,10 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from flax.traverse_util import flatten_dict, unflatten_dict
-from jax.experimental import multihost_utils
 
 from favchat_jax.errors import UserError, one_line
 from favchat_jax.files import replace_folder
+from favchat_jax.processes import first_alone
+from favchat_jax.sharding import to_host
 
 Weights = Mapping[str, jax.Array]
 
@@ -32,18 +33,11 @@ class DamagedError(Exception):
     """A checkpoint does not read back as it was written."""
 
 
-def gathered(array: Any) -> np.ndarray:
-    """Gathers an array into host memory from all its shards. Every process of a run has to call it."""
-    if isinstance(array, jax.Array) and not array.is_fully_addressable and not array.is_fully_replicated:
-        array = multihost_utils.process_allgather(array, tiled=True)
-    return np.asarray(array)
-
-
 def describe_leaves(tree: Any) -> dict[str, dict]:
     """Computes path -> shape, dtype and CRC-32 of each leaf's bytes."""
     leaves = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        array = np.ascontiguousarray(gathered(leaf))
+        array = np.ascontiguousarray(to_host(leaf))
         crc = zlib.crc32(array.reshape(-1).view(np.uint8).data)
         leaves[jax.tree_util.keystr(path)] = {"shape": list(array.shape), "dtype": str(array.dtype), "crc32": crc}
     return leaves
@@ -59,19 +53,23 @@ def check_leaves(tree: Any, leaves: Mapping[str, dict]) -> None:
 
 def save_weights(folder: str | Path, weights: Weights, config: Mapping[str, Any]) -> None:
     """Writes a weights folder completely or not at all. Every process of a run has to call it; the first one writes."""
-    tree = unflatten_dict({path: gathered(leaf) for path, leaf in weights.items()}, sep="/")
-    if jax.process_index():
-        return
-    alone = ocp.options.MultiprocessingOptions(primary_host=0, active_processes={0}, barrier_sync_key_prefix="alone")
-    # Uncompressed, because weights hardly shrink and compression doubles the time.
-    handler = ocp.PyTreeCheckpointHandler(use_compression=False, multiprocessing_options=alone)
-    with (
-        replace_folder(folder, *ORBAX_ERRORS) as draft,
-        contextlib.closing(ocp.Checkpointer(handler, multiprocessing_options=alone)) as checkpointer,
-    ):
-        checkpointer.save(draft / "weights", args=ocp.args.PyTreeSave(tree))
-        (draft / "leaves.json").write_text(json.dumps(describe_leaves(flatten_dict(tree, sep="/")), indent=1))
-        (draft / "config.json").write_text(json.dumps(dict(config), indent=1))
+    tree = unflatten_dict({path: to_host(leaf) for path, leaf in weights.items()}, sep="/")
+
+    def write() -> None:
+        alone = ocp.options.MultiprocessingOptions(
+            primary_host=0, active_processes={0}, barrier_sync_key_prefix="alone"
+        )
+        # Uncompressed, because weights hardly shrink and compression doubles the time.
+        handler = ocp.PyTreeCheckpointHandler(use_compression=False, multiprocessing_options=alone)
+        with (
+            replace_folder(folder, *ORBAX_ERRORS) as draft,
+            contextlib.closing(ocp.Checkpointer(handler, multiprocessing_options=alone)) as checkpointer,
+        ):
+            checkpointer.save(draft / "weights", args=ocp.args.PyTreeSave(tree))
+            (draft / "leaves.json").write_text(json.dumps(describe_leaves(flatten_dict(tree, sep="/")), indent=1))
+            (draft / "config.json").write_text(json.dumps(dict(config), indent=1))
+
+    first_alone(write)
 
 
 def load_weights(folder: str | Path) -> dict[str, np.ndarray]:

@@ -35,6 +35,7 @@ FREE = (
     "log_every",
     "checkpoint_every",
     "checkpoints_kept",
+    "rl.merged_rollouts",
 )
 
 

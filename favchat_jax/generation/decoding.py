@@ -13,13 +13,13 @@ from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from favchat_jax.config import Config
 from favchat_jax.models import favchat
+from favchat_jax.models.cache import Cache, LayerCache, by_row_and_head, repeated
 from favchat_jax.models.favchat import ClipFeatures
-from favchat_jax.models.kernels.platform import compiling_for, platform
+from favchat_jax.models.kernels.platform import computing_on
 from favchat_jax.models.likelihood import target_log_probabilities
 from favchat_jax.models.mistral import MistralConfig
-from favchat_jax.models.mistral_decoding import LayerCache, empty_cache
 from favchat_jax.programs import Traces, kept
-from favchat_jax.sharding import by_clip_and_head, one_device
+from favchat_jax.sharding import one_device
 
 
 class Decoding(NamedTuple):
@@ -37,7 +37,7 @@ class Decoding(NamedTuple):
     position: Int[Array, " R"]
     done: Bool[Array, " R"]
     key: Array
-    cache: list[LayerCache]
+    cache: Cache
 
 
 for named_tuple in (ClipFeatures, LayerCache, Decoding):
@@ -67,7 +67,7 @@ def draw(
 
 
 class Decoder:
-    """The model in its decoding form with its compiled functions, each of which takes the weights first.
+    """The model that answers with its compiled functions, each of which takes the weights first.
 
     `encode` computes features of clips, `weigh` the streams' average weights, `compare` log-likelihoods of answers.
     `begin` reads prompts and draws the first token of each sequence; `advance` draws up to `count` more.
@@ -77,6 +77,7 @@ class Decoder:
         llm: sizes of the language model.
         eos: the token that ends an answer.
         storage: width of the language model's kernels.
+        trained: whether the weights are in the training form, which is slower; by default, in the decoding form.
         mesh: devices that hold the weights; by default the first one.
         traces: where traces of these functions are kept for later processes, if anywhere.
     """
@@ -88,6 +89,7 @@ class Decoder:
         eos: int,
         *,
         storage: str = "full",
+        trained: bool = False,
         mesh: Mesh | None = None,
         traces: Traces | None = None,
     ):
@@ -98,11 +100,10 @@ class Decoder:
             ablation=config.ablation,
             lora_rank=config.lora_rank,
             storage=storage,
-            decoding=True,
+            decoding=not trained,
         )
-        self._llm, self._eos = llm, eos
+        self._eos, self._form = eos, f"{storage} {'training' if trained else 'decoding'} form"
         self._apply: Callable[..., Any] = self.model.apply
-        self._dtype = jnp.dtype(config.model.dtype)
         self._mesh = mesh or one_device()
         self._traces = traces if self._mesh.size == 1 else None  # whose format names no shards
         self.encode = self._compiled(self._encode)
@@ -114,12 +115,11 @@ class Decoder:
     def _compiled(self, function: Callable[..., Any], donate_argnums: tuple[int, ...] = (), **static: Any) -> Any:
         @functools.wraps(function)
         def on_mesh(*arguments, **options):
-            target = platform(self._mesh.devices.flat[0].platform)
-            with compiling_for(target), jax.sharding.use_abstract_mesh(self._mesh.abstract_mesh):
+            with computing_on(self._mesh):
                 return function(*arguments, **options)
 
         compiled = jax.jit(on_mesh, donate_argnums=donate_argnums, **static)
-        return kept(compiled, f"{function.__name__} {self.model.llm.storage}", self._traces, donate_argnums)
+        return kept(compiled, f"{function.__name__} {self._form}", self._traces, donate_argnums)
 
     def _encode(self, params, frames: UInt8[Array, "B T H W 3"]) -> ClipFeatures:
         return self._apply(params, frames, method="encode")
@@ -153,17 +153,16 @@ class Decoder:
     def _begin(self, params, features, arrays, key, temperature, top_p, *, room: int, copies: int) -> Decoding:
         """Reads each conversation once and begins `copies` answers to it."""
         clips, questions, length = arrays["tokens"].shape
-        cache = jax.tree.map(by_clip_and_head, empty_cache(self._llm, clips * questions, length + room, self._dtype))
+        cache = by_row_and_head(self.model.llm.empty_cache(clips * questions, length + room))
         inputs = (arrays[name] for name in ("tokens", "prompt", "prompt_mask"))
         output = self._apply(params, features, *inputs, cache=cache)
         last = jnp.asarray(arrays["last"])
         final = jnp.take_along_axis(output.hidden.reshape(len(last), length, -1), last[:, None, None], axis=1)[:, 0]
         logits = self._apply(params, final, method="logits")
-        repeated = (logits, output.cache, last)
-        logits, cache, last = jax.tree.map(lambda leaf: jnp.repeat(leaf, copies, axis=0), repeated)
-        cache = jax.tree.map(by_clip_and_head, cache)
+        logits, last = (jnp.repeat(leaf, copies, axis=0) for leaf in (logits, last))
         draw_key, key = jax.random.split(jax.random.wrap_key_data(key))
         token = draw(logits, draw_key, temperature, top_p)
+        cache = repeated(output.cache, copies)
         return Decoding(token, last + 1, token == self._eos, jax.random.key_data(key), cache)
 
     def _advance(self, params, state: Decoding, temperature, top_p, *, count: int):

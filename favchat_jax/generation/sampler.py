@@ -21,7 +21,7 @@ from favchat_jax.checkpoints.run import Assembly
 from favchat_jax.generation.decoding import Decoder
 from favchat_jax.models.favchat import ClipFeatures
 from favchat_jax.section import Allowed, NotNegative, Section, Share
-from favchat_jax.sharding import one_device, place_rows
+from favchat_jax.sharding import one_device, place_rows, to_host
 
 Turn = tuple[str, str | None]
 LONGEST = 4096  # most tokens of an answer, and of a conversation whose answer is weighed
@@ -52,19 +52,28 @@ class Sampler:
 
     Args:
         parts: the model and the encoders of its text inputs.
-        weights: all weights of the model in the decoding form, flat (`generation/weights.py`).
+        weights: all weights of the model, flat, in the decoding form (`generation/weights.py`).
         storage: width of the language model's kernels in them.
         mesh: devices that hold them; by default the first one.
+        trained: whether the weights are in the training form instead, with adapters beside the kernels.
     """
 
-    def __init__(self, parts: Assembly, weights: Mapping[str, Array], storage: str = "full", mesh: Mesh | None = None):
+    def __init__(
+        self,
+        parts: Assembly,
+        weights: Mapping[str, Array],
+        storage: str = "full",
+        mesh: Mesh | None = None,
+        *,
+        trained: bool = False,
+    ):
         sizes = parts.config.model
         self.frames, self.image_size = sizes.frames, sizes.image_size
         self.tokenizer, self.conversation, self.prompt = parts.tokenizer, parts.conversation, parts.prompt
         self._reads_questions = sizes.qformer.prompt
         self._longest = max(parts.config.data.buckets)
         self._mesh = mesh or one_device()
-        how: dict[str, Any] = {"storage": storage, "mesh": self._mesh, "traces": parts.traces}
+        how: dict[str, Any] = {"storage": storage, "trained": trained, "mesh": self._mesh, "traces": parts.traces}
         self._decoder = Decoder(parts.config, parts.llm, self.conversation.eos, **how)
         self.load(weights)
 
@@ -92,7 +101,7 @@ class Sampler:
             questions: Q for each clip.
         """
         prompts = place_rows(self._prompts(questions), self._mesh)
-        return np.asarray(self._decoder.weigh(self._params, features, *prompts))
+        return to_host(self._decoder.weigh(self._params, features, *prompts))
 
     def answer(
         self, features: ClipFeatures, conversations: Sequence[Sequence[Sequence[Turn]]], sampling: Sampling
@@ -155,7 +164,7 @@ class Sampler:
         scored = offsets < lengths[..., None]
         places = np.where(scored, starts[..., None] + offsets, 1).astype(np.int32)
         arrays = place_rows((self._batch(encoded, longest), *prompts, places, scored), self._mesh)
-        return np.asarray(self._decoder.compare(self._params, features, *arrays)), lengths
+        return to_host(self._decoder.compare(self._params, features, *arrays)), lengths
 
     def responses(
         self, features: ClipFeatures, questions: Sequence[str], group: int, sampling: Sampling
@@ -197,15 +206,15 @@ class Sampler:
         Takes the arguments of `answer`; each conversation is answered `copies` times.
         """
         arrays = place_rows(self._arrays(conversations), self._mesh)
-        draw_how = (jnp.float32(sampling.temperature), jnp.float32(sampling.top_p))
-        key = jax.random.key_data(jax.random.key(sampling.seed))
+        draw_how = (np.float32(sampling.temperature), np.float32(sampling.top_p))
+        key = np.asarray(jax.random.key_data(jax.random.key(sampling.seed)))
         room = sampling.max_new_tokens
         state = self._decoder.begin(self._params, features, arrays, key, *draw_how, room=room, copies=copies)
-        yield np.asarray(state.token)[:, None]
+        yield to_host(state.token)[:, None]
         left = sampling.max_new_tokens - 1
         while left > 0 and not bool(jnp.all(state.done)):
             state, tokens = self._decoder.advance(self._params, state, *draw_how, count=count)
-            yield np.asarray(tokens)[:, :left]
+            yield to_host(tokens)[:, :left]
             left -= count
 
     def text(self, tokens: Int[np.ndarray, " n"]) -> str:

@@ -29,7 +29,7 @@ NORMS = ("input_layernorm", "post_attention_layernorm")
 
 
 def from_training(
-    weights: Mapping[str, Any], config: Config, llm: MistralConfig, storage: str = "full"
+    weights: Mapping[str, Any], config: Config, llm: MistralConfig, storage: str = "full", mesh: Mesh | None = None
 ) -> dict[str, Array]:
     """Converts all weights of the model, flat and in the training form, to the decoding form.
 
@@ -38,10 +38,14 @@ def from_training(
         config: of the stage.
         llm: sizes of the language model.
         storage: width of its kernels. Adapters are merged into full ones.
+        mesh: devices that hold the weights, if there are several.
     """
     tree = unflatten_dict(dict(weights), sep="/")
     form = decoding_form(tree["llm"], llm, config.model.lora.alpha, storage, jnp.dtype(config.model.dtype))
-    return flatten_dict({**tree, "llm": form}, sep="/")
+    flat = flatten_dict({**tree, "llm": form}, sep="/")
+    if mesh is None or mesh.size == 1:
+        return flat
+    return jax.jit(lambda leaves: leaves, out_shardings=sharding.partitions(flat, mesh))(flat)
 
 
 def from_run(run: Run, mesh: Mesh | None = None, storage: str = "full") -> dict[str, Array]:

@@ -14,7 +14,7 @@ Encoders and v1's fusion run once per clip; all parts that read the question run
 """
 
 import abc
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -24,11 +24,12 @@ from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from favchat_jax.config import ModelConfig
 from favchat_jax.models.adapters import GatedMixture, ScalarMixture, TokenMLP, WeightAdapters
+from favchat_jax.models.cache import Cache
 from favchat_jax.models.facexformer import FaceXFormerEncoder, LinearFuse
 from favchat_jax.models.granularity import GranularityFusion, PromptGuidedFusion, add_positions
 from favchat_jax.models.kernels.linear import Linear
 from favchat_jax.models.mistral import LoRA, Mistral, MistralConfig
-from favchat_jax.models.mistral_decoding import DecodingMistral, LayerCache
+from favchat_jax.models.mistral_decoding import DecodingMistral
 from favchat_jax.models.qformer import QFormer
 from favchat_jax.models.umt import UMT, VISION_LAYERNORM_EPSILON
 
@@ -58,7 +59,7 @@ class Output(NamedTuple):
 
     hidden: Float[Array, "B Q L D"]
     stream_weights: Float[Array, " B #Q N 2"]
-    cache: list[LayerCache] | None = None
+    cache: Cache | None = None
 
 
 class FaVChat(nn.Module):
@@ -134,7 +135,7 @@ class FaVChat(nn.Module):
         prompt: Int[Array, " B #Q P"],
         prompt_mask: Bool[Array, " B #Q P"],
         *,
-        cache: list[LayerCache] | None = None,
+        cache: Cache | None = None,
         deterministic: bool = True,
     ) -> Output:
         """Returns the hidden states of Q right-padded sequences about each of B clips; `logits` makes scores of them.
@@ -153,8 +154,7 @@ class FaVChat(nn.Module):
         if cache is None:
             hidden = self.llm(embeddings, deterministic=deterministic)
         else:
-            assert isinstance(self.llm, DecodingMistral), "only the decoding form fills a cache"
-            hidden, cache = self.llm.extend(embeddings, cache)
+            hidden, cache = cast(Any, self.llm).extend(embeddings, cache)
         if self.is_initializing():
             self.llm.logits(hidden[:, :1])  # creates the output layer's weights
         return Output(rearrange(hidden, "(B Q) L D -> B Q L D", B=tokens.shape[0]), stream_weights, cache)
@@ -164,11 +164,10 @@ class FaVChat(nn.Module):
         return self.llm.logits(hidden, deterministic)
 
     def decode(
-        self, token: Int[Array, " R"], position: Int[Array, " R"], cache: list[LayerCache]
-    ) -> tuple[Float[Array, "R V"], list[LayerCache]]:
+        self, token: Int[Array, " R"], position: Int[Array, " R"], cache: Cache
+    ) -> tuple[Float[Array, "R V"], Cache]:
         """Reads one more token per sequence, at its position; returns the next one's scores and the extended cache."""
-        assert isinstance(self.llm, DecodingMistral), "only the decoding form reads a cache"
-        hidden, cache = self.llm.extend(self.llm.embed(token[:, None]), cache, position[:, None])
+        hidden, cache = cast(Any, self.llm).extend(self.llm.embed(token[:, None]), cache, position[:, None])
         return self.llm.logits(hidden[:, 0]), cache
 
 

@@ -16,7 +16,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from favchat_jax.errors import UserError
-from favchat_jax.models.kernels.attention import attention
+from favchat_jax.models.cache import LayerCache, attend, empty_layer, places
 from favchat_jax.models.kernels.scan import scan_stacked
 from favchat_jax.models.lora import LoRADense
 from favchat_jax.sharding import by_clip
@@ -24,6 +24,7 @@ from favchat_jax.sharding import by_clip
 Hidden = Float[Array, "R L D"]  # hidden states
 Positions = Int[Array, "R L"]
 KeyMask = Bool[Array, "R 1 1 L"]  # False at padding
+Cached = tuple[Bool[Array, "R S"] | None, LayerCache | None]  # slots to read, and a layer's cache
 REFETCH = "fetch the folder again"
 SIZES = (
     "vocab_size",
@@ -158,12 +159,15 @@ class Attention(Part):
         self.v_proj = self.linear("v_proj", config.num_key_value_heads * width)
         self.o_proj = self.linear("o_proj", config.hidden_size)
 
-    def __call__(self, x: Hidden, positions: Positions, mask: KeyMask | None, deterministic: bool) -> Hidden:
+    def __call__(
+        self, x: Hidden, positions: Positions, mask: KeyMask | None, deterministic: bool, cached: Cached
+    ) -> tuple[Hidden, LayerCache | None]:
         projected = (layer(x, deterministic) for layer in (self.q_proj, self.k_proj, self.v_proj))
         query, key, value = (rearrange(y, "R L (A C) -> R L A C", C=self.config.head_dim) for y in projected)
         query, key = (rotate(y, positions, self.config.rope_theta) for y in (query, key))
-        y = attention(query, key, value, mask=mask, causal=True, window=self.config.sliding_window)
-        return self.o_proj(rearrange(y, "R L A C -> R L (A C)"), deterministic)
+        window = self.config.sliding_window
+        y, cache = attend(query, key, value, positions, *cached, mask=mask, window=window)
+        return self.o_proj(rearrange(y, "R L A C -> R L (A C)"), deterministic), cache
 
 
 class MLP(Part):
@@ -179,21 +183,30 @@ class MLP(Part):
 
 
 class Block(Part):
-    """One pre-norm layer: attention, then SwiGLU, each with a residual."""
+    """One pre-norm layer: attention, then SwiGLU, each with a residual; and its cache, if there is one."""
 
     @nn.compact
-    def __call__(self, x: Hidden, positions: Positions, mask: KeyMask | None, deterministic: bool) -> Hidden:
+    def __call__(
+        self,
+        x: Hidden,
+        positions: Positions,
+        mask: KeyMask | None,
+        deterministic: bool,
+        cached: Cached = (None, None),
+    ) -> tuple[Hidden, LayerCache | None]:
         fields = self.config, self.lora, self.dtype, self.storage
         normed = RMSNorm(self.config.rms_norm_eps, self.dtype, name="input_layernorm")(x)
-        x = by_clip(x + Attention(*fields, name="self_attn")(normed, positions, mask, deterministic))
+        attended, cache = Attention(*fields, name="self_attn")(normed, positions, mask, deterministic, cached)
+        x = by_clip(x + attended)
         normed = RMSNorm(self.config.rms_norm_eps, self.dtype, name="post_attention_layernorm")(x)
-        return by_clip(x + MLP(*fields, name="mlp")(normed, deterministic))
+        return by_clip(x + MLP(*fields, name="mlp")(normed, deterministic)), cache
 
 
 class Mistral(Part):
     """The language model from embeddings to final hidden states; `logits` is separate so that a loss can run in chunks.
 
-    Its layers' weights are stacked along a first axis. `mistral_decoding.DecodingMistral` is the form for decoding.
+    Its layers' weights are stacked along a first axis. `mistral_decoding.DecodingMistral` is the form that writes
+    answers fastest; `extend` writes them with the weights that are trained, so that memory holds no other form of them.
 
     Attributes:
         remat: activations that a layer keeps for the backward pass (`remat.POLICIES`).
@@ -239,11 +252,40 @@ class Mistral(Part):
         mask = None if valid is None else valid[:, None, None, :]
 
         def step(block: Block, x: Float[Array, "R L D"]) -> Float[Array, "R L D"]:
-            return block(x, positions, mask, deterministic)
+            return block(x, positions, mask, deterministic)[0]
 
         x = by_clip(embeddings.astype(self.dtype))
         x, _ = scan_stacked(self.layers, step, x, depth=self.config.num_hidden_layers, policy=self.remat)
         return self.norm(x)
+
+    def empty_cache(self, rows: int, length: int) -> LayerCache:
+        """Returns a zeroed cache of all layers, for `rows` sequences of at most `length` tokens."""
+        one = empty_layer(rows, self.config.num_key_value_heads, self.config.head_dim, length, self.dtype)
+        return jax.tree.map(lambda leaf: jnp.zeros((self.config.num_hidden_layers, *leaf.shape), leaf.dtype), one)
+
+    def extend(
+        self, embeddings: Float[Array, "R L D"], cache: LayerCache, positions: Int[Array, "R L"] | None = None
+    ) -> tuple[Float[Array, "R L D"], LayerCache]:
+        """Extends sequences; returns their final hidden states, and the cache with these tokens in it.
+
+        Args:
+            embeddings: one token of each sequence, or the first several tokens of all.
+            cache: of all layers, from `empty_cache` or an earlier call.
+            positions: of the tokens, and their slots; 0, 1, ... by default.
+        """
+        positions, slots = places(embeddings, positions, cache, self.config.sliding_window)
+
+        # The cache is a part of the carry, which XLA changes in place; as an output of the scan it would exist twice.
+        def step(block: Block, carry: tuple[Array, LayerCache, Array]) -> tuple[Array, LayerCache, Array]:
+            x, cache, i = carry
+            of_layer = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, i, keepdims=False), cache)
+            x, of_layer = block(x, positions, None, True, (slots, of_layer))
+            update = jax.lax.dynamic_update_index_in_dim
+            return x, jax.tree.map(lambda leaf, new: update(leaf, new, i, 0), cache, of_layer), i + 1
+
+        carry = by_clip(embeddings.astype(self.dtype)), cache, jnp.zeros((), jnp.int32)
+        (x, cache, _), _ = scan_stacked(self.layers, step, carry, depth=self.config.num_hidden_layers)
+        return self.norm(x), cache
 
     def read(self, tokens: Int[Array, "R L"]) -> Float[Array, "R L V"]:
         """Returns scores over the vocabulary of the next token after each token of a text."""

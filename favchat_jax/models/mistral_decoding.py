@@ -14,7 +14,7 @@ kernel as first operand. Compared with the training form,
 import math
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -24,8 +24,8 @@ from einops import rearrange
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
+from favchat_jax.models.cache import LayerCache, attend, empty_layer, places
 from favchat_jax.models.kernels import quantized
-from favchat_jax.models.kernels.attention import attention, attention_to_cache
 from favchat_jax.models.kernels.linear import for_reading, transposed_product
 from favchat_jax.models.kernels.low_rank import low_rank
 from favchat_jax.models.lora import merged
@@ -40,37 +40,6 @@ JOINED = {
     "down_proj": ("mlp/down_proj",),
 }
 Adapter = tuple[Float[Array, "D r"], Float[Array, "r _F"]]
-
-
-class LayerCache(NamedTuple):
-    """Keys and values of one layer, with position s in slot s; S is static.
-
-    They are stored in the layout in which one token's products read them, so that nothing is transposed.
-    """
-
-    keys: Float[Array, "R K C S"]
-    values: Float[Array, "R K S C"]
-
-    def written(
-        self, keys: Float[Array, "R L K C"], values: Float[Array, "R L K C"], first: Int[Array, " R"]
-    ) -> "LayerCache":
-        """Returns the cache with L more tokens in each row, from slot `first` on."""
-
-        def write(cache: Array, new: Array, axis: int) -> Array:
-            update = partial(jax.lax.dynamic_update_slice_in_dim, axis=axis)
-            return jax.vmap(update)(cache, new.astype(cache.dtype), first)
-
-        return LayerCache(
-            write(self.keys, rearrange(keys, "R L K C -> R K C L"), 2),
-            write(self.values, rearrange(values, "R L K C -> R K L C"), 1),
-        )
-
-
-def empty_cache(config: MistralConfig, rows: int, length: int, dtype: DTypeLike = jnp.float32) -> list[LayerCache]:
-    """Returns one zeroed cache per layer, for `rows` sequences of at most `length` tokens."""
-    keys = (rows, config.num_key_value_heads, config.head_dim, length)
-    values = (rows, config.num_key_value_heads, length, config.head_dim)
-    return [LayerCache(jnp.zeros(keys, dtype), jnp.zeros(values, dtype)) for _ in range(config.num_hidden_layers)]
 
 
 def groups_of(config: MistralConfig, path: str) -> int:
@@ -148,7 +117,7 @@ class DecodingBlock(Part):
         self,
         x: Float[Array, "R L D"],
         positions: Int[Array, "R L"],
-        mask: Bool[Array, "R S"] | None,
+        slots: Bool[Array, "R S"] | None,
         cache: LayerCache | None,
     ) -> tuple[Float[Array, "R L D"], LayerCache | None]:
         config = self.config
@@ -162,12 +131,7 @@ class DecodingBlock(Part):
         parts = linear("qkv_proj", (own, shared, shared), norm(name="input_layernorm")(x))
         query, key, value = (rearrange(part, "R L (A C) -> R L A C", C=config.head_dim) for part in parts)
         query, key = rotate(query, positions, config.rope_theta), rotate(key, positions, config.rope_theta)
-        if cache is not None:
-            cache = cache.written(key, value, positions[:, 0])
-        if cache is None or mask is None:  # a complete sequence, or its first tokens
-            y = attention(query, key, value, causal=True, window=config.sliding_window)
-        else:
-            y = attention_to_cache(query, cache.keys, cache.values, mask)
+        y, cache = attend(query, key, value, positions, slots, cache, window=config.sliding_window)
         (y,) = linear("o_proj", (config.hidden_size,), rearrange(y, "R L A C -> R L (A C)"))
         x = by_clip(x + y)
 
@@ -196,9 +160,14 @@ class DecodingMistral(Part):
         """Returns scores over the vocabulary; without adapters there is no dropout."""
         return self.lm_head(hidden)
 
+    def empty_cache(self, rows: int, length: int) -> list[LayerCache]:
+        """Returns one zeroed cache per layer, for `rows` sequences of at most `length` tokens."""
+        size = rows, self.config.num_key_value_heads, self.config.head_dim, length
+        return [empty_layer(*size, self.dtype) for _ in range(self.config.num_hidden_layers)]
+
     def __call__(self, embeddings: Float[Array, "R L D"], deterministic: bool = True) -> Float[Array, "R L D"]:
         """Returns the final hidden states of complete sequences; without adapters there is no dropout."""
-        return self._run(embeddings, [None] * len(self.layers))[0]
+        return self._run(embeddings, [None] * len(self.layers), None)[0]
 
     def extend(
         self, embeddings: Float[Array, "R L D"], cache: list[LayerCache], positions: Int[Array, "R L"] | None = None
@@ -212,23 +181,13 @@ class DecodingMistral(Part):
         """
         return self._run(embeddings, cache, positions)
 
-    def _run(self, embeddings, cache, positions=None):
-        length, mask = embeddings.shape[1], None
-        if positions is None:
-            positions = jnp.broadcast_to(jnp.arange(length), embeddings.shape[:2])
-        if length == 1 and cache[0] is not None:
-            mask = readable(positions[:, 0], cache[0].values.shape[2], self.config.sliding_window)
+    def _run(self, embeddings, cache, positions):
+        positions, slots = places(embeddings, positions, cache[0], self.config.sliding_window)
         x, caches = by_clip(embeddings.astype(self.dtype)), []
         for layer, layer_cache in zip(self.layers, cache, strict=True):
-            x, layer_cache = layer(x, positions, mask, layer_cache)
+            x, layer_cache = layer(x, positions, slots, layer_cache)
             caches.append(layer_cache)
         return self.norm(x), caches
-
-
-def readable(position: Int[Array, " R"], slots: int, window: int | None) -> Bool[Array, "R S"]:
-    """Returns True at the slots that a token at each row's position reads: its own, and earlier ones in the window."""
-    distance = position[:, None] - jnp.arange(slots)
-    return (distance >= 0) & (distance < (window or slots))
 
 
 @partial(jax.jit, static_argnames=("alpha", "storage", "dtype"))

@@ -151,7 +151,7 @@ def answering(
     reading = (params, features, prompts, key, *how)
     room = {"room": new, "copies": copies}
     begun = jax.eval_shape(lambda *x: decoder.begin(*x, **room), *reading)
-    cache = [jax.tree.map(lambda leaf: _cache_shape(leaf, mesh), layer) for layer in begun.cache]
+    cache = jax.tree.map(lambda leaf: _cache_shape(leaf, mesh), begun.cache)
     begun = _split(begun, mesh)._replace(cache=cache, key=key)
 
     def one_token(params, state: Decoding, *_):
@@ -242,5 +242,5 @@ def _split(shapes: Any, mesh: Mesh) -> Any:
 
 
 def _cache_shape(leaf: Any, mesh: Mesh) -> jax.ShapeDtypeStruct:
-    spec = P(*sharding.divided(leaf.shape, (sharding.CLIPS, ("tensor",)), mesh))
+    spec = P(*sharding.divided(leaf.shape, sharding.cache_axes(len(leaf.shape)), mesh))
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))

@@ -201,7 +201,7 @@ def lay_out(config: Config, mesh: Mesh, clips: int) -> Arguments:
         raise UserError(
             f"stage={config.stage} draws its own responses, and has no single step to save: leave out --save"
         )
-    sharding.check_batch(clips, config.accumulate, mesh, "clips")
+    sharding.check_batch(clips, config.accumulate, mesh, f"clips={clips}")
     model, shapes = model_and_weights(config)
     trainable, frozen = stages.split(shapes, config.variant, config.stage)
     frozen = _stored(frozen, config)

@@ -88,9 +88,9 @@ def _lay_out(config: Config, clips: int, mesh: Mesh) -> tuple[dict[str, int], li
     long = {"prompt": PROMPT, "new": settings.max_new_tokens, "copies": settings.group}
     decoder = Decoder(config, llm, END, mesh=mesh)
     features, rollouts = answering(config, clips, decoder, mesh, decoding, asked, **long)
-    update = policy.make_update(model, optimizer, config.rl, config.loss_chunk).__wrapped__
+    update = policy.make_update(model, optimizer, config.rl, config.loss_chunk, mesh).__wrapped__
     # Wrapped in a new jit, without the compiler options of the platform that compiles.
-    compiled = policy.make_score(model, config.rl, config.loss_chunk), jax.jit(update, donate_argnums=0)
+    compiled = policy.make_score(model, config.rl, config.loss_chunk, mesh), jax.jit(update, donate_argnums=0)
     return held, [*rollouts, *_updates(config, clips, compiled, state, frozen, features, asked, mesh)]
 
 

@@ -16,6 +16,7 @@ import jax
 from jax.sharding import Mesh
 from tqdm import tqdm
 
+from favchat_jax import sharding
 from favchat_jax.checkpoints.initial import starting_state
 from favchat_jax.checkpoints.run import assemble
 from favchat_jax.checkpoints.store import Checkpoints, TrainState
@@ -24,6 +25,7 @@ from favchat_jax.checkpoints.workdir import claim
 from favchat_jax.config import Config, RLConfig
 from favchat_jax.data.sources import prepare
 from favchat_jax.errors import UserError
+from favchat_jax.processes import any_process, first_alone, is_first
 from favchat_jax.programs import keep_programs
 from favchat_jax.rl import rewards
 from favchat_jax.rl.curves import draw_curves
@@ -40,7 +42,9 @@ log = logging.getLogger("favchat_jax")
 
 
 def train(config: Config, workdir: Path, mesh: Mesh) -> Outcome:
-    """Trains on one device in `workdir`, from its newest checkpoint if there is one; a step is an iteration.
+    """Trains in `workdir`, from its newest checkpoint if there is one; a step is an iteration.
+
+    All processes of a run draw the same samples and judge them alike; devices share out the responses.
 
     Raises:
         UserError: no sample is usable, a reward fails, or as in `favchat_jax.train.train`.
@@ -56,14 +60,14 @@ def train(config: Config, workdir: Path, mesh: Mesh) -> Outcome:
 
     # Data: samples to learn from, judged in a pool, and held-out ones
     data = config.data
-    prepare(data.name, data.root or None, data.packed, missing_share=data.missing_share)
+    first_alone(lambda: prepare(data.name, data.root or None, data.packed, missing_share=data.missing_share))
     samples = Samples(parts, settings.split, settings.samples)
     heldout = Samples(parts, settings.heldout_split, settings.heldout_samples)
     pool = Pool(
         len(samples), settings.pool, config.seed, efficient=settings.data_efficient, published=settings.published
     )
 
-    with Checkpoints(workdir, config.checkpoints_kept) as checkpoints:
+    with Checkpoints(workdir, config.checkpoints_kept, alike=True) as checkpoints:
         # Weights
         optimizer = make_optimizer(config.optimizer, config.steps * settings.updates)
         state, frozen, data_state = starting_state(parts, optimizer, checkpoints, mesh)
@@ -73,26 +77,28 @@ def train(config: Config, workdir: Path, mesh: Mesh) -> Outcome:
             samples.set_state(data_state.get("samples"))
         if step == 0:
             save_weights(workdir / "reference", state.trainable, {"of": "the policy that a run started from"})
-        reference = {path: jax.device_put(leaf) for path, leaf in load_weights(workdir / "reference").items()}
+        loaded = load_weights(workdir / "reference").items()
+        reference = {path: sharding.place(path, leaf, mesh, leaf.dtype) for path, leaf in loaded}
 
         # Step
-        rollouts = Rollouts(parts, functions, {**state.trainable, **frozen}, samples.longest_prompt)
-        iterate = Iteration(parts, optimizer, rollouts, pool, frozen, reference)
+        rollouts = Rollouts(parts, functions, {**state.trainable, **frozen}, samples.longest_prompt, mesh)
+        iterate = Iteration(parts, optimizer, mesh, rollouts, pool, frozen, reference)
         measure = functools.partial(measure_heldout, config, workdir, rollouts, heldout, frozen)
 
         # Loop, until the last step, an empty pool, SIGTERM or Ctrl-C
-        steps = config.steps
-        cut_lines(workdir / "heldout.jsonl", step or -1)  # a run from the start repeats all measurements
+        steps, first = config.steps, is_first()
+        if first:
+            cut_lines(workdir / "heldout.jsonl", step or -1)  # a run from the start repeats all measurements
         with (
             Metrics(workdir, step, config.log_every) as metrics,
             termination("this iteration is finished and saved; the same command resumes the run") as stop,
-            tqdm(total=steps, initial=step, desc="grpo", unit="step", mininterval=1) as bar,
+            tqdm(total=steps, initial=step, desc="grpo", unit="step", mininterval=1, disable=not first) as bar,
         ):
             if step == 0:
                 measure(state)
             data_state = _data_state(pool, samples)
             try:
-                while step < steps and not stop.is_set():
+                while step < steps and not any_process(stop.is_set()):
                     places, drawn = draw(pool, samples, config.batch)
                     if not drawn:
                         log.info("the pool ran empty at step %d: every sample was discarded; the run ends here", step)
@@ -114,7 +120,8 @@ def train(config: Config, workdir: Path, mesh: Mesh) -> Outcome:
                 raise
             _save_last(checkpoints, state, _data_state(pool, samples))
             checkpoints.wait()
-    draw_curves(workdir)
+    if first:
+        draw_curves(workdir)
     return Outcome(step, steps, resumed_at)
 
 
@@ -139,6 +146,8 @@ def measure_heldout(
 ) -> None:
     """Adds the mean rewards of held-out samples to heldout.jsonl."""
     step, means = int(state.step), rollouts.measure({**state.trainable, **frozen}, samples)
+    if not is_first():
+        return
     line = {"step": step, "rollouts": step * config.batch * config.reinforcement.group, **means}
     with (workdir / "heldout.jsonl").open("a") as file:
         file.write(json.dumps(line) + "\n")

@@ -3,11 +3,11 @@
 import dataclasses
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import jax
 import numpy as np
 import optax
+from jax.sharding import Mesh
 from jaxtyping import Float, Int
 
 from favchat_jax.checkpoints.run import Assembly
@@ -19,6 +19,7 @@ from favchat_jax.rl.policy import make_score, make_update
 from favchat_jax.rl.pool import Pool
 from favchat_jax.rl.rollouts import Rollouts
 from favchat_jax.rl.samples import Sample
+from favchat_jax.sharding import place_rows, to_host
 from favchat_jax.training.step import Weights
 
 UTILITY_BINS = 5
@@ -30,6 +31,7 @@ class Iteration:
     Args:
         parts: the model of the reinforcement stage.
         optimizer: moves the trainable weights.
+        mesh: devices that hold all weights.
         rollouts: draws and rewards responses.
         pool: judges the samples.
         frozen: weights that never change.
@@ -40,16 +42,17 @@ class Iteration:
         self,
         parts: Assembly,
         optimizer: optax.GradientTransformation,
+        mesh: Mesh,
         rollouts: Rollouts,
         pool: Pool,
         frozen: dict[str, jax.Array],
         reference: Weights,
     ):
         config, self._settings = parts.config, parts.config.reinforcement
-        self._seed, self._rollouts, self._pool = config.seed, rollouts, pool
+        self._seed, self._mesh, self._rollouts, self._pool = config.seed, mesh, rollouts, pool
         self._frozen, self._reference = frozen, reference
-        self._score = make_score(parts.model, self._settings, config.loss_chunk)
-        self._update = make_update(parts.model, optimizer, self._settings, config.loss_chunk)
+        self._score = make_score(parts.model, self._settings, config.loss_chunk, mesh)
+        self._update = make_update(parts.model, optimizer, self._settings, config.loss_chunk, mesh)
 
     def __call__(
         self, state: TrainState, places: Int[np.ndarray, " b"], samples: Sequence[Sample]
@@ -71,23 +74,24 @@ class Iteration:
         seed = self._seed * 1_000_003 + self._pool.iteration
         sampling = Sampling(settings.max_new_tokens, settings.temperature, settings.top_p, seed)
         rollout = self._rollouts.draw({**state.trainable, **self._frozen}, samples, settings.group, sampling)
-        features = rollout.features
-        batch: dict[str, Any] = {**self._rollouts.batch(rollout)}
+        features, encoded = rollout.features, self._rollouts.batch(rollout)
+        counted, batch = encoded.pop("counted"), place_rows(encoded, self._mesh)
         batch |= {
             "old": self._score(state.trainable, self._frozen, features, batch),
             "reference": self._score(self._reference, self._frozen, features, batch),
         }
-        lengths = batch["counted"].sum(-1)
-        certainty = np.where(batch["counted"], np.asarray(batch["old"]), 0).sum(-1) / lengths
+        lengths = counted.sum(-1)
+        certainty = np.where(counted, to_host(batch["old"]), 0).sum(-1) / lengths
 
         # Rewards, and the judgement of the samples
         rewards = self._rollouts.rewards(rollout)
         weights, utility = self._pool.update(places, rewards["total"], certainty[:count])
 
         # Updates; padding has no advantage and does not count
-        batch["advantages"] = np.zeros(lengths.shape, np.float32)
-        batch["advantages"][:count] = weights[:, None] * group_advantages(rewards["total"], unbiased=settings.published)
-        batch["counted"] = batch["counted"] & (np.arange(len(lengths)) < count)[:, None, None]
+        advantages = np.zeros(lengths.shape, np.float32)
+        advantages[:count] = weights[:, None] * group_advantages(rewards["total"], unbiased=settings.published)
+        counted &= (np.arange(len(lengths)) < count)[:, None, None]
+        batch |= place_rows({"advantages": advantages, "counted": counted}, self._mesh)
         for _ in range(settings.updates):
             state, values = self._update(state, self._frozen, features, batch)
 

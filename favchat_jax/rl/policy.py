@@ -8,14 +8,17 @@ import jax.numpy as jnp
 import optax
 from einops import rearrange
 from flax.traverse_util import unflatten_dict
+from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from favchat_jax.checkpoints.store import TrainState
 from favchat_jax.config import RLConfig
 from favchat_jax.models.favchat import ClipFeatures, FaVChat, Output
+from favchat_jax.models.kernels.platform import computing_on
 from favchat_jax.models.likelihood import target_log_probabilities
 from favchat_jax.rl import objective
 from favchat_jax.rl.published import KL_BOUND
+from favchat_jax.sharding import partitions, state_partitions
 from favchat_jax.training.step import Weights, compiler_options, next_token_targets
 
 
@@ -44,19 +47,23 @@ def token_log_probabilities(
     return log_p.reshape(tokens.shape)
 
 
-def make_score(model: FaVChat, settings: RLConfig, chunk: int) -> Callable[..., Array]:
-    """Compiles `token_log_probabilities`: (trainable, frozen, features, batch) -> [B, G, L]."""
-    return jax.jit(
-        lambda trainable, frozen, features, batch: token_log_probabilities(
-            model, {**trainable, **frozen}, features, batch, settings.temperature, chunk
-        )
-    )
+def make_score(model: FaVChat, settings: RLConfig, chunk: int, mesh: Mesh) -> Callable[..., Array]:
+    """Compiles `token_log_probabilities` on a mesh: (trainable, frozen, features, batch) -> [B, G, L]."""
+
+    def score(trainable: Weights, frozen: Weights, features: ClipFeatures, batch: Mapping[str, Array]) -> Array:
+        weights = {**trainable, **frozen}
+        with computing_on(mesh):
+            return token_log_probabilities(model, weights, features, batch, settings.temperature, chunk)
+
+    return jax.jit(score)
 
 
 def make_update(
-    model: FaVChat, optimizer: optax.GradientTransformation, settings: RLConfig, chunk: int
+    model: FaVChat, optimizer: optax.GradientTransformation, settings: RLConfig, chunk: int, mesh: Mesh
 ) -> Callable[..., tuple[TrainState, dict[str, Array]]]:
-    """Compiles one update: (state, frozen, features, batch) -> (state, metrics). It leaves the step's number as before.
+    """Compiles one update on a mesh: (state, frozen, features, batch) -> (state, metrics).
+
+    It leaves the step's number as before.
 
     The state is donated. Besides the arrays of `token_log_probabilities`, the batch has the arguments of the loss:
     old, reference and counted [B, G, L], advantages [B, G].
@@ -70,10 +77,15 @@ def make_update(
             terms = (batch[name] for name in ("old", "reference", "advantages", "counted"))
             return objective.loss(policy, *terms, beta=settings.beta, clip=settings.clip, kl_bound=bound)
 
-        (value, parts), gradient = jax.value_and_grad(loss, has_aux=True)(state.trainable)
+        with computing_on(mesh):
+            (value, parts), gradient = jax.value_and_grad(loss, has_aux=True)(state.trainable)
+        # Each device sums only its own shards of the gradient.
+        gradient = jax.lax.with_sharding_constraint(gradient, partitions(gradient, mesh))
         moves, moments = optimizer.update(gradient, state.moments, state.trainable)
         trainable = optax.apply_updates(state.trainable, moves)
         metrics = {"loss": value, "gradient_norm": optax.tree.norm(gradient), **parts}
-        return TrainState(state.step, trainable, moments, state.key), metrics
+        new = TrainState(state.step, trainable, moments, state.key)
+        return jax.lax.with_sharding_constraint(new, state_partitions(new, mesh)), metrics
 
-    return jax.jit(update, donate_argnums=0, compiler_options=compiler_options())
+    options = compiler_options(mesh.devices.flat[0].platform)
+    return jax.jit(update, donate_argnums=0, compiler_options=options)

@@ -3,16 +3,18 @@
 import dataclasses
 import functools
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Bool, Float, Int
 
 from favchat_jax.checkpoints.run import Assembly
 from favchat_jax.generation.sampler import Sampler, Sampling
 from favchat_jax.generation.weights import from_training
 from favchat_jax.models.favchat import ClipFeatures
+from favchat_jax.processes import agreed
 from favchat_jax.rl import rewards
 from favchat_jax.rl.samples import Sample, Samples
 
@@ -50,6 +52,7 @@ class Rollouts:
         functions: reward function and weight by name.
         weights: all weights of the policy.
         longest_prompt: number of tokens of the longest prompt that is learned from.
+        mesh: devices that hold them.
     """
 
     def __init__(
@@ -58,17 +61,20 @@ class Rollouts:
         functions: Mapping[str, tuple[rewards.Reward, float]],
         weights: dict[str, jax.Array],
         longest_prompt: int,
+        mesh: Mesh,
     ):
         config = parts.config
         self._batch, self._settings, self._functions = config.batch, config.reinforcement, functions
         self._longest_prompt = longest_prompt
-        self._decoding_form = functools.partial(from_training, config=config, llm=parts.llm)
-        self._sampler = Sampler(parts, self._decoding_form(weights))
+        merged = self._settings.merged_rollouts
+        to_decoding = functools.partial(from_training, config=config, llm=parts.llm, mesh=mesh)
+        self._form: Callable[..., dict[str, jax.Array]] = to_decoding if merged else dict
+        self._sampler = Sampler(parts, self._form(weights), config.llm.storage, mesh, trained=not merged)
 
     def draw(self, weights: dict[str, jax.Array], samples: Sequence[Sample], group: int, sampling: Sampling) -> Rollout:
         """Draws G = `group` responses of the policy with these weights to each sample, G // 2 to shuffled frames."""
         self._sampler.unload()  # so that memory holds one merged language model only
-        self._sampler.load(self._decoding_form(weights))
+        self._sampler.load(self._form(weights))
         padded = [*samples, *[samples[0]] * (self._batch - len(samples))]
         frames = np.stack([sample.frames for sample in padded])
         prompts = [sample.prompt for sample in padded]
@@ -102,9 +108,15 @@ class Rollouts:
     def rewards(self, rollout: Rollout) -> dict[str, Float[np.ndarray, "b G"]]:
         """Returns each reward of each response to the b samples without padding; `total` is their weighted sum.
 
+        The first of several processes computes them, since a reward function need not give the same value twice.
+
         Raises:
             UserError: a reward function fails, see `rewards.evaluate`.
         """
+        found = agreed(lambda: {name: part.tolist() for name, part in self._rewards(rollout).items()})
+        return {name: np.array(part) for name, part in found.items()}
+
+    def _rewards(self, rollout: Rollout) -> dict[str, Float[np.ndarray, "b G"]]:
         sampler, end, rows = self._sampler, self._sampler.conversation.eos, []
         for i, sample in enumerate(rollout.samples[: rollout.count]):
             ids = rollout.responses[i]

@@ -17,6 +17,7 @@ from favchat_jax.data.record import Question, Record
 from favchat_jax.data.sources import open_dataset
 from favchat_jax.data.video import decode
 from favchat_jax.errors import UserError
+from favchat_jax.processes import gathered
 from favchat_jax.rl import published
 from favchat_jax.rl.pool import Pool
 
@@ -91,10 +92,12 @@ class Samples:
             sample = self._decoded(record, question)
         except UserError as error:
             reason = str(error)
+        # A clip that one of several processes cannot read is bad in all of them.
+        reason = next(filter(None, (found["reason"] for found in gathered({"reason": reason}))), None)
         if place not in self._tried:
             self._tried.add(place)
             self.counted.add(record.id, reason)
-        return sample
+        return None if reason else sample
 
     def _decoded(self, record: Record, question: Question) -> Sample:
         size, prompt = self._parts.config.model, self._prompt(question)

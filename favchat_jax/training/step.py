@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from favchat_jax.checkpoints.store import TrainState
 from favchat_jax.models.favchat import FaVChat, Output
-from favchat_jax.models.kernels.platform import compiling_for
+from favchat_jax.models.kernels.platform import computing_on
 from favchat_jax.models.likelihood import target_log_probabilities
 from favchat_jax.sharding import one_device, partitions, state_partitions
 
@@ -117,7 +117,7 @@ def make_step(
             return loss / answer_tokens, sums
 
         def gradient(trainable, part, key):
-            with compiling_for(platform), jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            with computing_on(mesh):
                 value, grads = jax.value_and_grad(part_loss, has_aux=True)(trainable, part, key)
             # Each device sums only its own shards of the gradient.
             return value, jax.lax.with_sharding_constraint(grads, partitions(grads, mesh))

@@ -1,9 +1,6 @@
 """Answers on any mesh are those of one device, and each device holds its share of the weights."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,19 +11,16 @@ import pytest
 from favchat_jax.config import MeshConfig
 from favchat_jax.errors import UserError
 from favchat_jax.sharding import answering_mesh
-from tests.conftest import ROOT
+from tests.conftest import on_devices
 
 ONE, DATA, ALL, TENSOR, FSDP = (1, 1, 1), (8, 1, 1), (2, 2, 2), (1, 1, 8), (1, 8, 1)
 
 
 def done_by(jobs: list, folder: Path) -> list[dict]:
     """What `many_meshes.py` prints of some jobs, on eight devices."""
-    flags = "--xla_force_host_platform_device_count=8"
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, str(ROOT / "tests/generation/many_meshes.py"), str(folder), json.dumps(jobs)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    return json.loads(
+        on_devices("tests/generation/many_meshes.py", lambda _: [str(folder), json.dumps(jobs)]).splitlines()[-1]
+    )
 
 
 def check_same(found: dict, expected: dict) -> None:

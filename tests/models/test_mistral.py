@@ -12,7 +12,7 @@ import pytest
 from favchat_jax.checkpoints.mistral_folder import read_config, weight_shapes
 from favchat_jax.errors import UserError
 from favchat_jax.models.mistral import LoRA, Mistral, MistralConfig, rotate
-from favchat_jax.models.mistral_decoding import DecodingMistral, decoding_form, empty_cache
+from favchat_jax.models.mistral_decoding import DecodingMistral, decoding_form
 from tests.models.tiny_parts import MISTRAL, MISTRAL_7B, drawn, mistral_shapes
 
 WINDOWED = dataclasses.replace(MISTRAL, sliding_window=3)
@@ -117,16 +117,17 @@ def test_read_returns_the_scores_of_a_texts_embedded_tokens(weights):
     np.testing.assert_allclose(scores, states @ weights["lm_head"]["kernel"], atol=1e-5)
 
 
+@pytest.mark.parametrize("form", [DecodingMistral, Mistral])
 @pytest.mark.parametrize("config", [MISTRAL, WINDOWED], ids=["full", "windowed"])
 def test_decoding_with_a_cache_after_padded_prompts_equals_the_full_forward_pass(
-    config, weights, for_decoding, embeddings
+    config, form, weights, for_decoding, embeddings
 ):
-    model, params = DecodingMistral(config), {"params": for_decoding}
+    model, params = form(config), {"params": for_decoding if form is DecodingMistral else weights}
     run = jax.jit(lambda params, *args: model.apply(params, *args, method="extend"))
     prompts = np.array([2, 4])  # the first prompt has two tokens of padding, whose slots are overwritten
     padded = embeddings[:, :4].at[0, 2:].set(9)
     start = jnp.broadcast_to(jnp.arange(4), (2, 4))
-    states, cache = run(params, padded, empty_cache(config, 2, LENGTH + 1), start)
+    states, cache = run(params, padded, model.empty_cache(2, LENGTH + 1), start)
     rows = [[states[row, i] for i in range(prompts[row])] for row in range(2)]
     for step in range(3):
         positions = prompts + step

@@ -21,7 +21,7 @@ from favchat_jax.checkpoints.table import read
 from favchat_jax.checkpoints.tensors import open_tensors
 from favchat_jax.convert import lora
 from favchat_jax.models.mistral import LoRA, Mistral
-from favchat_jax.models.mistral_decoding import DecodingMistral, decoding_form, empty_cache
+from favchat_jax.models.mistral_decoding import DecodingMistral, decoding_form
 from tests.parity.conftest import SEEDS
 
 VOCABULARY, LENGTH, WINDOW, PADDING, PROMPT = 512, 20, 6, 5, 14
@@ -158,7 +158,7 @@ def test_decoding_with_a_cache_gives_the_logits_of_transformers_full_pass(window
 
         return model.apply({"params": ours}, method=run)
 
-    result, cache = step(ours, WORDS[:, :PROMPT], COUNTED[:, :PROMPT], empty_cache(config, 2, LENGTH))
+    result, cache = step(ours, WORDS[:, :PROMPT], COUNTED[:, :PROMPT], model.empty_cache(2, LENGTH))
     steps = [result]
     for i in range(PROMPT, LENGTH):
         result, cache = step(ours, WORDS[:, i : i + 1], COUNTED[:, i : i + 1], cache)

@@ -186,12 +186,6 @@ def test_a_reward_that_cannot_be_imported_is_refused_before_any_work(config_of, 
     assert not (tmp_path / "grpo").exists()
 
 
-def test_several_processes_are_refused_by_a_stage_that_computes_on_one_device(config_of, tmp_path, monkeypatch):
-    monkeypatch.setattr(jax, "process_count", lambda: 2)
-    with pytest.raises(UserError, match="stage=grpo computes on one device, in one process"):
-        train(config_of(), tmp_path / "grpo")
-
-
 def test_the_temporal_reward_gets_responses_about_shuffled_frames_if_the_config_sets_them(config_of, tmp_path):
     settings = {"steps": 1, "rl__rewards__facial__path": "favchat_jax.rl.rewards:temporal"}
     with pytest.raises(UserError, match="needs responses about shuffled frames"):

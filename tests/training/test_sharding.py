@@ -1,10 +1,6 @@
 import contextlib
 import json
-import os
 import shutil
-import socket
-import subprocess
-import sys
 
 import jax
 import numpy as np
@@ -22,7 +18,7 @@ from favchat_jax.models import favchat
 from favchat_jax.models.mistral import MistralConfig
 from favchat_jax.training.batches import open_batches
 from favchat_jax.training.optimizer import make_optimizer
-from tests.conftest import ROOT
+from tests.conftest import on_devices
 from tests.models.tiny_parts import MISTRAL, MISTRAL_7B
 
 PUBLISHED = MistralConfig.from_json(MISTRAL_7B)
@@ -118,13 +114,13 @@ def test_a_mesh_that_does_not_divide_the_devices_is_refused():
 
 
 def test_a_batch_that_the_mesh_does_not_divide_is_refused():
-    sharding.check_batch(16, 2, abstract_mesh(2, 4, 2))
+    sharding.check_batch(16, 2, abstract_mesh(2, 4, 2), "batch=16")
     with pytest.raises(UserError, match="batch=12 does not divide .* choose a multiple of 8, or another mesh"):
-        sharding.check_batch(12, 1, abstract_mesh(2, 4, 2))
+        sharding.check_batch(12, 1, abstract_mesh(2, 4, 2), "batch=12")
     with pytest.raises(UserError, match="clips=12 does not divide"):
-        sharding.check_batch(12, 1, abstract_mesh(2, 4, 2), "clips")
+        sharding.check_batch(12, 1, abstract_mesh(2, 4, 2), "clips=12")
     with pytest.raises(UserError, match="choose a multiple of 16"):
-        sharding.check_batch(8, 2, abstract_mesh(2, 4, 2))
+        sharding.check_batch(8, 2, abstract_mesh(2, 4, 2), "batch=8")
 
 
 @pytest.fixture(scope="module")
@@ -141,35 +137,11 @@ def spec(small_world, tmp_path_factory):
 
 def in_processes(spec: dict, runs: list, processes: int) -> list[dict]:
     """Does runs on eight devices, in new processes that share them; what the first process prints."""
-    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={8 // processes}"
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        address = f"localhost:{free.getsockname()[1]}"
-    started = [
-        subprocess.Popen(
-            [
-                sys.executable,
-                str(ROOT / "tests" / "training" / "many_devices.py"),
-                json.dumps(
-                    {
-                        **spec,
-                        "runs": runs,
-                        "processes": f"{address},{processes},{index}" if processes > 1 else "",
-                    }
-                ),
-            ],
-            cwd=ROOT,
-            env={**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": flags},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for index in range(processes)
-    ]
-    outputs = [process.communicate() for process in started]
-    codes = [process.returncode for process in started]
-    assert codes == [0] * processes, "\n".join(errors[-2000:] for _, errors in outputs)
-    return json.loads(outputs[0][0].splitlines()[-1])
+
+    def arguments(place: str) -> list[str]:
+        return [json.dumps({**spec, "runs": runs, "processes": place})]
+
+    return json.loads(on_devices("tests/training/many_devices.py", arguments, processes).splitlines()[-1])
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextvars import ContextVar
 
 import jax
+from jax.sharding import Mesh
 
 PLAIN = "plain"  # no platform: every kernel is in its plain form, whose products can be counted
 _TARGET: ContextVar[str | None] = ContextVar("target", default=None)
@@ -18,6 +19,14 @@ def compiling_for(platform: str) -> Iterator[None]:
         yield
     finally:
         _TARGET.reset(token)
+
+
+@contextlib.contextmanager
+def computing_on(mesh: Mesh) -> Iterator[None]:
+    """Picks kernels for a mesh's devices, unless a context around picks others, and constrains arrays to its axes."""
+    target = platform(mesh.devices.flat[0].platform)
+    with compiling_for(target), jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        yield
 
 
 def platform(default: str = "") -> str:

@@ -17,7 +17,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
 
 from favchat_jax.models.kernels.remat import remat
 
@@ -26,19 +25,19 @@ Carry = TypeVar("Carry")
 
 def scan_stacked(
     layer: nn.Module,
-    step: Callable[[Any, Array], Array],
-    carry: Array,
+    step: Callable[[Any, Carry], Carry],
+    carry: Carry,
     *,
     depth: int,
     taps: tuple[int, ...] = (),
     policy: str = "",
-) -> tuple[Array, tuple[Array, ...]]:
+) -> tuple[Carry, tuple[Carry, ...]]:
     """Returns `carry` after `step` with each of `depth` layers, and its value after each layer of `taps`.
 
     Args:
         layer: bound module that holds the weights of all layers, stacked.
-        step: runs one layer; keeps the carry's shape.
-        carry: input of the first layer.
+        step: runs one layer; keeps the carry's shapes.
+        carry: input of the first layer; a single array if there are taps.
         depth: number of layers.
         taps: layers, counted from 1.
         policy: activations that a layer keeps for the backward pass (`remat.POLICIES`).
@@ -57,7 +56,8 @@ def scan_stacked(
             tapped = jax.lax.dynamic_update_index_in_dim(tapped, carry, slot, 0)
         return (carry, tapped), None
 
-    tapped = jnp.zeros((len(taps) + 1, *carry.shape), carry.dtype) if taps else None
+    first: Any = carry
+    tapped = jnp.zeros((len(taps) + 1, *first.shape), first.dtype) if taps else None
     scan = nn.scan(body, variable_axes={"params": 0}, split_rngs={"params": True, "dropout": True}, length=depth)
     (carry, tapped), _ = scan(layer, (carry, tapped), slots)
     return carry, tuple(tapped[i] for i in range(len(taps)))
