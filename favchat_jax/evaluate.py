@@ -1,7 +1,8 @@
 """Runs a benchmark: python -m favchat_jax.evaluate --config=configs/eval/NAME.py --checkpoint=DIR --out=F.json
 
 --model=openai:URL#NAME evaluates the model of an OpenAI-compatible server instead; --describer=DIR gives it a
-checkpoint's description of each clip before the question. After an interruption, the same command resumes.
+checkpoint's description of each clip before the question. After an interruption, the same command resumes. With
+--processes, several hosts share out the clips; the result is that of one.
 """
 
 import hashlib
@@ -27,6 +28,7 @@ from favchat_jax.evaluation.judge import Judge
 from favchat_jax.evaluation.questions import check_benchmark
 from favchat_jax.evaluation.respondents import FaVChat, OpenAIServer, Respondent
 from favchat_jax.evaluation.session import Journal, Session
+from favchat_jax.processes import PLACE, first_alone, is_first, joined
 
 
 def evaluate(
@@ -37,7 +39,7 @@ def evaluate(
     describer: str | Path | None = None,
     storage: Storage = "full",
     mesh: Mapping[str, int] | None = None,
-    journal: Path | None = None,
+    journal: Journal | None = None,
 ) -> results.Result:
     """Runs the benchmark that `config.benchmark` names; `evaluation/result.py` describes the result.
 
@@ -48,7 +50,7 @@ def evaluate(
         describer: a checkpoint whose descriptions precede the questions.
         storage: width of the kernels of checkpoints' language models in memory.
         mesh: number of devices along each axis, as of `favchat_jax.load`; by default the best for the batch.
-        journal: file that keeps answers until the evaluation is complete.
+        journal: keeps answers for a later start.
     """
     benchmark = benchmark_of(config.benchmark)
     respondent: Respondent
@@ -62,8 +64,8 @@ def evaluate(
     session = Session(
         respondent,
         batch=config.batch,
-        journal=Journal(journal),
-        judge=judge_of(config),
+        journal=journal,
+        judge=judge_of(config) if is_first() else None,  # the other processes only answer
         describer=describing,
         description_tokens=config.description_tokens,
     )
@@ -149,19 +151,21 @@ def main() -> None:
         raise UserError("--checkpoint and --model both name the model: give one (--describer=DIR adds descriptions)")
     command_line.check_output("--out", _OUT.value)
     out = Path(_OUT.value)
-    journal = out.with_name(f"{out.name}.answers.jsonl")
-    result = evaluate(
-        config,
-        _CHECKPOINT.value,
-        model=_MODEL.value,
-        describer=_DESCRIBER.value,
-        storage=cast(Storage, _STORAGE.value),
-        mesh=command_line.read_mesh(_MESH.value),
-        journal=journal,
-    )
-    results.write_result(out, result)
-    journal.unlink(missing_ok=True)  # the result holds everything
-    print(table(result))
+    with joined(_PROCESSES.value, "all answers are kept: start all processes again to go on"):
+        journal = Journal(out.with_name(f"{out.name}.answers.jsonl"))
+        result = evaluate(
+            config,
+            _CHECKPOINT.value,
+            model=_MODEL.value,
+            describer=_DESCRIBER.value,
+            storage=cast(Storage, _STORAGE.value),
+            mesh=command_line.read_mesh(_MESH.value),
+            journal=journal,
+        )
+        first_alone(lambda: results.write_result(out, result))
+        journal.remove()  # the result holds everything
+        if is_first():
+            print(table(result))
 
 
 if __name__ == "__main__":
@@ -172,5 +176,6 @@ if __name__ == "__main__":
     _OUT = flags.DEFINE_string("out", None, "JSON file of the result")
     _STORAGE = flags.DEFINE_enum("storage", "full", command_line.STORAGES, command_line.STORAGE)
     _MESH = flags.DEFINE_string("mesh", None, command_line.MESH)
+    _PROCESSES = flags.DEFINE_string("processes", "", PLACE)
     _PRINT_CONFIG = flags.DEFINE_bool("print_config", False, "Print the config with the options given, and end")
     command_line.start(main)

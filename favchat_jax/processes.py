@@ -11,7 +11,7 @@ import re
 import socket
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -20,17 +20,21 @@ from jax.experimental import multihost_utils
 
 from favchat_jax.errors import RunError, UserError, one_line
 
+REGULAR, REFUSED = b".", b"!"  # first byte of what a process says at its end; its error follows
+SAME_ERROR = 5  # seconds in which this process may end with the error that another one has
 SILENCE = 25  # seconds after which a host without an answer counts as dead
-RESTART = "the last checkpoint is intact: start all processes again to resume"
+PLACE = "On each of several hosts: auto (the cluster's own settings) or HOST:PORT,COUNT,INDEX"  # help of --processes
+RESUME = "the last checkpoint is intact: start all processes again to resume"
 
 
 @contextlib.contextmanager
-def joined(processes: str) -> Iterator[None]:
+def joined(processes: str, advice: str = RESUME) -> Iterator[None]:
     """Connects this process to the others of its run before any work on a device, and disconnects it afterwards.
 
     Args:
         processes: `auto` for a cluster's own settings (TPU slices, Slurm), or HOST:PORT,COUNT,INDEX with the address of
             the first process, the number of processes and the index of this one; empty for a single process.
+        advice: what is kept, and what to do, if another process dies.
 
     Raises:
         UserError: the text has another form, or the others do not answer.
@@ -63,13 +67,15 @@ def joined(processes: str) -> Iterator[None]:
     others = _connect(host)
     left = threading.Event()
     for other in others:
-        threading.Thread(target=_watch, args=(other, left), daemon=True).start()
+        threading.Thread(target=_watch, args=(other, others, left, advice), daemon=True).start()
     try:
         yield
-        for other in others:
-            other.sendall(b".")  # a regular end
+        _tell(others, REGULAR)
+    except UserError as error:
+        _tell(others, REFUSED + str(error).encode())
+        raise
     except jax.errors.JaxRuntimeError as error:
-        raise RunError(f"{_who()} lost another one ({one_line(error)}); {RESTART}") from None
+        raise RunError(f"{_who()} lost another one ({one_line(error)}); {advice}") from None
     finally:
         left.set()
         for other in others:
@@ -95,15 +101,29 @@ def _connect(host: str) -> list[socket.socket]:
     return others
 
 
-def _watch(other: socket.socket, left: threading.Event) -> None:
-    """Ends this process when the one at the other end dies."""
+def _tell(others: Sequence[socket.socket], message: bytes) -> None:
+    for other in others:
+        with contextlib.suppress(OSError):  # it has ended already
+            other.sendall(message)
+
+
+def _watch(other: socket.socket, others: Sequence[socket.socket], left: threading.Event, advice: str) -> None:
+    """Ends this process when the one at the other end dies, or ends with an error that this one does not have."""
     try:
         said = other.recv(1)
+        reason = b"".join(iter(lambda: other.recv(1024), b"")) if said == REFUSED else b""
     except OSError:  # the host does not answer
-        said = b""
-    if not said and not left.is_set():
-        print(f"{_who()} lost another one, which died or was killed; {RESTART}", file=sys.stderr, flush=True)
-        os._exit(1)
+        said = reason = b""
+    if said == REGULAR or left.is_set() or (said == REFUSED and left.wait(SAME_ERROR)):
+        return
+    if said == REFUSED:
+        _tell([one for one in others if one is not other], REFUSED + reason)
+        print(f"{_who()} ends because another one did: {reason.decode()}", file=sys.stderr, flush=True)
+        with contextlib.suppress(RuntimeError):
+            jax.distributed.shutdown()  # for which the other one waits
+        os._exit(2)
+    print(f"{_who()} lost another one, which died or was killed; {advice}", file=sys.stderr, flush=True)
+    os._exit(1)
 
 
 def _who() -> str:
@@ -113,6 +133,11 @@ def _who() -> str:
 def is_first() -> bool:
     """Returns whether this process writes the files that a run writes once."""
     return jax.process_index() == 0
+
+
+def share_of(items: Sequence[Any]) -> Sequence[Any]:
+    """Returns the items that this process works on, if all share them out one by one."""
+    return items[jax.process_index() :: jax.process_count()]
 
 
 def first_alone(work: Callable[[], Any]) -> None:

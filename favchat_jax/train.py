@@ -188,7 +188,7 @@ if __name__ == "__main__":
     _PROCESSES = flags.DEFINE_string(
         "processes",
         "",
-        "For a run on several hosts, on each: auto (the cluster's own settings) or HOST:PORT,COUNT,INDEX",
+        processes.PLACE,
     )
     _PRINT_CONFIG = flags.DEFINE_bool(
         "print_config", False, "Print the config with the options given, and train nothing"

@@ -214,6 +214,13 @@ def start_module(module: str, *arguments: str, cwd: Path = ROOT, **options: Any)
     )
 
 
+def places_of(processes: int) -> list[str]:
+    """What each of several processes on this machine takes as --processes."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return [f"localhost:{free.getsockname()[1]},{processes},{index}" for index in range(processes)]
+
+
 def on_devices(script: str, arguments: Callable[[str], list[str]], processes: int = 1) -> str:
     """Runs a script of the tests on eight devices of a CPU; returns what the first process printed.
 
@@ -223,10 +230,7 @@ def on_devices(script: str, arguments: Callable[[str], list[str]], processes: in
         processes: number of processes that share the devices.
     """
     flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={8 // processes}"
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        address = f"localhost:{free.getsockname()[1]}"
-    places = [f"{address},{processes},{index}" for index in range(processes)] if processes > 1 else [""]
+    places = places_of(processes) if processes > 1 else [""]
     started = [
         subprocess.Popen(
             [sys.executable, str(ROOT / script), *arguments(place)],

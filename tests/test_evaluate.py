@@ -17,7 +17,8 @@ from favchat_jax.evaluate import evaluate, identity_of, judge_of
 from favchat_jax.evaluation.config import EvaluationConfig
 from favchat_jax.evaluation.respondents import FaVChat
 from favchat_jax.evaluation.result import PACKAGES, write_result
-from tests.conftest import DATA, start_module
+from favchat_jax.evaluation.session import Journal
+from tests.conftest import DATA, places_of, start_module
 from tests.evaluation.servers import asked, serve
 from tools import miniatures
 
@@ -190,6 +191,75 @@ def test_an_evaluation_that_was_killed_gives_the_same_json_when_it_is_resumed(sm
     assert not journal.exists()
 
 
+def rendered_arguments(small_world, *model: str) -> list[str]:
+    """The command line of the held-out rendered clips, in batches of 2."""
+    data = f"--config.data.name={DATA}", f"--config.data.packed={small_world.packed}"
+    return ["--config=configs/eval/rendered.py", *data, "--config.batch=2", *model]
+
+
+def test_two_processes_write_the_json_of_one(small_world, checkpoint, tmp_path):
+    arguments = rendered_arguments(small_world, f"--checkpoint={checkpoint}")
+    places = {"two.json": places_of(2), "one.json": [""]}
+    for name, of in places.items():
+        started = [
+            start_module("favchat_jax.evaluate", *arguments, f"--out={tmp_path / name}", f"--processes={place}")
+            for place in of
+        ]
+        outputs = [process.communicate(timeout=250) for process in started]
+        assert all(process.returncode == 0 for process in started), outputs
+    assert (tmp_path / "two.json").read_bytes() == (tmp_path / "one.json").read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one.json", "two.json"]
+
+
+def test_when_one_of_two_processes_dies_the_other_ends_and_one_goes_on_with_all_answers(small_world, tmp_path):
+    answers, held = [], threading.Event()
+
+    def reply(body):
+        answers.append(body)
+        if len(answers) >= 41:  # both have written some batches
+            held.wait(200)
+        return asked(body)[::-1]
+
+    with serve(reply) as server:
+        model = "--config.server.frames=2", "--config.server.size=32", f"--model=openai:{server.url}#m"
+        arguments = rendered_arguments(small_world, *model)
+        out = f"--out={tmp_path / 'two.json'}"
+        first, second = (
+            start_module("favchat_jax.evaluate", *arguments, out, f"--processes={place}") for place in places_of(2)
+        )
+        while len(answers) < 41:
+            assert first.poll() is None and second.poll() is None
+            time.sleep(0.01)
+        second.send_signal(signal.SIGKILL)
+        second.communicate()
+        _, stderr = first.communicate(timeout=60)
+        assert first.returncode == 1
+        assert [line for line in stderr.splitlines() if "all answers are kept: start all processes again" in line]
+        held.set()
+        counts = []
+        for name in ("two.json", "one.json"):
+            answers.clear()
+            process = start_module("favchat_jax.evaluate", *arguments, f"--out={tmp_path / name}")
+            _, stderr = process.communicate(timeout=250)
+            assert process.returncode == 0, stderr
+            counts.append(len(answers))
+    assert 0 < counts[0] <= counts[1] - 20
+    assert (tmp_path / "two.json").read_bytes() == (tmp_path / "one.json").read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one.json", "two.json"]
+
+
+def test_more_processes_than_batches_are_refused_by_all(small_world, checkpoint, tmp_path):
+    arguments = rendered_arguments(small_world, f"--checkpoint={checkpoint}", "--config.batch=100")
+    started = [
+        start_module("favchat_jax.evaluate", *arguments, f"--out={tmp_path / 'x.json'}", f"--processes={place}")
+        for place in places_of(2)
+    ]
+    for process in started:
+        _, stderr = process.communicate(timeout=250)
+        assert process.returncode == 2
+        assert "2 processes are more than the 1 batches of batch=100: start fewer processes" in stderr
+
+
 def test_a_checkpoints_evaluation_that_was_stopped_gives_the_same_result_when_it_is_resumed(
     dfew, checkpoint, tmp_path, monkeypatch
 ):
@@ -204,8 +274,8 @@ def test_a_checkpoints_evaluation_that_was_stopped_gives_the_same_result_when_it
     monkeypatch.setattr(FaVChat, "answer", stopping)
     journal = tmp_path / "answers.jsonl"
     with pytest.raises(KeyboardInterrupt):
-        evaluate(config_of(dfew), checkpoint, journal=journal)
-    resumed = evaluate(config_of(dfew), checkpoint, journal=journal)
+        evaluate(config_of(dfew), checkpoint, journal=Journal(journal))
+    resumed = evaluate(config_of(dfew), checkpoint, journal=Journal(journal))
     assert batches[0] == 5 + 2
     assert resumed == evaluate(config_of(dfew), checkpoint)
 

@@ -1,5 +1,4 @@
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -8,7 +7,7 @@ import pytest
 
 from favchat_jax import processes
 from favchat_jax.errors import UserError
-from tests.conftest import ROOT
+from tests.conftest import ROOT, places_of
 
 # Meets the others again and again, as a run does with its steps.
 MEETING = """
@@ -45,20 +44,51 @@ def test_a_single_process_asks_nobody():
     assert done == [1]
 
 
-@pytest.mark.parametrize("victim", [0, 1])
-def test_when_a_process_is_killed_the_other_ends_with_one_line(victim):
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        address = f"localhost:{free.getsockname()[1]}"
+# Meets the other one, then has an error, which the other one has not.
+REFUSING = """
+import sys, time
+from favchat_jax import command_line
+from favchat_jax import processes
+from favchat_jax.errors import UserError
+
+def main():
+    with processes.joined(sys.argv[2]):
+        processes.any_process(False)
+        if sys.argv[2].endswith(sys.argv[3]):
+            raise UserError("this clip is bad: fix it")
+        time.sleep(200)
+
+command_line.parse = lambda argv: None
+command_line.start(main)
+"""
+
+
+@pytest.mark.parametrize("index", [0, 2])
+def test_an_error_of_one_process_ends_all_with_it(index):
     started = [
         subprocess.Popen(
-            [sys.executable, "-c", MEETING, "--", f"{address},2,{index}"],
+            [sys.executable, "-c", REFUSING, "--", place, str(index)], cwd=ROOT, stderr=subprocess.PIPE, text=True
+        )
+        for place in places_of(3)
+    ]
+    for number, process in enumerate(started):
+        _, errors = process.communicate(timeout=120)
+        said = [line for line in errors.splitlines() if "this clip is bad: fix it" in line]
+        assert process.returncode == 2 and len(said) == 1
+        assert ("ends because another one did" in said[0]) == (number != index)
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_when_a_process_is_killed_the_other_ends_with_one_line(victim):
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", MEETING, "--", place],
             cwd=ROOT,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
-        for index in range(2)
+        for place in places_of(2)
     ]
     try:
         assert all("met\n" in process.stdout for process in started)  # after lines of the library that connects them

@@ -1,5 +1,6 @@
 """Runs one evaluation: asks the model in batches and keeps the answers on disk, so that it can be stopped at any time.
 
+Several processes share out the batches; each keeps its own answers, and learns those of the others after each step.
 Batches are cut from the complete list of samples, and an unfinished batch is answered again as one batch. The reason is
 that numbers on a device depend slightly on the rest of the batch, and a resumed evaluation must give the same result.
 """
@@ -7,6 +8,7 @@ that numbers on a device depend slightly on the rest of the batch, and a resumed
 import contextlib
 import dataclasses
 import functools
+import glob
 import hashlib
 import json
 import logging
@@ -16,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import jax
 from tqdm import tqdm
 
 from favchat_jax.data.reasoning import answer_of
@@ -25,6 +28,7 @@ from favchat_jax.evaluation.config import EvaluationConfig
 from favchat_jax.evaluation.judge import Judge
 from favchat_jax.evaluation.respondents import Ask, FaVChat, Respondent, Unanswered
 from favchat_jax.generation.sampler import Sampler
+from favchat_jax.processes import gathered, is_first, share_of
 
 log = logging.getLogger("favchat_jax")
 
@@ -36,18 +40,40 @@ class Journal:
     """Keeps the answers so far in a file beside the result, one JSON object per line.
 
     Args:
-        path: the file; None keeps answers in memory only.
+        path: the file of the first process; that of another has its number before the ending. Any number of processes
+            resumes with what any other number has kept. None keeps answers in memory only.
     """
 
     def __init__(self, path: Path | None):
-        self._path = path
+        number = jax.process_index()
+        self._first, self._path = path, path.with_suffix(f".{number}{path.suffix}") if path and number else path
         self._known: dict[str, Any] = {}
-        if path is not None and path.exists():
-            for line in path.read_text().splitlines():
+        self._unshared: dict[str, Any] = {}
+        for file in self._files():
+            for line in file.read_text().splitlines():
                 with contextlib.suppress(ValueError):  # a line that was being written when the process ended
                     entry = json.loads(line)
-                    self._known[entry["key"]] = entry["value"]
+                    self._unshared[entry["key"]] = entry["value"]
+        self.share()
+        if self._known:
             log.info("%s: %d answers from an earlier start are reused", path, len(self._known))
+
+    def _files(self) -> list[Path]:
+        if self._first is None:
+            return []
+        others = f"{glob.escape(self._first.stem)}.*{self._first.suffix}"
+        return [path for path in (self._first, *sorted(self._first.parent.glob(others))) if path.exists()]
+
+    def share(self) -> None:
+        """Exchanges answers with the other processes, all of which have to call it."""
+        for found in gathered(self._unshared):
+            self._known |= found
+        self._unshared = {}
+
+    def remove(self) -> None:
+        """Deletes the files."""
+        for path in self._files():
+            path.unlink(missing_ok=True)
 
     def get(self, keys: Sequence[str]) -> list[Any] | None:
         """Returns the values of these keys, or None if any of them is missing."""
@@ -56,7 +82,7 @@ class Journal:
 
     def add(self, keys: Sequence[str], values: Sequence[Any]) -> None:
         """Writes a batch. A batch without any answer stays off the disk: the model or the config may be at fault."""
-        self._known.update(zip(keys, values, strict=True))
+        self._unshared.update(zip(keys, values, strict=True))
         if self._path is not None and not all(isinstance(value, str) for value in values):
             with self._path.open("a") as file:
                 # Starts with a line break, since an earlier process may have ended in the middle of a line.
@@ -93,7 +119,7 @@ class Session:
         self.respondent, self.judge = respondent, judge
         self.missing: list[dict[str, str]] = []
         self._batch, self._journal, self._describer = batch, journal or Journal(None), describer
-        self._description_tokens = description_tokens
+        self._description_tokens, self._asked = description_tokens, False
 
     @classmethod
     def of(cls, sampler: Sampler, config: EvaluationConfig) -> "Session":
@@ -154,10 +180,12 @@ class Session:
         """
         keys = [_key(step, respondent, ask, options) for ask in asks]
         batches = [slice(start, start + self._batch) for start in range(0, len(asks), self._batch)]
+        self._check_processes(len(batches))
         todo = [batch for batch in batches if self._journal.get(keys[batch]) is None]
         done = len(asks) - sum(len(asks[batch]) for batch in todo)
-        ends = [time.perf_counter()]
-        with tqdm(total=len(asks), initial=done, desc=step, unit="clip", mininterval=1, disable=not asks) as bar:
+        todo, ends = share_of(todo), [time.perf_counter()]
+        total, silent = done + sum(len(asks[batch]) for batch in todo), not (asks and is_first())
+        with tqdm(total=total, initial=done, desc=step, unit="clip", mininterval=1, disable=silent) as bar:
             for batch, prepared in _prepared(respondent, asks, todo):
                 self._journal.add(keys[batch], _answered(asks[batch], prepared, work))
                 bar.update(len(asks[batch]))
@@ -165,7 +193,18 @@ class Session:
         if len(ends) > 2:
             rate = sum(len(asks[batch]) for batch in todo[1:]) / (ends[-1] - ends[1])
             log.info("%s: %.1f s, %.1f clips a second after the first batch", step, ends[-1] - ends[0], rate)
+        self._journal.share()
         return dict(zip((ask.id for ask in asks), self._journal.get(keys), strict=True))
+
+    def _check_processes(self, batches: int) -> None:
+        """Raises UserError if a process has nothing to do in the first step; later ones may ask about fewer clips."""
+        count = jax.process_count()
+        if not self._asked and count > max(1, batches):
+            raise UserError(
+                f"{count} processes are more than the {batches} batches of batch={self._batch}: start fewer processes, "
+                "or lower --config.batch"
+            )
+        self._asked = True
 
     def _answers_of(self, values: dict[str, list | str]) -> dict[str, list]:
         """Returns the answers among the values, and records the asks without an answer.
