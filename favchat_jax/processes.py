@@ -20,7 +20,7 @@ from jax.experimental import multihost_utils
 
 from favchat_jax.errors import RunError, UserError, one_line
 
-REGULAR, REFUSED = b".", b"!"  # first byte of what a process says at its end; its error follows
+REGULAR, REFUSED = b"done\n", b"error: "  # what a process says at its end; its error follows
 SAME_ERROR = 5  # seconds in which this process may end with the error that another one has
 SILENCE = 25  # seconds after which a host without an answer counts as dead
 PLACE = "On each of several hosts: auto (the cluster's own settings) or HOST:PORT,COUNT,INDEX"  # help of --processes
@@ -72,7 +72,7 @@ def joined(processes: str, advice: str = RESUME) -> Iterator[None]:
         yield
         _tell(others, REGULAR)
     except UserError as error:
-        _tell(others, REFUSED + str(error).encode())
+        _tell(others, REFUSED + one_line(error).encode() + b"\n")
         raise
     except jax.errors.JaxRuntimeError as error:
         raise RunError(f"{_who()} lost another one ({one_line(error)}); {advice}") from None
@@ -110,15 +110,15 @@ def _tell(others: Sequence[socket.socket], message: bytes) -> None:
 def _watch(other: socket.socket, others: Sequence[socket.socket], left: threading.Event, advice: str) -> None:
     """Ends this process when the one at the other end dies, or ends with an error that this one does not have."""
     try:
-        said = other.recv(1)
-        reason = b"".join(iter(lambda: other.recv(1024), b"")) if said == REFUSED else b""
+        said = other.makefile("rb").readline()
     except OSError:  # the host does not answer
-        said = reason = b""
-    if said == REGULAR or left.is_set() or (said == REFUSED and left.wait(SAME_ERROR)):
+        said = b""
+    if said == REGULAR or left.is_set() or (said.startswith(REFUSED) and left.wait(SAME_ERROR)):
         return
-    if said == REFUSED:
-        _tell([one for one in others if one is not other], REFUSED + reason)
-        print(f"{_who()} ends because another one did: {reason.decode()}", file=sys.stderr, flush=True)
+    if said.startswith(REFUSED):
+        _tell([one for one in others if one is not other], said)
+        reason = said.removeprefix(REFUSED).decode().strip()
+        print(f"{_who()} ends because another one did: {reason}", file=sys.stderr, flush=True)
         with contextlib.suppress(RuntimeError):
             jax.distributed.shutdown()  # for which the other one waits
         os._exit(2)
