@@ -20,6 +20,8 @@ def get_config(argument: str = ""):
     config.optimizer.warmup = 0.03  # a choice
     config.optimizer.floor = 0.0
     config.batch = 1  # samples per iteration
+    # A token of a response reads all weights. Each device reads its share; `fsdp` would gather them for every token.
+    config.mesh = ConfigDict({"data": 1, "fsdp": 1, "tensor": -1})
     config.steps = 10_000  # iterations
     config.checkpoint_every = 100
     config.rl = ConfigDict(

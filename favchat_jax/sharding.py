@@ -54,13 +54,21 @@ def training_mesh(config: Config) -> Mesh:
     """
     if config.data.keep_features and jax.process_count() > 1:
         raise UserError("data.keep_features=True is for a single process: leave it out on several hosts")
-    mesh = make_mesh(config.mesh)
-    if config.stage == "grpo":
-        group = config.reinforcement.group
-        check_batch(config.batch * group, 1, mesh, f"batch={config.batch} x rl.group={group} responses, together")
-    else:
-        check_batch(config.batch, config.accumulate, mesh, f"batch={config.batch}")
+    mesh, local = make_mesh(config.mesh), jax.local_device_count()
+    if config.stage == "grpo":  # every process has all samples, so any mesh will do
+        check_responses(config, mesh)
+        return mesh
+    if jax.process_count() > 1 and local % mesh.shape["tensor"]:
+        given = f"mesh.tensor={mesh.shape['tensor']}"
+        raise UserError(f"{given} does not divide the {local} devices of a process: choose a divisor")
+    check_batch(config.batch, config.accumulate, mesh, f"batch={config.batch}")
     return mesh
+
+
+def check_responses(config: Config, mesh: Mesh, samples: int | None = None) -> None:
+    """Raises UserError if the responses of an iteration, by default to `config.batch` samples, do not divide."""
+    samples, group = samples or config.batch, config.reinforcement.group
+    check_batch(samples * group, 1, mesh, f"batch={samples} x rl.group={group} responses, together")
 
 
 def make_mesh(sizes: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
@@ -79,11 +87,9 @@ def make_mesh(sizes: MeshConfig, devices: list[jax.Device] | None = None) -> Mes
         if len(devices) % known:
             raise UserError(f"{given} does not divide the {len(devices)} devices of this run: choose a divisor")
         shape[shape.index(-1)] = len(devices) // known
-    count, local = math.prod(shape), jax.local_device_count()
+    count = math.prod(shape)
     if count < len(devices) and jax.process_count() > 1:
         raise UserError(f"{given} leaves devices of other processes idle: choose a mesh of {len(devices)}")
-    if jax.process_count() > 1 and local % sizes.tensor:
-        raise UserError(f"mesh.tensor={sizes.tensor} does not divide the {local} devices of a process")
     return jax.make_mesh(tuple(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices[:count])
 
 

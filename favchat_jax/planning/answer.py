@@ -88,7 +88,7 @@ def make_plan(
         return {"frozen_bytes": plan.device_bytes(weights), "trained_bytes": 0, "optimizer_bytes": 0}, programs
 
     made = plan_of(lay_out, config, name, clips, mesh, lambda _, lacking: _advice(lacking, storage, mesh))
-    return dataclasses.replace(made, stage="answer", devices=mesh.size)
+    return dataclasses.replace(made, stage="answer", storage=storage, devices=mesh.size)
 
 
 def _advice(lacking: int, storage: str, mesh: Mesh) -> str:

@@ -41,7 +41,8 @@ class Plan:
 
     Attributes:
         target: name of the target.
-        stage: name of the stage.
+        stage: name of the stage, or answer.
+        storage: width of the language model's kernels.
         devices: number of devices of the target.
         clips: clips per step.
         frozen_bytes: weights that do not train.
@@ -64,6 +65,7 @@ class Plan:
 
     target: str
     stage: str
+    storage: str
     devices: int
     clips: int
     frozen_bytes: int
@@ -173,6 +175,7 @@ def summarise(
     return Plan(
         target=name,
         stage=config.stage,
+        storage=config.llm.storage,
         devices=target.devices,
         clips=clips,
         **held,
@@ -204,7 +207,7 @@ def lay_out(config: Config, mesh: Mesh, clips: int) -> Arguments:
     sharding.check_batch(clips, config.accumulate, mesh, f"clips={clips}")
     model, shapes = model_and_weights(config)
     trainable, frozen = stages.split(shapes, config.variant, config.stage)
-    frozen = _stored(frozen, config)
+    frozen = stored(frozen, config)
     optimizer, rate = make_optimizer(config.optimizer, STEPS), schedule(config.optimizer, STEPS)
     state = jax.eval_shape(lambda weights: new_state(weights, optimizer, config.seed), trainable)
     batch = batch_shapes(config, clips)
@@ -216,7 +219,7 @@ def lay_out(config: Config, mesh: Mesh, clips: int) -> Arguments:
     )
 
 
-def _stored(frozen: dict[str, Any], config: Config) -> dict[str, Any]:
+def stored(frozen: dict[str, Any], config: Config) -> dict[str, Any]:
     """Returns the shapes of frozen weights in the computation's dtype and the config's storage."""
     dtype = jnp.dtype(config.model.dtype)
     frozen = {path: jax.ShapeDtypeStruct(leaf.shape, dtype) for path, leaf in frozen.items()}
@@ -328,7 +331,7 @@ def _loss_of_one_clip(config: Config) -> tuple[Callable, tuple]:
     def loss(weights, frozen, batch):
         return batch_loss(model, {**weights, **frozen}, batch, jax.random.key(0), config.loss_chunk)[0]
 
-    return loss, (trainable, _stored(frozen, config), batch_shapes(config, 1))
+    return loss, (trainable, stored(frozen, config), batch_shapes(config, 1))
 
 
 @functools.lru_cache(maxsize=8)

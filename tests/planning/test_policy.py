@@ -4,7 +4,6 @@ import jax.numpy as jnp
 import pytest
 
 from favchat_jax import stages
-from favchat_jax.errors import UserError
 from favchat_jax.generation.weights import from_training
 from favchat_jax.planning import cost, plan, policy
 from favchat_jax.planning.answer import program_products
@@ -19,11 +18,6 @@ def config(small_world):
 @pytest.fixture(scope="module")
 def laid_out(config):
     return policy._lay_out(config, 2, one_device())
-
-
-def test_a_target_with_several_devices_is_refused(config):
-    with pytest.raises(UserError, match="--target=a800-80gb-x8 has several devices, but stage=grpo uses one"):
-        policy.make_policy_plan(config, "a800-80gb-x8")
 
 
 def test_the_memory_held_between_programs_is_the_weights_and_the_samplers_merged_copies(config, laid_out):
@@ -66,6 +60,20 @@ def test_operations_count_all_tokens_of_all_responses(config, laid_out):
     assert by_name["score"].times == 2 and by_name["update"].times == config.rl.updates
 
 
-def test_a_plan_that_does_not_fit_suggests_a_change():
-    assert policy._advice(30 * 2**30, 20 * 2**30).startswith("a device with more memory: 30.0 GiB of weights")
-    assert policy._advice(10 * 2**30, 20 * 2**30) == "a smaller rl.group or rl.max_new_tokens"
+def test_without_merged_rollouts_no_second_copy_of_the_language_model_is_held(config, laid_out):
+    shared = config.updated({"rl.merged_rollouts": False})
+    held, programs = policy._lay_out(shared, 2, one_device())
+    assert held["merged"] == 0 and held["frozen"] == laid_out[0]["frozen"]
+    for program in programs:
+        assert program.function.lower(*program.arguments, **program.options).compile()
+    narrow, _ = policy._lay_out(shared.updated({"llm.storage": "int8"}), 2, one_device())
+    assert narrow["merged"] == 0 and narrow["frozen"] < held["frozen"]
+
+
+def test_a_plan_that_does_not_fit_suggests_a_change(config):
+    shared = config.updated({"rl.merged_rollouts": False})
+    assert policy._advice(config, 30, 20) == "rl.merged_rollouts=False"
+    assert policy._advice(shared, 10, 20) == "a smaller rl.group or rl.max_new_tokens"
+    assert policy._advice(shared, 30, 20) == "llm.storage=int8"
+    narrow = shared.updated({"llm.storage": "int8"})
+    assert policy._advice(narrow, 30 * 2**30, 20).startswith("more devices: 30.0 GiB of weights")
