@@ -144,4 +144,4 @@ if __name__ == "__main__":
     _SEED = flags.DEFINE_integer("seed", 0, "Of the draws at temperatures above 0")
     _STORAGE = flags.DEFINE_enum("storage", "full", command_line.STORAGES, command_line.STORAGE)
     _MESH = flags.DEFINE_string("mesh", None, command_line.MESH)
-    command_line.start(main)
+    command_line.start(main, less_memory=command_line.LESS_FOR_ANSWERS)

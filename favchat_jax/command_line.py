@@ -27,12 +27,18 @@ STORAGES: tuple[Storage, ...] = get_args(Storage)
 STORAGE = "Width of the language model's kernels in memory: full (the run's own), int8 or int4"
 MESH = "Devices along each axis, as in data=2,tensor=4; by default all devices, in the best shape for the batch"
 LESS_MEMORY = "take fewer clips or questions at once, or see docs/how-to/small-cards.md for what saves memory"
+LESS_FOR_ANSWERS = "narrow the kernels with --storage=int8, or share the weights over devices with --mesh=tensor=N"
 
 
-def start(main: Callable[[], None], argv: list[str] | None = None) -> None:
+def start(main: Callable[[], None], argv: list[str] | None = None, less_memory: str = LESS_MEMORY) -> None:
     """Parses the command line, runs `main`, and ends the process with the fitting exit code, 130 after Ctrl-C.
 
     Only an error of the software itself ends with a traceback.
+
+    Args:
+        main: does what the flags name.
+        argv: the command line; by default this process's.
+        less_memory: what to turn if the memory of a device or of the host is too small.
     """
     keep_freed_memory()
     _set_up_logging()
@@ -62,7 +68,7 @@ def start(main: Callable[[], None], argv: list[str] | None = None) -> None:
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):  # XLA's words
             raise
-        _end(name, f"out of memory ({one_line(error)}): {LESS_MEMORY}", 1)
+        _end(name, f"out of memory ({one_line(error)}): {less_memory}", 1)
     sys.exit(0)
 
 

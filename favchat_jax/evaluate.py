@@ -178,4 +178,4 @@ if __name__ == "__main__":
     _MESH = flags.DEFINE_string("mesh", None, command_line.MESH)
     _PROCESSES = flags.DEFINE_string("processes", "", PLACE)
     _PRINT_CONFIG = flags.DEFINE_bool("print_config", False, "Print the config with the options given, and end")
-    command_line.start(main)
+    command_line.start(main, less_memory=f"lower --config.batch, {command_line.LESS_FOR_ANSWERS}")

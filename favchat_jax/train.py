@@ -42,6 +42,11 @@ from favchat_jax.training.profile import tracing
 from favchat_jax.training.progress import Outcome
 from favchat_jax.training.step import make_step
 
+LESS_MEMORY = (
+    "raise --config.accumulate or lower --config.batch (grpo: rl.group, rl.max_new_tokens, rl.merged_rollouts=False), "
+    "set --config.model.remat=block or --config.llm.storage=int8, or share the weights over more devices (--config.mesh)"
+)
+
 log = logging.getLogger("favchat_jax")
 
 
@@ -193,4 +198,4 @@ if __name__ == "__main__":
     _PRINT_CONFIG = flags.DEFINE_bool(
         "print_config", False, "Print the config with the options given, and train nothing"
     )
-    command_line.start(main)
+    command_line.start(main, less_memory=LESS_MEMORY)

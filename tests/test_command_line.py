@@ -11,7 +11,9 @@ import pytest
 from absl import flags
 from ml_collections import config_flags
 
-from favchat_jax import command_line
+from configs import grpo
+from favchat_jax import command_line, train
+from favchat_jax.config import Config
 from favchat_jax.errors import RunError, UserError
 
 CONFIG = "--config=configs/stage1.py"
@@ -36,11 +38,11 @@ def options(monkeypatch):
     return config
 
 
-def ending(capsys, main, *arguments) -> tuple[int, str]:
+def ending(capsys, main, *arguments, **how) -> tuple[int, str]:
     """Exit code and stderr of a command; nothing went to stdout."""
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as ended:
         patch.setattr(sys, "argv", ["favchat_jax/command.py", *arguments])
-        command_line.start(main)
+        command_line.start(main, **how)
     stdout, stderr = capsys.readouterr()
     assert stdout == ""
     return ended.value.code, stderr
@@ -97,6 +99,18 @@ def test_a_lack_of_memory_is_one_line(allocate, capsys, options):
     ended, stderr = ending(capsys, allocate)
     assert ended == 1 and stderr.startswith("command: out of memory (") and stderr.count("\n") == 1
     assert "small-cards.md" in stderr
+    ended, stderr = ending(capsys, allocate, less_memory="lower --config.batch")
+    assert ended == 1 and stderr.endswith(": lower --config.batch\n")
+
+
+def test_what_training_names_to_save_memory_are_fields_of_its_config():
+    fields = Config.from_ml_collections(grpo.get_config()).to_json()
+    named = re.findall(r"--config\.([\w.]+)|(rl\.\w+)", train.LESS_MEMORY)
+    assert len(named) == 8
+    for field in map("".join, named):
+        part = fields
+        for name in field.split("."):
+            part = part[name]
 
 
 @pytest.mark.parametrize(

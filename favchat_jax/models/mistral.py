@@ -76,6 +76,12 @@ class MistralConfig:
         """
         if config.get("model_type") != "mistral":
             raise UserError(f"model_type is {config.get('model_type')!r}: llm.path must name a Mistral folder")
+        if config.get("quantization_config"):
+            method = dict(config["quantization_config"]).get("quant_method", "some method")
+            raise UserError(
+                f"quantization_config is set: these weights are quantised already ({method}). Name the folder of the "
+                "full ones, which --storage (answers) and llm.storage (training) narrow"
+            )
         if config.get("tie_word_embeddings"):
             raise UserError("tie_word_embeddings is set: Mistral's input and output embeddings are separate")
         # transformers 5 writes rope_parameters, earlier versions rope_theta and rope_scaling.

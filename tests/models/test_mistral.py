@@ -246,11 +246,23 @@ def test_from_json_takes_the_head_width_and_the_window_that_are_given():
         ({"model_type": "llama"}, "llama"),
         ({"model_type": None}, "model_type"),
         ({"tie_word_embeddings": True}, "tie_word_embeddings"),
+        (
+            {"quantization_config": {"quant_method": "gptq", "bits": 4}},
+            r"quantised already \(gptq\); name the folder of",
+        ),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "yarn"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "linear"),
         ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "dynamic"),
     ],
-    ids=["other model", "no model", "tied embeddings", "scaled rope", "oldest scaled rope", "newest scaled rope"],
+    ids=[
+        "other model",
+        "no model",
+        "tied embeddings",
+        "quantised",
+        "scaled rope",
+        "oldest scaled rope",
+        "newest scaled rope",
+    ],
 )
 def test_from_json_rejects_other_models_in_one_line(change, named):
     with pytest.raises(UserError, match=named) as caught:
