@@ -248,7 +248,7 @@ def test_from_json_takes_the_head_width_and_the_window_that_are_given():
         ({"tie_word_embeddings": True}, "tie_word_embeddings"),
         (
             {"quantization_config": {"quant_method": "gptq", "bits": 4}},
-            r"quantised already \(gptq\); name the folder of",
+            "quantised already .gptq.. Name the folder",
         ),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "yarn"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "linear"),
