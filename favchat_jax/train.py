@@ -44,7 +44,7 @@ from favchat_jax.training.step import make_step
 
 LESS_MEMORY = (
     "raise --config.accumulate or lower --config.batch (grpo: rl.group, rl.max_new_tokens, rl.merged_rollouts=False), "
-    "set --config.model.remat=block or --config.llm.storage=int8, or share the weights over more devices (--config.mesh)"
+    "set --config.model.remat=block or --config.llm.storage=int8, or share the weights over more devices: --config.mesh"
 )
 
 log = logging.getLogger("favchat_jax")
