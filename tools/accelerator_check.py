@@ -6,6 +6,7 @@ about    the card, and the rates that it reaches in arithmetic and in memory
 kernels  each form of attention at the paper's sizes, in values, gradients and time, beside the plain form
 losses   the first losses of the embedded preset, beside those of a CPU
 answers  answers to one and to eight questions and a group of responses: tokens a second, and PyTorch's in turns
+forms    answers with int8 kernels, and a group of responses with the weights that train
 stage2   a training step: seconds, share of the card's rate, memory beside the plan's, and PyTorch's step in turns
 stage3   a training step as of stage2
 
@@ -36,7 +37,7 @@ from favchat_jax.files import replace_file
 from favchat_jax.planning.targets import GIB, of_device
 
 # Part -> how much of the time it gets, relative to the others.
-WEIGHTS = {"about": 1, "kernels": 2, "losses": 2, "answers": 4, "stage2": 4, "stage3": 3}
+WEIGHTS = {"about": 1, "kernels": 2, "losses": 2, "answers": 4, "forms": 2, "stage2": 4, "stage3": 3}
 LONGER = 1.3  # a part may take this much longer than its share, since others may take less
 # XLA otherwise times many variants of each product on the card, which takes minutes for a step; cuBLAS chooses well.
 QUICK = "--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false"
@@ -163,7 +164,9 @@ def describe(part: str, report: Report) -> str:
     """Returns a part's results as lines of text."""
     outcome = report["parts"][part]
     about = (report["parts"].get("about", {}).get("rows") or [{}])[0]
-    write = {"about": _about, "kernels": _kernel, "losses": _losses, "answers": _answer}.get(part, _step)
+    write = {"about": _about, "kernels": _kernel, "losses": _losses, "answers": _answer, "forms": _answer}.get(
+        part, _step
+    )
     lines = [
         f"  {row['side']}, {row['setting']}: {row['failed']}" if "failed" in row else write(row, about)
         for row in outcome["rows"]

@@ -30,10 +30,10 @@ def check_same(found: dict, expected: dict) -> None:
 
 
 @pytest.mark.timeout(900)
-def test_a_mesh_answers_token_for_token_as_one_device_and_cuts_the_language_model(tmp_path):
-    meshes = [ONE, DATA, ALL, TENSOR]
-    expected, *others = done_by([(mesh, 8, "full") for mesh in meshes], tmp_path)
-    for mesh, found in zip(meshes[1:], others, strict=True):
+@pytest.mark.parametrize("meshes", [[ALL], pytest.param([DATA, TENSOR], marks=pytest.mark.slow)])
+def test_a_mesh_answers_token_for_token_as_one_device_and_cuts_the_language_model(meshes, tmp_path):
+    expected, *others = done_by([(mesh, 8, "full") for mesh in (ONE, *meshes)], tmp_path)
+    for mesh, found in zip(meshes, others, strict=True):
         check_same(found, expected)
         for name in ("layers_1/qkv_proj", "layers_1/o_proj", "layers_1/gate_up_proj", "layers_1/down_proj"):
             assert found["shares"][f"llm/{name}/transposed"] == 1 / (mesh[1] * mesh[2]), (mesh, name)

@@ -73,12 +73,15 @@ def check_same(workdir: Path, expected: Path) -> None:
 
 
 @pytest.mark.timeout(900)
-def test_five_iterations_on_a_mesh_are_those_of_one_device(small_world, alone, tmp_path):
-    run([job(small_world, sizes, tmp_path / name) for name, sizes in MESHES.items()])
-    for name in MESHES:
-        check_same(tmp_path / name, alone)
+@pytest.mark.parametrize(
+    "name", [pytest.param("data", marks=pytest.mark.slow), "all", pytest.param("tensor", marks=pytest.mark.slow)]
+)
+def test_five_iterations_on_a_mesh_are_those_of_one_device(name, small_world, alone, tmp_path):
+    run([job(small_world, MESHES[name], tmp_path / name)])
+    check_same(tmp_path / name, alone)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_so_are_those_of_two_processes_and_another_mesh_goes_on_from_their_checkpoint(small_world, alone, tmp_path):
     run([job(small_world, (2, 2, 2), tmp_path / "two")], processes=2)

@@ -171,4 +171,7 @@ def test_a_rehearsal_on_a_cpu_measures_every_part_and_finds_nothing_wrong(cores,
         assert all(row["seconds"] > 0 and math.isfinite(row["loss"]) and row["flops"] > 1e9 for row in rows.values())
     answers = report["parts"]["answers"]["rows"]
     assert {row["setting"] for row in answers if row["side"] == "ours"} == {"batch 1", "batch 8", "rollout 8 x 256"}
-    assert all(row["seconds_a_token"] > 0 for row in answers)
+    forms = report["parts"]["forms"]["rows"]
+    assert [row["setting"] for row in forms] == ["batch 1, int8", "batch 8, int8", "rollout 8 x 256, training weights"]
+    assert all(row["seconds_a_token"] > 0 for row in answers + forms)
+    assert forms[0]["weight_bytes"] < 0.5 * answers[0]["weight_bytes"] < forms[2]["weight_bytes"]

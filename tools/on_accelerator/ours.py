@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,8 @@ SIDE = 8192  # of the square matrices whose product measures the rate of arithme
 READ = 2**30  # bytes whose copy measures the rate of the memory
 # Setting -> clips, copies of each answer, tokens of an answer, temperature.
 ANSWERS = {"batch 1": (1, 1, 128, 0.0), "batch 8": (8, 1, 128, 0.0), "rollout 8 x 256": (1, 8, 256, 1.0)}
+# Form of the weights -> width of the language model's kernels, whether it is the training form, and what is measured.
+FORMS = {"int8": ("int8", False, ("batch 1", "batch 8")), "training weights": ("full", True, ("rollout 8 x 256",))}
 PROMPT = 512  # tokens
 
 
@@ -68,14 +70,29 @@ def compiled_step(config: Config, remat: str) -> jax.stages.Compiled:
 
 def answers(preset: str, folder: str) -> Runs:
     """Returns runs of answers to one and to eight questions, and of a group of sampled responses."""
+    return _answers(drawn.settings(preset, "stage3", Path(folder)), "full", False, tuple(ANSWERS))
+
+
+def forms(preset: str, folder: str) -> Runs:
+    """Returns runs of answers with other forms of the weights (`FORMS`)."""
     config = drawn.settings(preset, "stage3", Path(folder))
+    runs = {form: _answers(config, *how) for form, how in FORMS.items()}
+    return {f"{name}, {form}": run for form, named in runs.items() for name, run in named.items()}
+
+
+def _answers(config: Config, storage: str, trained: bool, names: Sequence[str]) -> Runs:
+    """Returns runs of `ANSWERS` with one form of the weights, whose arguments are those of `Decoder`."""
     llm, shapes = plan.language_model(config), plan.model_and_weights(config)[1]
-    decoder = Decoder(config, llm, NEVER)
+    decoder = Decoder(config, llm, NEVER, storage=storage, trained=trained)
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     dtype = jnp.dtype(config.model.dtype)
-    decoding = jax.eval_shape(lambda weights: from_training(weights, config, llm), shapes)
-    laid_out = {"params": unflatten_dict(decoding, sep="/")}
-    params = drawn.draw(jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=here), laid_out))
+    form = shapes if trained else jax.eval_shape(lambda weights: from_training(weights, config, llm, storage), shapes)
+
+    def placed(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        narrow = jnp.issubdtype(leaf.dtype, jnp.integer)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype if narrow else dtype, sharding=here)
+
+    params = drawn.draw(jax.tree.map(placed, {"params": unflatten_dict(form, sep="/")}))
     read = {path: leaf for path, leaf in params["params"]["llm"].items() if path != "embed_tokens"}
     weights = sum(leaf.nbytes for leaf in jax.tree.leaves(read))
 
@@ -101,7 +118,7 @@ def answers(preset: str, folder: str) -> Runs:
 
         return or_out_of_memory(run)
 
-    return {name: answer(*how) for name, how in ANSWERS.items()}
+    return {name: answer(*ANSWERS[name]) for name in names}
 
 
 def prompt_length(config: Config) -> int:

@@ -61,11 +61,22 @@ def answers(preset: str, folder: Path, until: float, keep: Keep) -> None:
         contest(sides, pairs, until, keep)
 
 
+def forms(preset: str, folder: Path, until: float, keep: Keep) -> None:
+    """Measures answers with int8 kernels, and a group of responses with the weights that train."""
+    drawn.settings(preset, "stage3", folder)
+    side = Side("ours", ours.forms, preset, str(folder))
+    try:
+        contest([side], [(f"{name}, {form}",) for form, how in ours.FORMS.items() for name in how[2]], until, keep)
+    finally:
+        side.close()
+
+
 PARTS: dict[str, Callable[[str, Path, float, Keep], None]] = {
     "about": about,
     "kernels": correct.kernels,
     "losses": correct.losses,
     "answers": answers,
+    "forms": forms,
     "stage2": steps("stage2"),
     "stage3": steps("stage3"),
 }
@@ -97,7 +108,7 @@ def _flops(config: Config) -> dict[str, float]:
 
 def contest(
     sides: Sequence[Side],
-    pairs: Sequence[tuple[str, str]],
+    pairs: Sequence[tuple[str, ...]],
     until: float,
     keep: Keep,
     count: Callable[[], dict[str, float]] = dict,
