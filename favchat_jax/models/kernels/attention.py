@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from einops import rearrange
 from jaxtyping import Array, Bool, Float
 
+from favchat_jax.models.kernels.own_shard import on_own_shard
 from favchat_jax.models.kernels.platform import platform
 
 SHORTEST = 64  # fewest queries that a flash kernel is used for
@@ -117,15 +118,21 @@ def _splash(query, key, value, **options):
 
 
 def _cudnn(query, key, value, *, bias=None, mask=None, causal=False, window=None):
+    assert bias is None
+    masks = []
     if mask is not None:  # becomes a bias, which cuDNN takes only in full shape
-        mask = jnp.broadcast_to(mask, (*mask.shape[:2], query.shape[1], key.shape[1]))
-    return jax.nn.dot_product_attention(
-        query,
-        key,
-        value,
-        bias=bias,
-        mask=mask,
-        is_causal=causal,
-        local_window_size=(window - 1, 0) if window else None,
-        implementation="cudnn",
-    )
+        masks = [jnp.broadcast_to(mask, (query.shape[0], 1, query.shape[1], key.shape[1]))]
+
+    def one(query, key, value, mask=None):
+        return jax.nn.dot_product_attention(
+            query,
+            key,
+            value,
+            mask=mask,
+            is_causal=causal,
+            local_window_size=(window - 1, 0) if window else None,
+            implementation="cudnn",
+        )
+
+    batch, _, heads, _ = query.shape
+    return on_own_shard(one, batch, heads, key.shape[2], axis=2, masks=len(masks))(query, key, value, *masks)

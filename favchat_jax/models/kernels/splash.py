@@ -4,11 +4,9 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
-from jax.sharding import PartitionSpec
 
-from favchat_jax.sharding import CLIPS
+from favchat_jax.models.kernels.own_shard import on_own_shard
 
 LANES = 128  # a TPU's; splash attention takes lengths in multiples of it
 BLOCK = 512  # queries and keys that a kernel holds at once, at most
@@ -34,7 +32,7 @@ def attention(query, key, value, *, bias=None, mask=None, causal=False, window=N
         segments = splash.SegmentIds(jnp.ones(query.shape[1], jnp.int32), seen)
         return kernel(query * width**-0.5, key, value, segments)
 
-    run = _on_own_shard(jax.vmap(one), heads, key_heads, batch)
+    run = on_own_shard(jax.vmap(one), batch, heads, key_heads, axis=1)
     seen = jnp.pad(seen, [(0, 0), (0, -keys % LANES)]).astype(jnp.int32)
     attended = run(laid_out(query), laid_out(key), laid_out(value), seen)
     return jnp.swapaxes(attended[:, :, :length], 1, 2).astype(query.dtype)
@@ -64,19 +62,3 @@ def _kernel(heads: int, length: int, keys: int, causal: bool, window: int | None
 def _block(length: int) -> int:
     """The largest multiple of `LANES` up to `BLOCK` that divides a length."""
     return max(n for n in range(LANES, min(BLOCK, length) + 1, LANES) if length % n == 0)
-
-
-def _on_own_shard(run, heads: int, key_heads: int, batch: int):
-    """Maps `run` over a mesh's devices, each with its own clips and heads, since XLA cannot divide a kernel."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
-        return run
-    size = dict(zip(mesh.axis_names, mesh.axis_sizes, strict=True))
-    rows = tuple(axis for axis in CLIPS if size.get(axis, 1) > 1)
-    if batch % int(np.prod([size[axis] for axis in rows])):
-        rows = ()
-    tensor = size.get("tensor", 1)
-    split = "tensor" if tensor > 1 and heads % tensor == key_heads % tensor == 0 else None
-    heads_spec, keys_spec = PartitionSpec(rows or None, split), PartitionSpec(rows or None)
-    in_specs = (heads_spec, heads_spec, heads_spec, keys_spec)
-    return jax.shard_map(run, in_specs=in_specs, out_specs=heads_spec, check_vma=False)
