@@ -142,7 +142,7 @@ def test_a_value_that_suits_no_run_is_refused_with_its_field(changes, message):
         ({"rl__rewards": {}}, "rl.rewards is empty: give at least one"),
         ({"rl__rewards__form__weight": float("nan")}, "rl.rewards.form.weight=nan is not a weight"),
         ({"rl__rewards": {"step": {"path": "x:y", "weight": 1.0}}}, "rl.rewards.step: .* rename"),
-        ({"llm__storage": "int8"}, "llm.storage=int8 cannot answer"),
+        ({"llm__storage": "int8"}, "llm.storage=int8 has no full kernels"),
         ({"steps": 0}, "steps=0: stage=grpo has no epochs; give at least 1"),
         ({"data__keep_features": True, "data__sampling": "middle"}, "not for grpo"),
     ],
