@@ -116,7 +116,7 @@ def _watch(other: socket.socket, others: Sequence[socket.socket], left: threadin
     if said == REGULAR or left.is_set() or (said.startswith(REFUSED) and left.wait(SAME_ERROR)):
         return
     if said.startswith(REFUSED):
-        left.set()  # so that nobody is missed who ends for the same reason
+        left.set()  # the others end for the same reason, and none of them counts as lost
         _tell([one for one in others if one is not other], said)
         reason = said.removeprefix(REFUSED).decode().strip()
         print(f"{_who()} ends because another one did: {reason}", file=sys.stderr, flush=True)

@@ -135,8 +135,8 @@ class Checkpoints:
             check_leaves(weights, leaves["weights"])
             check_leaves(part, leaves["optimizer"])
             hosts = restored.data.get("hosts", [restored.data])
-            data = hosts[jax.process_index()] if len(hosts) == jax.process_count() else None
-            data = hosts[0] if self._alike else data
+            own = hosts[jax.process_index()] if len(hosts) == jax.process_count() else None
+            data = hosts[0] if self._alike else own
             return TrainState(part["step"], weights, part["moments"], part["key"]), data
 
         return self._newest(read, move_damaged=True)

@@ -5,7 +5,7 @@ XLA's own count includes a loop's body only once, and some backends have no coun
 
 import dataclasses
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -21,6 +21,7 @@ class Product:
     Attributes:
         flops: its operations; a multiplication and an addition count as two.
         bytes: bytes of its operands and its result, each moved once; 0 in attention, whose scores can stay on the chip.
+            A kernel that is only widened for the product moves in its stored width.
         times: how often it runs.
     """
 
@@ -29,19 +30,38 @@ class Product:
     times: int
 
 
-def products(jaxpr: Jaxpr | ClosedJaxpr, times: int = 1, fused: bool = False) -> Iterator[Product]:
+# Operations between a stored kernel and its product, which the compiler fuses into the product.
+FUSED = ("convert_element_type", "transpose", "reshape", "broadcast_in_dim", "squeeze", "mul", "optimization_barrier")
+
+
+def products(
+    jaxpr: Jaxpr | ClosedJaxpr, times: int = 1, fused: bool = False, stored: Sequence[float] = ()
+) -> Iterator[Product]:
     """Yields all products of a program, counting iterations of loops and only the costliest branch of a condition.
 
     Args:
         jaxpr: the program with plain attention, since a custom kernel hides its products.
         times: how often the program runs.
         fused: whether the program is a part of attention.
+        stored: bytes of each argument's elements as they are stored; by default those of its dtype.
     """
-    for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
+    program = getattr(jaxpr, "jaxpr", jaxpr)
+    widths = dict(zip(program.invars, stored, strict=True)) if stored else {}
+
+    def width(variable: Any) -> float:
+        known = None if isinstance(variable, Literal) else widths.get(variable)
+        return known or {"int4": 0.5}.get(variable.aval.dtype.name) or getattr(variable.aval.dtype, "itemsize", 0)
+
+    for equation in program.eqns:
         name, inner = equation.primitive.name, list(_inner(equation))
+        given = [width(variable) for variable in equation.invars]
+        if name in FUSED:
+            for made in equation.outvars:
+                alike = [w for w, v in zip(given, equation.invars, strict=True) if v.aval.size == made.aval.size]
+                widths[made] = min([*alike, width(made)])
         within = fused or SCOPE in str(equation.source_info.name_stack)
         if name == "dot_general":
-            yield _product(equation, times, within)
+            yield _product(equation, times, within, [*given, width(equation.outvars[0])])
         elif name == "cond":
             branches = [list(products(branch, times, within)) for branch in inner]
             yield from max(branches, key=lambda branch: sum(p.flops * p.times for p in branch))
@@ -50,7 +70,8 @@ def products(jaxpr: Jaxpr | ClosedJaxpr, times: int = 1, fused: bool = False) ->
         else:
             length = equation.params["length"] if name == "scan" else 1
             for body in inner:
-                yield from products(body, times * length, within)
+                known = given if len(getattr(body, "jaxpr", body).invars) == len(given) else ()
+                yield from products(body, times * length, within, known)
 
 
 def total_flops(program: Iterable[Product]) -> float:
@@ -91,9 +112,9 @@ def _is_jaxpr(value: Any) -> bool:
     return isinstance(value, Jaxpr | ClosedJaxpr)
 
 
-def _product(equation: Any, times: int, fused: bool) -> Product:
+def _product(equation: Any, times: int, fused: bool, widths: Sequence[float]) -> Product:
     (contracted, _), _ = equation.params["dimension_numbers"]
     left, right, result = (*(v.aval for v in equation.invars), equation.outvars[0].aval)
     length = math.prod(left.shape[axis] for axis in contracted)
-    moved = sum(array.size * array.dtype.itemsize for array in (left, right, result))
+    moved = sum(array.size * width for array, width in zip((left, right, result), widths, strict=True))
     return Product(2.0 * result.size * length, 0 if fused else moved, times)

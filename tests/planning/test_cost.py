@@ -94,3 +94,21 @@ def test_a_loop_of_unknown_length_with_a_product_is_an_error():
 
     with pytest.raises(ValueError, match="cannot be counted"):
         flops(until, A, B)
+
+
+@pytest.mark.parametrize(("dtype", "width"), [(jnp.float32, 4), (jnp.bfloat16, 2), (jnp.int8, 1), (jnp.int4, 0.5)])
+def test_a_kernel_that_is_widened_for_its_product_moves_in_its_stored_width(dtype, width):
+    kernel = jax.ShapeDtypeStruct((5, 7), dtype)
+
+    @jax.jit
+    def product(x, kernel):
+        return x.astype(jnp.float32) @ (kernel.astype(jnp.float32) * jnp.ones((5, 7))).reshape(5, 7)
+
+    def layers(x, kernels):
+        return jax.lax.scan(lambda x, kernel: (product(x, kernel) @ jnp.ones((7, 5)), None), x, kernels)[0]
+
+    (one,) = cost.products(jax.make_jaxpr(product)(A, kernel))
+    assert one.bytes == 4 * 3 * 5 + width * 5 * 7 + 4 * 3 * 7
+    stacked = jax.ShapeDtypeStruct((4, 5, 7), dtype)
+    inner, _ = cost.products(jax.make_jaxpr(layers)(A, stacked))
+    assert (inner.bytes, inner.times) == (one.bytes, 4)
