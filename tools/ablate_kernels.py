@@ -91,7 +91,7 @@ TUNINGS = {
             f"{MODELS}.mistral_decoding.DecodingLinear.__call__": _products_apart,
         },
     ),
-    "cache read in place": Tuning("decode", {f"{MODELS}.mistral_decoding.attention_to_cache": _any_attention_to_cache}),
+    "cache read in place": Tuning("decode", {f"{MODELS}.cache.attention_to_cache": _any_attention_to_cache}),
 }
 
 
