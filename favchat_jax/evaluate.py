@@ -151,7 +151,9 @@ def main() -> None:
         raise UserError("--checkpoint and --model both name the model: give one (--describer=DIR adds descriptions)")
     command_line.check_output("--out", _OUT.value)
     out = Path(_OUT.value)
-    with joined(_PROCESSES.value, "all answers are kept: start all processes again to go on"):
+    flags_given = [one.value for one in (_CHECKPOINT, _MODEL, _DESCRIBER, _STORAGE, _MESH)]
+    kept = "all answers are kept: start all processes again to go on"
+    with joined(_PROCESSES.value, [config.to_json(), *flags_given], kept):
         journal = Journal(out.with_name(f"{out.name}.answers.jsonl"))
         result = evaluate(
             config,

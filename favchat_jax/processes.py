@@ -6,11 +6,13 @@ connection to the first one. The system closes it when either dies, and the othe
 
 import contextlib
 import json
+import logging
 import os
 import re
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -20,24 +22,29 @@ from jax.experimental import multihost_utils
 
 from favchat_jax.errors import RunError, UserError, one_line
 
+log = logging.getLogger("favchat_jax")
+
 REGULAR, REFUSED = b"done\n", b"error: "  # what a process says at its end; its error follows
 SAME_ERROR = 5  # seconds in which this process may end with the error that another one has
+HELLO = "favchat_jax process"
+PATIENCE = 300  # seconds in which all processes must come, since hosts start one after another
 SILENCE = 25  # seconds after which a host without an answer counts as dead
 PLACE = "On each of several hosts: auto (the cluster's own settings) or HOST:PORT,COUNT,INDEX"  # help of --processes
 RESUME = "the last checkpoint is intact: start all processes again to resume"
 
 
 @contextlib.contextmanager
-def joined(processes: str, advice: str = RESUME) -> Iterator[None]:
+def joined(processes: str, settings: Any = None, advice: str = RESUME) -> Iterator[None]:
     """Connects this process to the others of its run before any work on a device, and disconnects it afterwards.
 
     Args:
         processes: `auto` for a cluster's own settings (TPU slices, Slurm), or HOST:PORT,COUNT,INDEX with the address of
             the first process, the number of processes and the index of this one; empty for a single process.
+        settings: what all processes must have been given alike, as JSON.
         advice: what is kept, and what to do, if another process dies.
 
     Raises:
-        UserError: the text has another form, or the others do not answer.
+        UserError: the text has another form, the others do not come, or they have other settings.
         RunError: JAX lost another process. If the connection to it is lost first, this process ends at once with
             exit code 1 and one line.
     """
@@ -59,12 +66,16 @@ def joined(processes: str, advice: str = RESUME) -> Iterator[None]:
             "num_processes": int(given[3]),
             "process_id": int(given[4]),
         }
+        _meet(host, int(given[2]), int(given[3]), int(given[4]))
+    # JAX would otherwise take SIGTERM for itself and go on.
+    jax.config.update("jax_enable_preemption_service", False)
     try:
         # Longer than the limit here, so that JAX's stack trace appears only if the connection notices nothing.
         jax.distributed.initialize(**place, heartbeat_timeout_seconds=2 * SILENCE, shutdown_timeout_seconds=SILENCE)
     except (RuntimeError, ValueError) as error:
-        raise UserError(f"--processes={processes}: {one_line(error)}") from None
-    others = _connect(host)
+        hint = "" if given else "; where no cluster says it, give HOST:PORT,COUNT,INDEX"
+        raise UserError(f"--processes={processes}: {one_line(error)}{hint}") from None
+    others = _connect(host, settings)
     left = threading.Event()
     for other in others:
         threading.Thread(target=_watch, args=(other, others, left, advice), daemon=True).start()
@@ -83,10 +94,76 @@ def joined(processes: str, advice: str = RESUME) -> Iterator[None]:
                 other.shutdown(socket.SHUT_WR)
 
 
-def _connect(host: str) -> list[socket.socket]:
-    """Returns the first process's connections to all others, or this process's connection to the first."""
+def _meet(host: str, port: int, count: int, index: int) -> None:
+    """Waits until all processes are there; JAX would wait without a word, and then end with a stack trace.
+
+    Raises:
+        UserError: not all come within `PATIENCE`, two have the same index, or the first one cannot listen at the port.
+    """
+    meeting, end, where = _gather if index == 0 else _come, time.monotonic() + PATIENCE, f"{host}:{port}"
+    soon = threading.Timer(5, lambda: log.info("waiting for the other ones of %d processes at %s", count, where))
+    soon.daemon = True
+    soon.start()
+    try:
+        meeting(host, port, count, index, end)
+    except (OSError, ValueError) as error:
+        missing = "not all processes came" if isinstance(error, TimeoutError) else one_line(error)
+        raise UserError(
+            f"--processes: no meeting of {count} processes at {where} ({missing}): give all the same HOST:PORT and "
+            "COUNT, and each its own INDEX"
+        ) from None
+    finally:
+        soon.cancel()
+
+
+def _gather(host: str, port: int, count: int, index: int, end: float) -> None:
+    """Waits for the other processes, as the first one, and tells them that all are there."""
+    del host, index
+    came: dict[str, socket.socket] = {}
+    with contextlib.ExitStack() as at_end, socket.create_server(("", port), backlog=count) as server:
+        while len(came) < count - 1:
+            server.settimeout(max(0.01, end - time.monotonic()))
+            other = at_end.enter_context(server.accept()[0])
+            other.settimeout(5)
+            said = other.makefile("rb").readline().decode(errors="replace").strip()
+            if said in came or said == f"{HELLO} 0 of {count}":
+                raise ValueError(f"two processes have INDEX {said.split()[2]}")
+            if said in {f"{HELLO} {number} of {count}" for number in range(1, count)}:
+                came[said] = other
+        for other in came.values():
+            other.sendall(f"{HELLO}\n".encode())
+        for other in came.values():
+            other.recv(1)  # the other one closes first, which frees the port at once
+
+
+def _come(host: str, port: int, count: int, index: int, end: float) -> None:
+    """Goes to the first process, as another one, and waits for its word."""
+    while True:
+        try:
+            with socket.create_connection((host, port), timeout=5) as first:
+                first.sendall(f"{HELLO} {index} of {count}\n".encode())
+                first.settimeout(max(0.01, end - time.monotonic()))
+                if first.makefile("rb").readline() == f"{HELLO}\n".encode():
+                    return
+        except OSError:
+            if time.monotonic() >= end:
+                raise TimeoutError from None
+        if time.monotonic() >= end:
+            raise TimeoutError
+        time.sleep(0.3)
+
+
+def _connect(host: str, settings: Any) -> list[socket.socket]:
+    """Returns the first process's connections to all others, or this process's connection to the first.
+
+    Raises:
+        UserError: the processes have different settings.
+    """
     server = socket.create_server(("", 0), backlog=jax.process_count())
-    first = gathered({"host": host, "port": server.getsockname()[1]})[0]
+    met = gathered({"host": host, "port": server.getsockname()[1], "settings": settings})
+    first = met[0]
+    if any(other["settings"] != first["settings"] for other in met):
+        raise UserError("the processes were given different settings: start the same command on every host")
     if is_first():
         others = [server.accept()[0] for _ in range(jax.process_count() - 1)]
     else:

@@ -175,8 +175,9 @@ def main() -> None:
     if _PRINT_CONFIG.value:
         print(json.dumps(config.to_json(), indent=1))
         return
-    with processes.joined(_PROCESSES.value):
-        train_stage(config, Path(_WORKDIR.value or config.default_workdir), _PROFILE.value)
+    workdir = Path(_WORKDIR.value or config.default_workdir)
+    with processes.joined(_PROCESSES.value, [config.to_json(), str(workdir)]):
+        train_stage(config, workdir, _PROFILE.value)
 
 
 if __name__ == "__main__":

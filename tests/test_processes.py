@@ -1,6 +1,7 @@
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -105,3 +106,44 @@ def test_when_a_process_is_killed_the_other_ends_with_one_line(victim):
         for process in started:
             process.kill()
             process.communicate()
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_a_process_that_nobody_joins_ends_with_one_line(index, monkeypatch):
+    monkeypatch.setattr(processes, "PATIENCE", 1)
+    place = places_of(2)[index]
+    expected = "no meeting of 2 processes at localhost:.*not all processes came.*each its own INDEX"
+    with pytest.raises(UserError, match=expected), processes.joined(place):
+        pass
+
+
+def test_two_processes_with_one_index_are_refused(monkeypatch):
+    monkeypatch.setattr(processes, "PATIENCE", 5)
+    place = places_of(3)[1]
+    port = int(place.split(":")[1].split(",")[0])
+    said = "localhost", port, 3, 1, time.monotonic() + 1
+    for _ in range(2):
+        threading.Thread(target=lambda: pytest.raises(OSError, processes._come, *said), daemon=True).start()
+    with pytest.raises(UserError, match="two processes have INDEX 1"):
+        processes._meet("localhost", port, 3, 0)
+
+
+def test_processes_with_different_settings_are_refused_by_all():
+    code = """
+import sys
+from favchat_jax import command_line, processes
+
+def main():
+    with processes.joined(sys.argv[2], {"batch": int(sys.argv[2][-1])}):
+        print("joined")
+
+command_line.parse = lambda argv: None
+command_line.start(main)
+"""
+    started = [
+        subprocess.Popen([sys.executable, "-c", code, "--", place], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+        for place in places_of(2)
+    ]
+    for process in started:
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 2 and "were given different settings: start the same command" in errors

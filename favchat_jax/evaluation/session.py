@@ -55,8 +55,6 @@ class Journal:
                     entry = json.loads(line)
                     self._unshared[entry["key"]] = entry["value"]
         self.share()
-        if self._known:
-            log.info("%s: %d answers from an earlier start are reused", path, len(self._known))
 
     def _files(self) -> list[Path]:
         if self._first is None:
@@ -183,6 +181,8 @@ class Session:
         self._check_processes(len(batches))
         todo = [batch for batch in batches if self._journal.get(keys[batch]) is None]
         done = len(asks) - sum(len(asks[batch]) for batch in todo)
+        if done:
+            log.info("%s: %d of %d answers from an earlier start are reused", step, done, len(asks))
         todo, ends = share_of(todo), [time.perf_counter()]
         total, silent = done + sum(len(asks[batch]) for batch in todo), not (asks and is_first())
         with tqdm(total=total, initial=done, desc=step, unit="clip", mininterval=1, disable=silent) as bar:
