@@ -26,7 +26,7 @@ log = logging.getLogger("favchat_jax")
 
 REGULAR, REFUSED = b"done\n", b"error: "  # what a process says at its end; its error follows
 SAME_ERROR = 5  # seconds in which this process may end with the error that another one has
-HELLO = "favchat_jax process"
+HELLO = "favchat_jax process"  # begins what processes say to each other before they join
 PATIENCE = 300  # seconds in which all processes must come, since hosts start one after another
 SILENCE = 25  # seconds after which a host without an answer counts as dead
 PLACE = "On each of several hosts: auto (the cluster's own settings) or HOST:PORT,COUNT,INDEX"  # help of --processes
@@ -100,12 +100,15 @@ def _meet(host: str, port: int, count: int, index: int) -> None:
     Raises:
         UserError: not all come within `PATIENCE`, two have the same index, or the first one cannot listen at the port.
     """
-    meeting, end, where = _gather if index == 0 else _come, time.monotonic() + PATIENCE, f"{host}:{port}"
-    soon = threading.Timer(5, lambda: log.info("waiting for the other ones of %d processes at %s", count, where))
+    end, where = time.monotonic() + PATIENCE, f"{host}:{port}"
+    soon = threading.Timer(5, lambda: log.info("waiting until all %d processes have come to %s", count, where))
     soon.daemon = True
     soon.start()
     try:
-        meeting(host, port, count, index, end)
+        if index == 0:
+            _gather(port, count, end)
+        else:
+            _come(host, port, count, index, end)
     except (OSError, ValueError) as error:
         missing = "not all processes came" if isinstance(error, TimeoutError) else one_line(error)
         raise UserError(
@@ -116,9 +119,8 @@ def _meet(host: str, port: int, count: int, index: int) -> None:
         soon.cancel()
 
 
-def _gather(host: str, port: int, count: int, index: int, end: float) -> None:
+def _gather(port: int, count: int, end: float) -> None:
     """Waits for the other processes, as the first one, and tells them that all are there."""
-    del host, index
     came: dict[str, socket.socket] = {}
     with contextlib.ExitStack() as at_end, socket.create_server(("", port), backlog=count) as server:
         while len(came) < count - 1:

@@ -80,8 +80,8 @@ def widened(
 ) -> tuple[MistralConfig, dict[str, np.ndarray]]:
     """Returns a wider language model that computes the same: each unit and each head exists several times.
 
-    Weights between copies share the weight between the originals in random parts, as large as the weights of a network
-    of that width are. So the copies do not repeat each other's rounding.
+    The weights from one unit's copies add up to the original weight. Each is random and as large as the weights of a
+    network of that width, so that the copies are rounded differently.
 
     Args:
         config: sizes.
@@ -137,6 +137,8 @@ def main() -> None:
 
 if __name__ == "__main__":
     _LLM = flags.DEFINE_string("llm", None, "Hugging Face folder of Mistral")
-    _WIDTH = flags.DEFINE_integer("width", 0, "Widen the model to this first; 0: measure it as it is", lower_bound=0)
+    _WIDTH = flags.DEFINE_integer(
+        "width", 0, "Width to which a small model is widened first; 0: its own width", lower_bound=0
+    )
     _JSON = flags.DEFINE_string("json", None, "File for the rows")
     command_line.start(main)

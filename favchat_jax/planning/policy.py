@@ -77,13 +77,13 @@ def _lay_out(config: Config, clips: int, mesh: Mesh) -> tuple[dict[str, int], li
     state = sharding.as_placed(state, sharding.state_partitions(state, mesh))
     frozen = plan.stored(frozen, config)
     frozen = sharding.as_placed(frozen, sharding.partitions(frozen, mesh))
-    weights = {**state.trainable, **frozen}
+    own = weights = {**state.trainable, **frozen}
     if settings.merged_rollouts:
         decoding = jax.eval_shape(lambda weights: from_training(weights, config, llm), weights)
         weights = sharding.as_placed(decoding, sharding.partitions(decoding, mesh))
     held = {
         "frozen": plan.device_bytes(frozen),
-        "merged": plan.device_bytes({p: leaf for p, leaf in weights.items() if p not in {**state.trainable, **frozen}}),
+        "merged": plan.device_bytes({p: leaf for p, leaf in weights.items() if p not in own}),
         "trained": plan.device_bytes(state.trainable),
         "reference": plan.device_bytes(state.trainable),
         "moments": plan.device_bytes(state.moments),
