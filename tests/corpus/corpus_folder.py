@@ -1,6 +1,5 @@
 """Corpus folders for the tests, as `clip` writes them."""
 
-import functools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,16 +20,11 @@ def fill(out: Path, clips: int, labels: Mapping[str, Sequence] | None = LABELS) 
     rows = []
     for number in range(clips):
         name = f"clip{number:03d}"
-        (out / f"kept/{name}.mp4").write_bytes(clip(number))
+        frames = encode_video(9, picture=lambda frame, w, h, first=10 * number: numbered_picture(first + frame, w, h))
+        (out / f"kept/{name}.mp4").write_bytes(frames)
         rows.append(row(name, labels))
     write_table(out, KEPT, rows)
     return out
-
-
-@functools.cache
-def clip(number: int) -> bytes:
-    """Encodes a clip of 9 frames, once: x264 may write other bytes when it encodes the same frames again."""
-    return encode_video(9, picture=lambda frame, w, h: numbered_picture(10 * number + frame, w, h))
 
 
 def row(name: str, labels: Mapping[str, Sequence] | None = LABELS, **more) -> dict:

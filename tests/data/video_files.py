@@ -41,12 +41,18 @@ def encode_video(
     times: Sequence[int] | None = None,
     picture: Callable[[int, int, int], np.ndarray] = numbered_picture,
 ) -> bytes:
-    """Encodes a video; `times` are the frames' milliseconds (variable frame rate), `rotation` goes into the header."""
+    """Encodes a video, equal frames to equal bytes.
+
+    Args:
+        times: the frames' milliseconds, for a variable frame rate.
+        rotation: degrees that go into the header.
+    """
     quiet = {"x265-params": "log-level=none"} if codec == "libx265" else {}
     file = io.BytesIO()
     with av.open(file, "w", format=container) as output:
         stream = output.add_stream(codec, rate=1000 if times else rate, options={**quiet, **(options or {})})
         stream.width, stream.height, stream.pix_fmt = width, height, pixels
+        stream.codec_context.thread_count = 1  # with several, equal frames may become other bytes
         if rotation is not None:
             stream.set_display_rotation(rotation)
         for number in range(frames):
