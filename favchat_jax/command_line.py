@@ -26,6 +26,8 @@ HELP = {f"{dashes}{name}" for name in ("help", "helpfull", "helpshort", "h") for
 STORAGES: tuple[Storage, ...] = get_args(Storage)
 STORAGE = "Width of the language model's kernels in memory: full (the run's own), int8 or int4"
 MESH = "Devices along each axis, as in data=2,tensor=4; by default all devices, in the best shape for the batch"
+FACE_CROP = "The facial encoder reads the face, found and followed, or the whole frame; by default as in training"
+FACE = "Which face it reads, from 1, the largest and longest; implies --face_crop"
 LESS_MEMORY = "take fewer clips or questions at once, or see docs/how-to/small-cards.md for what saves memory"
 LESS_FOR_ANSWERS = "narrow the kernels with --storage=int8, or share the weights over devices with --mesh=tensor=N"
 

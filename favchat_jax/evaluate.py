@@ -19,6 +19,7 @@ from favchat_jax.api import Model, mesh_sizes
 from favchat_jax.checkpoints.run import Run, load_run
 from favchat_jax.checkpoints.weights_folder import describe_leaves
 from favchat_jax.config import Storage
+from favchat_jax.data.faces.looking import FaceCrop
 from favchat_jax.embedded.prepare import PRESET
 from favchat_jax.errors import UserError
 from favchat_jax.evaluation import result as results
@@ -71,6 +72,8 @@ def evaluate(
     )
     found = benchmark.run(config, session)
     found["notes"] += respondent.notes
+    if session.without_face is not None:
+        found["without_face"] = session.without_face
     described = describing.identity if describing else None
     reasons = incomparable(found, {"model": respondent.identity, "describer": described})
     return results.with_provenance(found, config, respondent.identity, described, reasons)
@@ -102,9 +105,13 @@ def respondent_of(
     run = load_run(checkpoint)
     if run.config.preset != PRESET:  # the embedded model's tokenizer spells these questions by letters
         check_benchmark(run.parts, config)
-    identity = identity_of(checkpoint, run, storage)
+    identity, data = identity_of(checkpoint, run, storage), config.data
+    crop = FaceCrop.of(data, run.config.data.face_crop if data.face_crop is None else data.face_crop)
+    if crop:
+        crop.load()  # raises before the weights are read
+        identity["face_crop"] = vars(crop)
     sampler = Model(run, storage, sizes, config.batch).sampler
-    return FaVChat(sampler, config.batch, config.questions, identity)
+    return FaVChat(sampler, config.batch, config.questions, identity, crop)
 
 
 def identity_of(checkpoint: str | Path, run: Run, storage: Storage = "full") -> dict[str, Any]:

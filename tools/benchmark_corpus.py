@@ -20,15 +20,18 @@ import av
 import numpy as np
 from absl import flags
 from av.video.frame import PictureType
+from av.video.reformatter import Interpolation, VideoReformatter
 from tqdm import tqdm
 
 from favchat_jax import command_line
 from favchat_jax.corpus.clip import clip
 from favchat_jax.corpus.clips import Settings
-from favchat_jax.corpus.faces import make_detector
 from favchat_jax.corpus.footage import QUALITY
 from favchat_jax.corpus.manifest import OK
 from favchat_jax.corpus.scan import scan
+from favchat_jax.data.colour import to_rgb
+from favchat_jax.data.faces.detectors import Detector, load_detector
+from favchat_jax.data.picture import fitted
 from favchat_jax.errors import UserError
 
 ROUNDS = 3
@@ -37,7 +40,7 @@ ROUNDS = 3
 def measure_speed(videos: Path) -> dict[str, Any]:
     """Returns the processor seconds of the bare loop and of `clip` in each round, and the ratio of their speeds."""
     settings = Settings()
-    detector = make_detector(settings.detector, settings.model, settings.min_face)
+    detector = load_detector(settings.detector, settings.model)
     bare, clipping = [], []
     with tempfile.TemporaryDirectory() as folder:
         for turn in range(ROUNDS):
@@ -57,15 +60,16 @@ def measure_speed(videos: Path) -> dict[str, Any]:
     return {"videos": len(rows), "bare_seconds": bare, "clip_seconds": clipping, "ratio": sum(bare) / sum(clipping)}
 
 
-def bare_loop(path: str, detector, every: int, length: int) -> bytes:
-    """Decodes a video once, detects in one frame of `every`, encodes the first `length` frames."""
-    buffer = io.BytesIO()
+def bare_loop(path: str, detector: Detector, every: int, length: int) -> bytes:
+    """Decodes a video once, searches one frame of `every`, encodes the first `length` frames."""
+    buffer, reformatter = io.BytesIO(), VideoReformatter()
     with av.open(path) as video:
         video.streams.video[0].thread_count = 1
         first = []
         for number, frame in enumerate(video.decode(video=0)):
             if number % every == 0:
-                detector(frame)
+                height, width = fitted((frame.height, frame.width), detector.SIDE, detector.LONGEST)
+                detector(to_rgb(reformatter, frame, width, height, Interpolation.BICUBIC))
             if number < length:
                 first.append(frame)
         if first:

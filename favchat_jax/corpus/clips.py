@@ -13,11 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import av
+import cv2
 import numpy as np
+from av.video.reformatter import Interpolation, VideoReformatter
 
 from favchat_jax.corpus import footage
-from favchat_jax.corpus.faces import Detector, make_detector
 from favchat_jax.corpus.manifest import OK
+from favchat_jax.data.colour import to_rgb
+from favchat_jax.data.faces.detectors import Detector, Faces, load_detector, overlap
+from favchat_jax.data.faces.looking import LOOKS, search
+from favchat_jax.data.faces.tracks import linked
 from favchat_jax.data.video import decode
 from favchat_jax.errors import UserError
 from favchat_jax.files import replace_file
@@ -30,7 +35,7 @@ class Settings:
     """Holds the settings for choosing and cutting clips.
 
     Attributes:
-        detector, model: see `faces.make_detector`.
+        detector, model: see `data/faces/detectors.load_detector`.
         min_share: share of the sampled frames that must show a face.
         min_face: height of the smallest face that counts, as a share of the picture's shorter side. With 0.1, even
             a distant player on a field counts.
@@ -41,7 +46,7 @@ class Settings:
         largest_side: in pixels; larger pictures are shrunk.
     """
 
-    detector: str = "haar"
+    detector: str = "centerface"
     model: str = ""
     min_share: float = 0.6
     min_face: float = 0.2
@@ -77,7 +82,7 @@ def make_clip(row: dict[str, Any], settings: Settings, out: str) -> dict[str, An
     if row["status"] != OK:
         return {"dropped": f"{row['status']}: {row['reason']}"}
     target = Path(out, VIDEOS, f"{row['id']}.mp4")
-    detector = _detector(settings.detector, settings.model, settings.min_face)
+    detector = _detector(settings.detector, settings.model)
     try:
         if row["source"] == "celebvhq" and not settings.filter_celebvhq:
             content, facts = _complete_clip(row, settings)
@@ -114,7 +119,7 @@ def _filtered(row: dict[str, Any], settings: Settings, detector: Detector) -> tu
     Raises:
         UserError: the video does not qualify; the message is the reason.
     """
-    seen = look_for_faces(_frames(row), detector, settings.every)
+    seen = look_for_faces(_frames(row), detector, settings.every, settings.min_face)
     if not seen.times:
         raise UserError("no frame can be decoded: fetch the video again")
     if seen.share < settings.min_share:
@@ -134,8 +139,9 @@ def _filtered(row: dict[str, Any], settings: Settings, detector: Detector) -> tu
 
 
 @functools.lru_cache(maxsize=1)
-def _detector(name: str, model: str, smallest: float) -> Detector:
-    return make_detector(name, model, smallest)
+def _detector(name: str, model: str) -> Detector:
+    cv2.setNumThreads(1)  # parallel work is up to the pipeline's workers
+    return load_detector(name, model)
 
 
 def _frames(row: dict[str, Any], start: float | None = None) -> Iterator[av.VideoFrame]:
@@ -150,14 +156,43 @@ def _frames(row: dict[str, Any], start: float | None = None) -> Iterator[av.Vide
     return (footage.crop(picture, box, square=True) for picture in pictures)
 
 
-def look_for_faces(pictures: Iterator[av.VideoFrame], detector: Detector, every: int) -> Sighting:
-    """Runs the detector on one of `every` frames, from the first on, without keeping pictures."""
-    seen = Sighting([], [])
+def look_for_faces(pictures: Iterator[av.VideoFrame], detector: Detector, every: int, smallest: float) -> Sighting:
+    """Looks for faces in one of `every` frames, from the first on; keeps few pictures at a time.
+
+    A face counts if it is found in several looks and is not below `smallest`, a share of the picture's shorter side. It
+    counts in the looks between, too, where the detector missed it (`data/faces/tracks.py`).
+    """
+    times: list[float | None] = []
+    found: list[Faces] = []
+    looks: list[av.VideoFrame] = []
+    shape = (1, 1)
     for number, picture in enumerate(pictures):
-        seen.times.append(picture.time)
+        times.append(picture.time)
+        shape = picture.height, picture.width
         if number % every == 0:
-            seen.boxes.append(detector(picture))
-    return seen
+            looks.append(picture)
+        if len(looks) == LOOKS:
+            found += _faces(looks, detector, smallest)
+            looks = []
+    if looks:
+        found += _faces(looks, detector, smallest)
+    boxes = [[] for _ in found]
+    for track in linked(found, shape):
+        seen = sorted(track)
+        rows = np.array([found[look].boxes[track[look]] for look in seen])
+        for look in range(seen[0], seen[-1] + 1):
+            boxes[look].append(np.array([np.interp(look, seen, column) for column in rows.T]))
+    return Sighting(times, [np.array(sorted(faces, key=_area, reverse=True)).reshape(-1, 4) for faces in boxes])
+
+
+def _faces(looks: Sequence[av.VideoFrame], detector: Detector, smallest: float) -> list[Faces]:
+    reformatter, shape = VideoReformatter(), (looks[0].height, looks[0].width)
+
+    def picture(number: int, size: tuple[int, int]) -> np.ndarray:
+        return to_rgb(reformatter, looks[number], size[1], size[0], Interpolation.BICUBIC)
+
+    found = search(detector, range(len(looks)), picture, shape, thorough=False)
+    return [faces.at_least(smallest, *shape) for faces in found]
 
 
 def best_stretch(found: Sequence[bool], every: int, frames: int, shortest: int, longest: int) -> tuple[int, int]:
@@ -194,8 +229,8 @@ def track_box(boxes: Sequence[np.ndarray]) -> footage.Box:
     for direction in (boxes[first + 1 :], boxes[:first][::-1]):
         last = boxes[first][0]
         for faces in direction:
-            near = max(faces, key=lambda face: _overlap(face, last), default=None)  # noqa: B023
-            if near is not None and _overlap(near, last) > 0:
+            near = max(faces, key=lambda face: overlap(face, last), default=None)  # noqa: B023
+            if near is not None and overlap(near, last) > 0:
                 track.append(last := near)
     top, bottom, left, right = np.array(track).T
     margin_y, margin_x = np.median(bottom - top) / 2, np.median(right - left) / 2
@@ -205,13 +240,6 @@ def track_box(boxes: Sequence[np.ndarray]) -> footage.Box:
 
 def _area(box: np.ndarray) -> float:
     return float(max(0, box[1] - box[0]) * max(0, box[3] - box[2]))
-
-
-def _overlap(one: np.ndarray, other: np.ndarray) -> float:
-    """Returns the intersection over union of two boxes."""
-    both = np.stack([one, other])
-    shared = _area(np.array([both[:, 0].max(), both[:, 1].min(), both[:, 2].max(), both[:, 3].min()]))
-    return shared / (_area(one) + _area(other) - shared)
 
 
 def _stretch(row: dict[str, Any], times: list[float | None], start: int, length: int) -> Iterator[av.VideoFrame]:

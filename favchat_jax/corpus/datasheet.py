@@ -43,8 +43,8 @@ Settings of the clip step: `{settings}`. `dropped.parquet` lists every dropped c
 
 {dropped}
 
-Face detectors do not find all people equally well: Haar cascades miss dark skin and dim light more often. Compare
-`kept.png` and `dropped.png`.
+Face detectors do not find all people equally well, dark skin and dim light least of all. Compare `kept.png` and
+`dropped.png`.
 
 ## Annotation
 

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import cv2
 import grain
 import numpy as np
 from absl import flags
@@ -24,6 +25,8 @@ from absl import flags
 from favchat_jax.data import reasoning
 from favchat_jax.data.bad_records import BadRecords
 from favchat_jax.data.conversation import ContextError, Conversation, PromptEncoder
+from favchat_jax.data.faces.looking import FaceCrop
+from favchat_jax.data.kept_tracks import KeptTracks
 from favchat_jax.data.record import Record
 from favchat_jax.data.video import Augment, decode
 from favchat_jax.errors import UserError
@@ -64,9 +67,9 @@ class Batch:
     """Holds the input of one training step.
 
     Attributes:
-        arrays: frames uint8 [B, T, H, W, 3]; tokens int32 [B, Q, L]; length int32 [B, Q], tokens that are not padding
-          (0 in rows without a question); loss_mask bool [B, Q, L]; prompt int32 [B, Q, L_prompt] and prompt_mask bool
-          [B, Q, L_prompt] for the Q-Formers.
+        arrays: frames uint8 [B, T, H, W, C], of three channels, or six with a face crop; tokens int32 [B, Q, L]; length
+          int32 [B, Q], tokens that are not padding (0 in rows without a question); loss_mask bool [B, Q, L]; prompt
+          int32 [B, Q, L_prompt] and prompt_mask bool [B, Q, L_prompt] for the Q-Formers.
         ids: the clips' ids, named if a step fails.
     """
 
@@ -86,6 +89,8 @@ class Example(grain.transforms.RandomMap):
           `face_qa`, the same for records that show a face; `reasoning`, one question and a thought before the answer.
         questions: Q. A clip with fewer questions leaves rows empty.
         max_length: longest sequence, including visual tokens.
+        face_crop: how the face is cut out of the frames; None leaves it out.
+        tracks: faces that were found before; clips that it lacks are searched.
     """
 
     conversation: Conversation
@@ -97,6 +102,8 @@ class Example(grain.transforms.RandomMap):
     augment: Augment | None
     questions: int
     max_length: int
+    face_crop: FaceCrop | None = None
+    tracks: KeptTracks | None = None
 
     def random_map(self, record: Record, rng: np.random.Generator) -> dict[str, Any]:
         """Encodes `record` with the random numbers of `rng`."""
@@ -131,6 +138,8 @@ class Example(grain.transforms.RandomMap):
             rng=rng,
             augment=self.augment,
             name=f"clip {record.id}",
+            face_crop=self.face_crop,
+            tracks=self.tracks.of(record.id) if self.tracks else None,
         )
         texts = [self.conversation.encode([turn], self.frames, self.max_length, clip.seconds) for turn in turns]
         rows, longest = self.questions, max(len(text.tokens) for text in texts)
@@ -164,6 +173,8 @@ def training_batches(
     questions: int = 1,
     sampling: str = "rand",
     augment: Augment | None = None,
+    face_crop: FaceCrop | None = None,
+    tracks: KeptTracks | None = None,
     workers: int = 0,
     seed: int = 0,
     process_index: int = 0,
@@ -176,11 +187,12 @@ def training_batches(
         conversation: tokeniser for the language model.
         prompt: tokeniser for the Q-Formers.
         text: `summary`, `qa`, `face_qa` or `reasoning`: the kind of questions about a clip, see `Example`.
-        frames: T. size: H = W in pixels. sampling, augment: see `video.decode`.
+        frames: T. size: H = W in pixels. sampling, augment, face_crop: see `video.decode`.
         batch: B, clips per batch on this host.
         buckets: allowed sequence lengths L of a batch. Text is padded to the smallest that holds it; a longer text is a
             bad record. Several hosts always use the largest, since their shapes must agree.
         questions: Q for `qa` and `face_qa`; the other texts have one question.
+        tracks: faces that were found before.
         workers: processes that decode; 0 decodes on a thread of this process.
         seed: seed of the order and of every random draw.
 
@@ -194,7 +206,19 @@ def training_batches(
         raise UserError(f"the data set has {len(source)} records for {process_count} hosts: give a larger one")
     buckets = sorted(buckets)
     asked, longest = 1 if text in ("summary", "reasoning") else questions, buckets[-1]
-    example = Example(conversation, prompt, text, frames, size, sampling, augment, questions=asked, max_length=longest)
+    example = Example(
+        conversation,
+        prompt,
+        text,
+        frames,
+        size,
+        sampling,
+        augment,
+        questions=asked,
+        max_length=longest,
+        face_crop=face_crop,
+        tracks=tracks,
+    )
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()  # Grain reads its flags even without an absl app
     rows = grain.MapDataset.source(source)[process_index::process_count]
@@ -202,8 +226,9 @@ def training_batches(
     stream = examples.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4))
     if workers:
         ready = -(-batch // workers) + 1  # a complete batch is ready while the device works on the previous one
+        channels = 6 if face_crop else 3
         # A worker holds one more clip that it is making.
-        _check_shared_memory(workers, workers * (ready + 1) * (frames * size * size * 3 + 5 * asked * longest))
+        _check_shared_memory(workers, workers * (ready + 1) * (frames * size * size * channels + 5 * asked * longest))
         stream = stream.mp_prefetch(grain.MultiprocessingOptions(workers, ready), worker_init_fn=_start_worker)
     return BatchIterator(
         iter(stream),
@@ -337,6 +362,7 @@ def _check_shared_memory(workers: int, needed: int) -> None:
 def _start_worker(index: int, count: int) -> None:
     """Sets up every worker process."""
     del index, count
+    cv2.setNumThreads(1)  # the workers are the parallelism
     # Ctrl-C and a scheduler's SIGTERM reach the entire process group, but only the main process handles them.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)

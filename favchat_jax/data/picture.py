@@ -22,8 +22,10 @@ from favchat_jax.data.colour import READABLE, is_hdr, to_rgb
 # Full chroma resolution keeps small coloured detail. Without resizing it only takes a slower path.
 RESIZING = Interpolation.BICUBIC | Interpolation.FULL_CHR_H_INT
 EXIF = 31  # FFmpeg's AV_FRAME_DATA_EXIF
+SMALLEST_SIDE = 8  # pixels; swscale's chroma filters fail below this, and such pictures show nothing
 GRAPHS = 8  # graphs of filters that a thread keeps
 Axes = tuple[tuple[float, float], tuple[float, float]]
+UPRIGHT: Axes = (1, 0), (0, 1)
 _OF_THREAD = threading.local()  # holds a VideoReformatter and graphs, so that clips of one size share their set-up
 
 
@@ -48,6 +50,9 @@ class Squares:
     Args:
         size: side of the squares in pixels.
         augment: random crop and mirroring, drawn from `rng` at the first frame; None keeps the full picture.
+
+    Attributes:
+        mirrored: whether the draw mirrors the clip; known after the first frame.
     """
 
     def __init__(self, size: int, augment: Augment | None = None, rng: np.random.Generator | None = None):
@@ -55,7 +60,7 @@ class Squares:
             raise ValueError("augmentation needs a random generator")
         self._size, self._augment, self._rng = size, augment, rng
         self._reformatter = _OF_THREAD.__dict__.setdefault("reformatter", VideoReformatter())
-        self._begun = False
+        self._begun, self.mirrored = False, False
 
     def __call__(self, frame: av.VideoFrame) -> UInt8[np.ndarray, "H W 3"]:
         if not self._begun:
@@ -81,7 +86,7 @@ class Squares:
             assert self._rng is not None, "checked in __init__"
             left, top, width, height = _random_box(self._augment, *shape, self._rng)
             if self._augment.flip and self._rng.random() < 0.5:
-                self._across = -self._across
+                self._across, self.mirrored = -self._across, True
         # Resizing the full picture, so that the crop has `size`, keeps swscale's filter exact at the crop's borders.
         across, down = round(self._size / width), round(self._size / height)
         x, y = min(round(left * across), across - self._size), min(round(top * down), down - self._size)
@@ -99,13 +104,25 @@ def upright(frame: av.VideoFrame, axes: Axes) -> av.VideoFrame:
     shown_already = x_axis[0] > 0 and y_axis[1] > 0 and not frame.interlaced_frame and not is_hdr(frame)
     if shown_already and int(frame.colorspace) in READABLE:
         return frame
-    picture = to_rgb(VideoReformatter(), one_field(frame), frame.width, frame.height, RESIZING)
-    if abs(x_axis[1]) > abs(x_axis[0]):
-        picture, x_axis, y_axis = picture.swapaxes(0, 1), y_axis, x_axis
-    picture = picture[:: -1 if y_axis[1] < 0 else 1, :: -1 if x_axis[0] < 0 else 1]
+    picture = as_shown(to_rgb(VideoReformatter(), one_field(frame), frame.width, frame.height, RESIZING), axes)
     shown = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
     shown.pts, shown.time_base = frame.pts, frame.time_base
     return shown
+
+
+def fitted(shape: tuple[int, int], side: int, longest: int) -> tuple[int, int]:
+    """Returns the height and width of a picture whose shorter side is `side`, or less if its longer is too long."""
+    scale = min(side / min(shape), longest / max(shape))
+    height, width = (max(SMALLEST_SIDE, round(scale * length)) for length in shape)
+    return height, width
+
+
+def as_shown(picture: UInt8[np.ndarray, "H W 3"], axes: Axes) -> UInt8[np.ndarray, "_H _W 3"]:
+    """Returns a stored picture turned and mirrored by its axes."""
+    x_axis, y_axis = axes
+    if abs(x_axis[1]) > abs(x_axis[0]):
+        picture, x_axis, y_axis = picture.swapaxes(0, 1), y_axis, x_axis
+    return picture[:: -1 if y_axis[1] < 0 else 1, :: -1 if x_axis[0] < 0 else 1]
 
 
 def one_field(frame: av.VideoFrame) -> av.VideoFrame:
@@ -123,7 +140,7 @@ def display_axes(frame: av.VideoFrame) -> Axes:
         turns = round(frame.rotation / 90) % 4
         return ((1, 0), (0, -1), (-1, 0), (0, 1))[turns], ((0, 1), (1, 0), (0, -1), (-1, 0))[turns]
     if data is None:
-        return (1, 0), (0, 1)
+        return UPRIGHT
     matrix = np.frombuffer(data, np.int32).tolist()
     return (matrix[0], matrix[1]), (matrix[3], matrix[4])
 

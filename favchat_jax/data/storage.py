@@ -140,16 +140,21 @@ class RecordSource:
     """Reads the records of one split in any order: `len(source)`, `source[i]`.
 
     Each process opens the files at its first use, so that the source can be pickled to spawned workers.
+
+    Attributes:
+        folder: of the packed data set.
+        split: name of the split.
     """
 
     def __init__(self, builder: type[RecordBuilder], size: str | None, data_dir: str, split: str):
-        self._labels, self._folder = builder.LABELS, folder_of(builder, size, data_dir)
+        self.folder, self.split = folder_of(builder, size, data_dir), split
+        self._labels = builder.LABELS
         self._opened: Sequence[dict] | None = None
-        if not is_packed(self._folder):
-            where = f"{self._folder}: data set {builder.name}"
+        if not is_packed(self.folder):
+            where = f"{self.folder}: data set {builder.name}"
             raise UserError(f"{where} is not packed yet: pack it with `sources.prepare`")
         with _quiet():
-            info = tfds.builder_from_directory(self._folder).info
+            info = tfds.builder_from_directory(self.folder).info
         self._parts = [part for part in builder.VIEWS.get(split, (split,)) if part in info.splits]
         if not self._parts:
             splits = ", ".join(sorted(info.splits))
@@ -161,7 +166,7 @@ class RecordSource:
 
     def __getitem__(self, index: int) -> Record:
         if self._opened is None:
-            self._opened = tfds.builder_from_directory(self._folder).as_data_source(split="+".join(self._parts))
+            self._opened = tfds.builder_from_directory(self.folder).as_data_source(split="+".join(self._parts))
         return unpack(self._opened[index], self._labels)
 
     def __getstate__(self) -> dict:

@@ -26,13 +26,14 @@ from av.error import FFmpegError
 from av.stream import Disposition
 from jaxtyping import Float, Int, UInt8
 
+from favchat_jax.data.faces.looking import LOOKS, FaceCrop, FaceReader
+from favchat_jax.data.faces.tracks import Tracks
 from favchat_jax.data.keyframes import DamagedError, Reader, read_timeline
-from favchat_jax.data.picture import Augment, Squares
+from favchat_jax.data.picture import SMALLEST_SIDE, Augment, Squares
 from favchat_jax.errors import UserError
 
 log = logging.getLogger("favchat_jax")
 
-SMALLEST_SIDE = 8  # pixels; swscale's chroma filters fail below this, and such pictures show nothing
 KEPT_BYTES = 16 << 20  # packets of a video up to this size stay in memory between the two passes
 # Opening a file normally decodes up to 20 frames to guess how far frames are reordered. Frames that are identified by
 # their times do not need the guess.
@@ -41,7 +42,8 @@ FULL_PROBE: dict[str, str] = {}
 # PyAV 18 cannot open a file whose metadata are not UTF-8 without this; PyAV 19 can, and has no such argument.
 LENIENT_METADATA: dict[str, Any] = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
 
-Picture = Callable[[av.VideoFrame], UInt8[np.ndarray, "H W 3"]]
+# Number of a frame, frame -> its square; None for a frame that is only searched for faces.
+Picture = Callable[[int, av.VideoFrame], UInt8[np.ndarray, "H W 3"] | None]
 Choose = Callable[[int], list[int]]  # number of frames -> indices of the wanted ones
 
 
@@ -51,15 +53,20 @@ class VideoError(UserError):
 
 @dataclass(frozen=True)
 class Clip:
-    """Holds sampled RGB frames, and the time of each in seconds after the first frame of the video.
+    """Holds the sampled frames of a video.
 
-    `damaged` counts packets that cannot be decoded, whose frames are left out before sampling, and frames that the
-    decoder could only patch up.
+    Attributes:
+        frames: RGB; with a face crop, six channels: the whole picture, and behind it the face.
+        seconds: time of each after the first frame of the video.
+        damaged: number of packets that cannot be decoded, whose frames are left out before sampling, and of frames that
+            the decoder could only patch up.
+        tracks: the faces that were found; None without a face crop.
     """
 
-    frames: UInt8[np.ndarray, "T H W 3"]
+    frames: UInt8[np.ndarray, "T H W C"]
     seconds: Float[np.ndarray, " T"]
     damaged: int = 0
+    tracks: Tracks | None = None
 
 
 def frame_indices(
@@ -85,6 +92,11 @@ def frame_indices(
     return np.array(indices + indices[-1:] * (frames - taken))
 
 
+def looks(total: int, frames: int) -> list[int]:
+    """Returns the frames that are searched for faces in a video of `total` frames of which `frames` are sampled."""
+    return sorted(set(frame_indices(total, min(frames, LOOKS)).tolist()))
+
+
 def decode(
     clip: bytes | str | Path,
     *,
@@ -94,6 +106,8 @@ def decode(
     rng: np.random.Generator | None = None,
     augment: Augment | None = None,
     name: str | None = None,
+    face_crop: FaceCrop | None = None,
+    tracks: Tracks | None = None,
 ) -> Clip:
     """Decodes `frames` sampled frames of a video, upright, RGB, `size` x `size` pixels.
 
@@ -104,35 +118,52 @@ def decode(
         sampling: `middle` (deterministic) or `rand` (needs `rng`), see `frame_indices`.
         augment: random crop and flip, drawn once from `rng`; None squashes the full picture.
         name: the video's name in error messages, by default its path.
+        face_crop: how to find the face that is cut out of each frame; None leaves it out.
+        tracks: the clip's faces, if they were found before.
 
     Raises:
         VideoError: the file is missing or not a video, has no video stream or frames, or a side is under 8 pixels.
+        UserError: the detector cannot be loaded, or the clip has no face of the wanted number.
     """
     source = clip if isinstance(clip, bytes) else os.fspath(clip)
     label = name or ("the clip" if isinstance(source, bytes) else source)
     _check_file(source, label)
     squares = Squares(size, augment, rng)
+    faces = FaceReader(face_crop, size, label, tracks) if face_crop else None
+    sampled: set[int] = set()
 
-    def picture(frame: av.VideoFrame) -> UInt8[np.ndarray, "H W 3"]:
+    def picture(number: int, frame: av.VideoFrame) -> UInt8[np.ndarray, "H W 3"] | None:
         if min(frame.width, frame.height) < SMALLEST_SIDE:
             limit = f"{SMALLEST_SIDE}x{SMALLEST_SIDE}"
             raise VideoError(f"{label} is {frame.width}x{frame.height} pixels: give a video of at least {limit}")
-        return squares(frame)
+        if faces:
+            faces.see(number, frame)
+        return squares(frame) if number in sampled else None
 
     @functools.cache  # every attempt uses one draw
     def choose(total: int) -> list[int]:
         return frame_indices(total, frames, sampling, rng).tolist()
 
-    found = _from_keyframes(source, label, choose, picture) or _in_order(source, label, choose, picture)
+    def wanted(total: int) -> list[int]:
+        sampled.update(choose(total))
+        searched = looks(total, frames) if faces and tracks is None else []
+        return sorted({*sampled, *searched})
+
+    found = _from_keyframes(source, label, wanted, picture) or _in_order(source, label, wanted, picture)
     if not found.pictures:
         raise VideoError(f"{label} holds no video frames that can be decoded: {_advice(source)}")
     if found.damaged:
         _report_damage(label, found.damaged)
     indices = choose(len(found.seconds))
+    pictures = np.stack([found.pictures[index] for index in indices])
+    if faces:
+        tracks = faces.tracks(looks(len(found.seconds), frames))
+        pictures = np.concatenate([pictures, faces.cut(tracks, pictures, indices, squares.mirrored)], axis=-1)
     return Clip(
-        frames=np.stack([found.pictures[index] for index in indices]),
+        frames=pictures,
         seconds=np.array([found.seconds[index] for index in indices], np.float32),
         damaged=found.damaged,
+        tracks=tracks,
     )
 
 
@@ -143,7 +174,7 @@ def _report_damage(label: str, damaged: int) -> None:
 
 @dataclass(frozen=True)
 class _Found:
-    """Holds the pictures of the wanted frames by index, and the seconds of all frames after the first."""
+    """Holds the pictures of the sampled frames by index, and the seconds of all frames after the first."""
 
     pictures: dict[int, UInt8[np.ndarray, "H W 3"]]
     seconds: list[float]
@@ -160,8 +191,9 @@ def _from_keyframes(source: bytes | str, label: str, choose: Choose, picture: Pi
             timeline = read_timeline(container, stream, KEPT_BYTES)
             if timeline is None:
                 return None
-            wanted = choose(len(timeline.times))
-            found = {index: picture(frame) for index, frame in Reader(container, stream, timeline).frames(wanted)}
+            decoded = Reader(container, stream, timeline).frames(choose(len(timeline.times)))
+            squares = ((index, picture(index, frame)) for index, frame in decoded)
+            found = {index: square for index, square in squares if square is not None}
             missing = _beyond_end(source, stream)
     except (VideoError, DamagedError):  # plain decoding raises it again, or knows better
         return None
@@ -195,8 +227,8 @@ def _decode_all(source: bytes | str, label: str, wanted: set[int], picture: Pict
             if frame is None:
                 damaged += 1
                 continue
-            if len(times) in wanted:
-                pictures[len(times)] = picture(frame)
+            if len(times) in wanted and (square := picture(len(times), frame)) is not None:
+                pictures[len(times)] = square
             damaged += frame.is_corrupt
             times.append(frame.time)
         damaged += _beyond_end(source, stream)

@@ -10,8 +10,9 @@ import cv2
 import numpy as np
 from jaxtyping import UInt8
 
+from favchat_jax.data.faces.looking import FaceCrop, FaceReader
 from favchat_jax.data.picture import Squares
-from favchat_jax.data.video import VideoError, decode, frame_indices
+from favchat_jax.data.video import Clip, VideoError, decode, frame_indices, looks
 from favchat_jax.files import is_hidden
 
 PICTURES = (".jpg", ".jpeg", ".png")
@@ -40,23 +41,32 @@ class Footage:
             size = self.content.stat().st_size if self.content.is_file() else -1
         return [self.name, size, self.first, self.count]
 
-    def frames(self, count: int, size: int) -> UInt8[np.ndarray, "T size size 3"]:
+    def read(self, count: int, size: int, crop: FaceCrop | None = None) -> Clip:
         """Returns the middle frames of `count` equal parts of the clip.
 
         Raises:
             VideoError: the clip is missing, or no frame of it can be decoded.
         """
         if isinstance(self.content, Path) and self.content.is_dir():
-            return self._pictures(count, size)
-        return decode(self.content, frames=count, size=size, name=self.name).frames
+            return self._pictures(count, size, crop)
+        return decode(self.content, frames=count, size=size, name=self.name, face_crop=crop)
 
-    def _pictures(self, count: int, size: int) -> UInt8[np.ndarray, "T size size 3"]:
+    def _pictures(self, count: int, size: int, crop: FaceCrop | None) -> Clip:
         paths = pictures(self.content)[self.first :][: self.count]
         if not paths:
             raise VideoError(f"{self.name} has no pictures from index {self.first} on: copy its frames again")
         squares, taken = Squares(size), frame_indices(len(paths), count).tolist()
-        read = {index: _read(paths[index]) for index in set(taken)}
-        return np.stack([squares(read[index]) for index in taken])
+        searched = looks(len(paths), count) if crop else []
+        read = {index: _read(paths[index]) for index in {*taken, *searched}}
+        frames, seconds = np.stack([squares(read[index]) for index in taken]), np.array(taken, np.float32)
+        if crop is None:
+            return Clip(frames, seconds)
+        faces = FaceReader(crop, size, self.name)
+        for index, frame in read.items():
+            faces.see(index, frame)
+        tracks = faces.tracks(searched)
+        both = np.concatenate([frames, faces.cut(tracks, frames, taken, mirrored=False)], axis=-1)
+        return Clip(both, seconds, tracks=tracks)
 
 
 def pictures(folder: Path) -> list[Path]:
@@ -65,12 +75,17 @@ def pictures(folder: Path) -> list[Path]:
     return sorted(paths, key=lambda path: ([int(n) for n in re.findall(r"\d+", path.stem)], path.name))
 
 
-def joined_frames(clips: Sequence[Footage], frames: int, size: int) -> UInt8[np.ndarray, "T size size 3"]:
-    """Returns `frames` frames in all, shared equally among the clips, one clip after the other."""
+def read_joined(clips: Sequence[Footage], frames: int, size: int, crop: FaceCrop | None = None) -> list[Clip]:
+    """Reads `frames` frames in all, shared equally among the clips."""
     shares = [len(part) for part in np.array_split(np.arange(frames), len(clips))]
     if min(shares) == 0:
         raise ValueError(f"{frames} frames cannot show {len(clips)} clips")
-    return np.concatenate([clip.frames(share, size) for clip, share in zip(clips, shares, strict=True)])
+    return [clip.read(share, size, crop) for clip, share in zip(clips, shares, strict=True)]
+
+
+def joined_frames(clips: Sequence[Footage], frames: int, size: int) -> UInt8[np.ndarray, "T size size 3"]:
+    """Returns the frames of `read_joined`, one clip after the other."""
+    return np.concatenate([clip.frames for clip in read_joined(clips, frames, size)])
 
 
 def _read(path: Path) -> av.VideoFrame:

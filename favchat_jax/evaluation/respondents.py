@@ -10,10 +10,11 @@ import cv2
 import numpy as np
 from jaxtyping import UInt8
 
+from favchat_jax.data.faces.looking import FaceCrop
 from favchat_jax.data.reasoning import answer_of
 from favchat_jax.errors import RunError, UserError
 from favchat_jax.evaluation.config import ClientConfig, ServerConfig
-from favchat_jax.evaluation.footage import Footage, joined_frames
+from favchat_jax.evaluation.footage import Footage, joined_frames, read_joined
 from favchat_jax.generation.sampler import Sampler, Sampling, Turn
 from favchat_jax.models.favchat import ClipFeatures
 from favchat_jax.openai_client import ChatModel, Completion, NoAnswer, Refused, picture
@@ -60,6 +61,9 @@ class Respondent(Protocol):
             VideoError: a clip cannot be decoded.
         """
 
+    def without_face(self, ask: Ask) -> list[str] | None:
+        """Returns the clips of a prepared ask in which no face was found; None if none was looked for."""
+
     def answer(
         self, asks: Sequence[Ask], frames: Sequence[Any], max_new_tokens: int
     ) -> Sequence[list[str] | Unanswered]:
@@ -80,17 +84,34 @@ class FaVChat:
         batch: clips that are answered together.
         questions: most conversations of an ask.
         identity: name of the checkpoint and further facts.
+        crop: how the facial encoder's crops are found; None shows it whole frames.
     """
 
     gives_likelihoods = True
 
-    def __init__(self, sampler: Sampler, batch: int, questions: int = 1, identity: dict[str, Any] | None = None):
-        self._sampler, self._batch, self._questions = sampler, batch, questions
+    def __init__(
+        self,
+        sampler: Sampler,
+        batch: int,
+        questions: int = 1,
+        identity: dict[str, Any] | None = None,
+        crop: FaceCrop | None = None,
+    ):
+        self._sampler, self._batch, self._questions, self._crop = sampler, batch, questions, crop
+        self._without_face: set[str] = set()  # names of clips
         self.identity, self.notes = identity or {"name": "a model in memory"}, []
 
-    def prepare(self, ask: Ask) -> UInt8[np.ndarray, "T H W 3"]:
+    def prepare(self, ask: Ask) -> UInt8[np.ndarray, "T H W C"]:
         """Returns the ask's frames; several clips have equal shares."""
-        return joined_frames(ask.clips, self._sampler.frames, self._sampler.image_size)
+        clips = read_joined(ask.clips, self._sampler.frames, self._sampler.image_size, self._crop)
+        for footage, clip in zip(ask.clips, clips, strict=True):
+            if clip.tracks is not None and not clip.tracks.tracks:
+                self._without_face.add(footage.name)
+        return np.concatenate([clip.frames for clip in clips])
+
+    def without_face(self, ask: Ask) -> list[str] | None:
+        """See `Respondent`."""
+        return [clip.name for clip in ask.clips if clip.name in self._without_face] if self._crop else None
 
     def answer(self, asks: Sequence[Ask], frames: Sequence[np.ndarray], max_new_tokens: int) -> list[list[str]]:
         """Returns greedy answers."""
@@ -151,6 +172,9 @@ class OpenAIServer:
         """Returns the ask's frames as parts of a message."""
         frames = joined_frames(ask.clips, self._config.frames, self._config.size)
         return [picture(_jpeg(frame)) for frame in frames]
+
+    def without_face(self, ask: Ask) -> None:
+        """Returns None: servers receive whole frames."""
 
     def answer(
         self, asks: Sequence[Ask], frames: Sequence[list[dict[str, Any]]], max_new_tokens: int

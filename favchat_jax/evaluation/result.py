@@ -7,6 +7,8 @@
     incomparable  why the figures are not comparable with published ones, a reason each; empty if they are
     complete      true if every listed sample was evaluated and every figure of the benchmark is present
     missing       listed samples without a result: [{"id", "reason"}]; any entry makes `complete` false
+    without_face  names of the clips in which no face was found and whose whole frames the facial encoder read; absent
+                  if no face was looked for
     notes         remarks that a reader of the figures must know, one line each
     figures       name -> {"value", "low", "high", "scale"}: value and 95 % bootstrap interval, null if undefined;
                   published tables multiply the figure by `scale`: 100 for shares, 1 for scores

@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import glob
 import hashlib
+import itertools
 import json
 import logging
 import time
@@ -102,6 +103,7 @@ class Session:
 
     Attributes:
         missing: samples without an answer, each with its reason.
+        without_face: names of the clips in which no face was found; None if none was looked for.
     """
 
     def __init__(
@@ -116,6 +118,7 @@ class Session:
     ):
         self.respondent, self.judge = respondent, judge
         self.missing: list[dict[str, str]] = []
+        self.without_face: list[str] | None = None
         self._batch, self._journal, self._describer = batch, journal or Journal(None), describer
         self._description_tokens, self._asked = description_tokens, False
 
@@ -188,12 +191,17 @@ class Session:
         with tqdm(total=total, initial=done, desc=step, unit="clip", mininterval=1, disable=silent) as bar:
             for batch, prepared in _prepared(respondent, asks, todo):
                 self._journal.add(keys[batch], _answered(asks[batch], prepared, work))
+                faceless = [respondent.without_face(ask) for ask in asks[batch]]
+                if None not in faceless:
+                    self._journal.add(_face_keys(keys[batch]), faceless)
                 bar.update(len(asks[batch]))
                 ends.append(time.perf_counter())
         if len(ends) > 2:
             rate = sum(len(asks[batch]) for batch in todo[1:]) / (ends[-1] - ends[1])
             log.info("%s: %.1f s, %.1f clips a second after the first batch", step, ends[-1] - ends[0], rate)
         self._journal.share()
+        if faceless := self._journal.get(_face_keys(keys)):
+            self.without_face = sorted({*(self.without_face or ()), *itertools.chain(*faceless)})
         return dict(zip((ask.id for ask in asks), self._journal.get(keys), strict=True))
 
     def _check_processes(self, batches: int) -> None:
@@ -273,6 +281,11 @@ def _with_descriptions(ask: Ask, descriptions: Sequence[str]) -> Ask:
         (question, answer), *rest = turns
         conversations.append(((f"{prefix}\n{question}", answer), *rest))
     return dataclasses.replace(ask, conversations=tuple(conversations))
+
+
+def _face_keys(keys: Sequence[str]) -> list[str]:
+    """Returns the keys under which the clips without a face are kept."""
+    return [f"{key} without face" for key in keys]
 
 
 def _key(step: str, respondent: Respondent, ask: Ask, options: list) -> str:

@@ -121,7 +121,7 @@ class Decoder:
         compiled = jax.jit(on_mesh, donate_argnums=donate_argnums, **static)
         return kept(compiled, f"{function.__name__} {self._form}", self._traces, donate_argnums)
 
-    def _encode(self, params, frames: UInt8[Array, "B T H W 3"]) -> ClipFeatures:
+    def _encode(self, params, frames: UInt8[Array, "B T H W C"]) -> ClipFeatures:
         return self._apply(params, frames, method="encode")
 
     def _weigh(self, params, features: ClipFeatures, prompt: Int[Array, "B Q P"], prompt_mask: Bool[Array, "B Q P"]):

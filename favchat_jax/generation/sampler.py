@@ -85,7 +85,7 @@ class Sampler:
         """Frees the weights, before others of the same model are made."""
         self._params = None
 
-    def encode(self, frames: UInt8[np.ndarray, "B T H W 3"]) -> ClipFeatures:
+    def encode(self, frames: UInt8[np.ndarray, "B T H W C"]) -> ClipFeatures:
         """Runs the encoders once; the result serves any number of questions about these clips."""
         return self._decoder.encode(self._params, place_rows(frames, self._mesh))
 

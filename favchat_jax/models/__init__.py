@@ -17,7 +17,7 @@ A letter stands for the same dimension in every shape of `models/` and `generati
 | D | channels of a token |
 | E, F | channels of a layer's second input, and of its output |
 | A, K | heads of an attention, and of its keys and values |
-| C | channels of a head |
+| C | channels of a head, or of a frame: 3, or 6 with the face behind the whole picture |
 | V | words of the vocabulary |
 | r | rank of a low-rank adapter |
 

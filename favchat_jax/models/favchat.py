@@ -95,17 +95,21 @@ class FaVChat(nn.Module):
             self.fuse_proj = Linear(self.umt.width, dtype=self.dtype)
 
     def encoders(
-        self, frames: UInt8[Array, "B T H W 3"]
+        self, frames: UInt8[Array, "B T H W C"]
     ) -> tuple[Float[Array, "B T S D"], list[Float[Array, "B T _H _W _D"]]]:
-        """Returns e_g of the general encoder, and e_1 .. e_N of the facial encoder's blocks, fine to coarse (Eq. 1)."""
+        """Returns e_g of the general encoder, and e_1 .. e_N of the facial encoder's blocks, fine to coarse (Eq. 1).
+
+        Frames of six channels hold the face behind the whole picture. The facial encoder then reads the face.
+        """
         batch, time, height = frames.shape[:3]
-        x = normalise(frames).astype(self.dtype)
+        x = normalise(frames[..., :3]).astype(self.dtype)
         e_g, blocks = self.umt(x)
         e_g = rearrange(self.vision_layernorm(e_g), "B (T S) D -> B T S D", T=time)
         if self.ablation == "no_face":
             rows = height // self.umt.patch
             return e_g, [rearrange(block, "B (T H W) D -> B T H W D", T=time, H=rows) for block in blocks]
-        maps = self.facexformer(rearrange(x, "B T H W C -> (B T) H W C"))
+        faces = x if frames.shape[-1] == 3 else normalise(frames[..., 3:]).astype(self.dtype)
+        maps = self.facexformer(rearrange(faces, "B T H W C -> (B T) H W C"))
         return e_g, [rearrange(e_i, "(B T) H W D -> B T H W D", B=batch) for e_i in maps]
 
     def facexformer_fusion(self, e: list[Float[Array, "B T _H _W _D"]]) -> Float[Array, "B T _S D"]:
@@ -114,7 +118,7 @@ class FaVChat(nn.Module):
         return rearrange(fused, "(B T) H W D -> B T (H W) D", B=e[0].shape[0])
 
     @abc.abstractmethod
-    def encode(self, frames: UInt8[Array, "B T H W 3"]) -> ClipFeatures:
+    def encode(self, frames: UInt8[Array, "B T H W C"]) -> ClipFeatures:
         """Computes the features of clips."""
 
     @abc.abstractmethod
@@ -130,7 +134,7 @@ class FaVChat(nn.Module):
 
     def __call__(
         self,
-        clips: UInt8[Array, "B T H W 3"] | ClipFeatures,
+        clips: UInt8[Array, "B T H W C"] | ClipFeatures,
         tokens: Int[Array, "B Q L"],
         prompt: Int[Array, " B #Q P"],
         prompt_mask: Bool[Array, " B #Q P"],
@@ -182,7 +186,7 @@ class FaVChatV1(FaVChat):
     fusion: GranularityFusion
     adapter: GatedMixture | ScalarMixture
 
-    def encode(self, frames: UInt8[Array, "B T H W 3"]) -> ClipFeatures:
+    def encode(self, frames: UInt8[Array, "B T H W C"]) -> ClipFeatures:
         """Returns e_g and e*_{N+1}."""
         e_g, e = self.encoders(frames)  # Eq. 1
         granular = self.ablation != "no_granularity"
@@ -213,7 +217,7 @@ class FaVChatV2(FaVChat):
     facial_mlp: TokenMLP
     adapter: WeightAdapters | ScalarMixture
 
-    def encode(self, frames: UInt8[Array, "B T H W 3"]) -> ClipFeatures:
+    def encode(self, frames: UInt8[Array, "B T H W C"]) -> ClipFeatures:
         """Returns e_g and W_1 .. W_N."""
         e_g, e = self.encoders(frames)
         granular = self.ablation != "no_granularity"

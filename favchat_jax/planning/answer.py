@@ -140,9 +140,9 @@ def answering(
         new: tokens of an answer.
         copies: answers to each prompt.
     """
-    size, held = config.model.image_size, plan.device_bytes(weights)
+    held = plan.device_bytes(weights)
     params = {"params": unflatten_dict(weights, sep="/")}
-    frames = rows({"frames": ((clips, config.model.frames, size, size, 3), jnp.uint8)}, mesh)["frames"]
+    frames = rows({"frames": ((clips, *config.frames_shape), jnp.uint8)}, mesh)["frames"]
     features = _split(jax.eval_shape(decoder.encode, params, frames), mesh)
     prompts = rows({"tokens": ((clips, 1, prompt), jnp.int32), "last": ((clips,), jnp.int32)}, mesh) | dict(asked)
     everywhere = NamedSharding(mesh, P())

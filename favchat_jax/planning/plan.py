@@ -228,10 +228,10 @@ def stored(frozen: dict[str, Any], config: Config) -> dict[str, Any]:
 
 def batch_shapes(config: Config, clips: int) -> dict[str, jax.ShapeDtypeStruct]:
     """Returns the shapes of a batch of `data.loader` in the longest bucket."""
-    size, words, longest = config.model.image_size, config.data.prompt_length, config.data.buckets[-1]
+    words, longest = config.data.prompt_length, config.data.buckets[-1]
     questions = config.data.questions if stages.STAGES[config.stage].text in ("qa", "face_qa") else 1
     shapes = {
-        "frames": ((config.model.frames, size, size, 3), jnp.uint8),
+        "frames": (config.frames_shape, jnp.uint8),
         "tokens": ((questions, longest), jnp.int32),
         "loss_mask": ((questions, longest), jnp.bool_),
         "prompt": ((questions, words), jnp.int32),

@@ -13,6 +13,7 @@ from jaxtyping import Int, Int32, UInt8
 from favchat_jax.checkpoints.run import Assembly
 from favchat_jax.data import reasoning
 from favchat_jax.data.bad_records import BadRecords
+from favchat_jax.data.faces.looking import FaceCrop
 from favchat_jax.data.record import Question, Record
 from favchat_jax.data.sources import open_dataset
 from favchat_jax.data.video import decode
@@ -40,7 +41,7 @@ class Sample:
     question: Question
     prompt: str
     tokens: Int32[np.ndarray, " L"]
-    frames: UInt8[np.ndarray, "T H W 3"]
+    frames: UInt8[np.ndarray, "T H W C"]
 
 
 class Samples:
@@ -100,9 +101,15 @@ class Samples:
         return None if reason else sample
 
     def _decoded(self, record: Record, question: Question) -> Sample:
-        size, prompt = self._parts.config.model, self._prompt(question)
+        size, data, prompt = self._parts.config.model, self._parts.config.data, self._prompt(question)
         tokens = self._tokens(prompt)
-        clip = decode(record.clip, frames=size.frames, size=size.image_size, name=f"clip {record.id}")
+        clip = decode(
+            record.clip,
+            frames=size.frames,
+            size=size.image_size,
+            name=f"clip {record.id}",
+            face_crop=FaceCrop.of(data, data.face_crop),
+        )
         return Sample(record, question, prompt, tokens, clip.frames)
 
     def _prompt(self, question: Question) -> str:

@@ -35,7 +35,7 @@ class KeptFeatures:
         model: its `encode` computes the features.
         frozen: its frozen weights by path.
         mesh: devices that encode.
-        frames: shape of a batch's frames, [B, T, H, W, 3].
+        frames: shape of a batch's frames, [B, T, H, W, C].
     """
 
     def __init__(self, folder: Path, model: FaVChat, frozen: Weights, mesh: Mesh, frames: tuple[int, ...]):
@@ -81,8 +81,7 @@ def placement(
     """Returns a function that places a batch on its devices, with kept features instead of frames if so configured."""
     config, kept = parts.config, None
     if config.data.keep_features:
-        size = config.model.image_size
-        frames = (config.batch, config.model.frames, size, size, 3)
+        frames = (config.batch, *config.frames_shape)
         kept = KeptFeatures(workdir / "features", parts.model, frozen, mesh, frames)
 
     def place(batch: Batch) -> dict[str, Any]:

@@ -14,14 +14,16 @@ import onnx
 import pyarrow.parquet as pq
 import pytest
 
-from favchat_jax.corpus import clips, faces, footage
+from favchat_jax.corpus import clips, footage
 from favchat_jax.corpus.clip import clip
 from favchat_jax.corpus.clips import Settings, best_stretch, track_box
 from favchat_jax.corpus.manifest import DROPPED, KEPT, MANIFEST, read_table, write_table
 from favchat_jax.corpus.scan import scan
+from favchat_jax.data.faces.detectors import load_detector
 from favchat_jax.data.video import decode
 from favchat_jax.errors import UserError
 from tests.corpus.corpus_files import celebvhq_entry, celebvhq_info, contents, face_video, shapes_video, write
+from tests.data.face_videos import Stub
 from tests.data.video_files import audio_only, encode_video, read_number
 
 EXACT = {"crf": "10"}
@@ -47,11 +49,10 @@ def face_between(monkeypatch):
     """Installs a detector that sees a face in pictures whose number is in a range."""
 
     def set_range(first, last):
-        def detect(frame):
-            seen = first <= read_number(frame.to_ndarray(format="rgb24")) <= last
-            return np.array([[0.2, 0.8, 0.2, 0.8]] if seen else []).reshape(-1, 4)
+        def detect(picture):
+            return [(0.2, 0.8, 0.2, 0.8)] if first <= read_number(picture) <= last else []
 
-        monkeypatch.setattr(clips, "make_detector", lambda *arguments: detect)
+        monkeypatch.setattr(clips, "load_detector", lambda *arguments: Stub(detect))
         clips._detector.cache_clear()
 
     yield set_range
@@ -134,12 +135,12 @@ def test_crop_keeps_the_part_around_the_face(tmp_path, face_between):
     with av.open(str(tmp_path / "out" / row["path"])) as container:
         assert (container.streams.video[0].width, container.streams.video[0].height) == (100, 100)
     clips._detector.cache_clear()
-    small = lambda frame: np.array([[0.4, 0.6, 0.4, 0.6]])  # noqa: E731
+    small = Stub(lambda picture: [(0.39, 0.61, 0.39, 0.61)])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(clips, "make_detector", lambda *arguments: small)
+        patch.setattr(clips, "load_detector", lambda *arguments: small)
         row = build(tmp_path / "raw", tmp_path / "small", crop=True)[0]["a.mp4"]
     with av.open(str(tmp_path / "small" / row["path"])) as container:
-        assert (container.streams.video[0].width, container.streams.video[0].height) == (40, 40)
+        assert (container.streams.video[0].width, container.streams.video[0].height) == (44, 44)
 
 
 def test_celebvhq_clips_are_kept_byte_for_byte_and_judged_only_on_request(tmp_path):
@@ -168,7 +169,7 @@ def test_celebvhq_clips_are_cut_and_cropped_out_of_full_videos(tmp_path):
 
 
 def test_a_folder_of_frames_becomes_a_clip(tmp_path):
-    with av.open(io.BytesIO(face_video(0))) as container:
+    with av.open(io.BytesIO(face_video(1))) as container:
         for number, frame in enumerate(container.decode(video=0)):
             picture = cv2.imencode(".jpg", frame.to_ndarray(format="bgr24"))[1].tobytes()
             write(tmp_path / "raw" / "frame_images_DB" / "Ann" / "1" / f"1.{number + 8}.jpg", picture)
@@ -401,20 +402,23 @@ def test_scrfd_decodes_anchors_of_all_strides_and_merges_overlaps(tmp_path):
     found = {
         8: [(0, 0, 0.9, (0, 0, 1, 1))],  # 8 pixels: under the smallest face
         16: [(40 * 5 + 10, 0, 0.8, (2, 2, 2, 2)), (40 * 5 + 10, 1, 0.7, (2, 2, 2, 2.2))],  # one face, seen twice
-        32: [(20 * 8 + 4, 1, 0.6, (3, 4, 5, 2)), (0, 0, 0.4, (0, 0, 9, 9))],  # the last one is too unsure
+        32: [(20 * 8 + 4, 1, 0.6, (3, 4, 5, 2)), (0, 0, 0.4, (0, 0, 3, 3))],  # the last one is faint
     }
     scrfd_model(tmp_path / "scrfd.onnx", found)
-    detector = faces.make_detector("scrfd", str(tmp_path / "scrfd.onnx"), 0.1)
-    boxes = detector(av.VideoFrame(1280, 720, "rgb24"))  # shrunk to 640 x 360
+    found = load_detector("scrfd", str(tmp_path / "scrfd.onnx"))(np.zeros((360, 640, 3), np.uint8))
     large = [(256 - 128) / 360, (256 + 64) / 360, (128 - 96) / 640, (128 + 160) / 640]
     small = [(80 - 32) / 360, (80 + 32) / 360, (160 - 32) / 640, (160 + 32) / 640]
-    assert boxes == pytest.approx(np.array([large, small]))
+    assert found[found.sure].at_least(0.1, 360, 640).boxes == pytest.approx(np.array([large, small]))
+    assert len(found) == 4  # with the smallest, and the faint one, which counts only beside a sure one
 
 
 def test_a_detector_that_cannot_be_loaded_ends_the_run(tmp_path):
     write(tmp_path / "raw" / "a.mp4", encode_video(40))
     scan([str(tmp_path / "raw")], tmp_path / "out")
-    for model, named in (("nowhere.onnx", "no such file"), (str(tmp_path / "raw" / "a.mp4"), "not an ONNX model")):
+    for model, named in (
+        ("nowhere.onnx", "no such file"),
+        (str(tmp_path / "raw" / "a.mp4"), "is not SCRFD, or damaged"),
+    ):
         with pytest.raises(UserError, match=named) as error:
             clip(tmp_path / "out", Settings(detector="scrfd", model=model))
         assert "\n" not in str(error.value)

@@ -101,9 +101,7 @@ def batch(config: Config) -> dict[str, np.ndarray]:
 
 def frames(config: Config, clips: int) -> np.ndarray:
     """Returns random clips."""
-    size = config.model.image_size
-    shape = (clips, config.model.frames, size, size, 3)
-    return np.random.default_rng(1).integers(0, 256, shape, np.uint8)
+    return np.random.default_rng(1).integers(0, 256, (clips, *config.frames_shape), np.uint8)
 
 
 @dataclasses.dataclass(frozen=True)

