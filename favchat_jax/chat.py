@@ -17,8 +17,8 @@ import favchat_jax
 from favchat_jax import command_line
 from favchat_jax.config import Storage
 from favchat_jax.data import reasoning
-from favchat_jax.data.faces.looking import listing
 from favchat_jax.data.faces.sheet import draw_sheet
+from favchat_jax.data.faces.tracks import listing
 from favchat_jax.data.video import decode
 from favchat_jax.embedded.notice import unlike_training
 from favchat_jax.errors import UserError
@@ -135,7 +135,7 @@ def main() -> None:
     mesh = command_line.read_mesh(_MESH.value)
     for option in (_FACE, _FACE_SHEET):
         if option.value is not None and _FACE_CROP.value is False:
-            raise UserError(f"--{option.name} and --noface_crop exclude each other: give one of them")
+            raise UserError(f"--{option.name} and --face_crop=false exclude each other: give one of them")
     if _FACE_SHEET.value:
         command_line.check_output("--face_sheet", _FACE_SHEET.value)
     # The video is opened first, because loading a checkpoint takes longer than refusing a bad file.

@@ -7,8 +7,11 @@ import pytest
 
 import favchat_jax
 from favchat_jax.data.sources import open_dataset
+from favchat_jax.errors import UserError
 from favchat_jax.generation.sampler import Sampling
 from tests.conftest import ROOT
+from tests.data.face_videos import beside, rendered, video
+from tests.data.video_files import encode_video
 
 LONG = "why " * 400
 
@@ -203,6 +206,57 @@ def test_encoded_clips_are_not_encoded_again_and_only_serve_their_model(model, c
     other = favchat_jax.load(trained.folder / "stage3")
     with pytest.raises(favchat_jax.UserError, match="encoded by another model"):
         other.answer(encoded[0], "Which hair?")
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory) -> str:
+    """A video of two faces side by side."""
+    path = tmp_path_factory.mktemp("pair") / "pair.mp4"
+    path.write_bytes(video(beside(rendered(12, 1), rendered(12, 4))))
+    return str(path)
+
+
+def test_the_facial_encoder_reads_the_face_that_is_asked_for(model, pair):
+    whole, first, second = (model.encode(pair, **how) for how in ({}, {"face": 1}, {"face": 2}))
+    assert whole.frames.shape[-1] == 3 and whole.tracks is None and len(first.tracks.tracks) == 2
+    assert (first.frames[..., :3] == whole.frames).all() and (second.frames[..., :3] == whole.frames).all()
+    assert (first.frames[..., 3:] != second.frames[..., 3:]).any()
+    answers = [model.answer(pair, "Which hair?", max_new_tokens=4, **how) for how in ({"face": 2}, {"face_crop": True})]
+    expected = [second, model.encode(pair, face_crop=True)]
+    assert answers == [model.answer(clip, "Which hair?", max_new_tokens=4) for clip in expected]
+    assert model.answer([pair, pair], "Which hair?", max_new_tokens=4, face=2) == answers[:1] * 2
+    assert "".join(model.stream(pair, "Which hair?", max_new_tokens=4, face=2)).strip() == answers[0]
+
+
+@pytest.mark.parametrize(
+    "how, message",
+    [
+        ({"face": 3}, r"face=3: .*pair.mp4 has 2 faces: 1 \((left|right), .*choose one of these"),
+        ({"face": 0}, "face=0: give the number of a face"),
+        ({"face": True}, "face=True: give the number"),
+        ({"face": 1, "face_crop": False}, "leave out face_crop=False"),
+    ],
+)
+def test_a_face_that_cannot_be_read_is_refused(model, pair, how, message):
+    with pytest.raises(UserError, match=message):
+        model.answer(pair, "Which hair?", **how)
+
+
+def test_a_clip_without_a_face_is_read_as_a_whole_with_a_warning(model, clips, tmp_path, caplog):
+    path = tmp_path / "grey.mp4"
+    path.write_bytes(encode_video(8, picture=lambda number, w, h: np.full((h, w, 3), 90, np.uint8)))
+    clip = model.encode(path, face_crop=True)
+    assert (clip.frames[..., 3:] == clip.frames[..., :3]).all() and clip.tracks.tracks == ()
+    assert f"{path} shows no face: the facial encoder reads whole frames" in caplog.text
+
+
+def test_the_crop_of_an_encoded_clip_is_chosen_when_it_is_encoded(model, pair):
+    with pytest.raises(UserError, match="give face_crop and face to `encode`"):
+        model.answer(model.encode(pair), "Which hair?", face=1)
+    with pytest.raises(UserError, match="encode all of them alike"):
+        model.answer([model.encode(pair), pair], "Which hair?", face_crop=None) and model.answer(
+            [model.encode(pair, face=1), pair], "Which hair?"
+        )
 
 
 def test_a_folder_without_a_checkpoint_is_a_user_error(tmp_path):

@@ -67,6 +67,16 @@ def test_a_result_says_what_it_is_of(dfew, checkpoint, trained):
     json.dumps(result, allow_nan=False)
 
 
+def test_an_evaluation_with_face_crops_names_the_clips_without_a_face(dfew, checkpoint):
+    result = evaluate(config_of(dfew, method="direct", limit=3).updated({"data.face_crop": True}), checkpoint)
+    assert result["provenance"]["checkpoint"]["face_crop"]["detector"] == "centerface"
+    assert set(result["without_face"]) <= {row["id"] for row in result["samples"]}
+    assert "without_face" not in evaluate(config_of(dfew, method="direct", limit=1), checkpoint)
+    missing = config_of(dfew, method="direct").updated({"data.face_crop": True, "data.detector_model": "gone.onnx"})
+    with pytest.raises(UserError, match="detector model gone.onnx: no such file"):
+        evaluate(missing, checkpoint)
+
+
 def test_narrow_kernels_are_named_in_the_result_and_a_batch_must_divide_over_the_mesh(dfew, checkpoint):
     config = config_of(dfew, method="direct", limit=1)
     identity = evaluate(config, checkpoint, storage="int8")["provenance"]["checkpoint"]

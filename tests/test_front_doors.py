@@ -21,6 +21,8 @@ from favchat_jax.data import reasoning
 from favchat_jax.data.sources import open_dataset
 from favchat_jax.errors import RunError
 from tests.conftest import DATA, ROOT, damage, start_module
+from tests.data.face_videos import beside, rendered
+from tests.data.face_videos import video as encoded
 from tests.data.video_files import audio_only, encode_video
 
 
@@ -290,6 +292,23 @@ def test_chat_prints_the_answer_alone(start, video, checkpoint):
     answer = favchat_jax.load(checkpoint).answer(video, "What colour is the hair?", max_new_tokens=6)
     assert stdout == f"{answer}\n"
     assert (process.returncode, stderr) == (0, "" if answer else "chat: the answer is empty: ask in other words\n")
+
+
+def test_chat_says_at_which_face_it_looks_and_draws_the_tracks(checkpoint, command, tmp_path):
+    (tmp_path / "pair.mp4").write_bytes(encoded(beside(rendered(12, 1), rendered(12, 4))))
+    words = (f"--checkpoint={checkpoint}", f"--video={tmp_path / 'pair.mp4'}", "--question=Who?", "--max_new_tokens=4")
+    ended = command("chat", *words, "--face_crop", f"--face_sheet={tmp_path / 'sheet.png'}")
+    assert ended.code == 0 and "looking at face 1 of 2 faces: 1 (" in ended.stderr
+    assert (tmp_path / "sheet.png").read_bytes()[1:4] == b"PNG"
+    assert "looking at face 2 of 2 faces" in command("chat", *words, "--face=2").stderr
+    assert "looking" not in command("chat", *words).stderr
+    assert command("chat", *words, "--face=3").is_refusal("face=3: .*pair.mp4 has 2 faces: .*; choose one of these")
+    assert command("chat", *words, "--face=2", "--noface_crop").is_refusal(
+        "--face and --noface_crop exclude each other"
+    )
+    assert command("chat", *words, "--face_sheet=nowhere/a.png").is_refusal(
+        "--face_sheet=nowhere/a.png cannot be written"
+    )
 
 
 def test_chat_can_leave_out_the_thought(video, checkpoint, command, monkeypatch):

@@ -31,7 +31,7 @@ from favchat_jax.corpus.manifest import OK
 from favchat_jax.corpus.scan import scan
 from favchat_jax.data.colour import to_rgb
 from favchat_jax.data.faces.detectors import Detector, load_detector
-from favchat_jax.data.picture import fitted
+from favchat_jax.data.faces.search import fitted
 from favchat_jax.errors import UserError
 
 ROUNDS = 3

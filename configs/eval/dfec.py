@@ -8,7 +8,7 @@ from configs.eval import common
 
 
 def get_config():
-    config = common.get_config("dfec")
+    config = common.get_config("dfec")  # clips of films: face_crop as trained
     config.question = (
         "Describe the person and the changes of the facial expressions in the video in detail."  # a choice
     )

@@ -8,6 +8,7 @@ from configs.eval import common
 
 def get_config():
     config = common.get_config("dfew")
+    # Its clips are scenes of films: data.face_crop stays as the checkpoint was trained.
     config.folds = (1, 2, 3, 4, 5)
     config.method = "describe"  # and infer a class, as in the paper; or direct, or likelihood (of class names)
     # The paper gives no wording.

@@ -8,7 +8,7 @@ from configs.eval import common
 
 
 def get_config():
-    config = common.get_config("emer")
+    config = common.get_config("emer")  # scenes with several people at times: face_crop as trained
     config.question = "From what clues can we infer the person's emotional state?"  # from the data set's baselines
     config.max_new_tokens = 256
     return config

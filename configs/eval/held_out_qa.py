@@ -8,7 +8,7 @@ from configs.eval import common
 
 
 def get_config():
-    config = common.get_config("held_out_qa")
+    config = common.get_config("held_out_qa")  # your own clips, of any kind: face_crop as trained
     config.limit = 2000  # questions
     config.questions = 4  # questions per clip, answered together
     config.max_new_tokens = 128

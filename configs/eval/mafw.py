@@ -8,5 +8,5 @@ from configs.eval import dfew
 
 def get_config():
     config = dfew.get_config()
-    config.benchmark = "mafw"
+    config.benchmark = "mafw"  # clips of films and series, in which the face is often small: face_crop as trained
     return config

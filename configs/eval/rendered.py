@@ -8,7 +8,8 @@ from configs.eval import common
 
 def get_config():
     config = common.get_config("rendered")
-    config.data = {"name": "rendered_faces", "root": "", "packed": "runs/data", "split": "heldout"}
+    config.data.update({"name": "rendered_faces", "packed": "runs/data", "split": "heldout"})
+    config.data.face_crop = False  # faces fill the frame
     config.batch = 32  # clips
     config.questions = 4  # most questions per clip, answered together
     config.max_new_tokens = 12

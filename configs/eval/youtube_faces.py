@@ -9,7 +9,8 @@ from configs.eval import common
 
 def get_config():
     config = common.get_config("youtube_faces")
-    config.data.images = "frame_images_DB"  # or aligned_images_DB
+    # Or aligned_images_DB, whose pictures are cropped and aligned already: set data.face_crop=False with it.
+    config.data.images = "frame_images_DB"  # whole pictures: face_crop as trained
     config.pairs = "segments"  # the paper's test, as far as described; or splits, the data set's own
     config.segment = 36  # frames per segment
     config.method = "direct"  # or likelihood, which gives an ROC curve

@@ -10,6 +10,7 @@ torch>=2.6,<3
 transformers>=5,<6
 safetensors>=0.6,<0.9
 av>=18,<20
+opencv-python-headless>=4.10,<6
 """
 
 
@@ -17,6 +18,12 @@ def model_card(config: Config, adapters: bool) -> str:
     """Returns the README.md of a run's export, with or without adapters."""
     model, ablation = config.model, "" if config.ablation == "none" else f", ablation {config.ablation}"
     adapter = "| `adapter/` | the same LoRA for PEFT, on the original language model (not for `llm/`) |\n" * adapters
+    faces = (
+        "The facial encoder reads the largest face of the clip, which is found and followed (CenterFace, MIT licence); "
+        "the processor's `face=2` picks another, and `face_crop=False` shows it whole frames."
+        if config.data.face_crop
+        else "The facial encoder reads whole frames."
+    )
     return f"""\
 ---
 library_name: transformers
@@ -29,7 +36,8 @@ tags:
 
 A video language model for fine-grained questions about faces, trained with favchat_jax and exported to PyTorch.
 
-It needs torch, transformers 5 and, for video files, PyAV (`av>=18`): `pip install -r FOLDER/requirements.txt`.
+It needs torch, transformers 5, for video files PyAV (`av>=18`) and for face crops OpenCV:
+`pip install -r FOLDER/requirements.txt`.
 
     from transformers import AutoModelForCausalLM
 
@@ -37,7 +45,7 @@ It needs torch, transformers 5 and, for video files, PyAV (`av>=18`): `pip insta
     print(model.answer("clip.mp4", "What color is the hair?"))
 
 `answer` takes the path of a video or of a picture, or frames (uint8 [{model.frames}, {model.image_size}, \
-{model.image_size}, 3], RGB), earlier turns, and what transformers' `generate` takes. The same in two steps:
+{model.image_size}, 3], RGB), earlier turns, and what transformers' `generate` takes. {faces} The same in two steps:
 
     from transformers import AutoProcessor
 

@@ -3,6 +3,7 @@
     DIR/config.json, generation_config.json     FaVChat's config, for `AutoModelForCausalLM.from_pretrained(DIR, ...)`
     DIR/processor_config.json                   the processor's, for `AutoProcessor`
     DIR/tokenizer.json, tokenizer_config.json   the language model's tokenizer, for `AutoTokenizer`
+    DIR/centerface.onnx                         the face detector's weights, if the run crops faces with them
     DIR/*_favchat.py, requirements.txt          the model's code, for `trust_remote_code=True`, and what it needs
     DIR/model.safetensors.index.json            the file of each weight, below `llm/` or `visual.safetensors`
     DIR/llm/                                    the language model with its adapters merged, a Hugging Face folder
@@ -29,9 +30,10 @@ from favchat_jax.checkpoints import mistral_folder as mistral
 from favchat_jax.checkpoints.table import Slot, account, check, finite, slots, write
 from favchat_jax.checkpoints.tensors import INDEX, open_tensors, read_json, save_tensors
 from favchat_jax.config import Config
-from favchat_jax.convert import card, favchat, lora
+from favchat_jax.convert import card, face_code, favchat, lora
 from favchat_jax.convert.folder import copy_tokenizer
 from favchat_jax.data.conversation import load_tokenizer
+from favchat_jax.data.faces.detectors import CENTERFACE, centerface_file
 from favchat_jax.errors import UserError
 from favchat_jax.models.lora import merged
 from favchat_jax.models.mistral import LoRA
@@ -72,6 +74,9 @@ def write_folder(folder: Path, config: Config, weights: Weights, tokenizer: Any,
     write_tokenizer(folder / "prompt_tokenizer", config.prompt_tokenizer or config.llm.path)
     for file in MODEL_FILES.glob("*_favchat.py"):
         shutil.copyfile(file, folder / file.name)
+    (folder / "faces_favchat.py").write_text(face_code.source())
+    if config.data.face_crop and config.data.detector == "centerface":
+        shutil.copyfile(centerface_file(config.data.detector_model), folder / CENTERFACE)
     (folder / "README.md").write_text(card.model_card(config, bool(adapters)))
     (folder / "requirements.txt").write_text(card.REQUIREMENTS)
     _write_json(folder / "processor_config.json", _processor_config(config))
@@ -217,6 +222,8 @@ def _processor_config(config: Config) -> dict[str, Any]:
         "visual_tokens": qformer.queries + qformer.extra_queries,
         "prompt_length": config.data.prompt_length,
         "longest": mistral.read_config(config.llm.path).max_position_embeddings,
+        "face_crop": config.data.face_crop,
+        **{name: getattr(config.data, name) for name in ("detector", "smallest_face", "align_faces")},
     }
 
 

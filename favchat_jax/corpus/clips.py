@@ -21,7 +21,7 @@ from favchat_jax.corpus import footage
 from favchat_jax.corpus.manifest import OK
 from favchat_jax.data.colour import to_rgb
 from favchat_jax.data.faces.detectors import Detector, Faces, load_detector, overlap
-from favchat_jax.data.faces.looking import LOOKS, search
+from favchat_jax.data.faces.search import LOOKS, search
 from favchat_jax.data.faces.tracks import linked
 from favchat_jax.data.video import decode
 from favchat_jax.errors import UserError

@@ -20,7 +20,8 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
-from favchat_jax.data.faces.looking import LOOKS, FaceCrop
+from favchat_jax.data.faces.looking import FaceCrop
+from favchat_jax.data.faces.search import LOOKS
 from favchat_jax.data.faces.tracks import Track, Tracks
 from favchat_jax.data.storage import RecordSource
 from favchat_jax.data.video import VideoError, decode

@@ -22,7 +22,6 @@ from favchat_jax.data.colour import READABLE, is_hdr, to_rgb
 # Full chroma resolution keeps small coloured detail. Without resizing it only takes a slower path.
 RESIZING = Interpolation.BICUBIC | Interpolation.FULL_CHR_H_INT
 EXIF = 31  # FFmpeg's AV_FRAME_DATA_EXIF
-SMALLEST_SIDE = 8  # pixels; swscale's chroma filters fail below this, and such pictures show nothing
 GRAPHS = 8  # graphs of filters that a thread keeps
 Axes = tuple[tuple[float, float], tuple[float, float]]
 UPRIGHT: Axes = (1, 0), (0, 1)
@@ -108,13 +107,6 @@ def upright(frame: av.VideoFrame, axes: Axes) -> av.VideoFrame:
     shown = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
     shown.pts, shown.time_base = frame.pts, frame.time_base
     return shown
-
-
-def fitted(shape: tuple[int, int], side: int, longest: int) -> tuple[int, int]:
-    """Returns the height and width of a picture whose shorter side is `side`, or less if its longer is too long."""
-    scale = min(side / min(shape), longest / max(shape))
-    height, width = (max(SMALLEST_SIDE, round(scale * length)) for length in shape)
-    return height, width
 
 
 def as_shown(picture: UInt8[np.ndarray, "H W 3"], axes: Axes) -> UInt8[np.ndarray, "_H _W 3"]:

@@ -26,14 +26,16 @@ from av.error import FFmpegError
 from av.stream import Disposition
 from jaxtyping import Float, Int, UInt8
 
-from favchat_jax.data.faces.looking import LOOKS, FaceCrop, FaceReader
+from favchat_jax.data.faces.looking import FaceCrop, FaceReader
+from favchat_jax.data.faces.search import LOOKS
 from favchat_jax.data.faces.tracks import Tracks
 from favchat_jax.data.keyframes import DamagedError, Reader, read_timeline
-from favchat_jax.data.picture import SMALLEST_SIDE, Augment, Squares
+from favchat_jax.data.picture import Augment, Squares
 from favchat_jax.errors import UserError
 
 log = logging.getLogger("favchat_jax")
 
+SMALLEST_SIDE = 8  # pixels; swscale's chroma filters fail below this, and such pictures show nothing
 KEPT_BYTES = 16 << 20  # packets of a video up to this size stay in memory between the two passes
 # Opening a file normally decodes up to 20 frames to guess how far frames are reordered. Frames that are identified by
 # their times do not need the guess.

@@ -22,11 +22,12 @@ from favchat_jax.signals import end_with_parent
 
 @dataclass(eq=False)
 class Size(tfds.core.BuilderConfig):
-    """Holds the number of clips of each split, and the seed of all clips."""
+    """Holds the number of clips of each split, the seed of all clips, and whether faces lie in larger pictures."""
 
     train: int = 0
     heldout: int = 0
     seed: int = 0
+    far: bool = False
 
 
 class RenderedFaces(RecordBuilder, skip_registration=True):
@@ -37,6 +38,7 @@ class RenderedFaces(RecordBuilder, skip_registration=True):
     BUILDER_CONFIGS = [
         Size(name="full", description="The demo's clips.", train=3000, heldout=480),
         Size(name="smoke", description="A few clips, for tests.", train=36, heldout=18),
+        Size(name="far", description="The held-out clips, with faces in larger pictures.", heldout=480, far=True),
     ]
 
     LABELS = tuple(rendered_faces.LABELS)
@@ -51,7 +53,8 @@ class RenderedFaces(RecordBuilder, skip_registration=True):
 
     def records(self, split: str) -> Iterator[Record]:
         """Draws the split's clips in order."""
-        render = partial(rendered_faces.render, self.builder_config.seed, split)
+        draw = rendered_faces.render_far if self.builder_config.far else rendered_faces.render
+        render = partial(draw, self.builder_config.seed, split)
         with _pool() as pool:
             yield from pool.map(render, range(self.counts()[split]), chunksize=4)
 

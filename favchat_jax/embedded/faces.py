@@ -11,6 +11,7 @@ constant answer never scores above one half. Left and right are the viewer's.
 """
 
 import argparse
+import dataclasses
 import io
 import zlib
 
@@ -24,6 +25,7 @@ from favchat_jax.data.record import Question, Record
 from favchat_jax.embedded import drawing, face_parts
 
 FPS = 12
+FAR = 4
 GENERAL_EVERY = 6  # one clip in six shows no face
 SIDES = ("none", "left", "right")
 LABELS: dict[str, tuple[str, ...]] = {
@@ -367,6 +369,22 @@ def _general_summary(classes: dict[str, str], rng: np.random.Generator) -> str:
 
 def _general_targets(classes: dict[str, str]) -> dict[str, str]:
     return {"attributes": _shapes_named(classes), "emotion": "none", "action": f"move {classes['direction']}"}
+
+
+def render_far(seed: int, split: str, index: int) -> Record:
+    """Draws the record of `render`; a clip of a face lies somewhere in a picture of FAR times its side."""
+    record = render(seed, split, index)
+    if not record.has_face:
+        return record
+    with av.open(io.BytesIO(record.clip)) as container:
+        frames = np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+    rng = generator(seed, split, "place", index)
+    side = frames.shape[1]
+    behind = cv2.resize(rng.integers(40, 216, (6, 6, 3), np.uint8), (FAR * side,) * 2, interpolation=cv2.INTER_CUBIC)
+    pictures = np.repeat(behind[None], len(frames), axis=0)
+    top, left = rng.integers(0, (FAR - 1) * side, 2)
+    pictures[:, top : top + side, left : left + side] = frames
+    return dataclasses.replace(record, clip=encode(pictures))
 
 
 def encode(frames: UInt8[np.ndarray, "T H W 3"], crf: int = 18) -> bytes:

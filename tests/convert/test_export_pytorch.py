@@ -1,5 +1,6 @@
 """The folder for PyTorch users is complete, loads without this package, and has the trained weights bit for bit."""
 
+import ast
 import json
 import os
 import re
@@ -22,15 +23,17 @@ from favchat_jax.checkpoints import mistral_folder as mistral
 from favchat_jax.checkpoints.run import load_run
 from favchat_jax.checkpoints.table import Table, read
 from favchat_jax.checkpoints.tensors import INDEX, open_tensors
-from favchat_jax.convert import exported, favchat, lora
+from favchat_jax.convert import exported, face_code, favchat, lora
 from favchat_jax.convert.exported import base_name
 from favchat_jax.convert.mistral import write_copy
 from favchat_jax.convert.pytorch.modeling_favchat import FaVChatForConditionalGeneration
 from favchat_jax.convert.pytorch.processing_favchat import FaVChatProcessor
+from favchat_jax.data.faces.detectors import centerface_file
 from favchat_jax.data.sources import open_dataset
 from favchat_jax.errors import UserError
 from favchat_jax.generation.sampler import Sampling
 from tests.conftest import DATA, ROOT, check_refusals, fill, same_weights
+from tests.data.face_videos import beside, rendered, video
 from tests.data.tokenizers_for_tests import TEXT, bert, byte_pairs
 from tools import export_orbax
 from tools.export_pytorch import export
@@ -114,6 +117,47 @@ def test_a_process_without_jax_loads_the_moved_folder_and_answers_like_the_run(f
     moved = shutil.copytree(folder, tmp_path / "elsewhere")
     expected = ours(run, clips[0].clip, tmp_path)
     assert alone(moved, tmp_path) == expected
+
+
+@pytest.fixture(scope="module")
+def looking(trained, tmp_path_factory) -> Path:
+    """A workdir whose facial encoder reads faces, and beside it a clip of one."""
+    workdir = shutil.copytree(trained.folder, tmp_path_factory.mktemp("looking") / "run") / "stage3"
+    config = json.loads((workdir / "config.json").read_text())
+    config["data"]["face_crop"] = True
+    (workdir / "config.json").write_text(json.dumps(config))
+    (workdir.parent / "clip.mp4").write_bytes(video(beside(rendered(16, 1), rendered(16, 4))))
+    return workdir
+
+
+def test_an_export_with_face_crops_finds_the_same_face_without_this_package(looking, tmp_path):
+    export(looking, tmp_path / "export")
+    assert (tmp_path / "export/centerface.onnx").read_bytes() == centerface_file().read_bytes()
+    shutil.copyfile(looking.parent / "clip.mp4", tmp_path / "clip.mp4")
+    run = favchat_jax.load(looking)
+    assert alone(tmp_path / "export", tmp_path) == run.answer(tmp_path / "clip.mp4", QUESTION, max_new_tokens=12)
+    processor = FaVChatProcessor.from_pretrained(tmp_path / "export")
+    for how in ({}, {"face": 2}, {"face_crop": False}):
+        frames = processor(videos=str(tmp_path / "clip.mp4"), text=QUESTION, **how)["frames"][0]
+        np.testing.assert_array_equal(frames, run.encode(tmp_path / "clip.mp4", **how).frames)
+    for line in ("CenterFace", "face=2"):
+        assert line in (tmp_path / "export/README.md").read_text()
+
+
+def test_an_export_without_face_crops_carries_no_detector_and_takes_one(folder, clips):
+    assert not (folder / "centerface.onnx").exists()
+    processor = FaVChatProcessor.from_pretrained(folder)
+    with pytest.raises(ValueError, match="no face detector: name one as `detector_model`"):
+        processor(videos=clips[0].clip, text=QUESTION, face_crop=True)
+    processor = FaVChatProcessor.from_pretrained(folder, detector_model=str(centerface_file()))
+    assert processor(videos=clips[0].clip, text=QUESTION, face_crop=True)["frames"].shape[-1] == 6
+
+
+def test_the_code_of_faces_is_the_packages_own_without_its_names():
+    written = face_code.source()
+    assert "favchat_jax" not in written and "jaxtyping" not in written
+    names = [node.name for node in ast.parse(written).body if isinstance(node, ast.FunctionDef | ast.ClassDef)]
+    assert len(names) == len(set(names)) and {"CenterFace", "search", "link", "squares", "cut"} <= set(names)
 
 
 def test_the_exported_model_answers_every_question_like_the_run(model, run, clips, tmp_path):

@@ -4,9 +4,12 @@ import numpy as np
 import pytest
 
 from favchat_jax.convert.pytorch.inputs_favchat import Prompts
-from favchat_jax.convert.pytorch.video_favchat import read_frames
+from favchat_jax.convert.pytorch.video_favchat import Finder, read_frames
 from favchat_jax.data.conversation import Conversation, PromptEncoder
+from favchat_jax.data.faces.detectors import load_detector
+from favchat_jax.data.faces.looking import FaceCrop
 from favchat_jax.data.video import decode
+from tests.data.face_videos import beside, rendered, video
 from tests.data.test_video import FORMATS, LOSSLESS, noise
 from tests.data.tokenizers_for_tests import TEXT, bert, byte_pairs
 from tests.data.video_files import audio_only, encode_video
@@ -24,6 +27,30 @@ def test_a_turned_video_is_upright_with_the_same_pixels(rotation, tmp_path):
     path = tmp_path / "a: clip.mp4"
     path.write_bytes(encode_video(5, width=160, height=64, rotation=rotation, picture=noise))
     np.testing.assert_array_equal(read_frames(path, 4, 48), decode(path, frames=4, size=48).frames)
+
+
+@pytest.mark.parametrize("align", [False, True])
+@pytest.mark.parametrize("rotation", [0, 90, 180])
+def test_face_crops_have_the_same_pixels(rotation, align):
+    pictures = [
+        np.ascontiguousarray(np.rot90(frame, -rotation // 90)) for frame in beside(rendered(20, 1), rendered(20, 4))
+    ]
+    clip = video(pictures, rotation=rotation)
+    for face in (0, 1, 2):
+        crop = FaceCrop(align=align, face=face or 1, thorough=bool(face))
+        finder = Finder(load_detector("centerface"), face, 0.1, align)
+        expected = decode(clip, frames=6, size=48, face_crop=crop)
+        assert len(expected.tracks.tracks) == 2 or not face
+        np.testing.assert_array_equal(read_frames(clip, 6, 48, finder), expected.frames)
+    with pytest.raises(ValueError, match="face=3: the video has 2 faces"):
+        read_frames(clip, 6, 48, Finder(load_detector("centerface"), 3, 0.1, align))
+
+
+def test_a_video_without_a_face_gives_whole_frames_twice_and_a_warning():
+    clip = encode_video(8, picture=lambda number, w, h: np.full((h, w, 3), 90, np.uint8))
+    with pytest.warns(UserWarning, match="the video shows no face"):
+        frames = read_frames(clip, 4, 48, Finder(load_detector("centerface"), 0, 0.1, False))
+    assert frames.shape == (4, 48, 48, 6) and (frames[..., 3:] == frames[..., :3]).all()
 
 
 def test_a_truncated_or_damaged_video_still_gives_all_requested_frames():

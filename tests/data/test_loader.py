@@ -18,10 +18,12 @@ import pytest
 
 from favchat_jax.data import loader, reasoning
 from favchat_jax.data.conversation import VISUAL_PLACEHOLDER, Conversation, PromptEncoder
+from favchat_jax.data.faces.looking import FaceCrop
 from favchat_jax.data.loader import INSTRUCTIONS, Batch, training_batches
 from favchat_jax.data.record import Question, Record
 from favchat_jax.data.video import Augment
 from favchat_jax.errors import UserError
+from tests.data.face_videos import rendered, video
 from tests.data.tokenizers_for_tests import bert, byte_pairs
 from tests.data.video_files import encode_video
 
@@ -170,6 +172,17 @@ def test_an_epoch_gives_every_record_once_and_the_next_epoch_has_another_order(r
     stream = open_stream(records)
     epochs = [[name for _ in range(5) for name in next(stream).ids] for _ in range(2)]
     assert all(len(set(epoch)) == 20 for epoch in epochs) and epochs[0] != epochs[1]
+
+
+def test_with_a_face_crop_frames_have_six_channels_in_every_number_of_workers(open_stream):
+    face = video(list(rendered(12)))
+    source = [record(number, clip=face) for number in range(8)]
+    batches = [next(open_stream(source, size=32, face_crop=FaceCrop(), workers=workers)) for workers in (0, 2)]
+    plain = next(open_stream(source, size=32))
+    assert same(*batches)
+    frames = batches[0].arrays["frames"]
+    assert frames.shape == (4, 4, 32, 32, 6) and (frames[..., :3] == plain.arrays["frames"]).all()
+    assert (frames[..., 3:] != frames[..., :3]).any()
 
 
 def test_the_same_seed_gives_the_same_stream_and_another_seed_another(records, open_stream):

@@ -84,7 +84,7 @@ def five_records(monkeypatch):
 
     class Clip:
         def __init__(self, data, *, frames, size, **_):
-            self.frames = np.full((frames, size, size, 3), data[0], np.uint8)
+            self.frames, self.tracks = np.full((frames, size, size, 3), data[0], np.uint8), None
 
     monkeypatch.setattr(rendered, "prepare", lambda *_: "nowhere")
     monkeypatch.setattr(rendered, "open_dataset", lambda *_: records)

@@ -20,7 +20,10 @@ class Scripted:
 
     def prepare(self, ask: Ask) -> list[Any]:
         """Decodes the clips like every model."""
-        return [clip.frames(2, self._size) for clip in ask.clips]
+        return [clip.read(2, self._size).frames for clip in ask.clips]
+
+    def without_face(self, ask: Ask) -> None:
+        """Returns None, since it looks for no face."""
 
     def answer(self, asks: Sequence[Ask], frames: Sequence[Any], max_new_tokens: int) -> list[list[str]]:
         """Returns the function's answers."""

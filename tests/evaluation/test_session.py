@@ -3,15 +3,18 @@
 import json
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 
+from favchat_jax.data.faces.looking import FaceCrop
 from favchat_jax.embedded import faces as rendered_faces
 from favchat_jax.errors import RunError, UserError
 from favchat_jax.evaluation.footage import Footage
 from favchat_jax.evaluation.respondents import Ask, Unanswered
 from favchat_jax.evaluation.result import data_hash
 from favchat_jax.evaluation.session import DESCRIBE, Journal, Session, present
+from tests.data.face_videos import rendered, video
 from tests.data.video_files import encode_video
 from tests.evaluation.models_for_tests import Scripted, session
 
@@ -151,14 +154,14 @@ def test_videos_and_folders_of_pictures_give_the_middle_frames_of_equal_parts(tm
     import cv2
 
     record = rendered_faces.render(0, "footage", 0)
-    video = Footage("clip", record.clip).frames(4, 32)
-    every = Footage("clip", record.clip).frames(16, 64)
+    video = Footage("clip", record.clip).read(4, 32).frames
+    every = Footage("clip", record.clip).read(16, 64).frames
     for number, frame in enumerate(every):
         cv2.imwrite(str(tmp_path / f"0.{number}.png"), frame[:, :, ::-1])
-    pictures = Footage("folder", tmp_path).frames(4, 64)
+    pictures = Footage("folder", tmp_path).read(4, 64).frames
     assert video.shape == (4, 32, 32, 3)
     assert (pictures == every[[1, 5, 9, 13]]).all()
-    assert (Footage("part", tmp_path, first=10, count=2).frames(2, 64) == every[10:12]).all()
+    assert (Footage("part", tmp_path, first=10, count=2).read(2, 64).frames == every[10:12]).all()
 
 
 @pytest.mark.parametrize("name", ["._0.1.png", ".0.9.png"])
@@ -167,10 +170,10 @@ def test_files_that_a_computers_system_adds_are_no_frames(name, tmp_path):
 
     for number in range(4):
         cv2.imwrite(str(tmp_path / f"0.{number}.png"), np.full((32, 32, 3), 50 * number, np.uint8))
-    before = Footage("folder", tmp_path).frames(4, 32), data_hash([], [tmp_path])
+    before = Footage("folder", tmp_path).read(4, 32).frames, data_hash([], [tmp_path])
     (tmp_path / name).write_bytes(b"\0\5\x16\7\0\2\0\0Mac OS X")
     (tmp_path / "@eaDir").mkdir()
-    assert (Footage("folder", tmp_path).frames(4, 32) == before[0]).all()
+    assert (Footage("folder", tmp_path).read(4, 32).frames == before[0]).all()
     assert data_hash([], [tmp_path]) == before[1]
 
 
@@ -181,3 +184,28 @@ def test_the_journal_has_one_json_object_per_line(tmp_path):
     assert entries == [{"key": "x", "value": ["1"]}, {"key": "y", "value": "gone"}]
     assert Journal(tmp_path / "a.jsonl").get(["x", "y"]) == [["1"], "gone"]
     assert Session(Scripted(repeat), batch=1).missing == []
+
+
+def test_clips_without_a_face_are_named_also_by_a_session_that_finds_the_answers_on_disk(tmp_path):
+    class Looking(Scripted):
+        def without_face(self, ask):
+            return ["clip 2"] if ask.id == "clip 2" else []
+
+    for model in (Looking(repeat), Looking(repeat)):
+        made = session(model, 2, journal=Journal(tmp_path / "answers.jsonl"))
+        made.ask(asks(4), 8)
+        assert made.without_face == ["clip 2"]
+    assert model.batches == []
+    made = session(Scripted(repeat))
+    made.ask(asks(2), 8)
+    assert made.without_face is None
+
+
+def test_a_folder_of_frames_gives_the_crops_of_its_video(tmp_path):
+    frames = rendered(16)
+    for number, frame in enumerate(frames):
+        cv2.imwrite(str(tmp_path / f"{number}.png"), frame[:, :, ::-1])
+    clip = Footage("folder", tmp_path).read(8, 48, FaceCrop())
+    again = Footage("video", video(list(frames))).read(8, 48, FaceCrop())
+    assert len(clip.tracks.tracks) == 1 and clip.frames.shape == (8, 48, 48, 6)
+    assert np.abs(clip.frames.astype(int) - again.frames).mean() < 6

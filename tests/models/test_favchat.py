@@ -340,3 +340,23 @@ def test_frames_are_normalised_as_the_encoders_were_trained(tiny):
         model.apply(tiny.params, frames, method="encode")
     expected = [(1 - 0.485) / 0.229, (128 / 255 - 0.456) / 0.224, -0.406 / 0.225]
     np.testing.assert_allclose(seen[0][0, 0, 0, 0], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_of_six_channels_the_general_stream_reads_the_first_three_and_the_facial_stream_the_last(variant):
+    model = tiny_model(variant)
+    whole, face = np.random.default_rng(1).integers(0, 256, (2, 2, 2, 32, 32, 3), np.uint8)
+
+    @jax.jit
+    def blocks(frames):
+        return model.model.apply(model.params, frames, method="encoders")
+
+    def read(*parts):
+        return jax.tree.leaves(blocks(np.concatenate(parts, axis=-1)))
+
+    general, *facial = read(whole, face)
+    np.testing.assert_allclose(general, read(whole)[0], atol=1e-6)
+    for block, expected in zip(facial, read(face)[1:], strict=True):
+        np.testing.assert_allclose(block, expected, atol=1e-6)
+    for one, other in zip(read(whole, whole), read(whole), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-6)

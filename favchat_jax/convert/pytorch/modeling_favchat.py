@@ -92,19 +92,21 @@ class FaVChatForConditionalGeneration(MistralForCausalLM):
             self.add_module(f"{stream}_mlp", TokenMLP(self.config.hidden_size, **self.config.adapter))
 
     def encode(self, frames):
-        """Runs both encoders and v1's fusion: uint8 frames [B, T, H, W, 3] to general and facial tokens [B, S or F, D].
+        """Runs both encoders and v1's fusion: uint8 frames [B, T, H, W, C] to general and facial tokens [B, S or F, D].
 
-        In v2 the facial tokens are a list for CA2, one tensor per block.
+        Frames of six channels hold the face behind the whole picture. In v2 the facial tokens are a list for CA2, one
+        tensor per block.
         """
         batch, time = frames.shape[:2]
         mean, std = (torch.tensor(channels, device=frames.device) for channels in (PIXEL_MEAN, PIXEL_STD))
-        x = ((frames.float() / 255 - mean) / std).to(self.vision_layernorm.weight.dtype)
+        dtype = self.vision_layernorm.weight.dtype
+        x, faces = (((part.float() / 255 - mean) / std).to(dtype) for part in (frames[..., :3], frames[..., -3:]))
         general, blocks = self.vision_encoder["encoder"](x)
         general = self.vision_layernorm(general)
         if self.config.ablation == "no_face":
             granularities = [block.unflatten(1, (time, -1)) for block in blocks]
         else:
-            maps = self.backbone(x.flatten(0, 1))
+            maps = self.backbone(faces.flatten(0, 1))
             granularities = [m.flatten(1, 2).unflatten(0, (batch, time)) for m in maps]
         if isinstance(self.fusion, PromptGuidedFusion):
             return general, self.fusion.read_blocks(granularities)
@@ -149,7 +151,7 @@ class FaVChatForConditionalGeneration(MistralForCausalLM):
 
         Args:
             input_ids: [B*Q, L], negative at the positions of visual tokens.
-            frames: [B, T, H, W, 3] uint8, RGB.
+            frames: [B, T, H, W, 3] uint8, RGB, or six channels with the face behind the whole picture.
             prompt_ids: [B*Q, P], the question for the Q-Formers, padded on the right.
             prompt_mask: [B*Q, P], True at word pieces.
             inputs_embeds: embedded sequences instead of `input_ids`.
@@ -188,8 +190,11 @@ class FaVChatForConditionalGeneration(MistralForCausalLM):
             question: the question.
             turns: earlier (question, answer) pairs.
             max_new_tokens: longest answer in tokens.
-            kwargs: arguments of transformers' `generate`; decoding is greedy by default.
+            kwargs: the processor's `face_crop` and `face`, and arguments of transformers' `generate`, greedy by
+                default.
         """
-        inputs = self.processor(videos=[video], text=[question], turns=turns, answer=max_new_tokens).to(self.device)
+        faces = {name: kwargs.pop(name) for name in ("face_crop", "face") if name in kwargs}
+        inputs = self.processor(videos=[video], text=[question], turns=turns, answer=max_new_tokens, **faces)
+        inputs = inputs.to(self.device)
         written = self.generate(**inputs, max_new_tokens=max_new_tokens, **{"do_sample": False, **kwargs})
         return self.processor.text(written[0])

@@ -2,6 +2,7 @@
 
 import io
 import os
+import warnings
 from fractions import Fraction
 
 import numpy as np
@@ -14,6 +15,8 @@ try:
 except ImportError:  # PyAV is only needed to read a video
     av = None
 
+from .faces_favchat import LOOKS, cut, link, listing, search, squares
+
 SMALLEST_SIDE = 8  # pixels; swscale's chroma filters fail below this, and such pictures show nothing
 
 
@@ -25,11 +28,12 @@ def frame_indices(total, frames):
     return indices + indices[-1:] * (frames - taken)
 
 
-def read_frames(video, frames, size):
+def read_frames(video, frames, size, finder=None):
     """Reads sampled frames of a video (path or bytes), upright, RGB, squashed: uint8 [frames, size, size, 3].
 
-    The video is decoded from start to end. Frames that cannot be decoded are left out before sampling. The number of
-    packets nearly always is the number of frames; where it is not, the video is decoded once more.
+    With a `Finder`, three more channels hold the face in each frame. The video is decoded from start to end. Frames
+    that cannot be decoded are left out before sampling. The number of packets nearly always is the number of frames;
+    where it is not, the video is decoded once more.
 
     Raises:
         ValueError: no frame can be decoded, or the picture is too small.
@@ -38,18 +42,70 @@ def read_frames(video, frames, size):
         raise ImportError("reading a video needs PyAV: pip install 'av>=18', or pass the frames as an array")
     total = _count_packets(video)
     while True:
-        wanted, squares, found, count = frame_indices(max(total, 1), frames), None, {}, 0
+        wanted, squares, found, kept, count = frame_indices(max(total, 1), frames), None, {}, {}, 0
         with _open(video) as container:
             for frame in _decoded(container):
                 if count in wanted:
                     squares = squares or _Squares(frame, size, _name(video))
                     found[count] = squares(frame)
+                if finder and count in {*wanted, *_looks(total, frames)}:
+                    kept[count] = frame
                 count += 1
         if count == 0:
             raise ValueError(f"{_name(video)} holds no video frames that can be decoded: give an intact video file")
         if count == total:
-            return torch.from_numpy(np.stack([found[number] for number in wanted]))
+            whole = np.stack([found[number] for number in wanted])
+            faces = [finder.cut(kept, _looks(total, frames), wanted, whole, _name(video))] if finder else []
+            return torch.from_numpy(np.concatenate([whole, *faces], axis=-1))
         total = count
+
+
+def _looks(total, frames):
+    return sorted(set(frame_indices(total, min(frames, LOOKS))))
+
+
+class Finder:
+    """Finds and follows the faces of a video, and cuts one out.
+
+    Args:
+        detector: of `load_detector`.
+        face: which face, from 1; 0 for the main one, or the whole frames where there is none.
+        smallest: height of the smallest face that counts, as a share of the picture's shorter side.
+        align: whether crops turn with the line between the eyes.
+    """
+
+    def __init__(self, detector, face, smallest, align):
+        self.detector, self.face, self.smallest, self.align = detector, face, smallest, align
+
+    def cut(self, frames, looks, wanted, whole, name):
+        """Returns the face in the wanted frames [T, size, size, 3]; `frames` are decoded frames by number."""
+        first, reformatter = frames[min(frames)], VideoReformatter()
+        axes, stored = _display_axes(first), (first.height, first.width)
+        height, width = stored[::-1] if abs(axes[0][1]) > abs(axes[0][0]) else stored
+
+        def picture(number, shape):
+            frame = frames[number]
+            frame = _filtered(frame, ("field", "type=top")) if frame.interlaced_frame else frame
+            return _as_shown(_to_rgb(reformatter, frame, shape, Interpolation.BICUBIC), *axes)
+
+        found = search(self.detector, looks, picture, stored, thorough=bool(self.face))
+        found = [faces.at_least(self.smallest, height, width) for faces in found]
+        tracks = link(found, looks, (height, width))
+        if not tracks.tracks and self.face <= 1:
+            warnings.warn(f"{name} shows no face: the facial encoder reads whole frames", stacklevel=2)
+            return whole
+        if self.face > len(tracks.tracks):
+            raise ValueError(f"face={self.face}: {name} has {listing(tracks)}; choose one of these")
+        track, chosen = tracks.tracks[max(self.face, 1) - 1], sorted(set(wanted))
+        around = squares(tracks, track, chosen, self.align)
+        crops = {n: cut(picture(n, stored), square, whole.shape[1]) for n, square in zip(chosen, around, strict=True)}
+        return np.stack([crops[number] for number in wanted])
+
+
+def _as_shown(picture, x_axis, y_axis):
+    if abs(x_axis[1]) > abs(x_axis[0]):
+        picture, x_axis, y_axis = picture.swapaxes(0, 1), y_axis, x_axis
+    return picture[:: -1 if y_axis[1] < 0 else 1, :: -1 if x_axis[0] < 0 else 1]
 
 
 def _name(video):
@@ -109,12 +165,7 @@ class _Squares:
         if min(frame.width, frame.height) < SMALLEST_SIDE:
             small, limit = f"{frame.width}x{frame.height}", f"{SMALLEST_SIDE}x{SMALLEST_SIDE}"
             raise ValueError(f"{name} is {small} pixels: give a video of at least {limit}")
-        x_axis, y_axis = _display_axes(frame)
-        self.turned = abs(x_axis[1]) > abs(x_axis[0])
-        if self.turned:
-            x_axis, y_axis = y_axis, x_axis
-        self.across, self.down = (-1 if x_axis[0] < 0 else 1), (-1 if y_axis[1] < 0 else 1)
-        self.size, self.reformatter = size, VideoReformatter()
+        self.axes, self.size, self.reformatter = _display_axes(frame), size, VideoReformatter()
 
     def __call__(self, frame):
         if frame.interlaced_frame:  # one field shows one moment
@@ -122,8 +173,7 @@ class _Squares:
         # Full chroma resolution keeps small coloured detail.
         same = (frame.width, frame.height) == (self.size, self.size)
         how = Interpolation.BICUBIC if same else Interpolation.BICUBIC | Interpolation.FULL_CHR_H_INT
-        picture = _to_rgb(self.reformatter, frame, self.size, how)
-        return (picture.swapaxes(0, 1) if self.turned else picture)[:: self.down, :: self.across]
+        return _as_shown(_to_rgb(self.reformatter, frame, (self.size, self.size), how), *self.axes)
 
 
 def _display_axes(frame):
@@ -148,7 +198,7 @@ def _filtered(frame, *filters):
     return graph.pull()
 
 
-def _to_rgb(reformatter, frame, size, interpolation):
+def _to_rgb(reformatter, frame, shape, interpolation):
     """Returns a frame as 8-bit RGB; untagged ones have BT.601's colours below HD and BT.709's from there on."""
     matrix = None
     if not frame.format.is_rgb:
@@ -159,8 +209,8 @@ def _to_rgb(reformatter, frame, size, interpolation):
     hdr = frame.color_trc in (ColorTrc.SMPTE2084, ColorTrc.ARIB_STD_B67)
     picture = reformatter.reformat(
         frame,
-        size,
-        size,
+        shape[1],
+        shape[0],
         "rgb48le" if hdr else "rgb24",
         src_colorspace=matrix,
         dst_colorspace=matrix,

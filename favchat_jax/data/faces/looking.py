@@ -1,13 +1,9 @@
-"""Looks for faces while a clip is decoded, and cuts the chosen one out of the sampled frames.
-
-Most clips show one face at close range. All looks at such a clip fit into one small picture, in which the detector
-finds the face at once. Only where it does not, each look is searched at the detector's full resolution.
-"""
+"""Looks for faces while a clip is decoded, and cuts the chosen one out of the sampled frames."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,16 +15,12 @@ from jaxtyping import UInt8
 from favchat_jax.config import FaceConfig
 from favchat_jax.data.colour import to_rgb
 from favchat_jax.data.faces.crops import cut, squares
-from favchat_jax.data.faces.detectors import Detector, Faces, load_detector
-from favchat_jax.data.faces.tracks import Tracks, link
-from favchat_jax.data.picture import UPRIGHT, as_shown, display_axes, fitted, one_field
+from favchat_jax.data.faces.detectors import Detector, load_detector
+from favchat_jax.data.faces.search import search
+from favchat_jax.data.faces.tracks import Tracks, link, listing
+from favchat_jax.data.picture import UPRIGHT, as_shown, display_axes, one_field
 from favchat_jax.errors import UserError
 
-LOOKS = 16  # most frames of a clip that are searched
-SMALL = 48  # shorter side in pixels of a look in the picture of all looks
-CLOSE = 0.25  # of the picture's shorter side: height of a face that is found in a look of SMALL pixels
-MOST = 0.75  # share of the looks that must show a close face; the gaps between them are filled
-Picture = Callable[[int, tuple[int, int]], UInt8[np.ndarray, "H W 3"]]
 _OF_THREAD = threading.local()  # holds detectors, since several threads cannot share one
 
 
@@ -129,54 +121,3 @@ class FaceReader:
         return as_shown(
             to_rgb(self._reformatter, self._frames[number], width, height, Interpolation.BICUBIC), self._axes
         )
-
-
-def search(
-    detector: Detector, looks: Sequence[int], picture: Picture, shape: tuple[int, int], *, thorough: bool
-) -> list[Faces]:
-    """Returns the faces in each look.
-
-    Args:
-        detector: finds them.
-        looks: numbers of the frames that are searched, at most LOOKS.
-        picture: returns an upright frame by its number, in a given stored height and width.
-        shape: stored height and width of the frames.
-        thorough: whether to search at full resolution even if most looks show a face at close range.
-    """
-    small = fitted(shape, SMALL, 4 * SMALL)
-    close, (high, wide) = _at_close_range(detector, [picture(number, small) for number in looks])
-    seen = sum(len(faces.at_least(CLOSE, high, wide)) > 0 for faces in close)
-    if seen >= MOST * len(looks) and not thorough:
-        return close
-    full = fitted(shape, detector.SIDE, detector.LONGEST)
-    found = [detector(picture(number, full)) for number in looks]
-    # At full resolution, detectors miss some faces that fill the picture.
-    return [faces if len(faces) else near for faces, near in zip(found, close, strict=True)]
-
-
-def _at_close_range(
-    detector: Detector, pictures: Sequence[UInt8[np.ndarray, "H W 3"]]
-) -> tuple[list[Faces], tuple[int, int]]:
-    """Searches one sheet of small pictures; returns the faces of each and the pictures' shape."""
-    high, wide = pictures[0].shape[:2]
-    across = max(1, round((len(pictures) * high / wide) ** 0.5))
-    rows = -(-len(pictures) // across)
-    sheet = np.zeros((rows, high, across, wide, 3), np.uint8)
-    for number, picture in enumerate(pictures):
-        sheet[number // across, :, number % across] = picture
-    seen = detector(sheet.reshape(rows * high, across * wide, 3))
-    places = (divmod(number, across) for number in range(len(pictures)))
-    inside = [seen.inside(row / rows, (row + 1) / rows, at / across, (at + 1) / across) for row, at in places]
-    return inside, (high, wide)
-
-
-def listing(tracks: Tracks) -> str:
-    """Returns a clip's faces in words, with their numbers."""
-    if not tracks.tracks:
-        return "no face"
-    names = []
-    for number, track in enumerate(tracks.tracks, start=1):
-        top, bottom, left, right = track.boxes[track.found].mean(axis=0)
-        side = ("left", "middle", "right")[min(2, int(3 * (left + right) / 2))]
-        names.append(f"{number} ({side}, {bottom - top:.0%} of the height, in {track.found.mean():.0%} of the looks)")
-    return f"{len(names)} face{'s' * (len(names) > 1)}: {', '.join(names)}"

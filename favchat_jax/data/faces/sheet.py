@@ -11,7 +11,8 @@ from favchat_jax.data.faces.tracks import Tracks
 from favchat_jax.data.video import decode
 from favchat_jax.files import replace_file
 
-FRAMES, ACROSS, HEIGHT = 16, 4, 240  # pictures of a sheet, in a row, and pixels of a picture
+FRAMES, ACROSS, HEIGHT = 16, 4, 180  # pictures of a sheet, in a row, and pixels of a picture
+LINE = 3  # pixels between two pictures
 COLOURS = ((70, 200, 70), (80, 140, 255), (255, 170, 60), (200, 90, 220), (60, 200, 220))  # RGB, for one track each
 
 
@@ -30,6 +31,8 @@ def draw_sheet(path: Path, video: str | Path | bytes, tracks: Tracks, chosen: in
         found = between(tracks, track.found[:, None].astype(float), places)[:, 0] > 0.5
         for picture, box, seen in zip(pictures, between(tracks, track.boxes, places), found, strict=True):
             _draw(picture, box, str(number), colour, (3 if number == chosen else 2) if seen else 1)
+    for picture in pictures:
+        picture[-LINE:] = picture[:, -LINE:] = 255
     rows = [np.concatenate(pictures[i : i + ACROSS], axis=1) for i in range(0, len(pictures), ACROSS)]
     replace_file(path, cv2.imencode(".png", np.concatenate(rows)[:, :, ::-1])[1].tobytes())
 
@@ -38,4 +41,4 @@ def _draw(picture: UInt8[np.ndarray, "H W 3"], box: np.ndarray, label: str, colo
     height, width = picture.shape[:2]
     top, bottom, left, right = (box * [height, height, width, width]).round().astype(int).tolist()
     cv2.rectangle(picture, (left, top), (right, bottom), colour, thickness)
-    cv2.putText(picture, label, (left + 3, top + 16), cv2.FONT_HERSHEY_SIMPLEX, 0.5, colour, 1, cv2.LINE_AA)
+    cv2.putText(picture, label, (left, max(14, top - 5)), cv2.FONT_HERSHEY_SIMPLEX, 0.5, colour, 1, cv2.LINE_AA)

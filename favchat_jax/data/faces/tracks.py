@@ -116,3 +116,15 @@ def _track(numbers: dict[int, int], found: Sequence[Faces]) -> Track:
         filled = (around[:-2] + 2 * around[1:-1] + around[2:]) / 4
     rows = filled.round(DIGITS)
     return Track(rows[:, :4], rows[:, 4:].reshape(-1, 2, 2), np.isin(looks, seen))
+
+
+def listing(tracks: Tracks) -> str:
+    """Returns a clip's faces in words, with their numbers."""
+    if not tracks.tracks:
+        return "no face"
+    names = []
+    for number, track in enumerate(tracks.tracks, start=1):
+        top, bottom, left, right = track.boxes[track.found].mean(axis=0)
+        side = ("left", "middle", "right")[min(2, int(3 * (left + right) / 2))]
+        names.append(f"{number} ({side}, {bottom - top:.0%} of the height, in {track.found.mean():.0%} of the looks)")
+    return f"{len(names)} face{'s' * (len(names) > 1)}: {', '.join(names)}"
