@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import favchat_jax
 from favchat_jax import evaluate
 from favchat_jax import train as page
 from favchat_jax.checkpoints import initial
@@ -27,7 +28,7 @@ from favchat_jax.training import batches as batches_room
 from favchat_jax.training.optimizer import schedule
 from favchat_jax.training.progress import Outcome
 from favchat_jax.training.step import make_step
-from tests.conftest import ROOT, damage, fill, newest, same_weights, start_module, train_alone
+from tests.conftest import DATA, ROOT, damage, fill, newest, same_weights, start_module, train_alone
 
 STEPS = 20  # of the small world's config; checkpoints at 6, 12, 18 and 20
 
@@ -418,3 +419,29 @@ def test_a_disk_that_fills_up_ends_the_run_with_one_line_and_leaves_the_last_goo
     ballast.unlink()
     last = Checkpoints(workdir).latest()
     assert last >= 2 and newest(workdir) and assembly.load_run(workdir)
+
+
+def test_a_run_with_face_crops_finds_all_faces_first_keeps_them_and_answers_with_them(small_world, trained, tmp_path):
+    packed = shutil.copytree(small_world.packed, tmp_path / "data")
+    before = str(trained.folder / "stage2")
+    changes = {"data__packed": str(packed), "data__face_crop": True, "init__from_run": before, "steps": 2}
+    config = small_world.config("stage3", data__keep_features=True, data__sampling="middle", **changes)
+    train_alone(config, tmp_path / "run")
+    (kept,) = packed.glob("**/faces-train-*.jsonl")
+    assert len(kept.read_text().splitlines()) == 36
+    model = favchat_jax.load(tmp_path / "run")
+    source = open_dataset(DATA, str(packed), "heldout")
+    clips = [source[index].clip for index in range(6)]
+    encoded = [model.encode(clip) for clip in clips]
+    assert {clip.frames.shape[-1] for clip in encoded} == {6} and any(clip.tracks.tracks for clip in encoded)
+    assert model.encode(clips[0], face_crop=False).frames.shape[-1] == 3
+    with pytest.raises(UserError, match="data.face_crop: True in the workdir, False now|data.face_crop"):
+        train_alone(config.updated({"data.face_crop": False}), tmp_path / "run")
+
+
+def test_a_run_without_the_detectors_file_says_what_to_install_before_it_trains(small_world, trained, tmp_path):
+    changes = {"data__face_crop": True, "data__detector_model": "gone.onnx", "data__smallest_face": 0.11}
+    config = small_world.config("stage3", init__from_run=str(trained.folder / "stage2"), **changes)
+    with pytest.raises(UserError, match="detector model gone.onnx: no such file"):
+        train_alone(config, tmp_path / "run")
+    assert not list(Path(small_world.packed).glob("**/faces-*.jsonl"))
