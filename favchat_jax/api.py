@@ -217,7 +217,8 @@ class Model:
         Raises:
             UserError: the video cannot be read, or shows fewer faces; the message lists them.
         """
-        return self._encoded(video, self._crop(face_crop, face))
+        crop, _ = self._chosen({"face_crop": face_crop, "face": face}, video)
+        return self._encoded(video, crop)
 
     def _encoded(self, video: Video, crop: FaceCrop | None) -> EncodedClip:
         if isinstance(video, EncodedClip):
@@ -240,7 +241,7 @@ class Model:
         return self._crop(*crop), Sampling(**drawn)
 
     def _crop(self, face_crop: bool | None, face: int | None) -> FaceCrop | None:
-        if face is not None and (not isinstance(face, int) or face < 1):
+        if face is not None and (type(face) is not int or face < 1):
             raise UserError(f"face={face}: give the number of a face, from 1, the largest")
         if face is not None and face_crop is False:
             raise UserError(f"face={face} needs the face crop: leave out face_crop=False")

@@ -176,7 +176,8 @@ def test_a_history_that_is_no_list_of_pairs_is_named(model, clips, history):
 
 def test_an_unknown_option_is_named_with_those_there_are(model, clips):
     with pytest.raises(
-        TypeError, match="unknown option top_k: the options are max_new_tokens, temperature, top_p, seed"
+        TypeError,
+        match="unknown option top_k: the options are face_crop, face, max_new_tokens, temperature, top_p, seed",
     ):
         model.answer(clips[0], "Which hair?", top_k=3)
 

@@ -304,9 +304,8 @@ def test_chat_says_at_which_face_it_looks_and_draws_the_tracks(checkpoint, comma
     assert "looking" not in command("chat", *words).stderr
     ended = command("chat", *words, "--face=3")
     assert ended.code == 2 and re.search("face=3: .*pair.mp4 has 2 faces: .*; choose one of these\n$", ended.stderr)
-    assert command("chat", *words, "--face=2", "--noface_crop").is_refusal(
-        "--face and --noface_crop exclude each other"
-    )
+    both = command("chat", *words, "--face=2", "--face_crop=false")
+    assert both.is_refusal("--face and --face_crop=false exclude each other")
     assert command("chat", *words, "--face_sheet=nowhere/a.png").is_refusal(
         "--face_sheet=nowhere/a.png cannot be written"
     )

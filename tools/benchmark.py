@@ -114,7 +114,8 @@ def agreement(ours: list[list[int]], other: list[list[int]]) -> float:
 def loader(folder: str, preset: str, baseline: bool, rounds: int, only: Sequence[str] = ()) -> Rows:
     """Measures the training stream with one worker and with one per core.
 
-    It uses large clips and small ones; with small ones, work other than decoding has the largest share.
+    It uses large clips and small ones; with small ones, work other than decoding has the largest share. Large ones are
+    also measured with a face crop.
     """
     material.make_footage(folder)
     workers = sorted({1, os.cpu_count() or 1})
@@ -122,9 +123,14 @@ def loader(folder: str, preset: str, baseline: bool, rounds: int, only: Sequence
     loops = Side("bare", bare.loop, folder, preset, *arguments, only=only)
     timings = _contest(folder, preset, baseline, rounds, "loader", *arguments, only=only, ours_only=only, more=[loops])
     loops = timings.pop("bare")
-    rows = _rows(timings, lambda setting: setting, work="loader", batch=material.CLIPS, unit="s a clip")
+    facts = {"work": "loader", "batch": material.CLIPS, "unit": "s a clip"}
+    rows = _rows(timings, lambda setting: setting, **facts)
+    measured = {row["ours_setting"] for row in rows}
+    alone = {name: timing for name, timing in timings["ours"].items() if name not in measured}  # with a face crop
+    rows += _rows({"ours": alone}, lambda setting: setting, **facts)
     for row in rows:
-        row["bare_loop"] = loops[row["ours_setting"]].median
+        size = ",".join(row["ours_setting"].split(",")[:2])  # the loop has no face crop
+        row["bare_loop"] = loops[size].median
         row["share_of_bare_loop"] = row["bare_loop"] / row["ours"]
     return rows
 

@@ -1,6 +1,7 @@
 """The benchmark: sides take turns, rows describe the measurements, and the real work runs at the tiny size."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -108,6 +109,9 @@ def test_a_group_of_responses_is_measured_as_one(folder):
 def test_our_results_equal_pytorchs_and_every_row_has_both(work, folder, monkeypatch):
     monkeypatch.setattr(benchmark, "LOADER_SECONDS", 0.5)
     rows = benchmark.WORKS[work](folder, "tiny", baseline=True, rounds=1)
+    cropped = [row for row in rows if row["ours_setting"].endswith(("face crop", "kept tracks"))]
+    assert len(cropped) == (4 if work == "loader" and os.cpu_count() > 1 else 2 if work == "loader" else 0)
+    rows = [row for row in rows if row not in cropped]
     assert {"work", "batch", "ours", "pytorch", "ratio", "unit"} <= set.intersection(*map(set, rows))
     assert all(row["ratio"] > 0 and row["work"] == work for row in rows)
 

@@ -130,6 +130,26 @@ def make_footage(folder: str) -> None:
         (large / record.id).write_bytes(rendered_faces.encode(np.stack(enlarged * 6)))  # 96 frames
 
 
+@dataclasses.dataclass(frozen=True)
+class Packed:
+    """The same records as if they were a packed split."""
+
+    records: tuple[Record, ...]
+    folder: Path
+    split: str
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> Record:
+        return self.records[index]
+
+
+def packed(folder: str, side: int) -> Packed:
+    """Returns the records of `footage`, each once."""
+    return Packed(footage(folder, side).records, Path(folder), str(side))
+
+
 def footage(folder: str, side: int) -> Footage:
     """Returns the clips of `make_footage` that are `side` pixels wide."""
     source = open_dataset(DATA, str(Path(folder) / "data"), "train")

@@ -13,6 +13,8 @@ import numpy as np
 from favchat_jax import sharding, stages
 from favchat_jax.checkpoints import run as assembly
 from favchat_jax.checkpoints.initial import new_state
+from favchat_jax.data.faces.looking import FaceCrop
+from favchat_jax.data.kept_tracks import KeptTracks, file_of, find_all
 from favchat_jax.data.loader import training_batches
 from favchat_jax.generation.sampler import Sampler, Sampling
 from favchat_jax.generation.weights import from_training
@@ -115,11 +117,17 @@ def memory() -> Callable[[], tuple[float, float]]:
 
 
 def loader(folder: str, preset: str, workers: tuple[int, ...], sides: tuple[int, ...], seconds: float) -> Runs:
-    """Returns runs that measure the training stream's seconds per clip, by worker processes and clips' size."""
+    """Returns runs that measure the training stream's seconds per clip, by worker processes and clips' size.
+
+    Large clips are also measured with a face crop: with faces that are found in the run, and with tracks kept before.
+    """
     config = material.settings(folder, preset)
     parts = assembly.assemble(config)
+    crop, large = FaceCrop(), material.packed(folder, material.LARGE)
+    find_all(large, crop, frames=config.model.frames, size=config.model.image_size, processes=0)
+    kept = KeptTracks(file_of(large, crop, config.model.frames))
 
-    def stream(count: int, side: int):
+    def stream(count: int, side: int, crop: FaceCrop | None = None, tracks: KeptTracks | None = None):
         def run() -> tuple[float, float]:
             batches = training_batches(
                 material.footage(folder, side),
@@ -130,6 +138,8 @@ def loader(folder: str, preset: str, workers: tuple[int, ...], sides: tuple[int,
                 size=config.model.image_size,
                 batch=material.CLIPS,
                 buckets=config.data.buckets,
+                face_crop=crop,
+                tracks=tracks,
                 workers=count,
             )
             with contextlib.closing(batches):
@@ -137,7 +147,12 @@ def loader(folder: str, preset: str, workers: tuple[int, ...], sides: tuple[int,
 
         return run
 
-    return {material.loader_setting(count, side): stream(count, side) for count in workers for side in sides}
+    runs = {material.loader_setting(count, side): stream(count, side) for count in workers for side in sides}
+    for count in workers:
+        name = material.loader_setting(count, material.LARGE)
+        runs[f"{name}, face crop"] = stream(count, material.LARGE, crop)
+        runs[f"{name}, kept tracks"] = stream(count, material.LARGE, crop, kept)
+    return runs
 
 
 def seconds_a_clip(batches: Any, seconds: float) -> tuple[float, float]:

@@ -111,9 +111,9 @@ def _track(numbers: dict[int, int], found: Sequence[Faces]) -> Track:
     seen = np.array(sorted(numbers))
     rows = np.array([np.concatenate([found[i].boxes[numbers[i]], found[i].eyes[numbers[i]].ravel()]) for i in seen])
     filled = np.stack([np.interp(looks, seen, column) for column in rows.T], axis=1)
-    if len(looks) > 1:  # smoothed; a face on a straight way stays on it
+    if len(looks) > 1:  # smoothed a little, since heads turn fast; a face on a straight way stays on it
         around = np.pad(filled, [(1, 1), (0, 0)], mode="reflect", reflect_type="odd")
-        filled = (around[:-2] + 2 * around[1:-1] + around[2:]) / 4
+        filled = (around[:-2] + 6 * around[1:-1] + around[2:]) / 8
     rows = filled.round(DIGITS)
     return Track(rows[:, :4], rows[:, 4:].reshape(-1, 2, 2), np.isin(looks, seen))
 
