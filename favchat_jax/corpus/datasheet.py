@@ -43,8 +43,7 @@ Settings of the clip step: `{settings}`. `dropped.parquet` lists every dropped c
 
 {dropped}
 
-Face detectors do not find all people equally well, dark skin and dim light least of all. Compare `kept.png` and
-`dropped.png`.
+Face detectors miss dark skin and dim light more often than bright faces. Compare `kept.png` and `dropped.png`.
 
 ## Annotation
 

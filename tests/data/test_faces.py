@@ -65,7 +65,7 @@ def test_two_faces_side_by_side_are_two_tracks_that_do_not_swap():
     tracks = link(found, range(12), (100, 100)).tracks
     assert len(tracks) == 2 and all(track.found.all() for track in tracks)
     for track, boxes in zip(sorted(tracks, key=lambda t: t.boxes[0, 2]), (left, right), strict=True):
-        assert np.abs(track.boxes[1:-1] - boxes[1:-1]).max() < 1e-3  # smoothing leaves a straight way as it is
+        assert np.abs(track.boxes[1:-1] - boxes[1:-1]).max() < 1e-3  # smoothing does not change a straight way
         assert np.abs(track.boxes - boxes).max() < 0.005
 
 

@@ -69,7 +69,7 @@ class Finder:
 
     Args:
         detector: of `load_detector`.
-        face: which face, from 1; 0 for the main one, or the whole frames where there is none.
+        face: number of the face, from 1; 0 takes the first face, and whole frames of a video without one.
         smallest: height of the smallest face that counts, as a share of the picture's shorter side.
         align: whether crops turn with the line between the eyes.
     """

@@ -49,8 +49,7 @@ def cut(
     if angle:
         turn = cv2.getRotationMatrix2D((x - 0.5, y - 0.5), angle, size / side)
         turn[:, 2] += [size / 2 - x, size / 2 - y]
-        shrink = cv2.INTER_AREA if side >= 2 * size else cv2.INTER_LINEAR
-        return cv2.warpAffine(picture, turn, (size, size), flags=shrink, borderMode=cv2.BORDER_REPLICATE)
+        return cv2.warpAffine(picture, turn, (size, size), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
     whole = max(1, round(side))
     top = max(0, min(round(y - side / 2), picture.shape[0] - whole))
     left = max(0, min(round(x - side / 2), picture.shape[1] - whole))
