@@ -26,7 +26,7 @@ from av.error import FFmpegError
 from av.stream import Disposition
 from jaxtyping import Float, Int, UInt8
 
-from favchat_jax.data.faces.looking import FaceCrop, FaceReader
+from favchat_jax.data.faces.looking import FaceCrop, FaceReader, with_faces
 from favchat_jax.data.faces.search import LOOKS
 from favchat_jax.data.faces.tracks import Tracks
 from favchat_jax.data.keyframes import DamagedError, Reader, read_timeline
@@ -160,7 +160,7 @@ def decode(
     pictures = np.stack([found.pictures[index] for index in indices])
     if faces:
         tracks = faces.tracks(looks(len(found.seconds), frames))
-        pictures = np.concatenate([pictures, faces.cut(tracks, pictures, indices, squares.mirrored)], axis=-1)
+        pictures = with_faces(pictures, faces.cut(tracks, pictures, indices, squares.mirrored))
     return Clip(
         frames=pictures,
         seconds=np.array([found.seconds[index] for index in indices], np.float32),

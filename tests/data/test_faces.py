@@ -129,12 +129,32 @@ def test_the_square_is_the_widened_box_inside_the_picture(box, shape, expected):
     assert squares(tracks, tracks.tracks[0], [0], False)[0] == pytest.approx(expected)
 
 
-def test_frames_between_two_looks_have_squares_between_theirs():
+def test_between_two_looks_the_square_moves_on_a_straight_line():
     tracks = dataclasses.replace(
         tracks_of([(0.2, 0.4, 0.2, 0.4), (0.4, 0.6, 0.6, 0.8)], (100, 100)), places=np.array([10, 20])
     )
     y, x, side, _ = squares(tracks, tracks.tracks[0], [0, 10, 15, 20, 99], False).T
-    assert y == pytest.approx([30, 30, 40, 50, 50]) and x == pytest.approx([30, 30, 50, 70, 70]) and np.ptp(side) < 1e-9
+    assert y == pytest.approx([33, 33, 40, 47, 47]) and x == pytest.approx([33, 33, 50, 67, 67])  # 3 px: 0.15 of 20
+    assert np.ptp(side) < 1e-9
+
+
+def test_the_square_holds_still_while_a_head_nods_and_its_size_does_not_shake():
+    nods = [(0.4 + dy, 0.6 + dy + grown, 0.4, 0.6) for dy, grown in ((0, 0), (0.02, 0.02), (-0.02, 0), (0.03, 0.03))]
+    tracks = tracks_of(nods, (200, 300))
+    assert np.ptp(squares(tracks, tracks.tracks[0], range(len(nods)), False), axis=0).max() < 1e-9
+
+
+def test_the_face_never_leaves_its_square():
+    rng = np.random.default_rng(0)
+    steps, sizes = rng.normal(0, 0.1, (200, 2)).cumsum(axis=0), 0.3 * np.exp(rng.normal(0, 0.1, 200).cumsum())
+    low = 50 + steps - sizes[:, None] / 2
+    boxes = np.stack([low[:, 0], low[:, 0] + sizes, low[:, 1], low[:, 1] + sizes], axis=1) / 100
+    tracks = tracks_of([tuple(box) for box in boxes], (10000, 10000))
+    y, x, side, _ = squares(tracks, tracks.tracks[0], range(200), False).T
+    top, bottom, left, right = 10000 * boxes.T
+    assert (y - side / 2 <= top).all() and (bottom <= y + side / 2).all()
+    assert (x - side / 2 <= left).all() and (right <= x + side / 2).all()
+    assert (np.abs(np.log(side / (1.5 * (bottom - top)))) <= np.log(1.15) + 1e-9).all()
 
 
 def test_an_aligned_crop_puts_the_eyes_on_one_level():
@@ -157,8 +177,10 @@ def test_the_crop_follows_the_face_and_the_general_stream_keeps_the_whole_frame(
     cropped = decode(clip, frames=6, size=60, face_crop=FaceCrop())
     assert cropped.frames.shape == (6, 60, 60, 6)
     assert (cropped.frames[..., :3] == decode(clip, frames=6, size=60).frames).all()
-    for face in cropped.frames[..., 3:]:  # 40 of 60 pixels in the middle
-        assert bright(face)[0] == pytest.approx((1 / 6, 5 / 6, 1 / 6, 5 / 6), abs=0.05)
+    for face in cropped.frames[..., 3:]:  # 40 of 60 pixels; in the middle, but for how far the square may lag behind
+        top, bottom, left, right = bright(face)[0]
+        assert (top, bottom, right - left) == pytest.approx((1 / 6, 5 / 6, 2 / 3), abs=0.05)
+        assert left == pytest.approx(1 / 6, abs=0.1 + 0.02)
 
 
 @pytest.mark.parametrize("degrees", [90, 180, 270])

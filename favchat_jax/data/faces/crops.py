@@ -1,4 +1,7 @@
-"""Cuts squares around a tracked face, as FaceXFormer expects them: the detector's box, widened by half."""
+"""Cuts squares around a tracked face, as FaceXFormer expects them: the detector's box, widened by half.
+
+The square holds still while the face stays well inside it. If it followed every move, a nod would not be seen.
+"""
 
 from collections.abc import Sequence
 
@@ -10,27 +13,43 @@ from numpy.typing import ArrayLike
 from favchat_jax.data.faces.tracks import Track, Tracks
 
 WIDENED = 1.5  # side of the square in sides of the box
+AWAY = 0.15  # of the box's side: how far the face gets from the square's middle before the square follows
+RESIZED = 1.15  # how much larger or smaller the face gets before the square does
 
 
 def squares(tracks: Tracks, track: Track, frames: Sequence[int], align: bool) -> Float[np.ndarray, "T 4"]:
     """Returns middle y and x, side and angle of the face's square in each frame, in pixels and degrees.
 
-    A square that would leave the picture moves inside. It is never larger than the picture's shorter side.
+    A square that would leave the picture moves inside. It is never larger than the picture's shorter side. Between two
+    looks it moves on a straight line.
 
     Args:
         frames: numbers of the frames.
         align: whether squares turn with the line between the eyes, if the detector has points.
     """
     height, width = tracks.shape
-    top, bottom, left, right = between(tracks, track.boxes, frames).T * [[height], [height], [width], [width]]
-    side = np.minimum(WIDENED * np.maximum(bottom - top, right - left), min(height, width))
-    y = np.clip((top + bottom) / 2, side / 2, height - side / 2)
-    x = np.clip((left + right) / 2, side / 2, width - side / 2)
+    top, bottom, left, right = track.boxes.T * [[height], [height], [width], [width]]
+    box = np.maximum(np.maximum(bottom - top, right - left), 1)
+    box = np.exp(_held(np.log(box), np.full(len(box), np.log(RESIZED))))
+    middles = (_held((low + high) / 2, AWAY * box) for low, high in ((top, bottom), (left, right)))
+    y, x, side = between(tracks, np.stack([*middles, WIDENED * box], axis=1), frames).T
+    side = np.minimum(side, min(height, width))
+    y = np.clip(y, side / 2, height - side / 2)
+    x = np.clip(x, side / 2, width - side / 2)
     angle = np.zeros(len(side))
     if align:
         one_y, one_x, other_y, other_x = between(tracks, track.eyes.reshape(-1, 4), frames).T
         angle = np.degrees(np.arctan2((other_y - one_y) * height, (other_x - one_x) * width))
     return np.stack([y, x, side, np.nan_to_num(angle)], axis=1)
+
+
+def _held(path: Float[np.ndarray, " M"], slack: Float[np.ndarray, " M"]) -> Float[np.ndarray, " M"]:
+    """Returns a path that stays where it is as long as it is within `slack` of another one."""
+    low, high = path - slack, path + slack
+    held = [np.clip((path.min() + path.max()) / 2, low[0], high[0])]
+    for least, most in zip(low[1:], high[1:], strict=True):
+        held.append(np.clip(held[-1], least, most))
+    return np.array(held)
 
 
 def between(tracks: Tracks, rows: Float[np.ndarray, "M K"], frames: ArrayLike) -> Float[np.ndarray, "T K"]:

@@ -14,9 +14,9 @@ from favchat_jax.data.faces.detectors import Detector, Faces
 
 LOOKS = 16  # most frames of a clip that are searched
 SMALLEST_SIDE = 8  # pixels
-SMALL = 48  # shorter side in pixels of a look in the picture of all looks
+SMALL = 40  # shorter side in pixels of a look in the picture of all looks
 CLOSE = 0.25  # of the picture's shorter side: height of a face that is found in a look of SMALL pixels
-MOST = 0.75  # share of the looks that must show a close face; the gaps between them are filled
+MOST = 0.5  # share of the looks that must show a close face; the gaps between them are filled
 
 
 class Picture(Protocol):

@@ -24,7 +24,7 @@ class Track:
 
     Attributes:
         boxes: top, bottom, left and right in each look, in shares of the picture; filled in where the face was not
-            found, and smoothed.
+            found.
         eyes: y and x of both eyes likewise; NaN if the detector has no points.
         found: the looks in which the detector found the face.
     """
@@ -111,9 +111,6 @@ def _track(numbers: dict[int, int], found: Sequence[Faces]) -> Track:
     seen = np.array(sorted(numbers))
     rows = np.array([np.concatenate([found[i].boxes[numbers[i]], found[i].eyes[numbers[i]].ravel()]) for i in seen])
     filled = np.stack([np.interp(looks, seen, column) for column in rows.T], axis=1)
-    if len(looks) > 1:  # smoothed a little, since heads turn fast; a face on a straight way stays on it
-        around = np.pad(filled, [(1, 1), (0, 0)], mode="reflect", reflect_type="odd")
-        filled = (around[:-2] + 6 * around[1:-1] + around[2:]) / 8
     rows = filled.round(DIGITS)
     return Track(rows[:, :4], rows[:, 4:].reshape(-1, 2, 2), np.isin(looks, seen))
 
