@@ -38,7 +38,7 @@ class RenderedFaces(RecordBuilder, skip_registration=True):
     BUILDER_CONFIGS = [
         Size(name="full", description="The demo's clips.", train=3000, heldout=480),
         Size(name="smoke", description="A few clips, for tests.", train=36, heldout=18),
-        Size(name="far", description="The same clips, with faces in larger pictures.", train=3000, heldout=480, far=True),
+        Size(name="far", description="Clips with faces in larger pictures.", train=3000, heldout=480, far=True),
     ]
 
     LABELS = tuple(rendered_faces.LABELS)

@@ -13,6 +13,7 @@ from favchat_jax.data.faces import looking
 from favchat_jax.data.faces.crops import cut, squares
 from favchat_jax.data.faces.detectors import CenterFace, centerface_file, load_detector, overlap
 from favchat_jax.data.faces.looking import FaceCrop
+from favchat_jax.data.faces.search import search
 from favchat_jax.data.faces.sheet import draw_sheet
 from favchat_jax.data.faces.tracks import Track, Tracks, link, listing
 from favchat_jax.data.picture import Augment
@@ -245,6 +246,42 @@ def test_a_face_that_the_clip_lacks_is_refused_with_the_list(stub):
         decode(clip, frames=4, size=60, face_crop=FaceCrop(face=3), name="clip a")
 
 
+@pytest.mark.parametrize(
+    "close, thorough, expected",
+    [
+        ("1111111111111111", False, ""),
+        ("1111111111111111", True, "0123456789abcdef"),
+        ("1001001001001001", False, ""),  # short gaps are filled
+        ("1000111111111111", False, "123"),
+        ("0111111111111110", False, "0f"),  # the ends are no gaps
+        ("11111111?1111111", False, ""),
+        ("????????????????", False, "0123456789abcdef"),  # faint finds alone may be errors
+        ("0000000000000000", False, "0123456789abcdef"),
+    ],
+)
+def test_only_looks_without_a_close_face_are_searched_again(close, thorough, expected):
+    searched = []
+
+    class Detector:
+        SIDE, LONGEST = 360, 1440
+
+        def __call__(self, picture):
+            if picture.shape[0] == self.SIDE:
+                searched.append(picture[0, 0, 0])
+                return faces([])
+            boxes = [(row / 4, (row + 0.9) / 4, at / 4, (at + 0.9) / 4) for row, at in map(divmod, range(16), [4] * 16)]
+            found = faces(boxes)
+            there = np.array([mark != "0" for mark in close])
+            return dataclasses.replace(found, sure=np.array([mark == "1" for mark in close]))[there]
+
+    def picture(number, shape):
+        return np.full((*shape, 3), number, np.uint8)
+
+    found = search(Detector(), range(16), picture, (100, 100), thorough=thorough)
+    assert searched == [int(look, 16) for look in expected]
+    assert [len(one) for one in found] == [mark != "0" for mark in close]
+
+
 def test_the_smallest_face_that_counts_is_a_share_of_the_shorter_side(stub):
     stub(lambda picture: [(0.1, 0.19, 0.6, 0.9)])
     clip = video(list(rendered(12)))
@@ -328,14 +365,14 @@ def smoke(tmp_path_factory):
     return folder
 
 
-def search(source, processes=0, crop=None):
+def find_all(source, processes=0, crop=None):
     kept_tracks.find_all(source, crop or FaceCrop(), frames=4, size=32, processes=processes)
     return kept_tracks.file_of(source, crop or FaceCrop(), 4)
 
 
 def test_kept_tracks_are_those_of_decoding(smoke):
     source = open_dataset("rendered_faces/smoke", smoke, "heldout")
-    kept = kept_tracks.KeptTracks(search(source))
+    kept = kept_tracks.KeptTracks(find_all(source))
     for index in range(len(source)):
         record = source[index]
         clip = decode(record.clip, frames=4, size=32, face_crop=FaceCrop())
@@ -346,19 +383,19 @@ def test_kept_tracks_are_those_of_decoding(smoke):
 
 def test_a_stopped_search_goes_on_and_several_processes_write_the_same(smoke, monkeypatch):
     source = open_dataset("rendered_faces/smoke", smoke, "train")
-    file = search(source)
+    file = find_all(source)
     whole = file.read_bytes()
     lines = whole.splitlines(keepends=True)
     assert [json.loads(line)["id"] for line in lines] == [source[i].id for i in range(len(source))]
     file.write_bytes(b"".join(lines[:20]) + lines[20][:30])
     searched = []
     monkeypatch.setattr(kept_tracks, "decode", lambda *a, **k: searched.append(1) or decode(*a, **k))
-    search(source)
+    find_all(source)
     assert file.read_bytes() == whole and len(searched) == len(source) - 20
-    search(source)
+    find_all(source)
     assert len(searched) == len(source) - 20
     file.unlink()
-    search(source, processes=2)
+    find_all(source, processes=2)
     assert file.read_bytes() == whole
 
 

@@ -86,7 +86,8 @@ class Finder:
         def picture(number, shape):
             frame = frames[number]
             frame = _filtered(frame, ("field", "type=top")) if frame.interlaced_frame else frame
-            return _as_shown(_to_rgb(reformatter, frame, shape, Interpolation.BICUBIC), *axes)
+            way = Interpolation.AREA if shape[0] < stored[0] else Interpolation.BICUBIC
+            return _as_shown(_to_rgb(reformatter, frame, shape, way), *axes)
 
         found = search(self.detector, looks, picture, stored, thorough=bool(self.face))
         found = [faces.at_least(self.smallest, height, width) for faces in found]

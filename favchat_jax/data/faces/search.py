@@ -1,9 +1,10 @@
 """Searches the frames of a clip for faces.
 
 Most clips show one face at close range. All looks at such a clip fit into one small picture, in which the detector
-finds the face at once. Only where it does not, each look is searched at the detector's full resolution.
+finds the face at once. Only looks in which it does not are searched at the detector's full resolution.
 """
 
+import itertools
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -14,9 +15,9 @@ from favchat_jax.data.faces.detectors import Detector, Faces
 
 LOOKS = 16  # most frames of a clip that are searched
 SMALLEST_SIDE = 8  # pixels
-SMALL = 40  # shorter side in pixels of a look in the picture of all looks
+SMALL = 48  # shorter side in pixels of a look in the picture of all looks
 CLOSE = 0.25  # of the picture's shorter side: height of a face that is found in a look of SMALL pixels
-MOST = 0.5  # share of the looks that must show a close face; the gaps between them are filled
+GAP = 3  # looks from one close face to the next between which none is searched again; the gap is filled
 
 
 class Picture(Protocol):
@@ -35,17 +36,20 @@ def search(
         looks: numbers of the frames that are searched, at most LOOKS.
         picture: see `Picture`.
         shape: stored height and width of the frames.
-        thorough: whether to search at full resolution even if most looks show a face at close range.
+        thorough: whether to search every look at full resolution, even if it shows a face at close range.
     """
     small = fitted(shape, SMALL, 4 * SMALL)
-    close, (high, wide) = _at_close_range(detector, [picture(number, small) for number in looks])
-    seen = sum(len(faces.at_least(CLOSE, high, wide)) > 0 for faces in close)
-    if seen >= MOST * len(looks) and not thorough:
-        return close
+    found, (high, wide) = _at_close_range(detector, [picture(number, small) for number in looks])
+    close = [look for look, faces in enumerate(found) if faces.at_least(CLOSE, high, wide).sure.any()]
+    gaps = [range(before, after) for before, after in itertools.pairwise(close) if after - before <= GAP]
+    settled = set() if thorough else {*close, *itertools.chain(*gaps)}
     full = fitted(shape, detector.SIDE, detector.LONGEST)
-    found = [detector(picture(number, full)) for number in looks]
-    # At full resolution, detectors miss some faces that fill the picture.
-    return [faces if len(faces) else near for faces, near in zip(found, close, strict=True)]
+    for look, number in enumerate(looks):
+        if look not in settled:
+            faces = detector(picture(number, full))
+            # At full resolution, detectors miss some faces that fill the picture.
+            found[look] = faces if len(faces) else found[look]
+    return found
 
 
 def _at_close_range(
