@@ -66,17 +66,28 @@ def test_two_faces_side_by_side_are_two_tracks_that_do_not_swap():
     tracks = link(found, range(12), (100, 100)).tracks
     assert len(tracks) == 2 and all(track.found.all() for track in tracks)
     for track, boxes in zip(sorted(tracks, key=lambda t: t.boxes[0, 2]), (left, right), strict=True):
-        assert np.abs(track.boxes[1:-1] - boxes[1:-1]).max() < 1e-3  # smoothing does not change a straight way
-        assert np.abs(track.boxes - boxes).max() < 0.005
+        assert np.abs(track.boxes - boxes).max() < 1e-3
 
 
 def test_gaps_are_filled_along_the_way_and_a_long_absence_begins_another_track():
     boxes = moving(16, (0.2, 0.2), (0.02, 0.02))
     gap = [faces([] if look in (5, 6, 7) else [box]) for look, box in enumerate(boxes)]
     (track,) = link(gap, range(16), (100, 100)).tracks
-    assert np.abs(track.boxes[1:-1] - boxes[1:-1]).max() < 1e-3 and track.found.sum() == 13
+    assert np.abs(track.boxes - boxes).max() < 1e-3 and track.found.sum() == 13
     longer = [faces([] if 4 <= look < 9 else [box]) for look, box in enumerate(boxes)]
     assert len(link(longer, range(16), (100, 100)).tracks) == 2
+
+
+def test_the_only_face_in_the_picture_stays_one_track_however_far_it_moves():
+    places = [(0.1, 0.3, 0.1, 0.3), (0.6, 0.8, 0.7, 0.9), (0.1, 0.3, 0.5, 0.7)] * 4
+    (track,) = link([faces([box]) for box in places], range(12), (100, 100)).tracks
+    assert track.found.all() and np.abs(track.boxes - places).max() < 1e-3
+    far = (0.8, 1.0, 0.0, 0.2)
+    faint = [faces([far], sure=False) if number == 5 else faces([box]) for number, box in enumerate(places)]
+    (track,) = link(faint, range(12), (100, 100)).tracks  # a faint find elsewhere may be an error
+    assert np.flatnonzero(~track.found).tolist() == [5]
+    other = (0.7, 0.9, 0.1, 0.3)  # with another person in the picture, a face that jumps may be a third one
+    assert len(link([faces([box, other]) for box in places], range(12), (100, 100)).tracks) > 2
 
 
 def test_a_find_in_one_look_only_is_no_track_unless_there_is_one_look():
@@ -246,40 +257,55 @@ def test_a_face_that_the_clip_lacks_is_refused_with_the_list(stub):
         decode(clip, frames=4, size=60, face_crop=FaceCrop(face=3), name="clip a")
 
 
+class InSheets:
+    """Finds faces in those looks of the first and of the second sheet that are marked 1, faint ones where marked ?."""
+
+    SIDE, LONGEST = 360, 1440
+
+    def __init__(self, first, second):
+        self._marks, self.searched = {48: first, 160: second}, []
+
+    def __call__(self, picture):
+        if picture.shape[0] == self.SIDE:
+            self.searched.append(int(picture[0, 0, 0]))
+            return faces([])
+        below = np.flatnonzero(picture[1:, 0, 0] != picture[:-1, 0, 0])  # where another look begins
+        side = int(below[0]) + 1 if len(below) else picture.shape[0]
+        high, wide = (length // side for length in picture.shape[:2])
+        looks = picture[::side, ::side, 0].ravel()[: np.count_nonzero(picture[::side, ::side, 1])]
+        marks = np.array([self._marks[side][look] for look in looks])
+        boxes = [(row / high, (row + 0.9) / high, at / wide, (at + 0.9) / wide) for row, at in cells(len(looks), wide)]
+        return dataclasses.replace(faces(boxes), sure=marks == "1")[marks != "0"]
+
+
+def cells(count, wide):
+    return [divmod(number, wide) for number in range(count)]
+
+
 @pytest.mark.parametrize(
-    "close, thorough, expected",
+    "first, second, thorough, expected",
     [
-        ("1111111111111111", False, ""),
-        ("1111111111111111", True, "0123456789abcdef"),
-        ("1001001001001001", False, ""),  # short gaps are filled
-        ("1000111111111111", False, "123"),
-        ("0111111111111110", False, "0f"),  # the ends are no gaps
-        ("11111111?1111111", False, ""),
-        ("????????????????", False, "0123456789abcdef"),  # faint finds alone may be errors
-        ("0000000000000000", False, "0123456789abcdef"),
+        ("1111111111111111", "", False, ""),
+        ("1111111111111111", "", True, "0123456789abcdef"),
+        ("1001001001001001", "", False, ""),  # short gaps are filled
+        ("1000111111111111", "0" * 16, False, "123"),
+        ("0111111111111110", "0" * 16, False, "0f"),  # the ends are no gaps
+        ("11111111?1111111", "", False, ""),
+        ("????????????????", "?" * 16, False, "0123456789abcdef"),  # faint finds alone may be errors
+        ("0000000000000000", "0" * 16, False, "0123456789abcdef"),
+        ("0000000000000000", "1" * 16, False, ""),
+        ("1110000000000000", "0000010010010000", False, "cdef"),
     ],
 )
-def test_only_looks_without_a_close_face_are_searched_again(close, thorough, expected):
-    searched = []
-
-    class Detector:
-        SIDE, LONGEST = 360, 1440
-
-        def __call__(self, picture):
-            if picture.shape[0] == self.SIDE:
-                searched.append(picture[0, 0, 0])
-                return faces([])
-            boxes = [(row / 4, (row + 0.9) / 4, at / 4, (at + 0.9) / 4) for row, at in map(divmod, range(16), [4] * 16)]
-            found = faces(boxes)
-            there = np.array([mark != "0" for mark in close])
-            return dataclasses.replace(found, sure=np.array([mark == "1" for mark in close]))[there]
-
+def test_only_looks_that_show_no_face_are_searched_again(first, second, thorough, expected):
     def picture(number, shape):
-        return np.full((*shape, 3), number, np.uint8)
+        return np.full((*shape, 3), (number, 255, number), np.uint8)
 
-    found = search(Detector(), range(16), picture, (100, 100), thorough=thorough)
-    assert searched == [int(look, 16) for look in expected]
-    assert [len(one) for one in found] == [mark != "0" for mark in close]
+    detector = InSheets(first, second)
+    found = search(detector, range(16), picture, (100, 100), thorough=thorough)
+    assert detector.searched == [int(look, 16) for look in expected]
+    last = [a if b == "0" else b for a, b in zip(first, second or first, strict=True)]
+    assert all(len(faces) == 1 for faces, mark in zip(found, last, strict=True) if mark != "0")
 
 
 def test_the_smallest_face_that_counts_is_a_share_of_the_shorter_side(stub):

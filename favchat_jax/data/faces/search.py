@@ -1,7 +1,8 @@
 """Searches the frames of a clip for faces.
 
 Most clips show one face at close range. All looks at such a clip fit into one small picture, in which the detector
-finds the face at once. Only looks in which it does not are searched at the detector's full resolution.
+finds the face at once. Looks in which it does not go into a second, larger one. Only what is left is searched at the
+detector's full resolution.
 """
 
 import itertools
@@ -15,9 +16,10 @@ from favchat_jax.data.faces.detectors import Detector, Faces
 
 LOOKS = 16  # most frames of a clip that are searched
 SMALLEST_SIDE = 8  # pixels
-SMALL = 48  # shorter side in pixels of a look in the picture of all looks
-CLOSE = 0.25  # of the picture's shorter side: height of a face that is found in a look of SMALL pixels
-GAP = 3  # looks from one close face to the next between which none is searched again; the gap is filled
+# Shorter side in pixels of a look in a sheet of looks, and height of a face that is found in it for certain, as a share
+# of that side.
+SHEETS = ((48, 0.25), (160, 0.12))
+GAP = 3  # looks from one face to the next between which none is searched again; the gap is filled
 
 
 class Picture(Protocol):
@@ -36,26 +38,33 @@ def search(
         looks: numbers of the frames that are searched, at most LOOKS.
         picture: see `Picture`.
         shape: stored height and width of the frames.
-        thorough: whether to search every look at full resolution, even if it shows a face at close range.
+        thorough: whether to search every look at full resolution, even if a sheet shows a face in it.
     """
-    small = fitted(shape, SMALL, 4 * SMALL)
-    found, (high, wide) = _at_close_range(detector, [picture(number, small) for number in looks])
-    close = [look for look, faces in enumerate(found) if faces.at_least(CLOSE, high, wide).sure.any()]
-    gaps = [range(before, after) for before, after in itertools.pairwise(close) if after - before <= GAP]
-    settled = set() if thorough else {*close, *itertools.chain(*gaps)}
+    found: dict[int, Faces] = {}
+    shown: set[int] = set()  # looks that show a face for certain
+    for side, least in SHEETS:
+        small, rest = fitted(shape, side, 4 * side), sorted({*range(len(looks))} - _settled(shown))
+        pictures = [picture(looks[look], small) for look in rest]
+        for look, faces in zip(rest, _in_one_sheet(detector, pictures) if rest else [], strict=True):
+            found[look] = faces if len(faces) or look not in found else found[look]
+            if faces.at_least(least, *pictures[0].shape[:2]).sure.any():
+                shown.add(look)
     full = fitted(shape, detector.SIDE, detector.LONGEST)
-    for look, number in enumerate(looks):
-        if look not in settled:
-            faces = detector(picture(number, full))
-            # At full resolution, detectors miss some faces that fill the picture.
-            found[look] = faces if len(faces) else found[look]
-    return found
+    for look in sorted({*range(len(looks))} - (set() if thorough else _settled(shown))):
+        faces = detector(picture(looks[look], full))
+        # At full resolution, detectors miss some faces that fill the picture.
+        found[look] = faces if len(faces) else found[look]
+    return [found[look] for look in range(len(looks))]
 
 
-def _at_close_range(
-    detector: Detector, pictures: Sequence[UInt8[np.ndarray, "H W 3"]]
-) -> tuple[list[Faces], tuple[int, int]]:
-    """Searches one sheet of small pictures; returns the faces of each and the pictures' shape."""
+def _settled(shown: set[int]) -> set[int]:
+    """Returns looks that show a face, with the short gaps between them."""
+    gaps = (range(before, after) for before, after in itertools.pairwise(sorted(shown)) if after - before <= GAP)
+    return {*shown, *itertools.chain(*gaps)}
+
+
+def _in_one_sheet(detector: Detector, pictures: Sequence[UInt8[np.ndarray, "H W 3"]]) -> list[Faces]:
+    """Searches all pictures in one sheet; returns the faces of each."""
     high, wide = pictures[0].shape[:2]
     across = max(1, round((len(pictures) * high / wide) ** 0.5))
     rows = -(-len(pictures) // across)
@@ -64,8 +73,7 @@ def _at_close_range(
         sheet[number // across, :, number % across] = picture
     seen = detector(sheet.reshape(rows * high, across * wide, 3))
     places = (divmod(number, across) for number in range(len(pictures)))
-    inside = [seen.inside(row / rows, (row + 1) / rows, at / across, (at + 1) / across) for row, at in places]
-    return inside, (high, wide)
+    return [seen.inside(row / rows, (row + 1) / rows, at / across, (at + 1) / across) for row, at in places]
 
 
 def fitted(shape: tuple[int, int], side: int, longest: int) -> tuple[int, int]:

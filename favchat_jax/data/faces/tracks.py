@@ -2,6 +2,7 @@
 
 A face that is found in one of several frames only is no track: detectors err now and then, but seldom twice in one
 place. For the same reason a faint find counts beside a sure one of the same face (ByteTrack; Zhang et al., 2022).
+Nobody is recognised: a face that is alone in the picture in two looks is taken for one person's, however far it moved.
 """
 
 from collections.abc import Sequence
@@ -71,7 +72,8 @@ def link(found: Sequence[Faces], places: Sequence[int], shape: tuple[int, int]) 
 def linked(found: Sequence[Faces], shape: tuple[int, int]) -> list[dict[int, int]]:
     """Returns for each track the number of its face in each look that shows it.
 
-    In each look, the nearest pairs of a track and a face join first. A face that is near no track begins a new one.
+    In each look, the nearest pairs of a track and a face join first. A face that is near no track begins a new one,
+    unless it is the only one in the picture before and now.
     """
     begun: list[dict[int, int]] = []
     alive: list[dict[int, int]] = []
@@ -86,12 +88,18 @@ def linked(found: Sequence[Faces], shape: tuple[int, int]) -> list[dict[int, int
             if j in free and look not in alive[i]:
                 alive[i][look] = j
                 free.remove(j)
+        people = [track for track in alive if _is_sure(track, found)]
+        if len(people) == len(seen) == len(free) == 1 and found[look].sure[0]:  # alone, but too far away for a pair
+            people[0][look] = free.pop()
         new = [{look: j} for j in sorted(free)]
         begun += new
         alive += new
     least = min(2, len(found))
-    sure = (track for track in begun if any(found[look].sure[j] for look, j in track.items()))
-    return [track for track in sure if len(track) >= least]
+    return [track for track in begun if len(track) >= least and _is_sure(track, found)]
+
+
+def _is_sure(track: dict[int, int], found: Sequence[Faces]) -> bool:
+    return any(found[look].sure[j] for look, j in track.items())
 
 
 def _near(tracks: Sequence[Float[np.ndarray, " 4"]], faces: Float[np.ndarray, "N 4"]) -> list[tuple[float, int, int]]:
