@@ -69,6 +69,9 @@ class Options(TypedDict, total=False):
         max_new_tokens: longest answer, 1 to 4096 tokens; 64 by default.
         temperature: 0, the default, takes the likeliest token; a higher one divides the scores before a token is drawn.
         top_p: draw among the likeliest tokens whose probabilities add up to this; 1 by default.
+        top_k: draw among so many of the likeliest tokens; 0, the default, for all.
+        repetition_penalty: divides the scores of tokens that the answer has already; 1, the default, leaves them.
+        stop: a text before which an answer ends, or several; none by default.
         seed: seed of the draws, 64 bits; 0 by default.
     """
 
@@ -77,6 +80,9 @@ class Options(TypedDict, total=False):
     max_new_tokens: int
     temperature: float
     top_p: float
+    top_k: int
+    repetition_penalty: float
+    stop: str | Several[str]
     seed: int
 
 
@@ -238,6 +244,8 @@ class Model:
         if crop != (None, None) and any(isinstance(one, EncodedClip) for one in videos):
             raise UserError("the clip is encoded already: give face_crop and face to `encode`")
         drawn = {name: value for name, value in options.items() if name not in ("face_crop", "face")}
+        if isinstance(stop := drawn.get("stop"), str | list):
+            drawn["stop"] = (stop,) if isinstance(stop, str) else tuple(stop)
         return self._crop(*crop), Sampling(**drawn)
 
     def _crop(self, face_crop: bool | None, face: int | None) -> FaceCrop | None:

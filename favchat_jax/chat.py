@@ -129,6 +129,9 @@ def main() -> None:
         "max_new_tokens": _MAX_NEW_TOKENS.value,
         "temperature": _TEMPERATURE.value,
         "top_p": _TOP_P.value,
+        "top_k": _TOP_K.value,
+        "repetition_penalty": _REPETITION_PENALTY.value,
+        "stop": tuple(_STOP.value),
         "seed": _SEED.value,
     }
     Sampling(**sampling)  # refused before any work
@@ -162,7 +165,10 @@ if __name__ == "__main__":
     _JSON = flags.DEFINE_bool("json", False, "Print each answer as a line of JSON with its question")
     _MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 64, "Longest answer, in tokens")
     _TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 is greedy")
-    _TOP_P = flags.DEFINE_float("top_p", 1.0, "Nucleus")
+    _TOP_P = flags.DEFINE_float("top_p", 1.0, "Draw among the likeliest tokens whose probabilities add up to this")
+    _TOP_K = flags.DEFINE_integer("top_k", 0, "Draw among so many of the likeliest tokens; 0 for all")
+    _REPETITION_PENALTY = flags.DEFINE_float("repetition_penalty", 1.0, "Above 1, words that were said come back less")
+    _STOP = flags.DEFINE_multi_string("stop", [], "Text before which an answer ends; may be given several times")
     _FACE_CROP = flags.DEFINE_bool("face_crop", None, command_line.FACE_CROP)
     _FACE = flags.DEFINE_integer("face", None, command_line.FACE, 1)
     _FACE_SHEET = flags.DEFINE_string("face_sheet", None, "PNG file for the video's frames with boxes around its faces")

@@ -118,6 +118,9 @@ OUT_OF_RANGE = {
     "temperature": (-1.0, float("nan"), float("inf")),
     "top_p": (-0.1, 2.0, float("nan")),
     "seed": (2**64, -(2**64)),
+    "top_k": (-1, 2.5),
+    "repetition_penalty": (0.0, -1.0, float("nan")),
+    "stop": ("", ["one", ""], [1]),
 }
 
 
@@ -177,9 +180,17 @@ def test_a_history_that_is_no_list_of_pairs_is_named(model, clips, history):
 def test_an_unknown_option_is_named_with_those_there_are(model, clips):
     with pytest.raises(
         TypeError,
-        match="unknown option top_k: the options are face_crop, face, max_new_tokens, temperature, top_p, seed",
+        match="unknown option beams: the options are face_crop, face, max_new_tokens, temperature, top_p, top_k, ",
     ):
-        model.answer(clips[0], "Which hair?", top_k=3)
+        model.answer(clips[0], "Which hair?", beams=3)
+
+
+def test_one_stop_text_or_several_end_an_answer(model, clips):
+    whole = model.answer(clips[0], "Which hair?")
+    assert len(whole) > 2
+    expected = whole[: whole.index(whole[2])].strip()
+    for stop in (whole[2], [whole[2]], ("never there", whole[2])):
+        assert model.answer(clips[0], "Which hair?", stop=stop) == expected
 
 
 def test_a_stream_is_refused_when_it_is_asked_for_and_has_no_empty_pieces(model, clips):

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from einops import rearrange
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, UInt8
@@ -22,6 +23,15 @@ from favchat_jax.programs import Traces, kept
 from favchat_jax.sharding import one_device
 
 
+class Drawing(NamedTuple):
+    """How tokens are drawn, as arrays, so that other values do not compile again; see `Sampling`."""
+
+    temperature: Float[Array | np.ndarray, ""]
+    top_k: Int[Array | np.ndarray, ""]
+    top_p: Float[Array | np.ndarray, ""]
+    repetition_penalty: Float[Array | np.ndarray, ""]
+
+
 class Decoding(NamedTuple):
     """The state of R sequences that are being written.
 
@@ -29,6 +39,7 @@ class Decoding(NamedTuple):
         token: the last token that was drawn.
         position: its position.
         done: whether the sequence has ended.
+        written: the tokens of the vocabulary that the answer has so far.
         key: data of the random key of the next draws.
         cache: keys and values of earlier tokens.
     """
@@ -36,34 +47,42 @@ class Decoding(NamedTuple):
     token: Int[Array, " R"]
     position: Int[Array, " R"]
     done: Bool[Array, " R"]
+    written: Bool[Array, "R V"]
     key: Array
     cache: Cache
 
 
-for named_tuple in (ClipFeatures, LayerCache, Decoding):
+for named_tuple in (ClipFeatures, LayerCache, Drawing, Decoding):
     jax.export.register_namedtuple_serialization(named_tuple, serialized_name=f"favchat_jax.{named_tuple.__name__}")
 
 
-def draw(
-    logits: Float[Array, "R V"], key: Array, temperature: Float[Array, ""], top_p: Float[Array, ""]
-) -> Int[Array, " R"]:
-    """Draws one token per row: the likeliest at temperature 0, else at random from the nucleus of `top_p`."""
+def draw(logits: Float[Array, "R V"], written: Bool[Array, "R V"], key: Array, how: Drawing) -> Int[Array, " R"]:
+    """Draws one token per row: the likeliest at temperature 0, else at random.
 
-    def nucleus(scores: Float[Array, "R V"]) -> Float[Array, "R V"]:
-        ordered = jnp.sort(scores, axis=-1)[:, ::-1]
+    In the order of transformers: the penalty of tokens that the answer has already, the temperature, top-k, top-p.
+    """
+
+    def penalised() -> Float[Array, "R V"]:
+        lower = jnp.where(logits > 0, logits / how.repetition_penalty, logits * how.repetition_penalty)
+        return jnp.where(written, lower, logits).astype(logits.dtype)
+
+    def likeliest(scores: Float[Array, "R V"]) -> Float[Array, "R V"]:
+        ordered, rank = jnp.sort(scores, axis=-1)[:, ::-1], jnp.arange(scores.shape[-1])
+        ordered = jnp.where((rank < how.top_k) | (how.top_k == 0), ordered, -jnp.inf)
         shares = jax.nn.softmax(ordered, axis=-1)
         before = jnp.cumsum(shares, axis=-1) - shares
-        first = jnp.arange(ordered.shape[-1]) == 0  # always kept, even at top_p = 0
-        floor = jnp.min(jnp.where((before < top_p) | first, ordered, jnp.inf), axis=-1, keepdims=True)
+        kept = ((before < how.top_p) & (ordered > -jnp.inf)) | (rank == 0)  # the first always, even at top_p = 0
+        floor = jnp.min(jnp.where(kept, ordered, jnp.inf), axis=-1, keepdims=True)
         return jnp.where(scores >= floor, scores, -jnp.inf)
 
     def random_token() -> Int[Array, " R"]:
-        scores = logits.astype(jnp.float32) / temperature
+        divided = scores.astype(jnp.float32) / how.temperature
         # Sorting the vocabulary takes longer than several layers, and most draws do not need it.
-        scores = jax.lax.cond(top_p < 1, nucleus, lambda scores: scores, scores)
-        return jax.random.categorical(key, scores).astype(jnp.int32)
+        narrowed = jax.lax.cond((how.top_p < 1) | (how.top_k > 0), likeliest, lambda same: same, divided)
+        return jax.random.categorical(key, narrowed).astype(jnp.int32)
 
-    return jax.lax.cond(temperature > 0, random_token, lambda: jnp.argmax(logits, axis=-1).astype(jnp.int32))
+    scores = jax.lax.cond(how.repetition_penalty != 1, penalised, lambda: logits)
+    return jax.lax.cond(how.temperature > 0, random_token, lambda: jnp.argmax(scores, axis=-1).astype(jnp.int32))
 
 
 class Decoder:
@@ -150,7 +169,7 @@ class Decoder:
         log_p, _ = target_log_probabilities(head, hidden, targets, chunk=places.shape[-1])
         return jnp.where(scored, log_p.reshape(scored.shape), 0.0).sum(-1)
 
-    def _begin(self, params, features, arrays, key, temperature, top_p, *, room: int, copies: int) -> Decoding:
+    def _begin(self, params, features, arrays, key, how: Drawing, *, room: int, copies: int) -> Decoding:
         """Reads each conversation once and begins `copies` answers to it."""
         clips, questions, length = arrays["tokens"].shape
         cache = by_row_and_head(self.model.llm.empty_cache(clips * questions, length + room))
@@ -161,11 +180,13 @@ class Decoder:
         logits = self._apply(params, final, method="logits")
         logits, last = (jnp.repeat(leaf, copies, axis=0) for leaf in (logits, last))
         draw_key, key = jax.random.split(jax.random.wrap_key_data(key))
-        token = draw(logits, draw_key, temperature, top_p)
+        written = jnp.zeros_like(logits, bool)
+        token = draw(logits, written, draw_key, how)
         cache = repeated(output.cache, copies)
-        return Decoding(token, last + 1, token == self._eos, jax.random.key_data(key), cache)
+        written = _with(written, token)
+        return Decoding(token, last + 1, token == self._eos, written, jax.random.key_data(key), cache)
 
-    def _advance(self, params, state: Decoding, temperature, top_p, *, count: int):
+    def _advance(self, params, state: Decoding, how: Drawing, *, count: int):
         """Draws up to `count` more tokens per sequence, until all are done; those that are done repeat their end."""
 
         def unfinished(carry):
@@ -176,11 +197,17 @@ class Decoder:
             n, state, tokens = carry
             logits, cache = self._apply(params, state.token, state.position, state.cache, method="decode")
             draw_key, key = jax.random.split(jax.random.wrap_key_data(state.key))
-            token = jnp.where(state.done, self._eos, draw(logits, draw_key, temperature, top_p))
-            done = state.done | (token == self._eos)
+            token = jnp.where(state.done, self._eos, draw(logits, state.written, draw_key, how))
+            done, written = state.done | (token == self._eos), _with(state.written, token)
             tokens = jax.lax.dynamic_update_index_in_dim(tokens, token, n, axis=1)
-            return n + 1, Decoding(token, state.position + 1, done, jax.random.key_data(key), cache), tokens
+            state = Decoding(token, state.position + 1, done, written, jax.random.key_data(key), cache)
+            return n + 1, state, tokens
 
         tokens = jnp.full((state.token.shape[0], count), self._eos, jnp.int32)
         _, state, tokens = jax.lax.while_loop(unfinished, one, (0, state, tokens))
         return state, tokens
+
+
+def _with(written: Bool[Array, "R V"], token: Int[Array, " R"]) -> Bool[Array, "R V"]:
+    """Adds the token of each row to those that its answer has."""
+    return written.at[jnp.arange(len(token)), token].set(True)

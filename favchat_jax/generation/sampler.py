@@ -18,9 +18,9 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from favchat_jax.checkpoints.run import Assembly
-from favchat_jax.generation.decoding import Decoder
+from favchat_jax.generation.decoding import Decoder, Drawing
 from favchat_jax.models.favchat import ClipFeatures
-from favchat_jax.section import Allowed, NotNegative, Section, Share
+from favchat_jax.section import Allowed, CountOrZero, NotNegative, Positive, Section, Share
 from favchat_jax.sharding import one_device, place_rows, to_host
 
 Turn = tuple[str, str | None]
@@ -39,12 +39,33 @@ class Sampling(Section):
         temperature: 0 takes the likeliest token; above, scores are divided by it.
         top_p: draw from the likeliest tokens whose probabilities add up to this.
         seed: of the draws.
+        top_k: draw from so many of the likeliest tokens; 0 for all.
+        repetition_penalty: divides the scores of tokens that the answer has already; below 1, it favours them.
+        stop: texts before which an answer ends.
     """
 
     max_new_tokens: Annotated[int, Allowed(lambda n: 1 <= n <= LONGEST, f": give 1 to {LONGEST} tokens")] = 64
     temperature: NotNegative = 0.0
     top_p: Share = 1.0
     seed: Annotated[int, Allowed(lambda seed: -(2**63) <= seed < 2**63, ": give a number of 64 bits")] = 0
+    top_k: CountOrZero = 0
+    repetition_penalty: Positive = 1.0
+    stop: Annotated[tuple[str, ...], Allowed(all, ": an empty text stops nothing; leave it out")] = ()
+
+    def drawing(self) -> Drawing:
+        """Returns the part that the compiled functions read."""
+        floats = (self.temperature, self.top_p, self.repetition_penalty)
+        temperature, top_p, penalty = (np.array(value, np.float32) for value in floats)
+        return Drawing(temperature, np.array(self.top_k, np.int32), top_p, penalty)
+
+    def cut(self, text: str) -> str:
+        """Returns an answer up to the first stop text in it."""
+        return text[: min((at for stop in self.stop if (at := text.find(stop)) >= 0), default=len(text))]
+
+    def settled(self, text: str) -> str:
+        """Returns the beginning of an unfinished answer that no stop text can take back."""
+        ends = [len(text) - n for stop in self.stop for n in range(1, len(stop)) if text.endswith(stop[:n])]
+        return text[: min(ends, default=len(text))]
 
 
 class Sampler:
@@ -117,7 +138,7 @@ class Sampler:
             UserError: an empty question, or a conversation longer than the largest bucket.
         """
         blocks = self.blocks(features, conversations, sampling, sampling.max_new_tokens - 1)
-        texts = [self.text(row) for row in np.concatenate(list(blocks), axis=1)]
+        texts = [sampling.cut(self.text(row)).strip() for row in np.concatenate(list(blocks), axis=1)]
         questions = max(len(asked) for asked in conversations)
         return [texts[i * questions : i * questions + len(asked)] for i, asked in enumerate(conversations)]
 
@@ -187,10 +208,14 @@ class Sampler:
         for block in self.blocks(features, [[turns]], sampling, 1):
             written.extend(block[0])
             text = self.text(np.array(written))
-            if len(text) > len(shown) and not text.endswith("\ufffd"):  # the last character lacks some of its bytes
-                yield text[len(shown) :]
-                shown = text
-        if rest := self.text(np.array(written))[len(shown) :]:
+            if sampling.cut(text) != text:
+                break
+            if text.endswith("\ufffd"):  # the last character lacks some of its bytes
+                continue
+            if len(settled := sampling.settled(text)) > len(shown):
+                yield settled[len(shown) :]
+                shown = settled
+        if rest := sampling.cut(self.text(np.array(written)))[len(shown) :].rstrip():
             yield rest
 
     def blocks(
@@ -206,14 +231,14 @@ class Sampler:
         Takes the arguments of `answer`; each conversation is answered `copies` times.
         """
         arrays = place_rows(self._arrays(conversations), self._mesh)
-        draw_how = (np.float32(sampling.temperature), np.float32(sampling.top_p))
+        how = sampling.drawing()
         key = np.asarray(jax.random.key_data(jax.random.key(sampling.seed)))
         room = sampling.max_new_tokens
-        state = self._decoder.begin(self._params, features, arrays, key, *draw_how, room=room, copies=copies)
+        state = self._decoder.begin(self._params, features, arrays, key, how, room=room, copies=copies)
         yield to_host(state.token)[:, None]
         left = sampling.max_new_tokens - 1
         while left > 0 and not bool(jnp.all(state.done)):
-            state, tokens = self._decoder.advance(self._params, state, *draw_how, count=count)
+            state, tokens = self._decoder.advance(self._params, state, how, count=count)
             yield to_host(tokens)[:, :left]
             left -= count
 

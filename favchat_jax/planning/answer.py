@@ -18,6 +18,7 @@ from jax.sharding import PartitionSpec as P
 from favchat_jax import sharding
 from favchat_jax.config import Config, MeshConfig
 from favchat_jax.generation.decoding import Decoder, Decoding
+from favchat_jax.generation.sampler import Sampling
 from favchat_jax.generation.weights import from_training, size_of
 from favchat_jax.models.kernels.platform import PLAIN, compiling_for
 from favchat_jax.planning import cost, plan
@@ -147,8 +148,8 @@ def answering(
     prompts = rows({"tokens": ((clips, 1, prompt), jnp.int32), "last": ((clips,), jnp.int32)}, mesh) | dict(asked)
     everywhere = NamedSharding(mesh, P())
     key = jax.ShapeDtypeStruct((2,), jnp.uint32, sharding=everywhere)
-    how = (jax.ShapeDtypeStruct((), jnp.float32, sharding=everywhere),) * 2
-    reading = (params, features, prompts, key, *how)
+    how = jax.tree.map(lambda x: jax.ShapeDtypeStruct((), x.dtype, sharding=everywhere), Sampling().drawing())
+    reading = (params, features, prompts, key, how)
     room = {"room": new, "copies": copies}
     begun = jax.eval_shape(lambda *x: decoder.begin(*x, **room), *reading)
     cache = jax.tree.map(lambda leaf: _cache_shape(leaf, mesh), begun.cache)
@@ -160,7 +161,7 @@ def answering(
     return features, [
         Program("encode", decoder.encode, (params, frames), {}, held),
         Program("begin", decoder.begin, reading, room, held),
-        Program("advance", decoder.advance, (params, begun, *how), {"count": new - 1}, held, new - 1, one_token),
+        Program("advance", decoder.advance, (params, begun, how), {"count": new - 1}, held, new - 1, one_token),
     ]
 
 

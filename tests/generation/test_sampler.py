@@ -1,5 +1,6 @@
 """The sampler: decoding with a cache and merged adapters gives the answers of the model in its training form."""
 
+import dataclasses
 import json
 import logging
 
@@ -352,27 +353,103 @@ SHARES = np.array([0.15, 0.5, 0.05, 0.3])
 ROWS = 20_000
 
 
-def frequencies(temperature, top_p):
+def drawn(scores, written=(), **how):
+    """Draws one token per row; `written` are the tokens that each answer has already."""
+    scores = jnp.asarray(scores, jnp.float32)
+    seen = jnp.zeros(scores.shape, bool).at[:, jnp.array(written, int)].set(True)
+    return draw(scores, seen, jax.random.key(0), Sampling(**how).drawing())
+
+
+def frequencies(written=(), **how):
     """Returns how often `draw` takes each of four tokens whose probabilities are SHARES."""
-    scores = jnp.tile(jnp.log(jnp.asarray(SHARES, jnp.float32)), (ROWS, 1))
-    drawn = draw(scores, jax.random.key(0), jnp.float32(temperature), jnp.float32(top_p))
-    return np.bincount(drawn, minlength=4) / ROWS
+    return np.bincount(drawn(np.tile(np.log(SHARES), (ROWS, 1)), written, **how), minlength=4) / ROWS
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0, 0.5])
 def test_tokens_are_drawn_as_often_as_the_softmax_at_that_temperature_says(temperature):
     expected = SHARES ** (1 / temperature)
-    np.testing.assert_allclose(frequencies(temperature, 1.0), expected / expected.sum(), atol=0.015)
+    np.testing.assert_allclose(frequencies(temperature=temperature), expected / expected.sum(), atol=0.015)
 
 
-@pytest.mark.parametrize(("top_p", "kept"), [(0.4, [1]), (0.6, [1, 3]), (0.9, [1, 3, 0])])
-def test_the_nucleus_is_the_fewest_likeliest_tokens_that_reach_top_p(top_p, kept):
+@pytest.mark.parametrize(
+    ("how", "kept"),
+    [
+        ({"top_p": 0.4}, [1]),
+        ({"top_p": 0.6}, [1, 3]),
+        ({"top_p": 0.9}, [1, 3, 0]),
+        ({"top_k": 1}, [1]),
+        ({"top_k": 3}, [1, 3, 0]),
+        ({"top_k": 99}, [0, 1, 2, 3]),
+        ({"top_k": 2, "top_p": 0.6}, [1]),  # of the two likeliest, 0.5 / 0.8 reaches 0.6
+    ],
+)
+def test_top_p_and_top_k_leave_the_likeliest_tokens(how, kept):
     expected = np.where(np.isin(np.arange(4), kept), SHARES, 0)
-    np.testing.assert_allclose(frequencies(1.0, top_p), expected / expected.sum(), atol=0.015)
+    np.testing.assert_allclose(frequencies(temperature=1.0, **how), expected / expected.sum(), atol=0.015)
 
 
-@pytest.mark.parametrize(("temperature", "top_p"), [(0.0, 1.0), (1.0, 0.01), (1.0, 0.0)])
-def test_at_temperature_0_or_a_small_top_p_the_likeliest_token_is_drawn(temperature, top_p):
+@pytest.mark.parametrize(
+    "how",
+    [{}, {"temperature": 1.0, "top_p": 0.01}, {"temperature": 1.0, "top_p": 0.0}, {"temperature": 1.0, "top_k": 1}],
+)
+def test_at_temperature_0_or_a_small_nucleus_the_likeliest_token_is_drawn(how):
     scores = jax.random.normal(jax.random.key(1), (50, 30))
-    drawn = draw(scores, jax.random.key(0), jnp.float32(temperature), jnp.float32(top_p))
-    np.testing.assert_array_equal(drawn, scores.argmax(-1))
+    np.testing.assert_array_equal(drawn(scores, **how), scores.argmax(-1))
+
+
+@pytest.mark.parametrize("penalty", [0.7, 1.3, 3.0])
+def test_draws_follow_the_processors_of_transformers(penalty):
+    from torch import tensor
+    from transformers import (
+        RepetitionPenaltyLogitsProcessor,
+        TemperatureLogitsWarper,
+        TopKLogitsWarper,
+        TopPLogitsWarper,
+    )
+
+    written, how = [1, 2], {"temperature": 1.7, "top_k": 5, "top_p": 0.8}
+    scores = np.random.default_rng(0).normal(0, 2, (1, 8)).astype(np.float32)
+    processed, ids = tensor(scores), tensor([written])
+    penalised = RepetitionPenaltyLogitsProcessor(penalty)(ids, processed)
+    for warper in (TemperatureLogitsWarper(1.7), TopKLogitsWarper(5), TopPLogitsWarper(0.8)):
+        processed = warper(ids, processed if warper.__class__ is not TemperatureLogitsWarper else penalised)
+    tokens = drawn(np.tile(scores, (ROWS, 1)), written, repetition_penalty=penalty, **how)
+    shares = processed.softmax(-1).numpy()[0]
+    np.testing.assert_allclose(np.bincount(tokens, minlength=8) / ROWS, shares, atol=0.015)
+    assert int(drawn(scores, written, repetition_penalty=penalty)[0]) == int(penalised.argmax())
+
+
+def test_the_repetition_penalty_counts_all_tokens_of_the_answer(sampler, features):
+    def tokens(penalty):
+        how = Sampling(LONGEST, repetition_penalty=penalty)
+        return np.concatenate(list(sampler.blocks(of_clip(features, 0), [[asked(QUESTIONS[0])]], how, 3)), axis=1)[0]
+
+    plain = tokens(1.0).tolist()
+    favoured = tokens(1e-6).tolist()  # so far below 1 that tokens that the answer has already come first
+    assert len(favoured) == LONGEST and set(favoured) == set(plain[:2]) != set(plain)
+
+
+def test_an_answer_ends_before_a_stop_text_streamed_or_not(sampler, features):
+    conversation = asked(QUESTIONS[1])
+    whole = sampler.answer(of_clip(features, 0), [[conversation]], GREEDY)[0][0]
+    assert len(whole) > 6
+    for stop in (whole[3:6], whole[-2:], whole[0]):
+        how = dataclasses.replace(GREEDY, stop=("never there", stop))
+        expected = whole[: whole.find(stop)].strip()
+        assert sampler.answer(of_clip(features, 0), [[conversation]], how)[0][0] == expected
+        assert "".join(sampler.stream(of_clip(features, 0), conversation, how)) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"), [("a <", "a "), ("a </an", "a "), ("a </answer", "a "), ("a </b", "a </b"), ("a ", "a ")]
+)
+def test_text_that_may_begin_a_stop_text_is_held_back(text, shown):
+    assert Sampling(stop=("</answer>",)).settled(text) == shown
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"top_k": -1}, {"repetition_penalty": 0.0}, {"repetition_penalty": float("inf")}, {"stop": ("",)}]
+)
+def test_a_way_to_draw_that_is_none_is_refused(wrong):
+    with pytest.raises(UserError, match=next(iter(wrong))):
+        Sampling(**wrong)

@@ -13,6 +13,7 @@ from flax.traverse_util import unflatten_dict
 from favchat_jax import sharding
 from favchat_jax.config import Config
 from favchat_jax.generation.decoding import Decoder
+from favchat_jax.generation.sampler import Sampling
 from favchat_jax.generation.weights import from_training
 from favchat_jax.planning import plan
 from tools.beside_pytorch.contest import Runs
@@ -97,7 +98,7 @@ def _answers(config: Config, storage: str, trained: bool, names: Sequence[str]) 
     weights = sum(leaf.nbytes for leaf in jax.tree.leaves(read))
 
     def answer(clips: int, copies: int, tokens: int, temperature: float) -> Callable[[], tuple[float, Any]]:
-        how = jnp.float32(temperature), jnp.float32(1.0)
+        how = Sampling(temperature=temperature).drawing()
         pixels = frames(config, clips)
         prompt = drawn.question(config, clips, prompt_length(config))
         key = jax.random.key_data(jax.random.key(0))
@@ -106,10 +107,10 @@ def _answers(config: Config, storage: str, trained: bool, names: Sequence[str]) 
             started = time.perf_counter()
             features = jax.block_until_ready(decoder.encode(params, pixels))
             encoded = time.perf_counter()
-            begun = decoder.begin(params, features, prompt, key, *how, room=tokens, copies=copies)
+            begun = decoder.begin(params, features, prompt, key, how, room=tokens, copies=copies)
             jax.block_until_ready(begun)
             read = time.perf_counter()
-            written = decoder.advance(params, begun, *how, count=tokens - 1)[1]
+            written = decoder.advance(params, begun, how, count=tokens - 1)[1]
             written.block_until_ready()
             done = time.perf_counter()
             each = {"encode_seconds": encoded - started, "prompt_seconds": read - encoded}
