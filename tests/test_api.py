@@ -1,3 +1,4 @@
+import shutil
 import subprocess
 import sys
 
@@ -6,6 +7,7 @@ import numpy as np
 import pytest
 
 import favchat_jax
+from favchat_jax.data.faces.detectors import centerface_file
 from favchat_jax.data.sources import open_dataset
 from favchat_jax.errors import UserError
 from favchat_jax.generation.sampler import Sampling
@@ -246,6 +248,7 @@ def test_the_facial_encoder_reads_the_face_that_is_asked_for(model, pair):
         ({"face": 3}, r"face=3: .*pair.mp4 has 2 faces: 1 \((left|right), .*choose one of these"),
         ({"face": 0}, "face=0: give the number of a face"),
         ({"face": True}, "face=True: give the number"),
+        ({"face": "2"}, "face='2': give the number of a face, a whole number"),
         ({"face": 1, "face_crop": False}, "leave out face_crop=False"),
     ],
 )
@@ -259,7 +262,27 @@ def test_a_clip_without_a_face_is_read_as_a_whole_with_a_warning(model, clips, t
     path.write_bytes(encode_video(8, picture=lambda number, w, h: np.full((h, w, 3), 90, np.uint8)))
     clip = model.encode(path, face_crop=True)
     assert (clip.frames[..., 3:] == clip.frames[..., :3]).all() and clip.tracks.tracks == ()
-    assert f"{path} shows no face: the facial encoder reads whole frames" in caplog.text
+    least = "10% of the picture's shorter side"
+    assert f"{path} shows no face of at least {least}: the facial encoder reads whole frames" in caplog.text
+    with pytest.raises(UserError, match="face=2: .*grey.mp4 has no face; leave out the number"):
+        model.encode(path, face=2)
+
+
+def test_a_number_of_a_face_may_be_of_numpy_and_a_crop_is_true_or_false(model, pair):
+    assert len(model.encode(pair, face=np.int64(2)).tracks.tracks) == 2
+    with pytest.raises(TypeError, match="face_crop is True, False or None, not str"):
+        model.encode(pair, face_crop="no")
+
+
+def test_another_detector_than_the_checkpoints_is_named_when_it_is_loaded(trained, pair, tmp_path):
+    folder = trained.folder / "stage3"
+    with pytest.raises(UserError, match="detector model gone.onnx: no such file"):
+        favchat_jax.load(folder, detector_model="gone.onnx")
+    with pytest.raises(UserError, match="name AntelopeV2's scrfd_10g_bnkps.onnx"):
+        favchat_jax.load(folder, detector="scrfd")
+    moved = shutil.copyfile(centerface_file(), tmp_path / "moved.onnx")
+    found = favchat_jax.load(folder, detector_model=moved).encode(pair, face=1)
+    assert len(found.tracks.tracks) == 2
 
 
 def test_the_crop_of_an_encoded_clip_is_chosen_when_it_is_encoded(model, pair):

@@ -72,6 +72,8 @@ def test_an_evaluation_with_face_crops_names_the_clips_without_a_face(dfew, chec
     assert result["provenance"]["checkpoint"]["face_crop"]["detector"] == "centerface"
     assert set(result["without_face"]) <= {row["id"] for row in result["samples"]}
     assert "without_face" not in evaluate(config_of(dfew, method="direct", limit=1), checkpoint)
+    finer = config_of(dfew, method="direct", limit=1).updated({"data.face_crop": True, "data.smallest_face": 0.05})
+    assert evaluate(finer, checkpoint)["provenance"]["checkpoint"]["face_crop"]["smallest"] == 0.05
     missing = config_of(dfew, method="direct").updated({"data.face_crop": True, "data.detector_model": "gone.onnx"})
     with pytest.raises(UserError, match="detector model gone.onnx: no such file"):
         evaluate(missing, checkpoint)

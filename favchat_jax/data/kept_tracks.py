@@ -6,9 +6,11 @@ stopped.
 """
 
 import contextlib
+import fcntl
 import functools
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -25,8 +27,11 @@ from favchat_jax.data.faces.search import LOOKS
 from favchat_jax.data.faces.tracks import Track, Tracks
 from favchat_jax.data.storage import RecordSource
 from favchat_jax.data.video import VideoError, decode
+from favchat_jax.errors import UserError
 from favchat_jax.files import write_errors
 from favchat_jax.signals import end_with_parent
+
+log = logging.getLogger("favchat_jax")
 
 CHUNK = 16  # clips that a process searches at a time
 
@@ -45,14 +50,14 @@ class KeptTracks:
             return None
         with self._path.open("rb") as file:
             file.seek(place)
-            return _read(json.loads(file.readline()))
+            return _read(_entry(file.readline(), self._path))
 
     def _index(self) -> dict[str, int]:
         if self._places is None:
             self._places = {}
             place = 0
             for line in self._path.read_bytes().splitlines(keepends=True):
-                self._places[json.loads(line)["id"]] = place
+                self._places[_entry(line, self._path)["id"]] = place
                 place += len(line)
         return self._places
 
@@ -62,12 +67,15 @@ class KeptTracks:
 
 def file_of(source: RecordSource, crop: FaceCrop, frames: int) -> Path:
     """Returns the file of a split's tracks, which is another for other settings of the search."""
-    settings = json.dumps([crop.detector, crop.model, crop.smallest, min(frames, LOOKS)])
+    model = hashlib.sha256(Path(crop.model).read_bytes()).hexdigest() if crop.model else ""
+    settings = json.dumps([crop.detector, model, crop.smallest, min(frames, LOOKS)])
     return source.folder / f"faces-{source.split}-{hashlib.sha256(settings.encode()).hexdigest()[:8]}.jsonl"
 
 
 def find_all(source: RecordSource, crop: FaceCrop, *, frames: int, size: int, processes: int) -> None:
     """Searches the clips of a split for faces and keeps their tracks; clips that were searched before are skipped.
+
+    A second process that searches the same clips waits for the first.
 
     Args:
         source: the split.
@@ -79,16 +87,20 @@ def find_all(source: RecordSource, crop: FaceCrop, *, frames: int, size: int, pr
     Raises:
         UserError: the detector cannot be loaded, or the file cannot be written.
     """
-    path = file_of(source, crop, frames)
-    done = _whole_lines(path)
-    if done == len(source):
-        return
     crop.load()  # raises before any process starts
-    search, numbers = _Search(source, crop, frames, size), range(done, len(source))
-    with write_errors(path), path.open("ab") as file, _mapping(processes) as mapped:
-        bar = tqdm(mapped(search, numbers), "finding faces", len(source), initial=done, unit=" clips", mininterval=1)
-        for line in bar:
-            file.write(line)
+    path = file_of(source, crop, frames)
+    with write_errors(path), path.open("ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        done = _whole_lines(path)
+        if done == len(source):
+            return
+        search, numbers = _Search(source, crop, frames, size), range(done, len(source))
+        with _mapping(processes) as mapped:
+            lines = mapped(search, numbers)
+            for line in tqdm(lines, "finding faces", len(source), initial=done, unit=" clips", mininterval=1):
+                file.write(line)
+    faceless = sum(not _entry(line, path).get("boxes") for line in path.read_bytes().splitlines())
+    log.info("%d of %d clips show no face: the facial encoder reads their whole frames", faceless, len(source))
 
 
 @dataclass(frozen=True)
@@ -133,6 +145,16 @@ def _whole_lines(path: Path) -> int:
     if not content.endswith(b"\n"):
         os.truncate(path, content.rfind(b"\n") + 1)
     return content.count(b"\n")
+
+
+def _entry(line: bytes, path: Path) -> dict[str, Any]:
+    try:
+        entry = json.loads(line)
+    except ValueError:
+        entry = None
+    if not isinstance(entry, dict) or "id" not in entry:
+        raise UserError(f"{path} is damaged: delete it, and the clips are searched for faces again")
+    return entry
 
 
 def _written(tracks: Tracks) -> dict[str, Any]:

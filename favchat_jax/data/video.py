@@ -59,6 +59,7 @@ class Clip:
 
     Attributes:
         frames: RGB; with a face crop, six channels: the whole picture, and behind it the face.
+        numbers: of these frames in the video.
         seconds: time of each after the first frame of the video.
         damaged: number of packets that cannot be decoded, whose frames are left out before sampling, and of frames that
             the decoder could only patch up.
@@ -66,6 +67,7 @@ class Clip:
     """
 
     frames: UInt8[np.ndarray, "T H W C"]
+    numbers: Int[np.ndarray, " T"]
     seconds: Float[np.ndarray, " T"]
     damaged: int = 0
     tracks: Tracks | None = None
@@ -163,6 +165,7 @@ def decode(
         pictures = with_faces(pictures, faces.cut(tracks, pictures, indices, squares.mirrored))
     return Clip(
         frames=pictures,
+        numbers=np.array(indices),
         seconds=np.array([found.seconds[index] for index in indices], np.float32),
         damaged=found.damaged,
         tracks=tracks,

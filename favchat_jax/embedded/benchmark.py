@@ -69,7 +69,7 @@ def table(result: Result) -> str:
         for kind, row in result["by_kind"].items()
     ]
     rows.append(f"{'all':<14}{result['n']:>6}{result['accuracy']:>10.3f}{result['majority_baseline']:>10.3f}")
-    return "\n".join(rows)
+    return "\n".join([*rows, *result["notes"]])
 
 
 def _accuracy(samples: Sequence[dict[str, Any]], seed: int) -> dict[str, Any]:

@@ -6,17 +6,22 @@ from typing import Any, Literal, Self
 
 from ml_collections import ConfigDict
 
-from favchat_jax.config import FaceConfig
 from favchat_jax.errors import UserError
-from favchat_jax.section import Count, CountOrZero, NotNegative, Place, Positive, Section
+from favchat_jax.section import Count, CountOrZero, NotNegative, Place, Positive, Section, Share
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class BenchmarkData(FaceConfig):
-    """Names the place of a benchmark's clips, and says whether their faces are cropped on the way in."""
+class BenchmarkData(Section):
+    """Names the place of a benchmark's clips, and says whether their faces are cropped on the way in.
 
-    # Whether the facial encoder sees the face, not the whole frame; by default as the checkpoint was trained.
+    What is None is as the checkpoint was trained; see `DataConfig` and `FaceConfig`.
+    """
+
     face_crop: bool | None = None
+    detector: Literal["centerface", "scrfd"] | None = None
+    detector_model: Place | None = None
+    smallest_face: Share | None = None
+    align_faces: bool | None = None
     root: Place = ""  # folder of the published data set; empty if the benchmark needs no folder
     name: str | None = None  # name of a data set of `data/sources`
     packed: Place | None = None  # folder of packed data sets

@@ -10,7 +10,7 @@ import cv2
 import numpy as np
 from jaxtyping import UInt8
 
-from favchat_jax.data.faces.looking import FaceCrop, FaceReader
+from favchat_jax.data.faces.looking import FaceCrop, FaceReader, with_faces
 from favchat_jax.data.picture import Squares
 from favchat_jax.data.video import Clip, VideoError, decode, frame_indices, looks
 from favchat_jax.files import is_hidden
@@ -58,15 +58,16 @@ class Footage:
         squares, taken = Squares(size), frame_indices(len(paths), count).tolist()
         searched = looks(len(paths), count) if crop else []
         read = {index: _read(paths[index]) for index in {*taken, *searched}}
-        frames, seconds = np.stack([squares(read[index]) for index in taken]), np.array(taken, np.float32)
+        frames, numbers = np.stack([squares(read[index]) for index in taken]), np.array(taken)
+        seconds = numbers.astype(np.float32)
         if crop is None:
-            return Clip(frames, seconds)
+            return Clip(frames, numbers, seconds)
         faces = FaceReader(crop, size, self.name)
         for index, frame in read.items():
             faces.see(index, frame)
         tracks = faces.tracks(searched)
-        both = np.concatenate([frames, faces.cut(tracks, frames, taken, mirrored=False)], axis=-1)
-        return Clip(both, seconds, tracks=tracks)
+        both = with_faces(frames, faces.cut(tracks, frames, taken, mirrored=False))
+        return Clip(both, numbers, seconds, tracks=tracks)
 
 
 def pictures(folder: Path) -> list[Path]:

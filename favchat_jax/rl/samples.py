@@ -108,7 +108,7 @@ class Samples:
             frames=size.frames,
             size=size.image_size,
             name=f"clip {record.id}",
-            face_crop=FaceCrop.of(data, data.face_crop),
+            face_crop=FaceCrop.of(data) if data.face_crop else None,
         )
         return Sample(record, question, prompt, tokens, clip.frames)
 

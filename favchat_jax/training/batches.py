@@ -23,7 +23,7 @@ def open_batches(parts: Assembly) -> BatchIterator:
     first_alone(lambda: prepare(data.name, data.root or None, data.packed, missing_share=data.missing_share))
     source = open_dataset(data.name, data.packed, training_split(data.name, config.stage))
     frames, size = config.model.frames, config.model.image_size
-    if crop := FaceCrop.of(data, data.face_crop):
+    if crop := FaceCrop.of(data) if data.face_crop else None:
         first_alone(lambda: find_all(source, crop, frames=frames, size=size, processes=data.workers))
     augment = Augment(scale=(0.5, 1.0) if data.random_crop else (1.0, 1.0), flip=data.flip)
     return training_batches(

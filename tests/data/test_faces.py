@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import cv2
 import numpy as np
@@ -356,6 +357,31 @@ def other_network(path):
     onnx.save(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 13)], ir_version=8), str(path))
 
 
+def test_a_network_of_other_shapes_is_no_scrfd(tmp_path, capfd):
+    other_network(tmp_path / "other.onnx")
+    for file in (centerface_file(), tmp_path / "other.onnx", *written_networks(tmp_path)):
+        with pytest.raises(UserError, match="SCRFD") as error:
+            load_detector("scrfd", str(file))
+        assert "\n" not in str(error.value) and str(file) in str(error.value)
+    assert capfd.readouterr() == ("", "")
+
+
+def written_networks(folder):
+    """Writes networks of nine outputs that are no faces: pictures of 640 pixels, and of 112."""
+    for side in (640, 112):
+        names = [f"out{number}" for number in range(9)]
+        shape = [1, 3, side, side]
+        values = [
+            onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape) for name in ("input.1", *names)
+        ]
+        nodes = [onnx.helper.make_node("Relu", ["input.1"], [name]) for name in names]
+        graph = onnx.helper.make_graph(nodes, "nine", values[:1], values[1:])
+        opset = [onnx.helper.make_opsetid("", 13)]
+        path = folder / f"nine{side}.onnx"
+        onnx.save(onnx.helper.make_model(graph, opset_imports=opset, ir_version=8), str(path))
+        yield path
+
+
 def test_a_detector_file_that_is_missing_cut_or_another_network_is_one_line(tmp_path, capfd):
     whole = centerface_file().read_bytes()
     (tmp_path / "cut.onnx").write_bytes(whole[: len(whole) // 2])
@@ -425,6 +451,34 @@ def test_a_stopped_search_goes_on_and_several_processes_write_the_same(smoke, mo
     assert file.read_bytes() == whole
 
 
+def test_two_searches_at_once_find_each_face_once(smoke):
+    source = open_dataset("rendered_faces/smoke", smoke, "heldout")
+    find_all(source).unlink()
+    with ThreadPoolExecutor(2) as pool:
+        file, _ = pool.map(find_all, [source, source])
+    assert [json.loads(line)["id"] for line in file.read_text().splitlines()] == [
+        r.id for r in map(source.__getitem__, range(len(source)))
+    ]
+
+
+def test_a_damaged_file_of_tracks_is_named(smoke):
+    source = open_dataset("rendered_faces/smoke", smoke, "heldout")
+    file = find_all(source)
+    lines = file.read_bytes().splitlines(keepends=True)
+    file.write_bytes(b"".join([*lines[:3], b"{damaged\n", *lines[4:]]))
+    with pytest.raises(UserError, match=f"{file} is damaged: delete it"):
+        kept_tracks.KeptTracks(file).of(source[0].id)
+    file.unlink()
+
+
+def test_how_many_clips_show_no_face_is_said(smoke, caplog):
+    source = open_dataset("rendered_faces/smoke", smoke, "heldout")
+    with caplog.at_level("INFO"):
+        file = find_all(source, crop=FaceCrop(smallest=1.0))
+    assert f"{len(source)} of {len(source)} clips show no face" in caplog.text
+    file.unlink()
+
+
 def test_other_settings_of_the_search_have_their_own_file(smoke):
     source = open_dataset("rendered_faces/smoke", smoke, "heldout")
     files = {
@@ -433,6 +487,22 @@ def test_other_settings_of_the_search_have_their_own_file(smoke):
     assert len(files) == 4
     # What is cut from a track does not change the search, nor do frames beyond the most that are searched.
     assert kept_tracks.file_of(source, FaceCrop(align=True), 64) == kept_tracks.file_of(source, FaceCrop(), 16)
+
+
+def test_the_boxes_of_a_short_clip_are_on_its_faces(tmp_path, stub):
+    """A sheet of 16 pictures repeats the last frame of a clip of four."""
+    stub(bright)
+    clip = video([spot(8 * i, 240, 160) for i in range(4)])
+    draw_sheet(tmp_path / "sheet.png", clip, decode(clip, frames=4, size=32, face_crop=FaceCrop()).tracks, 1)
+    sheet = cv2.imread(str(tmp_path / "sheet.png"))
+    rows, columns = sheet.shape[0] // 4, sheet.shape[1] // 4
+    for number in range(16):
+        picture = sheet[rows * (number // 4) :, columns * (number % 4) :][: rows - 4, : columns - 4].astype(int)
+        face = bright(picture[..., ::-1])[0]
+        green = (picture[..., 1] - picture[..., 2] > 60) & (picture[..., 1] - picture[..., 0] > 60)
+        box = [np.flatnonzero(green.any(axis=axis)) for axis in (1, 0)]
+        shown = (box[0][-1] / picture.shape[0], box[1][-1] / picture.shape[1])  # lower right corner
+        assert shown == pytest.approx((face[1], face[3]), abs=0.05)
 
 
 def test_the_sheet_shows_the_boxes(tmp_path, stub):

@@ -96,7 +96,8 @@ class Finder:
             warnings.warn(f"{name} shows no face: the facial encoder reads whole frames", stacklevel=2)
             return whole
         if self.face > len(tracks.tracks):
-            raise ValueError(f"face={self.face}: {name} has {listing(tracks)}; choose one of these")
+            advice = "choose one of these" if tracks.tracks else "leave out the number, and whole frames are read"
+            raise ValueError(f"face={self.face}: {name} has {listing(tracks)}; {advice}")
         track, chosen = tracks.tracks[max(self.face, 1) - 1], sorted(set(wanted))
         around = squares(tracks, track, chosen, self.align)
         crops = {n: cut(picture(n, stored), square, whole.shape[1]) for n, square in zip(chosen, around, strict=True)}

@@ -174,11 +174,14 @@ class Scrfd:
             raise UserError("detector scrfd needs onnxruntime: pip install onnxruntime") from None
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = options.inter_op_num_threads = 1
+        options.log_severity_level = 4  # its warnings about another network would fill the terminal
         with _naming(Path(model), "SCRFD"):
             self._session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-        if len(self._session.get_outputs()) not in (2 * len(self.STRIDES), 3 * len(self.STRIDES)):
+            outputs = self._forward(np.zeros((1, 3, self.SIDE, self.SIDE), np.float32))
+        cells = [self.ANCHORS * (self.SIDE // stride) ** 2 for stride in self.STRIDES]
+        shapes = [(count, width) for width in (1, 4, 10) for count in cells]
+        if [output.shape for output in outputs] not in (shapes, shapes[:6]):
             raise UserError(f"detector model {model} is not an SCRFD of three strides: take scrfd_10g_bnkps.onnx")
-        self._input = self._session.get_inputs()[0].name
 
     def __call__(self, picture: UInt8[np.ndarray, "H W 3"]) -> Faces:
         """See `Detector`."""
@@ -186,11 +189,15 @@ class Scrfd:
         square = np.zeros((self.SIDE, self.SIDE, 3), np.uint8)
         square[:height, :width] = picture
         pixels = ((square.astype(np.float32) - 127.5) / 128).transpose(2, 0, 1)[None]
-        outputs = [output.reshape(-1, output.shape[-1]) for output in self._session.run(None, {self._input: pixels})]
+        outputs = self._forward(pixels)
         points = outputs[6:] or [np.full((len(scores), 10), np.nan) for scores in outputs[:3]]
         found = map(self._decode, self.STRIDES, outputs[:3], outputs[3:6], points)
         boxes, scores, eyes = (np.concatenate(parts) for parts in zip(*found, strict=True))
         return _faces(boxes, scores, eyes, self, (height, width))
+
+    def _forward(self, pixels: Float[np.ndarray, "1 3 H W"]) -> list[Float[np.ndarray, "_A _C"]]:
+        outputs = self._session.run(None, {self._session.get_inputs()[0].name: pixels})
+        return [output.reshape(-1, output.shape[-1]) for output in outputs]
 
     def _decode(
         self,
@@ -217,9 +224,8 @@ def _naming(file: Path, network: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # cv2.error, or onnxruntime's, which share no class
-        raise UserError(
-            f"detector model {file} is not {network}, or damaged ({one_line(error)}): get it again"
-        ) from None
+        reason = one_line(getattr(error, "err", error))  # without OpenCV's place in its source
+        raise UserError(f"detector model {file} is not {network}, or damaged ({reason}): get it again") from None
     finally:
         logging.setLogLevel(before)
 

@@ -45,10 +45,8 @@ class FaceCrop:
     thorough: bool = False
 
     @classmethod
-    def of(cls, config: FaceConfig, wanted: bool, **more: Any) -> FaceCrop | None:
-        """Returns the crop as a config describes it, if it is wanted; `more` sets the fields that no config has."""
-        if not wanted:
-            return None
+    def of(cls, config: FaceConfig, **more: Any) -> FaceCrop:
+        """Returns the crop as a config describes it; `more` sets the fields that no config has."""
         return cls(config.detector, config.detector_model, config.smallest_face, config.align_faces, **more)
 
     def load(self) -> Detector:
@@ -110,7 +108,8 @@ class FaceReader:
         if not tracks.tracks and self._crop.face == 1:
             return whole
         if self._crop.face > len(tracks.tracks):
-            raise UserError(f"face={self._crop.face}: {self._name} has {listing(tracks)}; choose one of these")
+            advice = "choose one of these" if tracks.tracks else "leave out the number, and whole frames are read"
+            raise UserError(f"face={self._crop.face}: {self._name} has {listing(tracks)}; {advice}")
         track = tracks.tracks[self._crop.face - 1]
         chosen = sorted(set(numbers))
         crops = {

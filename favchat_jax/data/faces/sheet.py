@@ -25,11 +25,10 @@ def draw_sheet(path: Path, video: str | Path | bytes, tracks: Tracks, chosen: in
     clip = decode(video, frames=FRAMES, size=HEIGHT)
     wide = max(8, round(HEIGHT * width / height))
     pictures = [cv2.resize(frame, (wide, HEIGHT), interpolation=cv2.INTER_LINEAR) for frame in clip.frames]
-    places = np.linspace(tracks.places[0], tracks.places[-1], len(pictures))
     for number, track in enumerate(tracks.tracks, start=1):
         colour = COLOURS[(number - 1) % len(COLOURS)]
-        found = between(tracks, track.found[:, None].astype(float), places)[:, 0] > 0.5
-        for picture, box, seen in zip(pictures, between(tracks, track.boxes, places), found, strict=True):
+        found = between(tracks, track.found[:, None].astype(float), clip.numbers)[:, 0] > 0.5
+        for picture, box, seen in zip(pictures, between(tracks, track.boxes, clip.numbers), found, strict=True):
             _draw(picture, box, str(number), colour, (3 if number == chosen else 2) if seen else 1)
     for picture in pictures:
         picture[-LINE:] = picture[:, -LINE:] = 255
