@@ -159,12 +159,12 @@ def decode(
     if found.damaged:
         _report_damage(label, found.damaged)
     indices = choose(len(found.seconds))
-    pictures = np.stack([found.pictures[index] for index in indices])
+    pictures, crops = [found.pictures[index] for index in indices], None
     if faces:
         tracks = faces.tracks(looks(len(found.seconds), frames))
-        pictures = with_faces(pictures, faces.cut(tracks, pictures, indices, squares.mirrored))
+        crops = faces.cut(tracks, pictures, indices, squares.mirrored)
     return Clip(
-        frames=pictures,
+        frames=np.stack(pictures) if crops is None else with_faces(pictures, crops),
         numbers=np.array(indices),
         seconds=np.array([found.seconds[index] for index in indices], np.float32),
         damaged=found.damaged,

@@ -58,10 +58,10 @@ class Footage:
         squares, taken = Squares(size), frame_indices(len(paths), count).tolist()
         searched = looks(len(paths), count) if crop else []
         read = {index: _read(paths[index]) for index in {*taken, *searched}}
-        frames, numbers = np.stack([squares(read[index]) for index in taken]), np.array(taken)
+        frames, numbers = [squares(read[index]) for index in taken], np.array(taken)
         seconds = numbers.astype(np.float32)
         if crop is None:
-            return Clip(frames, numbers, seconds)
+            return Clip(np.stack(frames), numbers, seconds)
         faces = FaceReader(crop, size, self.name)
         for index, frame in read.items():
             faces.see(index, frame)

@@ -293,7 +293,8 @@ def cells(count, wide):
         ("0111111111111110", "0" * 16, False, "0f"),  # the ends are no gaps
         ("11111111?1111111", "", False, ""),
         ("????????????????", "?" * 16, False, "0123456789abcdef"),  # faint finds alone may be errors
-        ("0000000000000000", "0" * 16, False, "0123456789abcdef"),
+        ("0000000000000000", "0" * 16, False, "048c"),  # most likely, nobody is there
+        ("0000000000000000", "0" * 16, True, "0123456789abcdef"),
         ("0000000000000000", "1" * 16, False, ""),
         ("1110000000000000", "0000010010010000", False, "cdef"),
     ],
@@ -304,7 +305,7 @@ def test_only_looks_that_show_no_face_are_searched_again(first, second, thorough
 
     detector = InSheets(first, second)
     found = search(detector, range(16), picture, (100, 100), thorough=thorough)
-    assert detector.searched == [int(look, 16) for look in expected]
+    assert sorted(detector.searched) == [int(look, 16) for look in expected]
     last = [a if b == "0" else b for a, b in zip(first, second or first, strict=True)]
     assert all(len(faces) == 1 for faces, mark in zip(found, last, strict=True) if mark != "0")
 

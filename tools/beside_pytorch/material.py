@@ -123,7 +123,8 @@ def make_footage(folder: str) -> None:
     large.mkdir()
     prepare(DATA, None, packed)
     source = open_dataset(DATA, packed, "train")
-    for record in (source[index] for index in range(0, len(source), 3)):
+    people = [record for record in map(source.__getitem__, range(len(source))) if record.has_face]
+    for record in people[::3]:  # a face in each, as in CelebV-HQ
         with av.open(io.BytesIO(record.clip)) as container:
             frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
         enlarged = [cv2.resize(frame, (LARGE, LARGE), interpolation=cv2.INTER_CUBIC) for frame in frames]

@@ -98,8 +98,8 @@ class FaceReader:
         return self._known
 
     def cut(
-        self, tracks: Tracks, whole: UInt8[np.ndarray, "T size size 3"], numbers: Sequence[int], mirrored: bool
-    ) -> UInt8[np.ndarray, "T size size 3"]:
+        self, tracks: Tracks, whole: Sequence[UInt8[np.ndarray, "size size 3"]], numbers: Sequence[int], mirrored: bool
+    ) -> Sequence[UInt8[np.ndarray, "size size 3"]]:
         """Returns the chosen face in the frames of these numbers; the whole frames if the clip shows no face.
 
         Raises:
@@ -116,7 +116,7 @@ class FaceReader:
             number: cut(self._picture(number, self._shape), square, self._size)
             for number, square in zip(chosen, squares(tracks, track, chosen, self._crop.align), strict=True)
         }
-        return np.stack([crops[number][:, :: -1 if mirrored else 1] for number in numbers])
+        return [crops[number][:, :: -1 if mirrored else 1] for number in numbers]
 
     def _picture(self, number: int, shape: tuple[int, int]) -> UInt8[np.ndarray, "H W 3"]:
         """Returns an upright frame; `shape` is its height and width as stored."""
@@ -129,8 +129,10 @@ class FaceReader:
 
 
 def with_faces(
-    whole: UInt8[np.ndarray, "T H W 3"], faces: UInt8[np.ndarray, "T H W 3"]
+    whole: Sequence[UInt8[np.ndarray, "H W 3"]], faces: Sequence[UInt8[np.ndarray, "H W 3"]]
 ) -> UInt8[np.ndarray, "T H W 6"]:
-    """Puts the channels of the faces behind those of the whole frames."""
-    rows = [pictures.reshape(-1, *pictures.shape[2:]) for pictures in (whole, faces)]
-    return cv2.merge(rows).reshape(*whole.shape[:3], 6)  # numpy takes five times as long
+    """Stacks frames, and puts the channels of the faces behind their own."""
+    both = np.empty((len(whole), *whole[0].shape[:2], 6), np.uint8)
+    for pair, frame in zip(zip(whole, faces, strict=True), both, strict=True):
+        cv2.merge([np.ascontiguousarray(part) for part in pair], frame)  # numpy takes five times as long
+    return both
