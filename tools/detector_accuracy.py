@@ -3,7 +3,7 @@
 python -m tools.detector_accuracy [--videos=DIR] [--faceless=FILE,...]
 
 The videos show one person each. Frames are searched as they are, darkened to 15 %, turned by 35 degrees, and shrunk
-until the face is 24 pixels high. The face found in the frame as it is says where it must be found in the others.
+until the face is 24 pixels high. The detector must find the face at the same place as in the unchanged frame.
 Without --videos, rendered clips are searched, and rendered shapes for the frames without a face. In these, finds that
 are too small to count are left out.
 """

